@@ -1,0 +1,1 @@
+"""Checkpoints: diffusers' layout in and out, and this project's own runs."""

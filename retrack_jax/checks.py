@@ -1,0 +1,56 @@
+"""Checks at the boundary: one error type, one style.
+
+A `UserError` is what the user can mend: a config, a file, the data. Its message is one line that says what is wrong, where it was
+looked for and what to do. The command line prints it as `error: ...` and exits with status 2; in Python it is a `ValueError`.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """An error that the user can mend; the message is a single line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+def nearest_names(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """Returns up to `count` of `choices` that look like `name`, best first."""
+    return difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=0.5)
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` for the choice nearest to `name`, else the empty string."""
+    near = nearest_names(name, choices, count=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raises `UserError`, with the nearest right name, unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise UserError(f"{field} is {value!r}; choose one of {', '.join(choices)}{suggestion(value, choices)}")
+
+
+def check_int(field: str, value, minimum: int = 1, maximum: int | None = None) -> None:
+    """Raises `UserError` unless `value` is an integer in [minimum, maximum]."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < minimum or (maximum is not None and value > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise UserError(f"{field} is {value!r}; it must be a whole number of at least {minimum}{upper}")
+
+
+def check_number(field: str, value, minimum: float = -math.inf, maximum: float = math.inf, *, above: bool = False) -> None:
+    """Raises `UserError` unless `value` is a finite number in [minimum, maximum], or (minimum, maximum] if `above`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    low = number and (value > minimum if above else value >= minimum)
+    if not (low and value <= maximum):
+        raise UserError(f"{field} is {value!r}; it must be a number in {'(' if above else '['}{minimum}, {maximum}]")

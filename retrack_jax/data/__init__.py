@@ -1,0 +1,1 @@
+"""Sources of uint8 images, targets to forget, and seeded batches."""

@@ -1,0 +1,62 @@
+"""What every source of images returns, and the conversions between pixels and what networks see.
+
+Images stay uint8, in memory or in a memory map; only a batch at a time becomes float. A float32 round trip through [-1, 1] with
+floor loses one level on 63 of 256 values, so metrics take their real images from the uint8 array and never through the model's space.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import UserError
+from retrack_jax.files import array_digest
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Named uint8 images.
+
+    Attributes:
+      images: uint8 `[N, H, W, C]`, an array or a memory map.
+      ids: N stable names, without duplicates, such as `hf:10000` or `10001.jpg`.
+      labels: int `[N]`, or None where the source has none.
+      digest: SHA-256 of the pixels, which keys every cache that is made from them.
+      name: what the source is called in reports.
+    """
+
+    images: np.ndarray
+    ids: Sequence[str]
+    labels: np.ndarray | None
+    digest: str
+    name: str
+
+    def __post_init__(self):
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise UserError(f"{self.name}: images are {self.images.dtype} {self.images.shape}; expected uint8 [N, H, W, C]")
+        if len(self.ids) != len(self.images) or len(set(self.ids)) != len(self.ids):
+            raise UserError(f"{self.name}: {len(self.images)} images need as many distinct names, found {len(set(self.ids))}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def image_set(name: str, images: np.ndarray, ids: Sequence[str], labels: np.ndarray | None = None) -> ImageSet:
+    """Returns an `ImageSet` with its digest computed from the pixels."""
+    return ImageSet(images=images, ids=tuple(ids), labels=labels, digest=array_digest(images), name=name)
+
+
+def pixels_to_model(pixels):
+    """uint8 pixels -> float32 in [-1, 1]. NumPy in, NumPy out; JAX in, JAX out."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def model_to_unit(x):
+    """Model space in [-1, 1] -> float32 in [0, 1], clipped."""
+    return (jnp if not isinstance(x, np.ndarray) else np).clip(x / 2 + 0.5, 0.0, 1.0)
+
+
+def unit_to_pixels(unit) -> np.ndarray:
+    """Floats in [0, 1] -> uint8 by floor(255 x), as the official code and torchmetrics do."""
+    return np.floor(255.0 * np.asarray(unit)).astype(np.uint8)

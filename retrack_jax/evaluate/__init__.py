@@ -1,0 +1,1 @@
+"""Samples to metrics.json, runs to summary.json."""

@@ -1,0 +1,112 @@
+"""Files that are whole or absent, and digests of what they hold.
+
+Paths are `etils.epath` paths, so that a workdir may be a folder or a `gs://` address. A file is written beside its final name and
+renamed. An object store has no rename, but there an object appears only when it is whole, so writing it directly is as safe.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from retrack_jax.checks import UserError
+
+_CHUNK = 1 << 22
+
+
+def write_whole(path, write: Callable[[epath.Path], None]) -> None:
+    """Calls `write(temporary_path)`, then renames the result to `path`: a reader sees all of it or none.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written; an earlier file at `path` stays as it was.
+    """
+    path = epath.Path(path)
+    temporary = path if "://" in str(path) else path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if temporary != path:
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        if temporary != path:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --workdir") from error
+
+
+def _flush_to_disk(path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_text(path, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def write_bytes(path, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path, value) -> None:
+    """Writes `value` as indented JSON with sorted keys left as given; refuses NaN, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n")
+
+
+def read_json(path):
+    """Returns the JSON value in the file at `path`. Raises `UserError` if it is missing or is not JSON."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def write_npz(path, **arrays) -> None:
+    """Writes named arrays as a compressed `.npz`, whole or not at all."""
+
+    def write(temporary):
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_whole(path, write)
+
+
+def file_digest(path) -> str:
+    """Returns the SHA-256 of the file at `path`, as 64 hexadecimal digits."""
+    sha = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def array_digest(*arrays) -> str:
+    """Returns the SHA-256 over the dtype, shape and bytes of `arrays`, read in blocks so that memory maps stay on disk."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        array = np.asanyarray(array)
+        sha.update(f"{array.dtype.str}{array.shape}".encode())
+        rows = max(1, _CHUNK // max(1, array[:1].nbytes)) if array.ndim else 1
+        for start in range(0, len(array) if array.ndim else 1, rows):
+            sha.update(np.ascontiguousarray(array[start : start + rows] if array.ndim else array).data)
+    return sha.hexdigest()
+
+
+def json_digest(value) -> str:
+    """Returns the SHA-256 of `value` as canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()).hexdigest()
+
+
+def _plain(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

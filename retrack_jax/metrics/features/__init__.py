@@ -1,0 +1,1 @@
+"""Feature networks: each has a name and a digest that metrics quote."""

@@ -1,0 +1,1 @@
+"""Flax Linen networks, named and wired as in diffusers."""

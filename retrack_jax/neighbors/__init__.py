@@ -1,0 +1,1 @@
+"""Nearest remaining images of each forgotten image."""

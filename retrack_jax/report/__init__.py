@@ -1,0 +1,1 @@
+"""Pictures, curves and one self-contained HTML page."""

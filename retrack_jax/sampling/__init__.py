@@ -1,0 +1,1 @@
+"""Samplers: one loop, one step rule a file."""

@@ -1,0 +1,1 @@
+"""Training: state, optimizer, one pmapped step, one loop."""

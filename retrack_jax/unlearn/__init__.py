@@ -1,0 +1,1 @@
+"""Losses, gradient combinations and the table of unlearning methods."""
