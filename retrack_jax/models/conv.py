@@ -1,0 +1,44 @@
+"""A 2-D convolution with PyTorch's padding convention and Flax's parameter names."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.types import Array
+
+
+class Conv(nn.Module):
+    """Convolution over `[B, H, W, C]`: parameters `kernel` `[kh, kw, in, out]` and `bias` `[out]`.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel.
+      strides: the same stride along both axes.
+      padding: pixels of zeros on every side, or ((top, bottom), (left, right)).
+      use_bias: whether to add a bias.
+      dtype: the dtype that the convolution computes in; parameters stay float32.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        padding = ((self.padding, self.padding),) * 2 if isinstance(self.padding, int) else self.padding
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.strides, self.strides),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+        return y
