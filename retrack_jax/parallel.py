@@ -1,0 +1,91 @@
+"""The only pmap: its axis, its collectives, and how batches and keys meet devices.
+
+State is passed with `in_axes=None, out_axes=None`, un-stacked, and only the batch carries a device axis. pmap is `jit` over `shard_map`
+today, so such a state is donated, replicated once and saved by Orbax as it is; a move to `shard_map` touches this file alone.
+
+Randomness never depends on the device: a key is folded with each example's *global* index, so one device equals four, and four
+processes equal one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import UserError
+from retrack_jax.types import Array, PyTree, Rng
+
+AXIS = "batch"
+
+
+def pmap(fn: Callable, in_axes, out_axes=None, *, donate_argnums=(), static_broadcasted_argnums=()) -> Callable:
+    """Maps `fn` over the devices under the axis name `AXIS`; None marks what every device shares."""
+    return jax.pmap(
+        fn,
+        axis_name=AXIS,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        donate_argnums=donate_argnums,
+        static_broadcasted_argnums=static_broadcasted_argnums,
+    )
+
+
+def pmean_tree(tree: PyTree) -> PyTree:
+    """Averages every leaf over all devices of all processes."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def local_rows(global_rows: int) -> slice:
+    """Returns the rows of a global batch that this process holds: processes take equal, consecutive shares."""
+    share = global_rows // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def shard_batch(batch: PyTree) -> PyTree:
+    """Reshapes each leaf `[B, ...]` of this process's batch to `[local devices, B / local devices, ...]`."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda leaf: leaf.reshape((devices, leaf.shape[0] // devices) + leaf.shape[1:]), batch)
+
+
+def unshard_batch(batch: PyTree) -> PyTree:
+    """Undoes `shard_batch`: `[local devices, b, ...]` to `[B, ...]`, as NumPy arrays on the host."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape((-1,) + leaf.shape[2:]), batch)
+
+
+def check_divisible(field: str, batch: int, parts: int = 1) -> None:
+    """Raises `UserError` unless `batch` divides evenly over all devices, `parts` microbatches each."""
+    devices = jax.device_count()
+    if batch % (devices * parts):
+        over = f"{devices} devices" + (f" x {parts} accumulation steps" if parts > 1 else "")
+        raise UserError(f"{field} is {batch}, which does not divide evenly over {over}; choose a multiple of {devices * parts}")
+
+
+@partial(jax.vmap, in_axes=(None, 0))
+def example_rngs(rng: Rng, index_B: Array) -> Rng:
+    """Returns one key an example: `rng` folded with the example's global index in the batch, int `[B]`."""
+    return jax.random.fold_in(rng, index_B)
+
+
+def all_processes_agree(value: int) -> bool:
+    """Whether every process passed the same non-negative integer below 2^31 (True on a single process)."""
+    if jax.process_count() == 1:
+        return True
+    from jax.experimental import multihost_utils
+
+    gathered = multihost_utils.process_allgather(jnp.asarray(value, jnp.int32))
+    return bool((np.asarray(gathered) == value).all())
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here; nothing on a single process."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes reports."""
+    return jax.process_index() == 0
