@@ -89,3 +89,30 @@ def barrier(name: str) -> None:
 def is_main_process() -> bool:
     """Whether this process writes reports."""
     return jax.process_index() == 0
+
+
+def replicated_sharding() -> jax.sharding.NamedSharding:
+    """Returns the sharding of what every device of every process holds whole."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """Puts a copy of every leaf on every device, once, so that the steps that follow move nothing; None leaves pass."""
+    return jax.device_put(tree, replicated_sharding())
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(jnp.asarray(flag))))
+
+
+def settle(tree: PyTree) -> PyTree:
+    """Waits for `tree` where CPU devices share threads: collectives of two steps in flight could there wait for each other forever."""
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.block_until_ready(tree)
+    return tree

@@ -7,6 +7,7 @@ floor loses one level on 63 of 256 values, so metrics take their real images fro
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,3 +61,19 @@ def model_to_unit(x):
 def unit_to_pixels(unit) -> np.ndarray:
     """Floats in [0, 1] -> uint8 by floor(255 x), as the official code and torchmetrics do."""
     return np.floor(255.0 * np.asarray(unit)).astype(np.uint8)
+
+
+def to_x_0(data: dict, rngs) -> jnp.ndarray:
+    """Returns clean images `[B, H, W, C]` in the network's space from what a stream carries.
+
+    Args:
+      data: `pixels` (uint8), or `x_0` (already in the network's space), or `mean` and `std` of a latent posterior, which is drawn from
+        afresh at each access.
+      rngs: `[B]` keys, used by the posterior alone.
+    """
+    if "pixels" in data:
+        return pixels_to_model(data["pixels"])
+    if "x_0" in data:
+        return data["x_0"]
+    noise = jax.vmap(lambda rng: jax.random.normal(rng, data["mean"].shape[1:]))(rngs)
+    return data["mean"] + data["std"] * noise

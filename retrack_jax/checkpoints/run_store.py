@@ -1,0 +1,138 @@
+"""This project's own checkpoints: Orbax keeps them, and a digest of the values says whether they can be trusted.
+
+The digest is taken from the arrays before they are saved and stored in the checkpoint's metadata; after a restore it is computed again.
+Whatever happened to any file in between, wrong weights are never used: the checkpoint before is, or the run says why not.
+"""
+
+import hashlib
+import logging
+
+import jax
+import numpy as np
+from etils import epath
+
+from retrack_jax import parallel
+from retrack_jax.checks import UserError
+from retrack_jax.types import PyTree
+
+log = logging.getLogger(__name__)
+
+
+class RunStore:
+    """The checkpoints of one run, `directory/STEP/`; use it as a context manager, for leaving waits until saves are finished.
+
+    Args:
+      directory: local or `gs://`.
+      keep: how many of the newest checkpoints stay; two, so that a damaged one can be replaced by the one before.
+    """
+
+    def __init__(self, directory, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.directory = epath.Path(directory)
+        if "://" not in str(directory):
+            self.directory = epath.Path(self.directory.absolute())
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+        except OSError as error:
+            raise _cannot_write(self.directory, error) from error
+
+    def save(self, step: int, state: PyTree, meta: dict | None = None) -> None:
+        """Starts saving `state` as the checkpoint of `step`; an earlier save is finished first. All processes must call it."""
+        args = self._ocp.args
+        meta = {**(meta or {}), "step": step, "digest": tree_digest(state)}
+        try:
+            self._manager.save(step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _cannot_write(self.directory, error) from error
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _cannot_write(self.directory, error) from error
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step that was saved, damaged or not, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, like: PyTree) -> PyTree | None:
+        """Returns the newest checkpoint that is whole, replicated over all devices, or None if there is none yet.
+
+        A damaged one is deleted with a warning that names it and the one used in its place.
+
+        Args:
+          like: a tree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes that were saved.
+
+        Raises:
+          UserError: there are checkpoints, but not one of them is whole.
+        """
+        sharding = parallel.replicated_sharding()
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged = []
+        for step in steps:
+            state, problem = self._restore_step(step, abstract)
+            if problem is None:
+                for bad_step, bad_problem in damaged:
+                    log.warning(
+                        "checkpoint %s is damaged (%s); using %s", self.directory / str(bad_step), bad_problem, self.directory / str(step)
+                    )
+                    self._delete(bad_step)
+                return state
+            damaged.append((step, problem))
+        if damaged:
+            names = "; ".join(f"{self.directory / str(step)}: {problem}" for step, problem in damaged)
+            raise UserError(f"no whole checkpoint is left ({names}); delete {self.directory} to start this stage again")
+        return None
+
+    def close(self) -> None:
+        """Finishes saving and releases the manager's threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _restore_step(self, step: int, abstract: PyTree) -> tuple[PyTree | None, str | None]:
+        """Returns (state, None), or (None, what is wrong with the checkpoint)."""
+        args = self._ocp.args
+        try:
+            found = self._manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(abstract), meta=args.JsonRestore())
+            )
+            state, meta = found["state"], found["meta"]
+            if meta["step"] != step or meta["digest"] != tree_digest(state):
+                return None, "its digest does not match its values"
+        except Exception as error:  # damage shows as any of Orbax's, TensorStore's or JSON's errors
+            return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return state, None
+
+    def _delete(self, step: int) -> None:
+        parallel.barrier(f"before deleting {step}")
+        if parallel.is_main_process():
+            (self.directory / str(step)).rmtree(missing_ok=True)
+        parallel.barrier(f"after deleting {step}")
+        self._manager.reload()
+
+
+def tree_digest(tree: PyTree) -> str:
+    """Returns the SHA-256 over the paths, dtypes, shapes and bytes of a tree's leaves."""
+    sha = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in leaves:
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype.str} {array.shape}".encode())
+        sha.update(array.reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def _cannot_write(directory, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"cannot save a checkpoint in {directory}: {str(reason)[:300]}; free some space or choose another --workdir")

@@ -1,0 +1,116 @@
+"""The loop: owns the order of things, not the mathematics.
+
+It reads metrics back only where they are logged or saved, so that the device is never waited for in between; a value that is not
+finite still names the step it first appeared at, and never reaches a checkpoint.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+
+from retrack_jax import parallel
+from retrack_jax.checkpoints.run_store import RunStore
+from retrack_jax.checks import UserError
+from retrack_jax.data.pipeline import prefetch
+from retrack_jax.train.state import TrainState
+from retrack_jax.train.step import Shared
+from retrack_jax.types import PyTree, Rng
+from retrack_jax.writer import Writer, progress
+
+
+class Preempted(Exception):
+    """The process was asked to stop; everything up to `step` is saved."""
+
+
+def train(
+    state: TrainState,
+    p_step: Callable,
+    batches: Callable[[int], PyTree],
+    shared: Shared,
+    rng: Rng,
+    *,
+    num_steps: int,
+    name: str,
+    store: RunStore | None = None,
+    checkpoint_every: int = 0,
+    writer: Writer | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Trains from `state.step` to `num_steps` and returns the last state.
+
+    Args:
+      state: where to start, replicated.
+      p_step: the mapped step of train/step.py.
+      batches: `step -> batch`.
+      shared: what every device holds.
+      rng: the run's base key; the step folds its number in.
+      num_steps: where to stop.
+      name: `pretrain`, `unlearn`... for the log and the progress line.
+      store: where to save, every `checkpoint_every` steps (0: only at the end) and at the end.
+      writer: where scalars go, as `NAME_loss` and so on.
+      should_stop: asked after every step; true saves and raises `Preempted`.
+
+    Raises:
+      UserError: a metric is not finite; it names the metric and the step. What was saved before stays.
+      Preempted: `should_stop` said so.
+    """
+    start = int(state.step)
+    unread: list[tuple[int, PyTree]] = []
+
+    def read_metrics() -> None:
+        for step, metrics in jax.device_get(unread):
+            _check_finite(name, step, metrics, store)
+            if writer is not None:
+                writer.scalars(step, {f"{name}_{key}": value for key, value in metrics.items()})
+        unread.clear()
+
+    def save(step: int) -> None:
+        read_metrics()
+        if store is not None and step != start:
+            store.save(step, state_tree(state))
+
+    main = parallel.is_main_process()
+    made = prefetch(batches, start, num_steps)
+    with progress(range(start, num_steps), name, total=num_steps, initial=start, is_main=main, unit="step") as steps:
+        try:
+            for step in steps:
+                state, metrics = p_step(state, next(made), shared, rng)
+                parallel.settle(metrics)
+                done = step + 1
+                unread.append((done, metrics))
+                if writer is None or writer.due(done):
+                    read_metrics()
+                if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
+                    save(done)
+                if should_stop() and done < num_steps:
+                    save(done)
+                    raise Preempted(f"{name} stopped at step {done} of {num_steps}")
+        finally:
+            made.close()
+    if store is not None:
+        store.wait()
+    return state
+
+
+def state_tree(state: TrainState) -> dict:
+    """Returns the arrays of `state` as the plain tree that is saved."""
+    tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return tree if state.ema_params is None else {**tree, "ema_params": state.ema_params}
+
+
+def restore_state(state: TrainState, store: RunStore) -> TrainState:
+    """Returns `state` with the values of the newest whole checkpoint, or as it is where there is none."""
+    found = store.restore(jax.eval_shape(lambda: state_tree(state)))
+    return state if found is None else state.replace(**found)
+
+
+def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None) -> None:
+    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        saved = store.latest_step() if store is not None else None
+        kept = f"the checkpoint of step {saved} is intact" if saved is not None else "nothing was saved"
+        raise UserError(
+            f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {kept}; "
+            f"try a lower config.{name}.learning_rate"
+        )

@@ -1,0 +1,62 @@
+"""The optimizer and the schedules that depend on the step: learning rate, moving average, lambda."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from retrack_jax.checks import check_choice
+from retrack_jax.types import Array
+
+LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+LAM_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    num_steps: int,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+) -> optax.GradientTransformation:
+    """Returns AdamW with decoupled weight decay after clipping the global gradient norm at `clip_norm` (0: no clipping).
+
+    `cosine` rises linearly over `warmup_steps` and falls to 0 at `num_steps` along half a cosine; `constant` may warm up as well.
+    """
+    check_choice("schedule", schedule, LEARNING_RATE_SCHEDULES)
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, max(num_steps, warmup_steps + 1))
+    else:
+        rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+
+
+def make_ema_decay(*, power: float, inv_gamma: float, max_decay: float) -> Callable[[Array], Array]:
+    """Returns `step -> min(1 - (1 + step/inv_gamma)^-power, max_decay)`, diffusers' warm-up of the moving average."""
+
+    def decay(step: Array) -> Array:
+        grown = 1.0 - (1.0 + step.astype(jnp.float32) / inv_gamma) ** -power
+        return jnp.minimum(grown, max_decay)
+
+    return decay
+
+
+def make_lam_schedule(start: float, end: float | None, num_steps: int, shape: str) -> Callable[[Array], Array | float]:
+    """Returns `step -> lambda`: `start` throughout if `constant`, else from `start` to `end` along a line or half a cosine."""
+    check_choice("lam_schedule", shape, LAM_SCHEDULES)
+    if shape == "constant" or end is None:
+        return lambda step: start
+
+    def lam(step: Array) -> Array:
+        progress = jnp.clip(step.astype(jnp.float32) / max(num_steps - 1, 1), 0.0, 1.0)
+        if shape == "cosine":
+            progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
+        return start + (end - start) * progress
+
+    return lam

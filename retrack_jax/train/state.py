@@ -1,0 +1,60 @@
+"""The training state: one pytree, replicated un-stacked over devices; a step returns a new one."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from retrack_jax.types import Array, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a resumed run must have to repeat itself.
+
+    Attributes:
+      step: int32 scalar, the number of updates done.
+      params: the network's parameters, float32.
+      opt_state: the optimizer's state.
+      ema_params: the exponential moving average of `params`, or None where the recipe has none.
+      tx: the optimizer.
+      ema_decay: `step -> decay` of the moving average, or None.
+    """
+
+    step: Array
+    params: PyTree
+    opt_state: optax.OptState
+    ema_params: PyTree | None
+    tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    ema_decay: Callable[[Array], Array] | None = flax.struct.field(pytree_node=False, default=None)
+
+    def apply_gradients(self, grads: PyTree) -> "TrainState":
+        """Returns the state after one update of `params`, and of their moving average where there is one."""
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        ema_params = self.ema_params
+        if self.ema_decay is not None:
+            decay = self.ema_decay(self.step)
+            ema_params = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, ema_params, params)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
+
+    @property
+    def eval_params(self) -> PyTree:
+        """The parameters to sample from: the moving average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def create_state(
+    params: PyTree, tx: optax.GradientTransformation, ema_decay: Callable[[Array], Array] | None = None
+) -> TrainState:
+    """Returns the state at step 0. The moving average starts at a copy of `params`, for the step donates its buffers."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
+        tx=tx,
+        ema_decay=ema_decay,
+    )

@@ -1,0 +1,175 @@
+"""One training step for pretraining and for every method: accumulate, average, combine, clip, update.
+
+The order is part of the method (see unlearn/combine.py): the gradients of each term are summed over microbatches, averaged over
+devices, combined into one, and only then clipped and applied.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from retrack_jax import parallel
+from retrack_jax.data.dataset import to_x_0
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.train.state import TrainState
+from retrack_jax.types import Array, PyTree, Rng
+from retrack_jax.unlearn.methods import Method
+from retrack_jax.unlearn.streams import Context, Stream
+
+# Folds of an example's key, one a stream, and of a step's key for what belongs to no example.
+_REMAIN, _FORGET, _POSTERIOR = range(3)
+_DROPOUT = 0x0D40
+
+
+@flax.struct.dataclass
+class Shared:
+    """What every device holds for the whole run.
+
+    Attributes:
+      schedule: the noise schedule.
+      forget: the forgotten images, as `to_x_0` takes them, leaves `[F, ...]`; or None.
+      neighbors: the distinct neighbors of all of them, leaves `[M, ...]`; or None.
+      neighbor_rows: int `[F, K]`, rows of `neighbors`; or None.
+      reference: the frozen pretrained parameters, for the distillation loss; or None.
+      condition: further arguments of the network, such as a prompt's embedding.
+    """
+
+    schedule: Schedule
+    forget: PyTree | None = None
+    neighbors: PyTree | None = None
+    neighbor_rows: Array | None = None
+    reference: PyTree | None = None
+    condition: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step runs.
+
+    Attributes:
+      options: the method's hyperparameters.
+      lam_fn: `step -> lambda` in place of `options["lam"]`, or None.
+      accumulation: microbatches a step; gradients are averaged over them.
+      t_min, t_max: timesteps are drawn from [t_min, t_max).
+      distill: whether the retain loss matches the pretrained network rather than the noise.
+      dropout: whether the network has dropout, which is on while training.
+    """
+
+    options: Mapping[str, float] = field(default_factory=dict)
+    lam_fn: Callable[[Array], Array | float] | None = None
+    accumulation: int = 1
+    t_min: int = 0
+    t_max: int
+    distill: bool = False
+    dropout: bool = False
+
+
+def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Callable:
+    """Returns the step, mapped over devices: `(state, batch, shared, rng) -> (state, metrics)`.
+
+    Args:
+      method: an entry of the table of methods.
+      eps_fn: `(params, x_t, t, *condition, **kwargs) -> eps_pred`.
+      how: how the step runs.
+
+    The step takes a batch with a device axis: `remain` as `to_x_0` takes it and `remain_index` `[D, b]`, the examples' global indices in
+    the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and `forget_index`. `rng` is the run's base key. It donates the state.
+    Metrics are float32 scalars, means over the batch of sums over pixels.
+    """
+
+    def step(state: TrainState, batch: PyTree, shared: Shared, rng: Rng):
+        step_rng = jax.random.fold_in(rng, state.step)
+        options = dict(how.options)
+        if how.lam_fn is not None:
+            options["lam"] = how.lam_fn(state.step)
+
+        def terms(params: PyTree, microbatch: PyTree):
+            context = Context(
+                schedule=shared.schedule,
+                eps_fn=_close(eps_fn, params, shared.condition, how.dropout, step_rng, microbatch),
+                reference_fn=_close(eps_fn, shared.reference, shared.condition) if how.distill else None,
+                options=options,
+                t_min=how.t_min,
+                t_max=how.t_max,
+            )
+            return method.terms(context, *_streams(method, microbatch, shared, step_rng))
+
+        def gradients(microbatch: PyTree):
+            # The two gradients are taken apart; the compiler shares the forward pass that they have in common.
+            def main(params):
+                found = terms(params, microbatch)
+                logs = {"loss": found.main, **found.logs}
+                if found.correction is not None:
+                    logs["correction"] = found.correction
+                return found.main, logs
+
+            main_grad, logs = jax.grad(main, has_aux=True)(state.params)
+            if method.combine is None:
+                return main_grad, None, logs
+            return main_grad, jax.grad(lambda params: terms(params, microbatch).correction)(state.params), logs
+
+        main_grad, correction_grad, logs = parallel.pmean_tree(_accumulate(gradients, batch, how.accumulation))
+        grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)
+        metrics = {**logs, "grad_norm": optax.tree.norm(grad)}
+        return state.apply_gradients(grad), metrics
+
+    return parallel.pmap(step, in_axes=(None, 0, None, None), donate_argnums=(0,))
+
+
+def _close(eps_fn, params, condition, dropout: bool = False, step_rng: Rng | None = None, microbatch: PyTree | None = None):
+    """Closes `eps_fn` over all but the noisy points. Each microbatch of each device has dropout masks of its own."""
+    if not dropout:
+        return lambda x_t, t: eps_fn(params, x_t, t, *condition)
+    first = next(leaf for name, leaf in microbatch.items() if name.endswith("_index"))[0]
+    rng = jax.random.fold_in(jax.random.fold_in(step_rng, _DROPOUT), first)
+    return lambda x_t, t: eps_fn(params, x_t, t, *condition, deterministic=False, rngs={"dropout": rng})
+
+
+def _streams(method: Method, microbatch: PyTree, shared: Shared, step_rng: Rng) -> tuple[Stream | None, Stream | None]:
+    """Returns the remain and forget streams that `method` needs."""
+    remain = forget = None
+    if "remain" in method.streams:
+        rngs, posterior_rngs = _stream_rngs(step_rng, _REMAIN, microbatch["remain_index"])
+        remain = Stream(x_0=to_x_0(microbatch["remain"], posterior_rngs), rngs=rngs)
+    if "forget" in method.streams:
+        rngs, posterior_rngs = _stream_rngs(step_rng, _FORGET, microbatch["forget_index"])
+        rows = microbatch["forget_row"]
+        forget = Stream(x_0=to_x_0(_take(shared.forget, rows), posterior_rngs), rngs=rngs)
+        if "neighbors" in method.streams:
+            forget = forget.replace(neighbors=_neighbors(shared, rows))
+    return remain, forget
+
+
+def _neighbors(shared: Shared, rows: Array) -> Array:
+    rows_BK = shared.neighbor_rows[rows]
+    x_0 = to_x_0(_take(shared.neighbors, rows_BK.reshape(-1)), None)
+    return x_0.reshape(rows_BK.shape + x_0.shape[1:])
+
+
+def _take(tree: PyTree, rows: Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def _stream_rngs(step_rng: Rng, stream: int, index: Array) -> tuple[Rng, Rng]:
+    """Returns two keys an example, for the method's draws and for the latent posterior, from its global index."""
+    rngs = parallel.example_rngs(jax.random.fold_in(step_rng, stream), index)
+    return rngs, jax.vmap(lambda rng: jax.random.fold_in(rng, _POSTERIOR))(rngs)
+
+
+def _accumulate(gradients: Callable, batch: PyTree, accumulation: int) -> PyTree:
+    """Averages `gradients` over `accumulation` equal microbatches of `batch`, in one loop."""
+    if accumulation == 1:
+        return gradients(batch)
+    split = jax.tree.map(lambda leaf: leaf.reshape((accumulation, -1) + leaf.shape[1:]), batch)
+    first = jax.tree.map(lambda leaf: leaf[0], split)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, first))
+
+    def body(total, microbatch):
+        return jax.tree.map(jnp.add, total, gradients(microbatch)), None
+
+    total, _ = jax.lax.scan(body, zeros, split)
+    return jax.tree.map(lambda leaf: leaf / accumulation, total)

@@ -1,0 +1,38 @@
+"""How a main and a correction gradient become one.
+
+Both gradients are already accumulated over microbatches and averaged over devices: a norm and an inner product do not commute with an
+average, so combining any earlier gives another answer. Trees go in, one tree comes out.
+
+  (1) erasediff   g = g_R + max(eta - <g_R, g_c>/||g_c||^2, 0) g_c
+  (2) siss        g = g_main - (s/||g_corr||) g_corr
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from retrack_jax.types import Array, PyTree
+
+# A gradient of zero has no direction. Its norm is held above this, far below any gradient's, so that the quotients stay finite.
+_TINY = 1e-20
+
+
+def erasediff(main: PyTree, correction: PyTree, eta: float | Array) -> PyTree:
+    """Returns EraseDiff's gradient (1): the retain gradient, pushed until it also descends the correction at rate `eta`."""
+    inner = optax.tree.vdot(main, correction)
+    squared_norm = jnp.maximum(jnp.square(optax.tree.norm(correction)), _TINY)
+    return _add_scaled(main, jnp.maximum(eta - inner / squared_norm, 0.0), correction)
+
+
+def siss(main: PyTree, correction: PyTree, scale: float | Array) -> PyTree:
+    """Returns SISS's gradient (2): ascent on the correction with its norm rescaled to `scale` (s)."""
+    return _add_scaled(main, -scale / jnp.maximum(optax.tree.norm(correction), _TINY), correction)
+
+
+def siss_auto(main: PyTree, correction: PyTree, share: float | Array) -> PyTree:
+    """Returns (2) with s = `share` times the norm of the main gradient, which estimates the vanilla gradient (SISS suggests 0.1)."""
+    return siss(main, correction, share * optax.tree.norm(main))
+
+
+def _add_scaled(tree: PyTree, factor: Array, direction: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: a + factor * b, tree, direction)

@@ -1,0 +1,142 @@
+"""Per-image losses of the unlearning methods, as pure functions of arrays.
+
+Every loss returns float32 `[B]`: a squared norm is a *sum* over pixels and channels, and the caller averages over the batch. This
+decides what clipping the gradient norm at 1.0 does, so it is part of the method.
+
+With gamma = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t), r = gamma / sigma and x_t = gamma x_0 + sigma eps:
+
+  (1) vanilla      ||eps_pred - eps||^2
+  (2) neggrad      -||eps_pred - eps||^2
+  (3) erasediff    ||eps_pred - u||^2,  u ~ U[0, 1)
+  (4) siss         eps_y = (x_t - gamma y)/sigma,  d_y = ||eps_y||^2 / 2,
+                   w_a = 1/((1-lambda) + lambda exp(d_a - d_f)),  w_f = 1/((1-lambda) exp(d_f - d_a) + lambda),
+                   main = w_a ||eps_pred - eps_a||^2,  correction = w_f ||eps_pred - eps_f||^2
+  (5) retrack      v_k = (x_t - gamma a_k)/sigma,  p_k = softmax_k(-||v_k||^2 / 2),  sum_k p_k ||eps_pred - v_k||^2
+
+(1), (3) and (5): ReTrack (arXiv 2509.13007); (4): SISS (arXiv 2503.01034), both with the notation of types.py.
+
+Squared norms of size D are never subtracted from each other. Differences of them are taken as inner products, which is exact where
+the difference is small: with v_0 as the reference,
+
+  (6) log p_k - log p_0 = -(||v_k||^2 - ||v_0||^2)/2 = -(r/2) <a_0 - a_k, v_k + v_0>
+
+and (5) splits into one weighted target and a spread that does not depend on the network, so the gradient needs one target, not K:
+
+  (7) sum_k p_k ||e - v_k||^2 = ||e - v_bar||^2 + r^2 sum_k p_k ||a_k - a_bar||^2,  v_bar = (x_t - gamma a_bar)/sigma,  a_bar = sum_k p_k a_k
+"""
+
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.diffusion.process import expand
+from retrack_jax.types import Array
+
+# Weights of (4) are at most 1/lambda and 1/(1-lambda), except at lambda 0 or 1 for points that the mixture never draws, where they are
+# unbounded. Cutting them at e^60 keeps their product with a squared norm finite in float32.
+_MAX_LOG_WEIGHT = 60.0
+
+
+def vanilla(eps_pred: Array, eps: Array) -> Array:
+    """Returns the ordinary denoising loss (1), `[B]`, summed over pixels. Arguments are `[B, ...]`."""
+    _check_same_shape(eps_pred=eps_pred, eps=eps)
+    return _squared_norm(eps_pred - eps)
+
+
+def neggrad(eps_pred: Array, eps: Array) -> Array:
+    """Returns the negative denoising loss (2), `[B]`, summed over pixels: descending it forgets by gradient ascent."""
+    return -vanilla(eps_pred, eps)
+
+
+def erasediff(eps_pred: Array, uniform: Array) -> Array:
+    """Returns EraseDiff's correction term (3), `[B]`, summed over pixels; `uniform` `[B, ...]` is drawn from U[0, 1)."""
+    _check_same_shape(eps_pred=eps_pred, uniform=uniform)
+    return _squared_norm(eps_pred - uniform)
+
+
+def siss(
+    eps_pred: Array, x_t: Array, remain: Array, forget: Array, gamma: Array, sigma: Array, mixture: float | Array
+) -> tuple[Array, Array]:
+    """Returns SISS's importance-weighted terms (4): `(main [B], correction [B])`, each summed over pixels.
+
+    Args:
+      eps_pred: the prediction at `x_t`, `[B, ...]`.
+      x_t: noised from `forget` with probability `mixture`, else from `remain`, `[B, ...]`.
+      remain, forget: the clean pair a, f, `[B, ...]`.
+      gamma, sigma: `[B]`.
+      mixture: lambda in [0, 1], a scalar.
+    """
+    _check_same_shape(eps_pred=eps_pred, x_t=x_t, remain=remain, forget=forget)
+    weight_remain, weight_forget = siss_weights(x_t, remain, forget, gamma, sigma, mixture)
+    main = weight_remain * _squared_norm(eps_pred - _noise_from(remain, x_t, gamma, sigma))
+    correction = weight_forget * _squared_norm(eps_pred - _noise_from(forget, x_t, gamma, sigma))
+    return main, correction
+
+
+def siss_weights(
+    x_t: Array, remain: Array, forget: Array, gamma: Array, sigma: Array, mixture: float | Array
+) -> tuple[Array, Array]:
+    """Returns the importance weights `(w_a [B], w_f [B])` of (4), in log space and without gradient."""
+    # d_a - d_f by the same inner product as (6).
+    noise_sum = _noise_from(remain, x_t, gamma, sigma) + _noise_from(forget, x_t, gamma, sigma)
+    gap = 0.5 * (gamma / sigma) * _inner(forget - remain, noise_sum)
+    log_forget = jnp.log(jnp.full_like(gap, mixture))
+    log_remain = jnp.log(jnp.full_like(gap, 1 - mixture))
+    log_weights = -jnp.logaddexp(log_remain, log_forget + gap), -jnp.logaddexp(log_remain - gap, log_forget)
+    return tuple(jax.lax.stop_gradient(jnp.exp(jnp.minimum(weight, _MAX_LOG_WEIGHT))) for weight in log_weights)
+
+
+def retrack(eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> Array:
+    """Returns ReTrack's loss (5), `[B]`, summed over pixels, evaluated by (7).
+
+    The value is the published one, and so is the gradient; only one target a image enters the backward pass.
+
+    Args:
+      eps_pred: the prediction at `x_t`, `[B, ...]`.
+      x_t: the forgotten images, noised, `[B, ...]`.
+      neighbors: the K nearest remaining images of each, clean, in the space that the network denoises, `[B, K, ...]`.
+      gamma, sigma: `[B]`.
+    """
+    target, spread = retrack_target(x_t, neighbors, gamma, sigma)
+    return vanilla(eps_pred, target) + spread
+
+
+def retrack_target(x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> tuple[Array, Array]:
+    """Returns `(v_bar [B, ...], spread [B])` of (7): the single weighted target and the constant of the published value."""
+    p_BK = retrack_posterior(x_t, neighbors, gamma, sigma)
+    p_BK1 = expand(p_BK, neighbors)
+    # Around neighbor 0, because the neighbors are close to each other and the weights sum to 1 only up to rounding.
+    origin = neighbors[:, :1]
+    a_bar = origin + jnp.sum(p_BK1 * (neighbors - origin), axis=1, keepdims=True)
+    spread_B = jnp.square(gamma / sigma) * jnp.sum(p_BK * _squared_norm(neighbors - a_bar, batch_axes=2), axis=1)
+    target = _noise_from(a_bar[:, 0], x_t, gamma, sigma)
+    return jax.lax.stop_gradient(target), jax.lax.stop_gradient(spread_B)
+
+
+def retrack_posterior(x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> Array:
+    """Returns `p_k` of (5), `[B, K]`, by (6); no gradient passes through it, for it holds no parameter."""
+    if neighbors.ndim != x_t.ndim + 1 or neighbors.shape[0] != x_t.shape[0] or neighbors.shape[2:] != x_t.shape[1:]:
+        raise ValueError(f"neighbors {neighbors.shape} must be [B, K, ...] for x_t {x_t.shape}")
+    gamma_B1, sigma_B1 = gamma[:, None], sigma[:, None]
+    v_BK = _noise_from(neighbors, x_t[:, None], gamma_B1, sigma_B1)
+    logits_BK = -0.5 * (gamma_B1 / sigma_B1) * _inner(neighbors[:, :1] - neighbors, v_BK + v_BK[:, :1], batch_axes=2)
+    return jax.lax.stop_gradient(jax.nn.softmax(logits_BK, axis=1))
+
+
+def _noise_from(clean: Array, x_t: Array, gamma: Array, sigma: Array) -> Array:
+    """The noise that leads from `clean` to `x_t`: (x_t - gamma clean) / sigma."""
+    return (x_t - expand(gamma, clean) * clean) / expand(sigma, clean)
+
+
+def _inner(a: Array, b: Array, batch_axes: int = 1) -> Array:
+    # Products and a sum rather than a dot, which a TPU would take in bfloat16.
+    return jnp.sum(a * b, axis=tuple(range(batch_axes, a.ndim)))
+
+
+def _squared_norm(x: Array, batch_axes: int = 1) -> Array:
+    return _inner(x, x, batch_axes)
+
+
+def _check_same_shape(**arrays: Array) -> None:
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("arrays must have one shape: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

@@ -1,0 +1,150 @@
+"""The only table of methods: name -> streams it needs, its terms, how their gradients combine.
+
+To add a method, write one function `(context, remain, forget) -> Terms` from the losses, and one entry in `METHODS`.
+`forget` is None for a method without that stream. A method with one term leaves `correction` out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from retrack_jax.checks import check_choice
+from retrack_jax.diffusion.process import expand
+from retrack_jax.types import Array, PyTree
+from retrack_jax.unlearn import combine, losses
+from retrack_jax.unlearn.streams import Context, Stream
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Scalars to differentiate, each a mean over the batch of sums over pixels, and scalars for the log."""
+
+    main: Array
+    correction: Array | None = None
+    logs: Mapping[str, Array] = field(default_factory=dict)
+
+
+def vanilla(context: Context, remain: Stream, forget: None) -> Terms:
+    """Fine-tunes on the remaining images: L_R."""
+    points = context.noise(remain)
+    (eps_pred,) = context.predict(points)
+    return Terms(main=context.retain_loss(eps_pred, points).mean())
+
+
+def neggrad(context: Context, remain: None, forget: Stream) -> Terms:
+    """Gradient ascent on the forgotten images."""
+    points = context.noise(forget)
+    (eps_pred,) = context.predict(points)
+    return Terms(main=losses.neggrad(eps_pred, points.eps).mean())
+
+
+def erasediff(context: Context, remain: Stream, forget: Stream) -> Terms:
+    """L_R, and the distance to uniform noise at noisy forgotten images as the correction."""
+    points_remain, points_forget = context.noise(remain), context.noise(forget)
+    # Two passes: each gradient then goes back through its own half of the batch only.
+    (eps_remain,) = context.predict(points_remain)
+    (eps_forget,) = context.predict(points_forget)
+    return Terms(
+        main=context.retain_loss(eps_remain, points_remain).mean(),
+        correction=losses.erasediff(eps_forget, forget.uniform()).mean(),
+    )
+
+
+def siss(context: Context, remain: Stream, forget: Stream) -> Terms:
+    """Both terms from one forward pass at points of the mixture of remaining and forgotten images."""
+    mixture = context.options["lam"]
+    from_forget = expand(remain.bernoulli(mixture), remain.x_0)
+    points = context.noise(remain, jnp.where(from_forget, forget.x_0, remain.x_0))
+    (eps_pred,) = context.predict(points)
+    pair = points.x_t, remain.x_0, forget.x_0, points.gamma, points.sigma, mixture
+    main, correction = losses.siss(eps_pred, *pair)
+    if context.reference_fn is not None:
+        main = losses.siss_weights(*pair)[0] * context.retain_loss(eps_pred, points)
+    return Terms(main=main.mean(), correction=correction.mean())
+
+
+def siss_no_is(context: Context, remain: Stream, forget: Stream) -> Terms:
+    """SISS without importance sampling: plain losses from two forward passes."""
+    points_remain, points_forget = context.noise(remain), context.noise(forget)
+    (eps_remain,) = context.predict(points_remain)
+    (eps_forget,) = context.predict(points_forget)
+    return Terms(
+        main=context.retain_loss(eps_remain, points_remain).mean(),
+        correction=losses.vanilla(eps_forget, points_forget.eps).mean(),
+    )
+
+
+def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
+    """lambda L_unlearn + (1 - lambda) L_R: at noisy forgotten images, the noise that leads to their neighbors."""
+    points_remain, points_forget = context.noise(remain), context.noise(forget)
+    eps_remain, eps_forget = context.predict(points_remain, points_forget)
+    retain = context.retain_loss(eps_remain, points_remain).mean()
+    unlearn = losses.retrack(
+        eps_forget, points_forget.x_t, forget.neighbors, points_forget.gamma, points_forget.sigma
+    ).mean()
+    lam = context.options["lam"]
+    return Terms(main=lam * unlearn + (1 - lam) * retain, logs={"unlearn": unlearn, "retain": retain})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a method trains.
+
+    Attributes:
+      streams: of "remain", "forget" and "neighbors", what it needs.
+      terms: the function that computes its terms.
+      combine: `(main gradient, correction gradient, options) -> gradient` for a method with two terms, else None.
+      options: the hyperparameters it reads, with defaults.
+      paired: whether remain and forget batches are used in pairs and so must be of one size.
+      from_scratch: whether training starts from random weights rather than from the pretrained ones.
+    """
+
+    streams: frozenset[str]
+    terms: Callable[[Context, Stream | None, Stream | None], Terms]
+    combine: Callable[[PyTree, PyTree, Mapping[str, float | Array]], PyTree] | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
+    paired: bool = False
+    from_scratch: bool = False
+
+
+def _rescale(main: PyTree, correction: PyTree, options: Mapping[str, float | Array]) -> PyTree:
+    # A scale of 0 asks for SISS's automatic choice.
+    if options["siss_scale"] == 0:
+        return combine.siss_auto(main, correction, options["siss_share"])
+    return combine.siss(main, correction, options["siss_scale"])
+
+
+def _erase(main: PyTree, correction: PyTree, options: Mapping[str, float | Array]) -> PyTree:
+    return combine.erasediff(main, correction, options["erasediff_eta"])
+
+
+_SISS = {"lam": 0.5, "siss_scale": 0.0, "siss_share": 0.1}
+
+METHODS: dict[str, Method] = {
+    "retrack": Method(
+        streams=frozenset({"remain", "forget", "neighbors"}), terms=retrack, options={"lam": 0.005}
+    ),
+    "siss": Method(
+        streams=frozenset({"remain", "forget"}), terms=siss, combine=_rescale, options=_SISS, paired=True
+    ),
+    "siss_no_is": Method(
+        streams=frozenset({"remain", "forget"}), terms=siss_no_is, combine=_rescale, options=_SISS
+    ),
+    "erasediff": Method(
+        streams=frozenset({"remain", "forget"}), terms=erasediff, combine=_erase, options={"erasediff_eta": 1e-3}
+    ),
+    "neggrad": Method(streams=frozenset({"forget"}), terms=neggrad),
+    "vanilla": Method(streams=frozenset({"remain"}), terms=vanilla),
+    "retrain": Method(streams=frozenset({"remain"}), terms=vanilla, from_scratch=True),
+}
+
+# The model before unlearning is a row of every table, but takes no step.
+PRETRAINED = "pretrained"
+ALL = "all"
+
+
+def get_method(name: str) -> Method:
+    """Returns the entry of `METHODS`, or raises `UserError` with the nearest right name."""
+    check_choice("method", name, METHODS)
+    return METHODS[name]

@@ -1,0 +1,101 @@
+"""What a method is given at each step: clean images with a key each, and how to noise and predict them.
+
+A `Stream` holds a batch of clean images; every example has its own key, made from its global index in the batch, so that the draws are
+the same on one device and on four. A `Context` turns streams into noisy points and predictions; its forward pass is fused.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.diffusion.process import add_noise
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.types import Array, Rng
+from retrack_jax.unlearn import losses
+
+# Each draw of an example has its own fold, so that adding a draw never changes another.
+_TIME, _NOISE, _MASK, _UNIFORM = range(4)
+
+
+@flax.struct.dataclass
+class Stream:
+    """A batch of clean images.
+
+    Attributes:
+      x_0: `[B, H, W, C]` float32, in the space that the network denoises.
+      rngs: `[B]` keys, one an example.
+      neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
+    """
+
+    x_0: Array
+    rngs: Rng
+    neighbors: Array | None = None
+
+    def bernoulli(self, probability: float | Array) -> Array:
+        """Returns bool `[B]`, true with `probability`."""
+        return jax.vmap(lambda rng: jax.random.bernoulli(jax.random.fold_in(rng, _MASK), probability))(self.rngs)
+
+    def uniform(self) -> Array:
+        """Returns draws from U[0, 1) of the images' shape."""
+        shape = self.x_0.shape[1:]
+        return jax.vmap(lambda rng: jax.random.uniform(jax.random.fold_in(rng, _UNIFORM), shape))(self.rngs)
+
+
+@flax.struct.dataclass
+class Noised:
+    """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`."""
+
+    x_t: Array
+    t: Array
+    eps: Array
+    gamma: Array
+    sigma: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method may use besides its streams.
+
+    Attributes:
+      schedule: the noise schedule.
+      eps_fn: `(x_t, t) -> eps_pred`, the parameters being trained closed over.
+      reference_fn: the same with the frozen pretrained parameters, or None.
+      options: the method's hyperparameters (numbers, or traced scalars where they follow a schedule).
+      t_min, t_max: timesteps are drawn uniformly from [t_min, t_max).
+    """
+
+    schedule: Schedule
+    eps_fn: Callable[[Array, Array], Array]
+    options: Mapping[str, float | Array] = field(default_factory=dict)
+    reference_fn: Callable[[Array, Array], Array] | None = None
+    t_min: int = 0
+    t_max: int
+
+    def noise(self, stream: Stream, x_0: Array | None = None) -> Noised:
+        """Draws t and eps for each example of `stream` and noises its images, or `x_0` in their place."""
+        x_0 = stream.x_0 if x_0 is None else x_0
+
+        def draw(rng):
+            t = jax.random.randint(jax.random.fold_in(rng, _TIME), (), self.t_min, self.t_max)
+            return t, jax.random.normal(jax.random.fold_in(rng, _NOISE), x_0.shape[1:])
+
+        t, eps = jax.vmap(draw)(stream.rngs)
+        gamma, sigma = self.schedule.gamma[t], self.schedule.sigma[t]
+        return Noised(x_t=add_noise(x_0, eps, gamma, sigma), t=t, eps=eps, gamma=gamma, sigma=sigma)
+
+    def predict(self, *noised: Noised) -> tuple[Array, ...]:
+        """Returns the prediction at each batch of noisy points, from one forward pass over all of them."""
+        if len(noised) == 1:
+            return (self.eps_fn(noised[0].x_t, noised[0].t),)
+        eps_pred = self.eps_fn(jnp.concatenate([n.x_t for n in noised]), jnp.concatenate([n.t for n in noised]))
+        sizes = [n.x_t.shape[0] for n in noised]
+        return tuple(jnp.split(eps_pred, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]))
+
+    def retain_loss(self, eps_pred: Array, noised: Noised) -> Array:
+        """Returns `[B]`: the vanilla loss, or the distance to the frozen pretrained prediction when distilling."""
+        if self.reference_fn is None:
+            return losses.vanilla(eps_pred, noised.eps)
+        return losses.vanilla(eps_pred, jax.lax.stop_gradient(self.reference_fn(noised.x_t, noised.t)))
