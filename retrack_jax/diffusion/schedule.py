@@ -1,0 +1,221 @@
+"""The noise schedule of a diffusion model as tables over t.
+
+    (1) beta_t        linear:            linspace(beta_start, beta_end, T)
+                      scaled_linear:     linspace(sqrt(beta_start), sqrt(beta_end), T)²
+                      squaredcos_cap_v2: min(1 - f((t+1)/T) / f(t/T), 0.999),  f(s) = cos²((s + 0.008)/1.008 · pi/2)
+    (2) alpha_bar_t = prod_{s <= t} (1 - beta_s)
+    (3) gamma_t     = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
+
+Tables are made in float64 and rounded once; diffusers multiplies in float32, which moves alpha_bar at t = T - 1 by up to 1e-5 of itself.
+A schedule is read from a diffusers `scheduler_config.json` and written back as one.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from retrack_jax.checks import UserError, check_choice, check_int, check_number, suggestion
+from retrack_jax.types import Array
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+VARIANCE_TYPES = ("fixed_small", "fixed_large")
+SPACINGS = ("leading", "trailing", "linspace")
+CLASS_NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+
+_DEFAULTS = {
+    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
+    "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0,
+    "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small", "set_alpha_to_one": True, "skip_prk_steps": False,
+    "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero",
+}  # fmt: skip
+_COMMON = tuple(_DEFAULTS)[:8]
+_DPM_KEYS = tuple(_DEFAULTS)[-5:]
+
+# The keys that each class of diffusers owns beyond the common ones, and its defaults where they differ from the table above. PNDM and
+# DPM-Solver never clip, so without the key a schedule read from their files does not clip with our other samplers either.
+_OWN = {
+    "DDPMScheduler": ("clip_sample", "clip_sample_range", "variance_type"),
+    "DDIMScheduler": ("clip_sample", "clip_sample_range", "set_alpha_to_one"),
+    "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
+    "DPMSolverMultistepScheduler": _DPM_KEYS,
+}
+_CLASS_DEFAULTS = {
+    "PNDMScheduler": {"set_alpha_to_one": False, "clip_sample": False},
+    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
+}
+
+# Read without effect here: they tune options that are off or refused, or are relics of early versions.
+_HARMLESS = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "tensor_format", "timestep_values")
+# Supported at one value only: any other would change what is computed.
+_FIXED = {
+    "thresholding": False, "rescale_betas_zero_snr": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False, "use_dynamic_shifting": False,
+    "algorithm_type": "dpmsolver++", "lambda_min_clipped": -math.inf,
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def alpha_bar_table(
+    beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float, trained_betas: tuple[float, ...] | None = None
+) -> np.ndarray:
+    """Returns alpha_bar, float64 [T], read-only: equations (1) and (2)."""
+    steps = num_train_timesteps
+    if trained_betas is not None:
+        betas = np.asarray(trained_betas, np.float64)
+    elif beta_schedule == "linear":
+        betas = np.linspace(beta_start, beta_end, steps)
+    elif beta_schedule == "scaled_linear":
+        betas = np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
+    else:
+        share = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - share[1:] / share[:-1], 0.999)
+    table = np.cumprod(1 - betas)
+    table.flags.writeable = False
+    return table
+
+
+def _static(default):
+    return struct.field(pytree_node=False, default=default)
+
+
+@struct.dataclass
+class Schedule:
+    """A noise schedule: three tables as leaves, all settings static, so that it passes through `jit`, `pmap` and `scan`.
+
+    Make it with `Schedule.create` or `Schedule.from_config`, never by hand: the tables follow from the settings.
+
+    Attributes:
+      alpha_bar, gamma, sigma: float32 [T], equations (2) and (3).
+      The other names and meanings are those of diffusers' schedulers; `class_name` is the one that `to_config` writes.
+    """
+
+    alpha_bar: Array
+    gamma: Array
+    sigma: Array
+    num_train_timesteps: int = _static(1000)
+    beta_start: float = _static(1e-4)
+    beta_end: float = _static(0.02)
+    beta_schedule: str = _static("linear")
+    trained_betas: tuple[float, ...] | None = _static(None)
+    prediction_type: str = _static("epsilon")
+    timestep_spacing: str = _static("leading")
+    steps_offset: int = _static(0)
+    clip_sample: bool = _static(True)
+    clip_sample_range: float = _static(1.0)
+    variance_type: str = _static("fixed_small")
+    set_alpha_to_one: bool = _static(True)
+    skip_prk_steps: bool = _static(False)
+    solver_order: int = _static(2)
+    solver_type: str = _static("midpoint")
+    lower_order_final: bool = _static(True)
+    euler_at_final: bool = _static(False)
+    final_sigmas_type: str = _static("zero")
+    class_name: str = _static("DDPMScheduler")
+
+    @classmethod
+    def create(cls, *, class_name: str = "DDPMScheduler", **settings) -> "Schedule":
+        """Returns the schedule with diffusers' defaults for `class_name`, changed by `settings`.
+
+        Raises:
+          UserError: a setting with an unknown name, or with a value of the wrong kind or range.
+        """
+        check_choice("scheduler _class_name", class_name, CLASS_NAMES)
+        unknown = [name for name in settings if name not in _DEFAULTS]
+        if unknown:
+            raise UserError(f"the schedule has no setting {unknown[0]!r}{suggestion(unknown[0], _DEFAULTS)}")
+        values = {**_DEFAULTS, **_CLASS_DEFAULTS.get(class_name, {}), **settings}
+        if values["trained_betas"] is not None:
+            values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
+        _check(values)
+        betas = (values[name] for name in ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "trained_betas"))
+        alpha_bar = alpha_bar_table(*betas)
+        tables = (np.float32(table) for table in (alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)))
+        return cls(*(jnp.asarray(table) for table in tables), class_name=class_name, **values)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Schedule":
+        """Returns the schedule that a diffusers `scheduler_config.json` of any version describes.
+
+        Keys that start with an underscore are ignored but for `_class_name` (absent: `DDPMScheduler`); absent keys take that class's
+        defaults; null stands for absent.
+
+        Raises:
+          UserError: a scheduler, an option or a key that is not supported, by name.
+        """
+        config = {key: value for key, value in dict(config).items() if value is not None}
+        class_name = config.get("_class_name", "DDPMScheduler")
+        settings = {}
+        for key, value in config.items():
+            if key == "predict_epsilon":  # diffusers before 0.9
+                settings.setdefault("prediction_type", "epsilon" if value else "sample")
+            elif key in _DEFAULTS:
+                settings[key] = value
+            elif key in _FIXED:
+                if value not in (_FIXED[key], str(_FIXED[key])):
+                    raise UserError(f"the scheduler config sets {key} to {value!r}, which is not supported; only {_FIXED[key]!r} is")
+            elif not key.startswith("_") and key not in _HARMLESS:
+                known = (*_DEFAULTS, *_FIXED, *_HARMLESS)
+                raise UserError(f"the scheduler config has the unknown key {key!r}{suggestion(key, known)}")
+        return cls.create(class_name=class_name, **settings)
+
+    def to_config(self) -> dict:
+        """Returns the `scheduler_config.json` of this schedule: `from_config` of it equals `self` in what the class reads."""
+        config = {"_class_name": self.class_name}
+        for name in _COMMON + _OWN[self.class_name]:
+            value = getattr(self, name)
+            config[name] = list(value) if isinstance(value, tuple) else value
+        if self.class_name in _CLASS_DEFAULTS:  # not that class's own key, but what another scheduler built from the file reads
+            config["clip_sample"] = self.clip_sample
+        return config
+
+    @property
+    def alpha_bar64(self) -> np.ndarray:
+        """alpha_bar in float64 [T] on the host, from the static settings alone: samplers derive their tables from it."""
+        return alpha_bar_table(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas)
+
+    def timesteps(self, num_steps: int, spacing: str | None = None) -> np.ndarray:
+        """Returns the timesteps that a sampler of `num_steps` steps visits: int32 [num_steps], descending.
+
+        With T = 1000 and 50 steps `leading` gives 980, 960, ..., 0 (plus `steps_offset`), `trailing` 999, 979, ..., 19, and `linspace`
+        999, ..., 0. `spacing` defaults to the schedule's own.
+
+        Raises:
+          UserError: more steps than timesteps, or an offset that leaves the table.
+        """
+        total = self.num_train_timesteps
+        spacing = spacing or self.timestep_spacing
+        check_int("the number of sampling steps", num_steps, 1, total)
+        check_choice("timestep_spacing", spacing, SPACINGS)
+        if spacing == "leading":
+            visited = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
+        elif spacing == "trailing":
+            visited = np.round(np.arange(total, 0, -total / num_steps)) - 1
+        else:
+            visited = np.linspace(0, total - 1, num_steps).round()[::-1]
+        if visited[0] >= total:
+            raise UserError(f"{num_steps} steps with steps_offset {self.steps_offset} start at t = {visited[0]}, past {total - 1}; use fewer")
+        return visited.astype(np.int32)
+
+
+def _check(values: dict) -> None:
+    for name, choices in (
+        ("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES), ("variance_type", VARIANCE_TYPES),
+        ("timestep_spacing", SPACINGS), ("solver_type", ("midpoint", "heun")), ("final_sigmas_type", ("zero", "sigma_min")),
+    ):  # fmt: skip
+        check_choice(name, values[name], choices)
+    for name in ("clip_sample", "set_alpha_to_one", "skip_prk_steps", "lower_order_final", "euler_at_final"):
+        if not isinstance(values[name], bool):
+            raise UserError(f"{name} is {values[name]!r}; it must be true or false")
+    check_int("num_train_timesteps", values["num_train_timesteps"], 2)
+    check_int("steps_offset", values["steps_offset"], 0, values["num_train_timesteps"] - 1)
+    check_int("solver_order", values["solver_order"], 1, 2)
+    check_number("clip_sample_range", values["clip_sample_range"], 0.0, above=True)
+    check_number("beta_start", values["beta_start"], 0.0, 1.0, above=True)
+    check_number("beta_end", values["beta_end"], values["beta_start"], 1.0)
+    betas = values["trained_betas"]
+    if betas is not None and (len(betas) != values["num_train_timesteps"] or not all(0 < beta < 1 for beta in betas)):
+        raise UserError(f"trained_betas must hold num_train_timesteps = {values['num_train_timesteps']} numbers in (0, 1), has {len(betas)}")
