@@ -1,0 +1,220 @@
+"""CLIP's RN50 image tower in Flax, with its attention pool, and the reading of OpenAI's weights for both towers.
+
+It differs from the usual ResNet-50: a stem of three convolutions and an average pool, strides done by average pools before 1 x 1
+convolutions, and attention pooling by one query, the mean token. CLIP-IQA leaves the positional embedding of that pool out, so that
+any image size is embedded without resizing; the weights hold one, and it is read and dropped by name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import UserError
+from retrack_jax.models.clip_text import ClipTextEncoder
+from retrack_jax.models.conv import Conv
+from retrack_jax.types import Array, PyTree
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation with stored statistics: (x - mean) / sqrt(var + 1e-5) * scale + bias over the last axis."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+        shape = (x.shape[-1],)
+        scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
+        mean, var = self.param("mean", zeros, shape), self.param("var", ones, shape)
+        factor = scale * jax.lax.rsqrt(var + 1e-5)
+        factor, offset = (jnp.broadcast_to(one, x.shape) for one in (factor, bias - mean * factor))
+        return x * factor + offset
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3, average pool by `stride`, 1 x 1 to four times the width; the shortcut is pooled alike."""
+
+    width: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        one = {"kernel_size": 1, "padding": 0, "use_bias": False}
+        h = nn.relu(FrozenBatchNorm(name="bn1")(Conv(self.width, **one, name="conv1")(x)))
+        h = nn.relu(FrozenBatchNorm(name="bn2")(Conv(self.width, use_bias=False, name="conv2")(h)))
+        h = FrozenBatchNorm(name="bn3")(Conv(4 * self.width, **one, name="conv3")(_pool(h, self.stride)))
+        if self.stride > 1 or x.shape[-1] != 4 * self.width:
+            x = Conv(4 * self.width, **one, name="downsample_0")(_pool(x, self.stride))
+            x = FrozenBatchNorm(name="downsample_1")(x)
+        return nn.relu(h + x)
+
+
+def _pool(x: Array, size: int) -> Array:
+    """Averages squares of `size` x `size`; what does not fill a square at the far edges is left out, as in PyTorch."""
+    batch, height, width, channels = x.shape
+    height, width = height // size, width // size
+    x = x[:, : height * size, : width * size]
+    return x.reshape(batch, height, size, width, size, channels).mean(axis=(2, 4))
+
+
+class AttentionPool(nn.Module):
+    """Attends from the mean token to the mean token and all places: `[B, H, W, C]` to `[B, features]`, without positions."""
+
+    num_heads: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        batch, width = x_BHWC.shape[0], x_BHWC.shape[-1]
+        x_BND = x_BHWC.reshape(batch, -1, width)
+        x_BND = jnp.concatenate([x_BND.mean(axis=1, keepdims=True), x_BND], axis=1)
+        depth = width // self.num_heads
+        # Only the first token's output is used, so only its query is needed.
+        q_BHD = nn.Dense(width, name="q_proj")(x_BND[:, 0]).reshape(batch, self.num_heads, depth)
+        k_BNHD = nn.Dense(width, name="k_proj")(x_BND).reshape(batch, -1, self.num_heads, depth)
+        v_BNHD = nn.Dense(width, name="v_proj")(x_BND).reshape(batch, -1, self.num_heads, depth)
+        weights_BHN = jax.nn.softmax(jnp.einsum("bhd,bnhd->bhn", q_BHD, k_BNHD) * depth**-0.5, axis=-1)
+        mixed_BD = jnp.einsum("bhn,bnhd->bhd", weights_BHN, v_BNHD).reshape(batch, width)
+        return nn.Dense(self.features, name="c_proj")(mixed_BD)
+
+
+class ClipImageTower(nn.Module):
+    """Normalised images `[B, H, W, 3]`, H and W multiples of 32, to features `[B, features]`.
+
+    Attributes:
+      layers: bottlenecks per stage.
+      width: channels of the stem; the last stage has 32 times as many.
+      num_heads: heads of the attention pool.
+      features: size of CLIP's joint space.
+    """
+
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    num_heads: int = 32
+    features: int = 1024
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for index, (features, stride) in enumerate([(self.width // 2, 2), (self.width // 2, 1), (self.width, 1)], start=1):
+            x = Conv(features, strides=stride, use_bias=False, name=f"conv{index}")(x)
+            x = nn.relu(FrozenBatchNorm(name=f"bn{index}")(x))
+        x = _pool(x, 2)
+        for stage, count in enumerate(self.layers):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = Bottleneck(self.width * 2**stage, stride, name=f"layer{stage + 1}_{block}")(x)
+        return AttentionPool(self.num_heads, self.features, name="attnpool")(x)
+
+
+@dataclass(frozen=True)
+class ClipTowers:
+    """Both towers with their parameters."""
+
+    image: ClipImageTower
+    image_params: PyTree
+    text: ClipTextEncoder
+    text_params: PyTree
+
+
+def towers_from_openai(weights: dict[str, np.ndarray]) -> ClipTowers:
+    """Builds both towers from the tensors of OpenAI's `RN50.pt`, by their names in that file; sizes are read from the shapes.
+
+    Raises:
+      UserError: a tensor is missing, left over, or of a shape that does not fit, listed by name; or the file is a ViT's.
+    """
+    if "visual.proj" in weights:
+        raise UserError("these CLIP weights are a ViT's; CLIP-IQA uses RN50 (RN50.pt)")
+    left = {name: np.asarray(value, np.float32) for name, value in weights.items()}
+    for name in ("input_resolution", "context_length", "vocab_size", "logit_scale", "visual.attnpool.positional_embedding"):
+        left.pop(name, None)  # sizes kept as buffers; CLIP-IQA's own scale of 100; positions are not used
+    left = {name: value for name, value in left.items() if not name.endswith("num_batches_tracked")}
+    try:
+        image = ClipImageTower(
+            layers=tuple(_count(left, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+            width=left["visual.conv3.weight"].shape[0],
+            num_heads=left["visual.conv3.weight"].shape[0] * 32 // 64,
+            features=left["text_projection"].shape[1],
+        )
+        vocabulary, hidden = left["token_embedding.weight"].shape
+        text = ClipTextEncoder(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=left["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+            num_hidden_layers=_count(left, "transformer.resblocks."),
+            num_attention_heads=hidden // 64,
+            max_position_embeddings=left["positional_embedding"].shape[0],
+            projection_dim=left["text_projection"].shape[1],
+        )
+    except KeyError as error:
+        raise UserError(f"CLIP weights: no tensor {error.args[0]!r}; expected the tensors of OpenAI's RN50.pt") from error
+    image_params = _fill(image, (jnp.zeros((1, 32, 32, 3)),), left, _image_source)
+    text_params = _fill(text, (jnp.zeros((1, text.max_position_embeddings), jnp.int32),), left, _text_source)
+    if left:
+        raise UserError(f"CLIP weights: {len(left)} tensors are left over, such as {sorted(left)[0]!r}; not an RN50 file")
+    return ClipTowers(image, image_params, text, text_params)
+
+
+def _count(weights: dict, prefix: str) -> int:
+    numbers = {int(name[len(prefix) :].split(".")[0]) for name in weights if name.startswith(prefix)}
+    if not numbers:
+        raise KeyError(f"{prefix}0")
+    return max(numbers) + 1
+
+
+def _fill(module: nn.Module, args: tuple, weights: dict, source) -> PyTree:
+    """Takes from `weights` the parameters of `module`; `source(path)` gives a name and a function from tensor to parameter."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    used = set()
+
+    def take(path, leaf):
+        name, convert = source([key.key for key in path])
+        if name not in weights:
+            raise UserError(f"CLIP weights: no tensor {name!r}; expected the tensors of OpenAI's RN50.pt")
+        value = convert(weights[name])
+        if value.shape != leaf.shape:
+            raise UserError(f"CLIP weights: {name} has shape {weights[name].shape}, which does not fit {leaf.shape}")
+        used.add(name)
+        return jnp.asarray(value)
+
+    params = jax.tree_util.tree_map_with_path(take, shapes)
+    for name in used:  # packed tensors feed several parameters
+        del weights[name]
+    return params
+
+
+def _transposed(value: np.ndarray) -> np.ndarray:
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
+
+
+_IMAGE_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def _image_source(path: list[str]) -> tuple[str, Any]:
+    # layer1_0/downsample_0 -> layer1.0.downsample.0
+    name = ".".join(["visual", *(part.replace("_", ".") if part.startswith(("layer", "down")) else part for part in path[:-1])])
+    return f"{name}.{_IMAGE_LEAVES[path[-1]]}", _transposed if path[-1] == "kernel" else _same
+
+
+_TEXT_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "out_proj": "attn.out_proj"}
+
+
+def _text_source(path: list[str]) -> tuple[str, Any]:
+    leaf = "bias" if path[-1] == "bias" else "weight"
+    if path[0] == "text_projection":
+        return "text_projection", _same  # stored for x @ projection
+    if path[0] == "final_layer_norm":
+        return f"ln_final.{leaf}", _same
+    if path[0] == "embeddings":
+        return ("token_embedding.weight" if path[1] == "token_embedding" else "positional_embedding"), _same
+    block, layer = f"transformer.resblocks.{path[1].removeprefix('layers_')}", path[-2]
+    if layer in ("q_proj", "k_proj", "v_proj"):  # packed one after the other
+        third = "qkv".index(layer[0])
+        pick = (lambda value: np.split(value, 3)[third].T) if leaf == "weight" else (lambda value: np.split(value, 3)[third])
+        return f"{block}.attn.in_proj_{leaf}", pick
+    return f"{block}.{_TEXT_LAYERS[layer]}.{leaf}", _transposed if path[-1] == "kernel" else _same

@@ -1,0 +1,126 @@
+"""What a feature network is to the metrics: a named, digested function from images to features and logits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from retrack_jax.checks import UserError, check
+from retrack_jax.files import array_digest
+from retrack_jax.metrics.arrays import check_images, unit_images
+from retrack_jax.types import PyTree
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """A feature network. Call it with images to get `{"features": [N, D], "logits": [N, C]}` (logits only where it has classes).
+
+    Attributes:
+      name: what results call it, such as `inception-v3-fid`.
+      digest: SHA-256 of its weights (of the file they came from where there is one), which results quote and caches are keyed by.
+      resize: the rule that brings images to the network's size, such as `torchmetrics`, `tf1`, `none`.
+      params: the network's variables.
+      apply_fn: `apply_fn(params, batch) -> dict of arrays`, a pure function on one batch of prepared images.
+      prepare: NumPy function from images `[N, H, W, C]`, uint8 or floats in [0, 1], to what `apply_fn` takes.
+      batch_size: images a call; the last batch is padded, so that one shape is compiled.
+    """
+
+    name: str
+    digest: str
+    resize: str
+    params: PyTree
+    apply_fn: Callable
+    prepare: Callable
+    batch_size: int = 64
+
+    def __post_init__(self):
+        object.__setattr__(self, "_apply", jax.jit(self.apply_fn))
+
+    @property
+    def description(self) -> str:
+        """The name, resize rule and short digest, for provenance."""
+        return f"{self.name} (resize {self.resize}, sha256 {self.digest[:16]})"
+
+    def __call__(self, images, on_batch: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+        """Returns the network's outputs for all images, float32, each with N rows.
+
+        Args:
+          images: `[N, H, W, C]`, uint8 or floats in [0, 1]; a memory map is read one batch at a time.
+          on_batch: called with the number of images done, for a progress bar.
+
+        Raises:
+          UserError: NaN in images, or an image shape that the network does not take.
+        """
+        check(images.ndim == 4 and len(images) > 0, f"images have shape {images.shape}; expected at least one, [N, H, W, C]")
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            block = check_images("images", np.asarray(images[start : start + self.batch_size]))
+            batch = self.prepare(block)
+            missing = self.batch_size - len(batch)
+            if missing:
+                batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+            outputs = self._apply(self.params, batch)
+            parts.append({name: np.asarray(value)[: len(block)] for name, value in outputs.items()})
+            if on_batch is not None:
+                on_batch(start + len(block))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def params_digest(params: PyTree) -> str:
+    """Returns the SHA-256 over names and values of a tree of parameters."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = "".join(jax.tree_util.keystr(path) for path, _ in leaves)
+    return array_digest(np.frombuffer(names.encode(), np.uint8), *[np.asarray(leaf) for _, leaf in leaves])
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """Returns images with three channels; grey ones are repeated. Raises `UserError` for any other number of channels."""
+    channels = images.shape[-1]
+    if channels == 1:
+        return np.repeat(images, 3, axis=-1)
+    check(channels == 3, f"images have {channels} channels; a colour network takes 3, or 1 (grey, repeated)")
+    return images
+
+
+def unit_grey(side: int) -> Callable:
+    """Returns a `prepare` that takes grey images of `side` x `side`, uint8 or floats in [0, 1], to floats in [0, 1]."""
+
+    def prepare(images):
+        if images.shape[1:] != (side, side, 1):
+            raise UserError(f"images are {images.shape[1:]}; this network takes ({side}, {side}, 1)")
+        return unit_images("images", images)
+
+    return prepare
+
+
+def take_weights(network: str, state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Returns the arrays of `state` named in `shapes`, after checking that names and shapes are the same, both ways.
+
+    `num_batches_tracked` counters, which inference does not use, may be there or not.
+
+    Raises:
+      UserError: missing or surplus names, or other shapes: the file is of another network.
+    """
+    given = {name: np.asarray(value) for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    missing, surplus = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
+    if missing or surplus:
+        raise UserError(
+            f"these weights are not of {network}: {len(missing)} names missing {_some(missing)}, "
+            f"{len(surplus)} names unknown {_some(surplus)}; give the file that the docs name"
+        )
+    wrong = [name for name in shapes if given[name].shape != tuple(shapes[name])]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"these weights are not of {network}: {len(wrong)} shapes differ, {name} is {given[name].shape}, "
+            f"expected {tuple(shapes[name])}; give the file that the docs name"
+        )
+    bad = [name for name in shapes if not np.isfinite(given[name]).all()]
+    if bad:
+        raise UserError(f"the weights of {network} hold NaN or infinity in {_some(bad)}; fetch the file again")
+    return {name: given[name] for name in shapes}
+
+
+def _some(names: list[str]) -> str:
+    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

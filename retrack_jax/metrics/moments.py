@@ -1,0 +1,68 @@
+"""Mean and covariance of features as a mergeable accumulator, in float64.
+
+Equations, for two parts a and b with counts n, means m and scatter matrices M = sum_i (x_i - m)(x_i - m)^T:
+    (1)  n = n_a + n_b,   d = m_b - m_a
+    (2)  m = m_a + d n_b / n
+    (3)  M = M_a + M_b + d d^T n_a n_b / n            (Chan, Golub and LeVeque 1983)
+    (4)  covariance = M / (n - 1)
+
+Centring each part before its product keeps the digits that sum(x x^T) - n m m^T would cancel.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrack_jax.checks import UserError, check
+from retrack_jax.metrics.arrays import check_features
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean `[D]` and scatter `[D, D]` of the rows seen so far, all float64. `update` and `merge` return new ones."""
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def empty(cls, num_features: int) -> "Moments":
+        """Returns the accumulator of no rows."""
+        return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
+
+    def update(self, features) -> "Moments":
+        """Returns the accumulator after `features` `[N, D]`. Raises `UserError` for NaN or another D."""
+        features = check_features("features", features).astype(np.float64)
+        check(
+            features.shape[1] == len(self.mean),
+            f"features have {features.shape[1]} dimensions, earlier ones {len(self.mean)}; use one feature network",
+        )
+        mean = features.mean(axis=0)
+        centred = features - mean
+        return self.merge(Moments(len(features), mean, centred.T @ centred))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Returns the accumulator of the rows of both (equations 1 to 3)."""
+        if len(self.mean) != len(other.mean):
+            raise UserError(f"moments of {len(self.mean)} and {len(other.mean)} dimensions do not merge; use one feature network")
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count)
+        return Moments(count, mean, scatter)
+
+    def compute(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the mean `[D]` and the covariance `[D, D]` (equation 4). Raises `UserError` below two rows."""
+        check(self.count >= 2, f"a covariance needs at least 2 images, found {self.count}")
+        return self.mean, self.scatter / (self.count - 1)
+
+
+def moments_of(features, block: int = 4096) -> Moments:
+    """Returns the moments of features `[N, D]`, `block` rows at a time so that the float64 copy stays small."""
+    features = check_features("features", features)
+    moments = Moments.empty(features.shape[1])
+    for start in range(0, len(features), block):
+        moments = moments.update(features[start : start + block])
+    return moments
