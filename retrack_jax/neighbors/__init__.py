@@ -1,1 +1,5 @@
-"""Nearest remaining images of each forgotten image."""
+"""Nearest training images: exact or by ScaNN, and the cache of what was found."""
+
+from retrack_jax.neighbors.search import nearest
+
+__all__ = ["nearest"]
