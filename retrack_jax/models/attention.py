@@ -1,0 +1,84 @@
+"""Group normalisation and attention, as in diffusers' `Attention` with its default processor.
+
+    (1) GroupNorm: y = (x - mean_g) / sqrt(var_g + eps) * scale + bias, over the pixels and channels of group g
+    (2) attention: softmax(q k^T / sqrt(dim_head)) v, for each head; the softmax in float32
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.types import Array
+
+
+class GroupNorm(nn.Module):
+    """Equation (1) over `[B, ..., C]`, C channels in contiguous groups; statistics in float32, result in `dtype`.
+
+    The variance is taken around the mean (two passes), because E[x^2] - E[x]^2 loses the digits that parity with PyTorch needs.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, channels = x.shape[0], x.shape[-1]
+        scale_C = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
+        size = channels // self.num_groups
+        x_BNGD = x.astype(jnp.float32).reshape(batch, -1, self.num_groups, size)
+        mean_B1G1 = jnp.mean(x_BNGD, axis=(1, 3), keepdims=True)
+        centred_BNGD = x_BNGD - mean_B1G1
+        var_B1G1 = jnp.mean(jnp.square(centred_BNGD), axis=(1, 3), keepdims=True)
+        gain_B1GD = jax.lax.rsqrt(var_B1G1 + self.epsilon) * scale_C.reshape(1, 1, self.num_groups, size)
+        y_BNGD = centred_BNGD * gain_B1GD + bias_C.reshape(1, 1, self.num_groups, size)
+        return y_BNGD.reshape(x.shape).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over the pixels of `[B, H, W, C]` or the tokens of `[B, N, C]`; the result has the shape of the input.
+
+    Attributes:
+      heads: number of heads; the inner width is heads * dim_head, whatever C is.
+      dim_head: channels per head.
+      bias: whether to_q, to_k and to_v have a bias (to_out_0 has one always).
+      norm_num_groups: groups of the group norm before it, or None for no norm.
+      eps: the epsilon of that norm.
+      residual_connection: whether the input is added to the result.
+      rescale_output_factor: what the sum is divided by.
+      dtype: the dtype that it computes in; parameters, norm statistics and softmax stay float32.
+    """
+
+    heads: int
+    dim_head: int
+    bias: bool = False
+    norm_num_groups: int | None = None
+    eps: float = 1e-5
+    residual_connection: bool = False
+    rescale_output_factor: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, encoder_hidden_states: Array | None = None) -> Array:
+        """Attends from `x` to `encoder_hidden_states` `[B, M, D]`, or to `x` itself if that is None."""
+        batch, channels = x.shape[0], x.shape[-1]
+        hidden_BNC = x.reshape(batch, -1, channels)
+        if self.norm_num_groups is not None:
+            hidden_BNC = GroupNorm(self.norm_num_groups, self.eps, self.dtype, name="group_norm")(hidden_BNC)
+        context = hidden_BNC if encoder_hidden_states is None else encoder_hidden_states
+        inner = self.heads * self.dim_head
+
+        def project(name: str, y: Array) -> Array:
+            y = nn.Dense(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y)
+            return y.reshape(batch, y.shape[1], self.heads, self.dim_head)
+
+        query, key, value = project("to_q", hidden_BNC), project("to_k", context), project("to_v", context)
+        # It promotes bfloat16 logits to float32 implicitly, which strict promotion refuses (and in the gradient refuses still).
+        with jax.numpy_dtype_promotion("standard"):
+            hidden = jax.nn.dot_product_attention(query, key, value)
+        hidden = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(hidden.reshape(batch, -1, inner))
+        hidden = hidden.reshape(x.shape)
+        if self.residual_connection:
+            hidden = hidden + x.astype(hidden.dtype)
+        return hidden if self.rescale_output_factor == 1.0 else hidden / self.rescale_output_factor

@@ -1,0 +1,105 @@
+"""The residual block and the changes of resolution that all UNets and the autoencoder share."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from retrack_jax.models.attention import GroupNorm
+from retrack_jax.models.conv import Conv
+from retrack_jax.models.embeddings import activation
+from retrack_jax.types import Array
+
+
+def upsample_nearest(x: Array) -> Array:
+    """Doubles height and width of `[B, H, W, C]` by repeating each pixel."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def downsample_mean(x: Array) -> Array:
+    """Halves height and width of `[B, H, W, C]` by the mean of 2 x 2 pixels; an odd last row or column is dropped."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+class Downsample2D(nn.Module):
+    """Halves the resolution by a 3 x 3 convolution of stride 2.
+
+    `padding` is diffusers' `downsample_padding`: pixels of zeros on each side, but 0 means one row below and one column to the right.
+    """
+
+    out_channels: int
+    padding: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        padding = self.padding or ((0, 1), (0, 1))
+        return Conv(self.out_channels, 3, strides=2, padding=padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample2D(nn.Module):
+    """Doubles the resolution by repetition, then a 3 x 3 convolution."""
+
+    out_channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return Conv(self.out_channels, 3, padding=1, dtype=self.dtype, name="conv")(upsample_nearest(x))
+
+
+class ResnetBlock2D(nn.Module):
+    """Norm, activation, convolution, twice, around a shortcut; the time embedding enters between the two.
+
+    Attributes:
+      out_channels: channels of the result; where they differ from the input's the shortcut is a 1 x 1 convolution.
+      groups, eps: of both group norms.
+      non_linearity: name of the activation.
+      time_embedding_norm: "default" adds the projected embedding before the second norm; "scale_shift" scales and shifts after it.
+      output_scale_factor: what the sum with the shortcut is divided by.
+      dropout: rate before the second convolution, from the rng collection "dropout".
+      up, down: change the resolution between the first activation and the first convolution, and on the shortcut.
+      skip_time_act: project the embedding without an activation before.
+      dtype: the dtype that it computes in; parameters and norm statistics stay float32.
+    """
+
+    out_channels: int
+    groups: int = 32
+    eps: float = 1e-6
+    non_linearity: str = "silu"
+    time_embedding_norm: str = "default"
+    output_scale_factor: float = 1.0
+    dropout: float = 0.0
+    up: bool = False
+    down: bool = False
+    skip_time_act: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None = None, deterministic: bool = True) -> Array:
+        """Maps `[B, H, W, C]` and the time embedding `[B, D]` (None where the network has none) to `[B, H', W', out_channels]`."""
+        act = activation(self.non_linearity)
+        hidden = act(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        if self.up:
+            x, hidden = upsample_nearest(x), upsample_nearest(hidden)
+        elif self.down:
+            x, hidden = downsample_mean(x), downsample_mean(hidden)
+        hidden = Conv(self.out_channels, 3, padding=1, dtype=self.dtype, name="conv1")(hidden)
+
+        scale_shift = self.time_embedding_norm == "scale_shift"
+        if temb is not None:
+            temb = temb if self.skip_time_act else act(temb)
+            width = 2 * self.out_channels if scale_shift else self.out_channels
+            temb_B11C = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(temb)[:, None, None, :]
+            if not scale_shift:
+                hidden = hidden + temb_B11C
+        hidden = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(hidden)
+        if temb is not None and scale_shift:
+            scale_B11C, shift_B11C = jnp.split(temb_B11C, 2, axis=-1)
+            hidden = hidden * (1.0 + scale_B11C) + shift_B11C
+
+        hidden = nn.Dropout(self.dropout)(act(hidden), deterministic=deterministic)
+        hidden = Conv(self.out_channels, 3, padding=1, dtype=self.dtype, name="conv2")(hidden)
+        if x.shape[-1] != self.out_channels:
+            x = Conv(self.out_channels, 1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
+        hidden = x.astype(hidden.dtype) + hidden
+        return hidden if self.output_scale_factor == 1.0 else hidden / self.output_scale_factor
