@@ -206,8 +206,8 @@ def siss_weights(x_t, remain, forget, gamma, sigma, mixture):
 
     x_t, remain (a), forget (f) `[B, ...]`; gamma, sigma `[B]`; mixture is lambda, a float in [0, 1]. Limits:
     lambda 0 gives w_a = 1, w_f = exp(d_a - d_f); lambda 1 gives w_a = exp(d_f - d_a), w_f = 1. Between them
-    the weights are at most 1 / (1 - lambda) and 1 / lambda. Only at lambda 0 or 1 can one exceed float64, where
-    the pair is far apart and x_t lies at the image that lambda never noises: it is inf then.
+    the weights are at most 1 / (1 - lambda) and 1 / lambda. Only at lambda 0 or 1 can one exceed
+    float64, when the pair is far apart and x_t lies at the image that lambda never noises: it is inf then.
     """
     log_w_a, log_w_f = siss_log_weights(x_t, remain, forget, gamma, sigma, mixture)
     return np.array([_exp(w) for w in log_w_a.tolist()]), np.array([_exp(w) for w in log_w_f.tolist()])
