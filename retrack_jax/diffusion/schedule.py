@@ -177,6 +177,11 @@ class Schedule:
         """alpha_bar in float64 [T] on the host, from the static settings alone: samplers derive their tables from it."""
         return alpha_bar_table(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas)
 
+    def alpha_bar_at(self, t: np.ndarray, final: float = 1.0) -> np.ndarray:
+        """Returns alpha_bar in float64 at the timesteps `t`, and `final` where t is negative: past the last step, at clean data."""
+        t = np.asarray(t)
+        return np.where(t >= 0, self.alpha_bar64[np.maximum(t, 0)], final)
+
     def timesteps(self, num_steps: int, spacing: str | None = None) -> np.ndarray:
         """Returns the timesteps that a sampler of `num_steps` steps visits: int32 [num_steps], descending.
 

@@ -1,0 +1,46 @@
+"""Deterministic DDIM, "Denoising Diffusion Implicit Models" (arXiv 2010.02502), eta = 0.
+
+With a' = alpha_bar at t' = t - floor(T / num_steps), diffusers' choice even where the timesteps visited are spaced otherwise, the step is
+
+    (1) x_0 = (x_t - sigma_t eps) / gamma_t, clipped to ±clip_sample_range if clip_sample
+    (2) x   = sqrt(a') x_0 + sqrt(1 - a') eps          eps as predicted: clipping x_0 does not change it
+
+Past the last step (t' < 0) a' is 1, or alpha_bar_0 if `set_alpha_to_one` is false. It is the Euler method for the probability-flow ODE in
+sigma/gamma, so of first order.
+"""
+
+import numpy as np
+from flax import struct
+
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
+from retrack_jax.types import Array
+
+
+@struct.dataclass
+class DDIM:
+    """Deterministic DDIM; `num_steps` calls of the network."""
+
+    rows: Rows
+    clip: float | None = struct.field(pytree_node=False, default=None)
+    stochastic = False
+
+    @classmethod
+    def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "DDIM":
+        """Returns the sampler."""
+        t = schedule.timesteps(num_steps, spacing)
+        final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar64[0]
+        now, then = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final)
+        rows = float32_rows(
+            t, gamma=np.sqrt(now), sigma=np.sqrt(1 - now), next_gamma=np.sqrt(then), next_sigma=np.sqrt(1 - then)
+        )
+        return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
+
+    def init(self, x: Array) -> tuple[Array]:
+        """Returns the state (x_t,)."""
+        return (x,)
+
+    def step(self, state: tuple[Array], eps: Array, noise: None, row: dict[str, Array]) -> tuple[Array]:
+        """Returns the state at the next timestep: equations (1) and (2); `noise` is not used."""
+        (x,) = state
+        return (row["next_gamma"] * predict_x0(x, eps, row, self.clip) + row["next_sigma"] * eps,)

@@ -1,0 +1,56 @@
+"""Ancestral sampling, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), over any descending subset of timesteps.
+
+With a = alpha_bar_t, a' = alpha_bar of the next timestep visited (1 after the last) and b = 1 - a/a', the step from t is
+
+    (1) x_0  = (x_t - sigma_t eps) / gamma_t, clipped to ±clip_sample_range if clip_sample
+    (2) mean = sqrt(a') b / (1 - a) x_0 + sqrt(a/a') (1 - a')/(1 - a) x_t
+    (3) x    = mean + std noise,  std² = (1 - a')/(1 - a) b  for fixed_small,  b  for fixed_large;  std = 0 at t = 0
+
+As in diffusers, a last timestep above 0 (steps_offset) keeps its noise: with fixed_large that is visible.
+"""
+
+import numpy as np
+from flax import struct
+
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
+from retrack_jax.types import Array
+
+
+@struct.dataclass
+class DDPM:
+    """Ancestral DDPM; `num_steps` calls of the network."""
+
+    rows: Rows
+    clip: float | None = struct.field(pytree_node=False, default=None)
+    stochastic = True
+
+    @classmethod
+    def create(cls, schedule: Schedule, num_steps: int | None = None, *, spacing: str | None = None) -> "DDPM":
+        """Returns the sampler; without `num_steps` it visits every timestep T - 1, ..., 0, whatever the offset."""
+        if num_steps is None:
+            t = np.arange(schedule.num_train_timesteps)[::-1]
+        else:
+            t = schedule.timesteps(num_steps, spacing)
+        now, then = schedule.alpha_bar_at(t), schedule.alpha_bar_at(np.append(t[1:], -1))
+        beta = 1 - now / then
+        variance = beta if schedule.variance_type == "fixed_large" else np.maximum((1 - then) / (1 - now) * beta, 1e-20)
+        rows = float32_rows(
+            t,
+            gamma=np.sqrt(now),
+            sigma=np.sqrt(1 - now),
+            from_x0=np.sqrt(then) * beta / (1 - now),
+            from_x=np.sqrt(now / then) * (1 - then) / (1 - now),
+            std=np.where(t > 0, np.sqrt(variance), 0.0),
+        )
+        return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
+
+    def init(self, x: Array) -> tuple[Array]:
+        """Returns the state (x_t,)."""
+        return (x,)
+
+    def step(self, state: tuple[Array], eps: Array, noise: Array, row: dict[str, Array]) -> tuple[Array]:
+        """Returns the state at the next timestep: equations (1) to (3)."""
+        (x,) = state
+        x_0 = predict_x0(x, eps, row, self.clip)
+        return (row["from_x0"] * x_0 + row["from_x"] * x + row["std"] * noise,)

@@ -1,0 +1,173 @@
+"""The generation of many images: sharded over devices and processes, resumable at any image.
+
+Image i is keyed by `fold_in(rng, i)` alone: its initial noise and the noise of each of its steps. So it is the same image at any batch
+size, on any number of devices and processes, up to the rounding of sums that the compiler orders by batch shape.
+
+With an `out_dir` each process writes a part file for each batch, `part-FIRST-COUNT.npz`, whole or not at all, with the indices of its
+images and a fingerprint of what they depend on. A later call makes the images that no part of the same fingerprint holds, whatever batch
+size or number of processes made the parts; asking for more images later keeps the first ones.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from retrack_jax import files, parallel
+from retrack_jax.checks import UserError, check_choice, check_int
+from retrack_jax.sampling.loop import Sampler, initial_noise, sample
+from retrack_jax.types import Array, PyTree, Rng
+
+SampleFn = Callable[[PyTree, Rng], Array]
+OUTPUTS = ("float32", "uint8")
+
+
+def make_sample_fn(eps_fn: Callable[..., Array], sampler: Sampler, image_shape: tuple[int, ...]) -> SampleFn:
+    """Returns `sample_fn(params, rngs [B]) -> x_0 [B, *image_shape]` for an unconditional model.
+
+    Args:
+      eps_fn: `eps_fn(params, x_t, t) -> eps`, as from `make_eps_fn`.
+      sampler: from `make_sampler`.
+      image_shape: [H, W, C] of the space that the network denoises.
+    """
+
+    def sample_fn(params: PyTree, rngs: Rng) -> Array:
+        return sample(lambda x, t: eps_fn(params, x, t), initial_noise(rngs, image_shape), rngs, sampler)
+
+    return sample_fn
+
+
+def pmap_sample_fn(sample_fn: SampleFn, *, output: str = "float32") -> Callable[[PyTree, Rng, Array], tuple[Array, Array]]:
+    """Returns the compiled `p_sample` that `generate` takes; make it once for all parameters that share a network and a sampler.
+
+    `p_sample(params, rng, index int32 [devices, b]) -> (images [devices, b, ...], finite bool [devices, b])`. Images are clip(x_0/2 + 1/2, 0, 1)
+    in float32, or floor(255 of it) in uint8.
+
+    Args:
+      sample_fn: `sample_fn(params, rngs [B]) -> [B, H, W, C]` in [-1, 1]. Text embeddings, a decoder and the like go into `params`.
+      output: `float32` or `uint8`.
+    """
+    check_choice("output", output, OUTPUTS)
+
+    def one_device(params: PyTree, rng: Rng, index_B: Array) -> tuple[Array, Array]:
+        x_0 = sample_fn(params, parallel.example_rngs(rng, index_B))
+        finite = jnp.isfinite(x_0).all(axis=tuple(range(1, x_0.ndim)))
+        unit = jnp.clip(x_0.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        return (jnp.floor(unit * 255).astype(jnp.uint8) if output == "uint8" else unit), finite
+
+    return parallel.pmap(one_device, in_axes=(None, None, 0), out_axes=(0, 0))
+
+
+def generate(
+    p_sample: Callable[[PyTree, Rng, Array], tuple[Array, Array]],
+    params: PyTree,
+    *,
+    rng: Rng,
+    num_images: int,
+    batch_size: int,
+    out_dir=None,
+    fingerprint: str = "",
+    first: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Returns images `first`, ..., `first + num_images - 1`, [num_images, H, W, C] in the type of `p_sample`; every process gets all.
+
+    Args:
+      p_sample: from `pmap_sample_fn`.
+      params: its first argument.
+      rng: the key of the run; image i is drawn from `fold_in(rng, i)`.
+      num_images, first: which images.
+      batch_size: images in one call over all devices of all processes; a multiple of their number. The last batch is padded.
+      out_dir: a folder for part files, shared by the processes; needed with several. Without it nothing is kept.
+      fingerprint: a digest of all that the images depend on beside their index: parameters, rng, sampler, output. Parts of another are
+        made anew and replaced.
+      progress: called as `progress(images done, num_images)` after each batch.
+
+    Raises:
+      UserError: a batch size that does not divide; a folder that is not shared or cannot be written; samples that are not finite.
+    """
+    check_int("the number of images", num_images, 1)
+    check_int("the sampling batch size", batch_size, 1)
+    check_int("the first image", first, 0, 2**31 - 1 - num_images)
+    parallel.check_divisible("the sampling batch size", batch_size)
+    if out_dir is None and jax.process_count() > 1:
+        raise UserError("generating with several processes needs a folder that they share; pass out_dir")
+    images = None
+    missing = np.ones(num_images, bool)
+    if out_dir is not None:
+        parallel.barrier("generate: before reading parts")  # no process adds a part while another lists them
+        images, missing = _read_parts(out_dir, fingerprint, first, num_images)
+        if not parallel.all_processes_agree(zlib.crc32(missing.tobytes()) >> 1):
+            raise UserError(f"the processes see different files in {out_dir}; they need a workdir that they share")
+        parallel.barrier("generate: parts read")
+    todo = np.flatnonzero(missing) + first
+    done = num_images - len(todo)
+    if progress:
+        progress(done, num_images)
+    for index, made in _batches(p_sample, params, rng, todo, batch_size):
+        if images is None:
+            images = np.empty((num_images, *made.shape[1:]), made.dtype)
+        images[index - first] = made
+        if out_dir is not None and len(index):
+            name = f"part-{index[0]:09d}-{len(index)}.npz"
+            files.write_npz(epath.Path(out_dir) / name, images=made, index=index, fingerprint=np.array(fingerprint))
+        done = min(done + batch_size, num_images)
+        if progress:
+            progress(done, num_images)
+    if jax.process_count() > 1:
+        parallel.barrier("generate: parts written")
+        images, missing = _read_parts(out_dir, fingerprint, first, num_images)
+        if missing.any():
+            raise UserError(f"{int(missing.sum())} of {num_images} images are missing in {out_dir}; the processes need a workdir that they share")
+    return images
+
+
+def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (index [n], images [n, ...]) of this process's rows of each batch, one batch computing while another is copied."""
+    waiting = None
+    rows = parallel.local_rows(batch_size)
+    for start in range(0, len(todo), batch_size):
+        batch = todo[start : start + batch_size]
+        padded = np.concatenate([batch, np.full(batch_size - len(batch), batch[-1])]).astype(np.int32)
+        index = padded[rows][: max(0, len(batch) - rows.start)]
+        result = p_sample(params, rng, parallel.shard_batch(padded[rows]))
+        if waiting is not None:
+            yield _fetch(*waiting)
+        waiting = index, result
+    if waiting is not None:
+        yield _fetch(*waiting)
+
+
+def _fetch(index: np.ndarray, result: tuple[Array, Array]) -> tuple[np.ndarray, np.ndarray]:
+    images, finite = (rows[: len(index)] for rows in parallel.unshard_batch(result))
+    if not finite.all():
+        raise UserError(
+            f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first; the model has diverged"
+        )
+    return index, images
+
+
+def _read_parts(out_dir, fingerprint: str, first: int, num_images: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """Returns the images that parts hold (None if there are none) and which are missing, bool [num_images]."""
+    images, missing = None, np.ones(num_images, bool)
+    folder = epath.Path(out_dir)
+    if not folder.exists():
+        return images, missing
+    for path in sorted(folder.glob("part-*.npz")):
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
+                if str(part["fingerprint"]) != fingerprint:
+                    continue
+                index, made = part["index"], part["images"]
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is not a part file of whole samples ({error}); delete it and run again") from error
+        inside = (index >= first) & (index < first + num_images)
+        if images is None:
+            images = np.empty((num_images, *made.shape[1:]), made.dtype)
+        images[index[inside] - first] = made[inside]
+        missing[index[inside] - first] = False
+    return images, missing

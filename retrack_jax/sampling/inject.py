@@ -1,0 +1,33 @@
+"""Injection: noise an image to timestep t and denoise it again, the probe of what a model remembers of it (SSCD's protocol)."""
+
+import jax.numpy as jnp
+
+from retrack_jax.checks import check_int
+from retrack_jax.diffusion.process import add_noise
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.sampling.ddpm import DDPM
+from retrack_jax.sampling.loop import initial_noise, sample, start_at
+from retrack_jax.types import Array, EpsFn, Rng
+
+
+def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int = 250) -> Array:
+    """Returns the images [B, ...] that ancestral DDPM makes of `x_0` noised to `t`, on the full schedule: t + 1 calls of the network.
+
+    The official protocol of ReTrack's SSCD: t = 250 and every timestep after it, whatever the steps of the sampler used elsewhere.
+    Traceable; the caller compiles it.
+
+    Args:
+      eps_fn: `eps_fn(x_t [B, ...], t [B]) -> eps`, the parameters closed over.
+      x_0: clean images [B, ...] in the space that the network denoises.
+      rngs: one key an image, [B].
+      schedule: the model's.
+      t: how far to noise, in [0, T).
+
+    Raises:
+      UserError: `t` outside the schedule.
+    """
+    check_int("the injection timestep", t, 0, schedule.num_train_timesteps - 1)
+    batch = x_0.shape[0]
+    gamma_B, sigma_B = (jnp.full((batch,), table[t], x_0.dtype) for table in (schedule.gamma, schedule.sigma))
+    x_t = add_noise(x_0, initial_noise(rngs, x_0.shape[1:]), gamma_B, sigma_B)
+    return sample(eps_fn, x_t, rngs, start_at(DDPM.create(schedule), t))

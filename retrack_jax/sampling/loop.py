@@ -1,0 +1,105 @@
+"""The sampling loop: one scan over precomputed rows of coefficients, for every sampler and any trailing shape.
+
+A sampler is a frozen pytree. What depends on the schedule and the number of steps alone is computed on the host, in float64, when it is
+made, and lies in `rows`: NumPy arrays of length `num_calls`, one row for each call of the network. A sampler has
+
+    rows                        a dict of arrays [num_calls] with at least "t"
+    stochastic                  whether `step` uses its noise
+    init(x)                     -> state, a tuple whose first entry is x_t
+    step(state, eps, noise, row) -> the next state; `noise` is standard normal, shaped as x
+
+so that two samplers of one kind and length share a compiled loop, and a test can feed the noise that another library drew.
+
+Randomness is keyed by image: `rngs` holds one key an image, the initial noise is drawn from its fold with 0 and the noise of step j from
+its fold with j + 1. An image does not depend on who shares its batch.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import UserError
+from retrack_jax.types import Array, EpsFn, PyTree, Rng
+
+Rows = dict[str, np.ndarray]
+
+
+class Sampler(Protocol):
+    """What `sample` asks of a sampler; see the module."""
+
+    rows: Rows
+    stochastic: bool
+
+    def init(self, x: Array) -> tuple[Array, ...]: ...
+
+    def step(self, state: tuple[Array, ...], eps: Array, noise: Array | None, row: dict[str, Array]) -> tuple[Array, ...]: ...
+
+
+@partial(jax.vmap, in_axes=(0, None, None))
+def _normal(rng: Rng, index: Array, shape: tuple[int, ...]) -> Array:
+    return jax.random.normal(jax.random.fold_in(rng, index), shape, jnp.float32)
+
+
+def initial_noise(rngs: Rng, shape: tuple[int, ...]) -> Array:
+    """Returns standard normal noise, float32 [B, *shape], one image for each key in `rngs` [B]: where sampling starts."""
+    return _normal(rngs, 0, tuple(shape))
+
+
+def step_noise(rngs: Rng, step: Array, shape: tuple[int, ...]) -> Array:
+    """Returns the standard normal noise that `sample` gives to step `step` (int, from 0), float32 [B, *shape]."""
+    return _normal(rngs, step + 1, tuple(shape))
+
+
+def sample(eps_fn: EpsFn, x_init: Array, rngs: Rng, sampler: Sampler) -> Array:
+    """Returns samples of x_0 in the space that the network denoises, [B, ...] as `x_init`; traceable, the caller compiles it.
+
+    Args:
+      eps_fn: `eps_fn(x_t [B, ...], t int32 [B]) -> eps`, the parameters closed over; wrap it for classifier-free guidance.
+      x_init: [B, ...] float32, standard normal noise for a sampler that starts at the end of the schedule (`initial_noise`).
+      rngs: one key an image, [B]; unused by deterministic samplers.
+      sampler: from `make_sampler`, or `start_at` of one.
+    """
+
+    def one_call(state: tuple[Array, ...], step_and_row: PyTree):
+        step, row = step_and_row
+        x = state[0]
+        eps = eps_fn(x, jnp.full(x.shape[:1], row["t"])).astype(x.dtype)
+        noise = step_noise(rngs, step, x.shape[1:]).astype(x.dtype) if sampler.stochastic else None
+        return sampler.step(state, eps, noise, row), None
+
+    steps = np.arange(num_calls(sampler), dtype=np.int32)
+    state, _ = jax.lax.scan(one_call, sampler.init(x_init), (steps, sampler.rows))
+    return state[0]
+
+
+def num_calls(sampler: Sampler) -> int:
+    """Returns how many times `sample` calls the network."""
+    return sampler.rows["t"].shape[0]
+
+
+def start_at(sampler: Any, t: int) -> Any:
+    """Returns the sampler that starts at timestep `t` instead of the first, for single-step samplers such as DDPM and DDIM.
+
+    Raises:
+      UserError: the sampler does not visit `t`.
+    """
+    visited = np.asarray(sampler.rows["t"])
+    found = np.flatnonzero(visited == t)
+    if not found.size:
+        raise UserError(f"the sampler does not visit t = {t}; it visits {visited[0]}, {visited[1:2]}, ..., {visited[-1]}")
+    return jax.tree.map(lambda row: row[found[0] :], sampler)
+
+
+def float32_rows(t: np.ndarray, **coefficients: np.ndarray) -> Rows:
+    """Returns rows with `t` as int32 and every coefficient rounded once, from float64 to float32."""
+    rows = {name: np.broadcast_to(np.float32(value), np.shape(t)) for name, value in coefficients.items()}
+    return {"t": np.asarray(t, np.int32), **rows}
+
+
+def predict_x0(x: Array, eps: Array, row: dict[str, Array], clip: float | None) -> Array:
+    """Returns (x_t - sigma eps) / gamma, clipped to [-clip, clip] unless `clip` is None."""
+    x_0 = (x - row["sigma"] * eps) / row["gamma"]
+    return x_0 if clip is None else jnp.clip(x_0, -clip, clip)
