@@ -1,0 +1,154 @@
+"""Config to objects. The config object stops here: everything below takes plain typed arguments."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from retrack_jax import parallel
+from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.train.optimizer import LAM_SCHEDULES, LEARNING_RATE_SCHEDULES, make_ema_decay, make_lam_schedule, make_optimizer
+from retrack_jax.train.step import StepOptions
+from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, Method
+
+MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
+RETAIN_LOSSES = ("standard", "distillation")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises `UserError`, naming the field, the value and the choices, for whatever can be told wrong before anything is loaded."""
+    check_choice("config.method", config.method, (*METHODS, PRETRAINED, ALL))
+    check_choice("config.mode", config.mode, MODES)
+    check(len(config.seeds) > 0, "config.seeds is empty; give at least one, such as --config.seeds=0")
+    for seed in config.seeds:
+        check_int("config.seeds", seed, minimum=0, maximum=2**31 - 1)
+    check(any(target_specs(config)), "config.targets is empty; name what to forget, such as --config.targets=label:7")
+    check_int("config.log_every", config.log_every)
+    check_int("config.checkpoint_every", config.checkpoint_every, minimum=0)
+    check_choice("config.compute.dtype", config.compute.dtype, DTYPES)
+    for stage in ("pretrain", "unlearn"):
+        _check_training(stage, config[stage])
+    _check_unlearning(config.unlearn, config.schedule.num_train_timesteps)
+    sampling = config.sampling
+    check_int("config.sampling.num_steps", sampling.num_steps, maximum=config.schedule.num_train_timesteps)
+    check_int("config.sampling.num_images", sampling.num_images)
+    check_int("config.sampling.batch_size", sampling.batch_size)
+    parallel.check_divisible("config.sampling.batch_size", sampling.batch_size)
+
+
+def _check_training(stage: str, recipe: ConfigDict) -> None:
+    field = f"config.{stage}"
+    check_int(f"{field}.num_steps", recipe.num_steps)
+    check_int(f"{field}.batch_size", recipe.batch_size)
+    check_int(f"{field}.accumulation", recipe.accumulation)
+    check_int(f"{field}.warmup_steps", recipe.warmup_steps, minimum=0)
+    check_choice(f"{field}.learning_rate_schedule", recipe.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
+    check_number(f"{field}.learning_rate", recipe.learning_rate, 0.0, above=True)
+    for name in ("b1", "b2"):
+        check_number(f"{field}.{name}", recipe[name], 0.0, 1.0)
+    for name in ("eps", "weight_decay", "clip_norm"):
+        check_number(f"{field}.{name}", recipe[name], 0.0)
+    parallel.check_divisible(f"{field}.batch_size", recipe.batch_size, recipe.accumulation)
+
+
+def _check_unlearning(recipe: ConfigDict, num_timesteps: int) -> None:
+    check_number("config.unlearn.lam (lambda)", recipe.lam, 0.0, 1.0)
+    check_choice("config.unlearn.lam_schedule", recipe.lam_schedule, LAM_SCHEDULES)
+    if recipe.lam_schedule != "constant":
+        check(recipe.lam_end is not None, "config.unlearn.lam_end is not set; lam_schedule goes from lam to lam_end")
+        check_number("config.unlearn.lam_end", recipe.lam_end, 0.0, 1.0)
+    check_int("config.unlearn.num_neighbors", recipe.num_neighbors)
+    check_choice("config.unlearn.neighbor_backend", recipe.neighbor_backend, ("auto", "scann", "exact"))
+    check_choice("config.unlearn.retain_loss", recipe.retain_loss, RETAIN_LOSSES)
+    check_int("config.unlearn.t_min", recipe.t_min, minimum=0, maximum=num_timesteps - 1)
+    check_int("config.unlearn.t_max", recipe.t_max, minimum=recipe.t_min + 1, maximum=num_timesteps)
+    for name in ("siss_scale", "siss_share", "erasediff_eta"):
+        check_number(f"config.unlearn.{name}", recipe[name], 0.0)
+    check_int("config.unlearn.forget_batch_size", recipe.forget_batch_size, minimum=0)
+    if recipe.forget_batch_size:
+        parallel.check_divisible("config.unlearn.forget_batch_size", recipe.forget_batch_size, recipe.accumulation)
+
+
+def target_specs(config: ConfigDict) -> list[str]:
+    """Returns the targets, one a run; commas inside an entry separate targets as well."""
+    return [spec.strip() for entry in config.targets for spec in str(entry).split(",") if spec.strip()]
+
+
+def effective_config(config: ConfigDict, method: str) -> ConfigDict:
+    """Returns the config of one method's run: under `all`, each method takes its own recipe."""
+    one = config.copy_and_resolve_references()
+    one.unlock()
+    if config.method == ALL and method in config.recipes:
+        one.unlearn.update(config.recipes[method])
+    one.method = method
+    del one.recipes
+    one.lock()
+    return one
+
+
+def schedule_from(config: ConfigDict, checkpoint_schedule: dict | None) -> Schedule:
+    """Returns the checkpoint's own schedule where it has one, else the config's."""
+    return Schedule.from_config(checkpoint_schedule or config.schedule.to_dict())
+
+
+def optimizer_from(recipe: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer of `config.pretrain` or `config.unlearn`."""
+    return make_optimizer(
+        learning_rate=recipe.learning_rate,
+        num_steps=recipe.num_steps,
+        b1=recipe.b1,
+        b2=recipe.b2,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        schedule=recipe.learning_rate_schedule,
+        warmup_steps=recipe.warmup_steps,
+    )
+
+
+def ema_decay_from(recipe: ConfigDict):
+    """Returns `step -> decay` of `config.pretrain`, or None where it keeps no moving average."""
+    if not recipe.ema_max_decay:
+        return None
+    return make_ema_decay(power=recipe.ema_power, inv_gamma=recipe.ema_inv_gamma, max_decay=recipe.ema_max_decay)
+
+
+def unlearn_options_from(recipe: ConfigDict, method: Method, num_timesteps: int, dropout: bool) -> StepOptions:
+    """Returns how a step of `config.unlearn` runs."""
+    lam_fn = None
+    if recipe.lam_schedule != "constant":
+        lam_fn = make_lam_schedule(recipe.lam, recipe.lam_end, recipe.num_steps, recipe.lam_schedule)
+    return StepOptions(
+        options={name: recipe[name] for name in method.options},
+        lam_fn=lam_fn,
+        accumulation=recipe.accumulation,
+        t_min=recipe.t_min,
+        t_max=min(recipe.t_max, num_timesteps),
+        distill=recipe.retain_loss == "distillation",
+        dropout=dropout,
+    )
+
+
+def pretrain_options_from(recipe: ConfigDict, num_timesteps: int, dropout: bool) -> StepOptions:
+    """Returns how a step of `config.pretrain` runs."""
+    return StepOptions(accumulation=recipe.accumulation, t_max=num_timesteps, dropout=dropout)
+
+
+def forget_batch_size(recipe: ConfigDict, method: Method) -> int:
+    """Returns how many forgotten images a step takes; methods that pair them with remaining ones need as many of both."""
+    if "forget" not in method.streams:
+        return 0
+    size = recipe.forget_batch_size or recipe.batch_size
+    if method.paired and size != recipe.batch_size:
+        raise UserError(
+            f"config.unlearn.forget_batch_size is {size}, but this method pairs forgotten with remaining images; "
+            f"use {recipe.batch_size}, the batch size, or 0"
+        )
+    return size
+
+
+def num_parameters(params) -> int:
+    """Returns the number of values in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,121 @@
+"""The workdir: where each thing lies, whose run it holds, and the one process at a time that may write there.
+
+    pretrained/                 checkpoints/ samples.npz metrics-TARGET.json diffusers/
+    retrained/seed0-TARGET/     checkpoints/
+    METHOD/seed0-TARGET/        config.json metrics.json log.jsonl samples.npz samples.png checkpoints/ report.html diffusers/
+    summary.json report.html
+"""
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Mapping
+
+from etils import epath
+
+from retrack_jax import files, parallel
+from retrack_jax.checks import UserError, check
+
+PRETRAINED, RETRAINED = "pretrained", "retrained"
+
+# Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save.
+_FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes"}
+_FREE_NESTED = {"data.cache_dir", "data.dir", "eval.weights_dir"}
+
+
+class Workdir:
+    """The folder or `gs://` address that holds every file of an experiment.
+
+    Args:
+      root: its address; made if absent.
+
+    Raises:
+      UserError: it cannot be made or written, or (several processes) it is not shared by all of them.
+    """
+
+    def __init__(self, root):
+        self.root = epath.Path(os.path.expanduser(root)) if "://" not in str(root) else epath.Path(root)
+        if "://" not in str(root):
+            self.root = epath.Path(self.root.absolute())
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            check(self.root.is_dir(), f"--workdir {self.root} is a file; choose a folder")
+            if parallel.is_main_process():
+                probe = self.root / f".probe-{os.getpid()}"
+                probe.write_text("")
+                probe.unlink()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--workdir {self.root} is not a folder, or a file lies in its place; choose another") from error
+        except OSError as error:
+            raise UserError(f"--workdir {self.root} cannot be written ({error.strerror or error}); choose another") from error
+        self._check_shared()
+
+    @property
+    def pretrained(self) -> epath.Path:
+        """The folder of the model before unlearning."""
+        return self.root / PRETRAINED
+
+    def retrained(self, seed: int, slug: str) -> epath.Path:
+        """The folder of the model retrained without the target's images."""
+        return self.root / RETRAINED / f"seed{seed}-{slug}"
+
+    def run(self, method: str, seed: int, slug: str) -> epath.Path:
+        """The folder of one run."""
+        return self.root / method / f"seed{seed}-{slug}"
+
+    def claim(self, folder: epath.Path, config: Mapping) -> None:
+        """Writes `config` to `folder/config.json`, or checks that what lies there is the same run.
+
+        Raises:
+          UserError: the folder holds a run of another config; the message says which fields differ.
+        """
+        path = folder / "config.json"
+        if path.exists():
+            differing = _differences(files.read_json(path), json.loads(json.dumps(config)))
+            if differing:
+                shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
+                more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+                raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
+        elif parallel.is_main_process():
+            files.write_json(path, config)
+
+    def _check_shared(self) -> None:
+        """Refuses a workdir that the processes do not share: process 0 writes a token and all must read it."""
+        import jax
+
+        if jax.process_count() == 1:
+            return
+        path = self.root / ".shared-token"
+        if parallel.is_main_process():
+            path.write_text(uuid.uuid4().hex)
+        parallel.barrier("workdir token written")
+        token = path.read_text() if path.exists() else f"process {jax.process_index()} sees none"
+        agree = parallel.all_processes_agree(zlib.crc32(token.encode()) >> 1)
+        parallel.barrier("workdir token read")
+        if parallel.is_main_process():
+            path.unlink(missing_ok=True)
+        if not agree:
+            raise UserError(f"--workdir {self.root} is not shared by all processes; give a folder on a shared disk or a gs:// address")
+
+
+def comparable(config: Mapping, *, model_only: bool = False) -> dict:
+    """Returns the part of a config (a plain dict) that a run's results depend on; `model_only`: without the unlearning recipe."""
+    left_out = _FREE - {"method"} | ({"unlearn", "method"} if model_only else set())
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    for name in _FREE_NESTED:
+        group, field = name.split(".")
+        if group in kept:
+            kept[group] = {key: value for key, value in kept[group].items() if key != field}
+    return kept
+
+
+def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str, object, object]]:
+    found = []
+    for name in sorted({*old, *new}):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += _differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            found.append((prefix + name, before, now))
+    return found
