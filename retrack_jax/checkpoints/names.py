@@ -11,7 +11,8 @@ The Flax tree is the reference: from its shapes follow the names and shapes that
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,17 +128,26 @@ def from_torch(
     return traverse_util.unflatten_dict(params)
 
 
-def to_torch(params: PyTree, *, table: RenameTable = DIFFUSERS) -> Iterator[tuple[str, tuple[int, ...], PyTree]]:
-    """Yields (PyTorch name, PyTorch shape, function that returns the C-contiguous array), sorted by name."""
+class TorchTensor(NamedTuple):
+    """A parameter as PyTorch names and lays it out; `read()` returns the C-contiguous array."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def to_torch(params: PyTree, *, table: RenameTable = DIFFUSERS) -> Iterator[TorchTensor]:
+    """Yields the parameters, sorted by PyTorch's names; no array is copied before its `read()`."""
     flat = traverse_util.flatten_dict(params)
     for name, path in sorted((table.torch_name(path), path) for path in flat):
         leaf = flat[path]
         axes = torch_axes(path, leaf.ndim)
 
         def read(leaf=leaf, axes=axes) -> np.ndarray:
-            return np.ascontiguousarray(np.asarray(jax.device_get(leaf)).transpose(axes))
+            return np.ascontiguousarray(np.asarray(leaf).transpose(axes))
 
-        yield name, tuple(leaf.shape[axis] for axis in axes), read
+        yield TorchTensor(name, np.dtype(leaf.dtype), tuple(leaf.shape[axis] for axis in axes), read)
 
 
 def _listed(kind: str, names: list[str]) -> str:

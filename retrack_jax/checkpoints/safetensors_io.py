@@ -12,7 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from retrack_jax.checkpoints.names import TorchTensor
 from retrack_jax.checks import UserError
 from retrack_jax.files import read_json
 
@@ -146,21 +148,15 @@ class ShardedFile(Mapping[str, np.ndarray]):
         return len(self._shards)
 
 
-def write_safetensors(path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
-    """Writes tensors, given as (name, dtype, shape, function that returns the array), to the new file `path`.
-
-    Each array is asked for when it is its turn and then let go. The metadata says `{"format": "pt"}`, which diffusers insists on.
-    """
+def write_safetensors(path, tensors: Iterable[TorchTensor]) -> None:
+    """Writes `tensors` to the new file `path`, one at a time; the metadata says `{"format": "pt"}`, which diffusers insists on."""
     tensors, header, end = list(tensors), {"__metadata__": {"format": "pt"}}, 0
-    for name, dtype, shape, _ in tensors:
-        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    for tensor in tensors:
+        begin, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values start at a multiple of 8
-    with open(path, "wb") as file:
+    with epath.Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, dtype, shape, read in tensors:
-            array = read()
-            if array.dtype != np.dtype(dtype) or array.shape != tuple(shape):
-                raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for tensor in tensors:
+            file.write(tensor.read().reshape(-1).view(np.uint8).data)

@@ -1,0 +1,129 @@
+"""Flax parameters back to a folder that diffusers' `from_pretrained` reads."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, to_torch
+from retrack_jax.checkpoints.safetensors_io import write_safetensors
+from retrack_jax.checks import UserError
+from retrack_jax.files import write_bytes, write_json, write_text, write_whole
+from retrack_jax.types import PyTree
+
+# In the model card of every export: it marks a folder as ours to replace. Any other folder with content is left alone.
+_HEADING = "## Exported by retrack_jax"
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def export_diffusers(
+    path, module, params: PyTree, *, schedule=None, source=None, note: str | None = None, table: RenameTable = DIFFUSERS
+) -> None:
+    """Writes `config.json`, the weights as safetensors and a model card; the folder appears whole or not at all.
+
+    With a schedule, `scheduler/scheduler_config.json` is written too, and for a UNet2D a `model_index.json`: then the folder is also a
+    pipeline that `DDPMPipeline.from_pretrained` reads.
+
+    Args:
+      path: a folder that does not exist, is empty, or is an earlier export, which is replaced. May be a `gs://` address, where the
+        config goes last and without it the folder is no model.
+      module: the network, with `to_config()`.
+      params: its parameters; their dtypes are kept.
+      schedule: a `Schedule`, or a dict as in `scheduler_config.json`.
+      source: the folder that the model came from; its licence files and model card are copied along, the card with `note` below.
+      note: what was forgotten and how, for the model card.
+      table: the spelling of the parameters' names.
+
+    Raises:
+      UserError: `path` is `source` or holds something else, or cannot be written; or there is no `source`.
+    """
+    path = epath.Path(path)
+    _check_replaceable(path, source)
+    files: dict[str, Any] = {"README.md": _card(source, note)} | _licences(source)
+    config = module.to_config()
+    if schedule is not None:
+        scheduler = {"_class_name": "DDPMScheduler"} | (schedule if isinstance(schedule, dict) else schedule.to_config())
+        files["scheduler/scheduler_config.json"] = scheduler
+        if config.get("_class_name") == "UNet2DModel":
+            files["model_index.json"] = {
+                "_class_name": "DDPMPipeline",
+                "scheduler": ["diffusers", scheduler["_class_name"]],
+                "unet": ["diffusers", "UNet2DModel"],
+            }
+    files["config.json"] = config
+
+    if "://" in str(path):
+        _write_folder(path, files, params, table)
+        return
+    folder = Path(path).with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_folder(folder, files, params, table)
+        _move_into_place(folder, Path(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_folder(folder, files: dict[str, Any], params: PyTree, table: RenameTable) -> None:
+    folder = epath.Path(folder)
+    write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params, table=table)))
+    writers = {str: write_text, bytes: write_bytes, dict: write_json}
+    for name, content in files.items():
+        writers[type(content)](folder / name, content)
+
+
+def _move_into_place(folder: Path, path: Path) -> None:
+    """Renames `folder` to `path`; what is there steps aside and comes back if that fails."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(aside)
+    try:
+        folder.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(path, source) -> None:
+    if source is not None and not Path(source).is_dir():
+        raise UserError(f"no folder {source}, where the model should have come from")
+    if source is not None and Path(source).resolve() == Path(path).resolve():
+        raise UserError(f"{path} is the folder that the model came from; export to another")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; export to a folder")
+    card = path / "README.md"
+    if any(path.iterdir()) and not (card.exists() and _HEADING in card.read_text()):
+        raise UserError(f"{path} holds something that is no export of retrack_jax; remove it or choose another folder")
+
+
+def _source_folders(source) -> list[Path]:
+    """The model's own folder and, where that is a part of a pipeline, the pipeline's: licence and card may lie in either."""
+    if source is None:
+        return []
+    source = Path(source)
+    parent = source.resolve().parent
+    return [source, parent] if (parent / "model_index.json").is_file() else [source]
+
+
+def _licences(source) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for folder in _source_folders(source):
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name.upper().startswith(_LICENCES):
+                found.setdefault(file.name, file.read_bytes())
+    return found
+
+
+def _card(source, note: str | None) -> str:
+    cards = [folder / "README.md" for folder in _source_folders(source)]
+    text = next((card.read_text() for card in cards if card.is_file()), "# Model card\n")
+    return f"{text.rstrip()}\n\n{_HEADING}\n\n{note or 'No note was given on how this model differs from its source.'}\n"
