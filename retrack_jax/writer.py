@@ -1,8 +1,8 @@
 """Scalars to `log.jsonl` and progress to the screen, from process 0 only.
 
-`log.jsonl` holds one JSON object a line: `{"step": 50, "time": 1760000000.123, "train_loss": 4.2}`. Steps never fall from one line
-to the next. Each line is flushed as it is written, so any exit, kill -9 included, loses at most the line being written, and that
-broken tail is cut when the file is opened again. Names carry a prefix (`train_`, `eval_`).
+`log.jsonl` holds one JSON object a line: `{"step": 50, "time": 1760000000.123, "train_loss": 4.2}`. Steps never fall from one
+line to the next. Each line is flushed as it is written, so any exit, kill -9 included, loses at most the line being written, and
+that broken tail is cut when the file is opened again. Names carry a prefix (`train_`, `eval_`).
 """
 
 import json
@@ -45,7 +45,7 @@ class Writer:
         return step % self._every == 0
 
     def scalars(self, step: int, values: Mapping[str, float], *, force: bool = False) -> None:
-        """Records `values` (floats, or what `float` takes) for `step`, if it is due or `force`. Non-finite ones become strings."""
+        """Records `values` (floats, or what `float` takes) for `step`, if due or `force`. Non-finite ones become strings."""
         if not self._is_main or not (force or self.due(step)):
             return
         record = {"step": int(step), "time": round(time.time(), 3)}
@@ -62,7 +62,7 @@ class Writer:
         if not self._is_main:
             return
         if self._remote:
-            self._lines, self._changed = [line for line in self._lines if json.loads(line)["step"] <= step], True
+            self._lines, self._changed = ([line for line in self._lines if json.loads(line)["step"] <= step], True)
         else:
             self._guarded(lambda: self._cut(lambda record: record["step"] <= step))
 

@@ -1,0 +1,125 @@
+"""The tables of a run and of a comparison, as plain rows and as text; the page and the terminal print the same cells."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from retrack_jax.report.catalogue import METHODS, Metric, describe, frequency_bound, method_label, order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One metric of a run: values as text, None where that model has none."""
+
+    name: str
+    before: str | None
+    after: str | None
+    retrained: str | None
+    gap: str | None  # after minus retrained
+    verdict: str  # "better", "worse" or "": after against before, by the metric's direction
+
+
+def before_after_rows(metrics: Mapping) -> list[Row]:
+    """Returns a row per metric of a run's `metrics.json`."""
+    parts = [metrics.get(part) or {} for part in ("pretrained", "unlearned", "retrained")]
+    num_samples = (metrics.get("provenance") or {}).get("num_samples")
+    rows = []
+    for name in order([name for part in parts for name in part]):
+        metric = describe(name)
+        before, after, gold = (part.get(name) for part in parts)
+        verdict = ""
+        if metric.better and _numbers(before, after) and before != after:
+            verdict = "better" if (after < before) == (metric.better == "lower") else "worse"
+        gap = None
+        if _numbers(after, gold):
+            gap = signed(metric, after - gold)
+        texts = [None if value is None else with_bound(name, value, num_samples) for value in (before, after, gold)]
+        rows.append(Row(name=name, before=texts[0], after=texts[1], retrained=texts[2], gap=gap, verdict=verdict))
+    return rows
+
+
+def with_bound(name: str, value, num_samples: int | None) -> str:
+    """Returns the metric as text; a frequency of 0 with the 95% bound that so many samples give."""
+    text = describe(name).text(value)
+    if name == "frequency" and value == 0 and num_samples:
+        return f"0 (< {100 * frequency_bound(num_samples):.2f}%)"
+    return text
+
+
+def signed(metric: Metric, gap: float) -> str:
+    """Returns a difference with its sign, without one where it shows as zero."""
+    text = metric.text(abs(gap))
+    return text if not any(digit in "123456789" for digit in text) else f"{'+' if gap > 0 else '−'}{text}"
+
+
+def before_after_text(metrics: Mapping) -> str:
+    """Returns the before/after table that the command prints at its end."""
+    rows = before_after_rows(metrics)
+    columns = [("", [describe(row.name).label for row in rows])]
+    after = f"after {method_label(metrics.get('method', 'unlearning'))}"
+    for heading, field in (("before", "before"), (after, "after"), ("retrained", "retrained")):
+        cells = [getattr(row, field) for row in rows]
+        if any(cells):
+            columns.append((heading, [cell or "–" for cell in cells]))
+    return text_table(columns)
+
+
+def method_order(methods) -> list[str]:
+    """Returns `methods`, the two references first, then in the order of the catalogue, then unknown ones."""
+    return [m for m in METHODS if m in methods] + [m for m in methods if m not in METHODS]
+
+
+def comparison_columns(summary: Mapping) -> list[str]:
+    """Returns the metrics that the comparison shows: `headline` if the summary names them, else all that any method has."""
+    names = [name for entry in summary["methods"].values() for name in entry.get("metrics", {})]
+    return [name for name in summary["headline"] if name in names] if summary.get("headline") else order(names)
+
+
+def comparison_cell(entry: Mapping, name: str) -> str | None:
+    """Returns `12.31 ± 0.20` of one method and metric, or None where it has none."""
+    value = entry.get("metrics", {}).get(name)
+    return None if value is None else describe(name).spread(value["mean"], value.get("std"))
+
+
+def comparison_text(summary: Mapping, *, markdown: bool = False) -> str:
+    """Returns the comparison across methods, mean ± standard deviation over runs, for the terminal or for a README."""
+    methods = method_order(summary["methods"])
+    entries = [summary["methods"][method] for method in methods]
+    columns = [("method", [method_label(method) for method in methods]), ("runs", [str(entry["runs"]) for entry in entries])]
+    for name in comparison_columns(summary):
+        columns.append((_heading(name), [comparison_cell(entry, name) or "–" for entry in entries]))
+    if any(entry.get("unlearn_seconds") for entry in entries):
+        columns.append(("seconds", [seconds_text(entry.get("unlearn_seconds")) or "–" for entry in entries]))
+    return text_table(columns, markdown=markdown)
+
+
+def seconds_text(value: Mapping | None) -> str | None:
+    """Returns mean seconds as text, or None."""
+    if not value:
+        return None
+    return f"{value['mean']:.1f}" if value["mean"] < 100 else f"{value['mean']:,.0f}"
+
+
+def arrow(name: str) -> str:
+    """Returns ↓ where lower is better, ↑ where higher is, else nothing."""
+    return {"lower": "↓", "higher": "↑"}.get(describe(name).better, "")
+
+
+def _heading(name: str) -> str:
+    return f"{describe(name).label} {arrow(name)}".strip()
+
+
+def text_table(columns: Sequence[tuple[str, Sequence[str]]], *, markdown: bool = False) -> str:
+    """Returns columns of (heading, cells) as aligned text, the first column to the left and the rest to the right."""
+    widths = [max(len(heading), *(len(cell) for cell in cells), 3) for heading, cells in columns]
+
+    def line(cells):
+        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + (":" if markdown else "-") for i, w in enumerate(widths)]
+    rows = zip(*(cells for _, cells in columns), strict=True)
+    return "\n".join([line([heading for heading, _ in columns]), line(rule), *(line(row) for row in rows)])
+
+
+def _numbers(*values) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)

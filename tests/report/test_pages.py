@@ -1,0 +1,201 @@
+"""The pages hold every number they were given, need no network, and are the same bytes for the same inputs."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.files import write_npz
+from retrack_jax.report.comparison import comparison_report, scatter_points
+from retrack_jax.report.html import run_report
+from retrack_jax.report.stored import first_images
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1), np.uint8)
+MASK = np.arange(80) % 20 == 3
+METRICS = {
+    "config": {"name": "digits", "nested": {"x": 1}},
+    "method": "retrack",
+    "seed": 0,
+    "target": "<script>alert(1)</script>",
+    "steps": 50,
+    "unlearn_seconds": 9.31,
+    "pretrained": {"frequency": 0.05, "fid": 6.0},
+    "unlearned": {"frequency": 0.0, "fid": 6.5},
+    "retrained": {"fid": 6.25},
+    "provenance": {"num_samples": 2000, "versions": {"jax": "0.10.2"}, "absent": {"sscd": "no weights & no network"}},
+}
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and gathers text, addresses and headings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.links, self.tags, self.alts = [], "", [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.alts += [dict(attrs).get("alt")] if tag == "img" else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data if self.open and self.open[-1] != "style" else ""
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    (tmp_path / "log.jsonl").write_text(
+        "".join(json.dumps({"step": i, "time": 1.0, "train_loss": 1 / (i + 1)}) + "\n" for i in range(90))
+    )
+    write_npz(tmp_path / "samples.npz", samples=IMAGES)
+    return tmp_path
+
+
+def full_report(run_dir):
+    return run_report(
+        run_dir,
+        before=IMAGES,
+        marked_before=MASK,
+        after=IMAGES[::-1].copy(),
+        marked_after=np.zeros(80, bool),
+        mark_name="T-shirt",
+        forgotten=IMAGES[:1],
+        neighbors=IMAGES[None, 1:4],
+        distances=np.array([[3.0, 3.25, 4.5]]),
+    )
+
+
+def test_run_page_is_whole_self_contained_and_safe(run_dir):
+    page = Page(full_report(run_dir).read_text())
+    assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    assert all(page.alts)
+    for words in (
+        "4 of 80 samples",
+        "0 (< 0.15%)",
+        "6.50",
+        "+0.25",
+        "no weights & no network",
+        "versions.jax",
+        "3.25",
+        "50 unlearning steps in 9.3 s",
+    ):
+        assert words in page.text, words
+    assert "nested" in page.text and page.tags.count("svg") == 1
+    assert {file.name for file in run_dir.iterdir()} == {"metrics.json", "log.jsonl", "samples.npz", "samples.png", "report.html"}
+
+
+def test_same_inputs_give_the_same_bytes(run_dir):
+    first = full_report(run_dir).read_bytes(), (run_dir / "samples.png").read_bytes()
+    assert first == (full_report(run_dir).read_bytes(), (run_dir / "samples.png").read_bytes())
+
+
+def test_run_page_from_files_alone(run_dir):
+    (run_dir / "log.jsonl").unlink()
+    page = Page(run_report(run_dir).read_text())
+    assert "After: ReTrack" in page.text and "Before" not in page.text and "Training curves" not in page.text
+
+
+def test_run_page_of_two_prompts(run_dir):
+    photos = np.random.default_rng(1).integers(0, 256, (3, 96, 96, 3), np.uint8)
+    write_npz(run_dir / "samples.npz", original=photos, modified=photos)
+    page = Page(run_report(run_dir, before={"original": photos, "modified": photos}).read_text())
+    assert "Original prompt" in page.text and "Modified prompt" in page.text
+    assert sum(link.startswith("data:image/webp") for link in page.links) == 4
+
+
+def test_missing_or_broken_files_are_one_line(run_dir):
+    (run_dir / "samples.npz").write_bytes((run_dir / "samples.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match="samples.npz is not a whole"):
+        run_report(run_dir)
+    (run_dir / "metrics.json").unlink()
+    with pytest.raises(UserError, match="no file .*metrics.json"):
+        run_report(run_dir)
+
+
+def test_first_images_reads_rows_and_skips_floats(tmp_path):
+    write_npz(tmp_path / "s.npz", samples=IMAGES, floats=IMAGES / np.float32(255))
+    read = first_images(tmp_path / "s.npz", 5)
+    assert list(read) == ["samples"]
+    np.testing.assert_array_equal(read["samples"], IMAGES[:5])
+    assert len(first_images(tmp_path / "s.npz", 500)["samples"]) == 80
+    assert first_images(tmp_path / "none.npz", 5) == {}
+
+
+def stats(mean, std=None, runs=1):
+    return {"mean": mean, "std": std, "runs": runs}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    methods = {
+        "pretrained": {"runs": 1, "metrics": {"frequency": stats(0.05), "fid": stats(6.0)}},
+        "retrain": {"runs": 3, "metrics": {"frequency": stats(0.0, 0.0, 3), "fid": stats(6.2, 0.3, 3)}},
+        "retrack": {
+            "runs": 3,
+            "metrics": {"frequency": stats(0.0, 0.0, 3), "fid": stats(6.4, 0.4, 3)},
+            "unlearn_seconds": stats(9.5, 0.1, 3),
+        },
+        "neggrad": {"runs": 3, "metrics": {"frequency": stats(0.0, 0.0, 3), "fid": stats(212.0, 9.0, 3)}},
+    }
+    summary = {"methods": methods, "absent": {"kid": "too few samples"}, "provenance": {"seeds": [0, 1, 2]}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "retrack" / "seed0-t").mkdir(parents=True)
+    (tmp_path / "retrack" / "seed0-t" / "report.html").write_text("x")
+    return tmp_path
+
+
+def test_comparison_page_is_whole_and_complete(workdir):
+    samples = {method: IMAGES for method in ("retrack", "pretrained", "neggrad", "retrain")}
+    path = comparison_report(workdir, samples=samples, marked={"pretrained": MASK, "retrack": ~MASK}, mark_name="T-shirt")
+    page = Page(path.read_text())
+    assert [link for link in page.links if not link.startswith("data:image/")] == ["retrack/seed0-t/report.html"]
+    assert page.tags.count("svg") == 2 and "without NegGrad" in page.text  # the plot and its close-up
+    for words in (
+        "6.40 ± 0.40",
+        "212.00 ± 9.00",
+        "+205.80",
+        "+0.20 ✓",
+        "too few samples",
+        "0, 1, 2",
+        "4 of 80 samples are the T-shirt",
+        "9.5",
+    ):
+        assert words in page.text, words
+    assert page.text.index("Pretrained") < page.text.index("Retrain") < page.text.index("NegGrad")
+    assert (workdir / "comparison.svg").read_text().startswith("<svg")
+
+
+def test_comparison_without_pictures_or_retrain(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    del summary["methods"]["retrain"]
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    page = Page(comparison_report(workdir).read_text())
+    assert "Distance to the retrained model" not in page.text and "img" not in page.tags
+
+
+def test_scatter_pairs_leave_out_what_has_no_direction():
+    entry = {
+        "runs": 1,
+        "metrics": {
+            name: stats(0.5) for name in ("membership_auc", "fid", "sscd", "kid", "success_rate_original", "clip_iqa_modified")
+        },
+    }
+    pairs = [pair for pair, _ in scatter_points({"methods": {"a": entry, "b": entry}}, most=99)]
+    assert pairs[0] == ("sscd", "fid") and ("sscd", "kid") in pairs
+    assert not any("membership" in name for pair in pairs for name in pair)
+    assert ("success_rate_original", "clip_iqa_modified") not in pairs

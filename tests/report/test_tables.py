@@ -1,0 +1,72 @@
+"""Cells say what the numbers are, and never that something is better because it is different."""
+
+from retrack_jax.report.catalogue import describe, frequency_bound, order
+from retrack_jax.report.tables import before_after_rows, before_after_text, comparison_columns, comparison_text, signed
+
+METRICS = {
+    "method": "retrack",
+    "pretrained": {"frequency": 0.0485, "fid": 6.0, "membership_auc": 0.9, "new_metric": 1.0},
+    "unlearned": {"frequency": 0.0, "fid": 6.5, "membership_auc": 0.6, "new_metric": 2.0},
+    "retrained": {"fid": 6.25},
+    "provenance": {"num_samples": 2000},
+}
+SUMMARY = {
+    "methods": {
+        "zeta": {"runs": 1, "metrics": {"fid": {"mean": 7.0, "std": None, "runs": 1}}},
+        "siss": {
+            "runs": 3,
+            "metrics": {"fid": {"mean": 8.0, "std": 0.25, "runs": 3}, "frequency": {"mean": 0.01, "std": 0.001, "runs": 3}},
+        },
+        "pretrained": {"runs": 1, "metrics": {"frequency": {"mean": 0.05, "std": None, "runs": 1}}},
+    }
+}
+
+
+def test_rows_have_values_gap_and_verdict():
+    rows = {row.name: row for row in before_after_rows(METRICS)}
+    assert list(rows) == ["frequency", "fid", "membership_auc", "new_metric"]
+    assert (rows["frequency"].before, rows["frequency"].after, rows["frequency"].retrained) == ("4.85%", "0 (< 0.15%)", None)
+    assert rows["frequency"].verdict == "better" and rows["fid"].verdict == "worse"
+    assert rows["fid"].gap == "+0.25"
+    assert rows["membership_auc"].verdict == rows["new_metric"].verdict == ""
+
+
+def test_rows_bear_missing_models():
+    assert before_after_rows({"pretrained": {"fid": 1.0}, "unlearned": None, "retrained": None})[0].after is None
+    assert before_after_rows({}) == []
+
+
+def test_zero_of_2000_is_below_fifteen_hundredths_of_a_percent():
+    assert 0.00149 < frequency_bound(2000) < 0.0015
+    assert abs((1 - frequency_bound(500)) ** 500 - 0.05) < 1e-12
+
+
+def test_prompts_of_stable_diffusion_keep_their_metric():
+    metric = describe("success_rate_modified")
+    assert metric.label == "Success rate, modified prompt" and metric.text(0.5) == "50.0%" and metric.better == "higher"
+    assert order(["zz", "sscd_modified", "fid", "sscd_original", "fid"]) == ["fid", "sscd_modified", "sscd_original", "zz"]
+
+
+def test_signs_vanish_with_their_number():
+    fid = describe("fid")
+    assert (signed(fid, 0.2), signed(fid, -0.2), signed(fid, 0.001), signed(fid, -0.001)) == ("+0.20", "−0.20", "0.00", "0.00")
+
+
+def test_terminal_table_is_aligned():
+    lines = before_after_text(METRICS).splitlines()
+    assert lines[0].split() == ["before", "after", "ReTrack", "retrained"]
+    assert len({line.rstrip().rfind("0.15%)") for line in lines if "0.15%" in line}) == 1
+    assert lines[3].split() == ["FID", "6.00", "6.50", "6.25"]
+
+
+def test_comparison_lists_references_first_and_unknown_last():
+    lines = comparison_text(SUMMARY).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["Pretrained", "SISS", "zeta"]
+    assert "1.00 ± 0.10%" in lines[3] and "8.00 ± 0.25" in lines[3] and "7.00" in lines[4] and "±" not in lines[4]
+    markdown = comparison_text(SUMMARY, markdown=True).splitlines()
+    assert all(line.startswith("| ") and line.endswith("|") and line.count("|") == 5 for line in markdown)
+
+
+def test_headline_decides_the_columns():
+    assert comparison_columns(SUMMARY) == ["frequency", "fid"]
+    assert comparison_columns({**SUMMARY, "headline": ["fid", "kid"]}) == ["fid"]
