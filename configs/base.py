@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.metrics = ("fid",)  # names of contract metrics
+    evaluation.features = "inception"  # the network behind fid kid precision recall: inception, or digits (trained here)
     evaluation.weights_dir = "~/.cache/retrack_jax/weights"  # feature networks' files
     evaluation.fid_resize = "torchmetrics"  # or tf1
     evaluation.fid_reference = "remain"  # or all: every training image
@@ -116,6 +117,8 @@ def with_method(config: ConfigDict, method: str | None, recipes: dict[str, dict]
       recipes: method -> values of `config.unlearn` that differ for it.
     """
     config.method = method or config.method
-    config.recipes = ConfigDict({name: ConfigDict(recipe) for name, recipe in (recipes or {}).items()})
+    config.recipes = ConfigDict(recipes or {})  # read by `all` alone; a single method's recipe is already in config.unlearn
+    if config.method in config.recipes:
+        config.unlearn.update(config.recipes[config.method])
     config.lock()
     return config

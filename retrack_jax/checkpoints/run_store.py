@@ -59,8 +59,8 @@ class RunStore:
         """Returns the newest step that was saved, damaged or not, or None."""
         return self._manager.latest_step()
 
-    def restore(self, like: PyTree) -> PyTree | None:
-        """Returns the newest checkpoint that is whole, replicated over all devices, or None if there is none yet.
+    def restore(self, like: PyTree) -> tuple[PyTree, dict] | None:
+        """Returns the newest checkpoint that is whole, as (state replicated over all devices, meta), or None if there is none yet.
 
         A damaged one is deleted with a warning that names it and the one used in its place.
 
@@ -75,14 +75,14 @@ class RunStore:
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged = []
         for step in steps:
-            state, problem = self._restore_step(step, abstract)
+            found, problem = self._restore_step(step, abstract)
             if problem is None:
                 for bad_step, bad_problem in damaged:
                     log.warning(
                         "checkpoint %s is damaged (%s); using %s", self.directory / str(bad_step), bad_problem, self.directory / str(step)
                     )
                     self._delete(bad_step)
-                return state
+                return found
             damaged.append((step, problem))
         if damaged:
             names = "; ".join(f"{self.directory / str(step)}: {problem}" for step, problem in damaged)
@@ -100,8 +100,8 @@ class RunStore:
     def __exit__(self, *exception):
         self.close()
 
-    def _restore_step(self, step: int, abstract: PyTree) -> tuple[PyTree | None, str | None]:
-        """Returns (state, None), or (None, what is wrong with the checkpoint)."""
+    def _restore_step(self, step: int, abstract: PyTree) -> tuple[tuple[PyTree, dict] | None, str | None]:
+        """Returns ((state, meta), None), or (None, what is wrong with the checkpoint)."""
         args = self._ocp.args
         try:
             found = self._manager.restore(
@@ -112,7 +112,7 @@ class RunStore:
                 return None, "its digest does not match its values"
         except Exception as error:  # damage shows as any of Orbax's, TensorStore's or JSON's errors
             return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return state, None
+        return (state, meta), None
 
     def _delete(self, step: int) -> None:
         parallel.barrier(f"before deleting {step}")

@@ -47,14 +47,15 @@ class Batches:
     Attributes:
       gather: `rows -> {name: array [b, ...]}`, reads remaining images in the form that `data.dataset.to_x_0` takes; None where the
         method has no remain stream.
-      num_remain, num_forget: images in either set.
+      num_remain: remaining images.
+      forget_rows: int `[F]`, for each forgotten image its row of what train/step.py holds on the device (copies share one), or None.
       remain_size, forget_size: global batch sizes; 0 leaves the stream out.
       seed: decides the order of both streams.
     """
 
     gather: Callable[[np.ndarray], dict[str, np.ndarray]] | None
     num_remain: int
-    num_forget: int
+    forget_rows: np.ndarray | None
     remain_size: int
     forget_size: int
     seed: int
@@ -66,8 +67,8 @@ class Batches:
             batch["remain_index"], rows = self._rows(step, 0, self.num_remain, self.remain_size)
             batch["remain"] = self.gather(rows)
         if self.forget_size:
-            batch["forget_index"], rows = self._rows(step, 1, self.num_forget, self.forget_size)
-            batch["forget_row"] = rows.astype(np.int32)
+            batch["forget_index"], rows = self._rows(step, 1, len(self.forget_rows), self.forget_size)
+            batch["forget_row"] = self.forget_rows[rows].astype(np.int32)
         return parallel.shard_batch(batch)
 
     def _rows(self, step: int, stream: int, num_items: int, size: int) -> tuple[np.ndarray, np.ndarray]:

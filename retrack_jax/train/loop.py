@@ -5,6 +5,7 @@ finite still names the step it first appeared at, and never reaches a checkpoint
 """
 
 import math
+import time
 from collections.abc import Callable
 
 import jax
@@ -36,8 +37,9 @@ def train(
     checkpoint_every: int = 0,
     writer: Writer | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> TrainState:
-    """Trains from `state.step` to `num_steps` and returns the last state.
+    seconds_before: float = 0.0,
+) -> tuple[TrainState, float]:
+    """Trains from `state.step` to `num_steps` and returns the last state and the seconds that all of it took.
 
     Args:
       state: where to start, replicated.
@@ -50,12 +52,14 @@ def train(
       store: where to save, every `checkpoint_every` steps (0: only at the end) and at the end.
       writer: where scalars go, as `NAME_loss` and so on.
       should_stop: asked after every step; true saves and raises `Preempted`.
+      seconds_before: what the steps before `state.step` took; checkpoints carry the sum, so that a resumed run reports all of it.
 
     Raises:
       UserError: a metric is not finite; it names the metric and the step. What was saved before stays.
       Preempted: `should_stop` said so.
     """
-    start = int(state.step)
+    start = saved = int(state.step)
+    began = time.perf_counter()
     unread: list[tuple[int, PyTree]] = []
 
     def read_metrics() -> None:
@@ -66,9 +70,11 @@ def train(
         unread.clear()
 
     def save(step: int) -> None:
+        nonlocal saved
         read_metrics()
-        if store is not None and step != start:
-            store.save(step, state_tree(state))
+        if store is not None and step != saved:
+            store.save(step, state_tree(state), {"seconds": seconds_before + time.perf_counter() - began})
+            saved = step
 
     main = parallel.is_main_process()
     made = prefetch(batches, start, num_steps)
@@ -88,9 +94,11 @@ def train(
                     raise Preempted(f"{name} stopped at step {done} of {num_steps}")
         finally:
             made.close()
+    jax.block_until_ready(state.params)
+    seconds = seconds_before + time.perf_counter() - began
     if store is not None:
         store.wait()
-    return state
+    return state, seconds
 
 
 def state_tree(state: TrainState) -> dict:
@@ -99,10 +107,14 @@ def state_tree(state: TrainState) -> dict:
     return tree if state.ema_params is None else {**tree, "ema_params": state.ema_params}
 
 
-def restore_state(state: TrainState, store: RunStore) -> TrainState:
-    """Returns `state` with the values of the newest whole checkpoint, or as it is where there is none."""
-    found = store.restore(jax.eval_shape(lambda: state_tree(state)))
-    return state if found is None else state.replace(**found)
+def restore_state(make_state: Callable[[], TrainState], store: RunStore) -> tuple[TrainState, float]:
+    """Returns the newest whole checkpoint as a state, or `make_state()` where there is none, and the seconds it took so far."""
+    abstract = jax.eval_shape(make_state)
+    found = store.restore(state_tree(abstract))
+    if found is None:
+        return make_state(), 0.0
+    tree, meta = found
+    return abstract.replace(**tree), meta["seconds"]
 
 
 def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None) -> None:

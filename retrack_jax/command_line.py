@@ -1,0 +1,88 @@
+"""Flags to a config: every mistake becomes one line that names the nearest right thing. Imports nothing heavy."""
+
+from pathlib import Path
+
+from retrack_jax.checks import UserError, check, nearest_names, suggestion
+
+USAGE = """\
+usage: python -m retrack_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+METHOD   retrack (default), siss, siss_no_is, erasediff, neggrad, vanilla, retrain, pretrained, or all
+DIR      a folder or gs:// address, runs/NAME by default; the same command again continues where it stopped
+FIELD    any field of the config, such as
+           mode             run (default: every stage that is not done), pretrain, unlearn, sample, eval, report, check
+           seeds, targets   a sweep, such as --config.seeds=0,1,2 --config.targets=10001.jpg,10002.jpg;
+                            one target may be a+b+c, @list.txt, a glob, or label:7
+           checkpoint       a diffusers folder with the pretrained model
+
+configs/base.py lists every field with its unit or source. Exit status: 0 done, 2 something you can mend, 75 preempted."""
+
+
+def parse(argv: list[str]):
+    """Returns (config, workdir) for the command line, `argv[0]` being the program.
+
+    Raises:
+      UserError: an unknown flag, config file, field or method, or a value of the wrong kind.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    config_flag = _only(argv, "--config=")
+    path, _, _ = config_flag.partition(":")
+    _check_file(Path(path))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
+    try:
+        rest = values(argv, known_only=False)
+        config = values.config
+        config.name  # a config file that fails to load raises only when it is used
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except AttributeError as error:
+        raise UserError(_unknown_field(argv, path, error)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"a value given to --config does not fit: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config file {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
+    return config, values.workdir or f"runs/{Path(path).stem}"
+
+
+def _only(argv: list[str], prefix: str) -> str:
+    found = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
+    check(len(found) == 1, "give one --config=configs/NAME.py[:METHOD]; --help shows the usage")
+    return found[0]
+
+
+def _check_file(path: Path) -> None:
+    if path.is_file():
+        return
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    near = nearest_names(path.name, [file.name for file in folder.glob("*.py")], count=1)
+    hint = f"; did you mean {folder / near[0]}?" if near else f"; looked in {folder.absolute()}"
+    raise UserError(f"no config file {path}{hint}")
+
+
+def _unknown_field(argv: list[str], path: str, error: AttributeError) -> str:
+    """Says which override names no field, and the nearest that exists beside it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for argument in argv:
+        if argument.startswith("--config."):
+            node, walked = module.get_config(), "config"
+            for name in argument.removeprefix("--config.").partition("=")[0].split("."):
+                if not hasattr(node, "keys") or name not in node:
+                    choices = list(node.keys()) if hasattr(node, "keys") else []
+                    return f"there is no field {walked}.{name}{suggestion(name, choices)}"
+                node, walked = node[name], f"{walked}.{name}"
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,114 @@
+"""The metrics of image models: which there are, and how samples, references and networks meet in each.
+
+One `Evaluator` a family; adding a metric is one function and one row of `EVALUATORS`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrack_jax.data.dataset import pixels_to_model
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.evaluate.results import Evaluator
+from retrack_jax.metrics.features.network import FeatureNetwork
+from retrack_jax.metrics.fid import fid
+from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
+from retrack_jax.metrics.likelihood import nll_bits_per_dim
+from retrack_jax.metrics.moments import moments_of
+from retrack_jax.types import PyTree, Rng
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What every model of a run is evaluated against.
+
+    Attributes:
+      forgotten: the distinct forgotten images, uint8 `[F, H, W, C]`.
+      reference: `() -> uint8 [N, H, W, C]`, the real images that samples are compared with; reference_name says which.
+      eps_fn, schedule: the network and its schedule.
+      features: `() -> FeatureNetwork`; raises `Unavailable` without its weights.
+      threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
+      nll_probes: Rademacher probes of the likelihood's divergence.
+      rng: the key of the likelihood's probes.
+    """
+
+    forgotten: np.ndarray
+    reference: Callable[[], np.ndarray]
+    reference_name: str
+    eps_fn: Callable
+    schedule: Schedule
+    features: Callable[[], FeatureNetwork]
+    threshold: float
+    nll_probes: int
+    rng: Rng
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model that is evaluated: its parameters, and its samples as uint8 and, where they were kept, as floats in [0, 1]."""
+
+    params: PyTree
+    samples: np.ndarray
+    samples_float: np.ndarray | None = None
+
+    @property
+    def finest(self) -> np.ndarray:
+        """The samples as precisely as they were kept."""
+        return self.samples if self.samples_float is None else self.samples_float
+
+
+def forgotten_samples(task: Task, subject: Subject) -> np.ndarray:
+    """Returns bool `[N]`: which samples are a forgotten image; none where the task has no threshold."""
+    if not task.threshold:
+        return np.zeros(len(subject.samples), bool)
+    return target_distances(subject.finest, task.forgotten) < task.threshold
+
+
+def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
+    hits = forgotten_samples(task, subject)
+    note = {
+        "num_samples": len(hits),
+        "hits": int(hits.sum()),
+        "upper_bound_95": frequency_upper_bound(int(hits.sum()), len(hits)),
+        "threshold": task.threshold,
+        "samples": "uint8" if subject.samples_float is None else "float32",
+    }
+    return {"frequency": float(hits.mean())}, note
+
+
+def _features(task: Task, subject: Subject, wanted: Sequence[str]):
+    network = task.features()
+    kept = subject.samples[~forgotten_samples(task, subject)]
+    reference = task.reference()
+    note = {
+        "features": network.name,
+        "features_digest": network.digest,
+        "resize": network.resize,
+        "num_samples": len(kept),
+        "left_out": f"{len(subject.samples) - len(kept)} samples that are the forgotten image",
+        "num_reference": len(reference),
+        "reference": task.reference_name,
+    }
+    if len(kept) < 2:
+        return {}, {**note, "why": "fewer than two samples are left beside the forgotten image"}
+    moments = moments_of(network(kept)["features"]), moments_of(network(reference)["features"])
+    return {"fid": fid(*moments)}, note
+
+
+def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
+    bits, stderr = nll_bits_per_dim(
+        task.eps_fn, subject.params, task.schedule, pixels_to_model(task.forgotten), task.rng, num_probes=task.nll_probes
+    )
+    note = {"num_images": len(bits), "num_probes": task.nll_probes, "mode": "official"}
+    if stderr is not None:
+        note["stderr"] = float(np.sqrt(np.square(stderr).sum()) / len(bits))
+    return {"nll_bits_per_dim": float(np.mean(bits))}, note
+
+
+EVALUATORS = (
+    Evaluator(names=("frequency",), compute=_frequency),
+    Evaluator(names=("fid",), compute=_features),
+    Evaluator(names=("nll_bits_per_dim",), compute=_nll),
+)
+METRIC_NAMES = tuple(name for evaluator in EVALUATORS for name in evaluator.names)

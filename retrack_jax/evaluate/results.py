@@ -1,0 +1,90 @@
+"""Metric values with what they were computed from, kept in one JSON file a model and filled in metric by metric.
+
+Evaluation can be stopped at any metric and goes on at the next. A metric that could not be computed is recorded with the reason and
+tried again by the next command.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from retrack_jax import files, parallel
+from retrack_jax.checks import UserError
+
+
+class Unavailable(UserError):
+    """A metric cannot be computed here: a weights file is missing, say. Others still run."""
+
+
+@dataclass
+class Results:
+    """Values of one model.
+
+    Attributes:
+      values: metric name -> number.
+      notes: metric name -> what it was computed from, as plain JSON.
+      absent: metric name -> why it could not be computed.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, dict] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Computes a family of metrics in one pass.
+
+    Attributes:
+      names: the metrics it can compute.
+      compute: `(task, subject, wanted names) -> (values, note)`; raises `Unavailable` where an input is missing.
+    """
+
+    names: tuple[str, ...]
+    compute: Callable
+
+
+def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subject, path) -> Results:
+    """Returns the `wanted` metrics of `subject`, computing those that the file at `path` does not hold yet.
+
+    Args:
+      evaluators: the table of what can be computed.
+      wanted: names of metrics.
+      task: what is evaluated against, as the evaluators expect it.
+      subject: the model that is evaluated.
+      path: the JSON file, written after every evaluator by process 0.
+    """
+    results = read_results(path)
+    for evaluator in evaluators:
+        missing = [name for name in evaluator.names if name in wanted and name not in results.values]
+        if not missing:
+            continue
+        try:
+            values, note = evaluator.compute(task, subject, missing)
+        except Unavailable as reason:
+            results.absent.update({name: str(reason) for name in missing})
+        else:
+            results.values.update(values)
+            for name in missing:
+                results.absent.pop(name, None)
+                if name in values:
+                    results.notes[name] = note
+                else:
+                    results.absent[name] = note.get("why", "not defined here")
+        if parallel.is_main_process():
+            files.write_json(path, vars(results))
+    return results
+
+
+def is_complete(path, wanted: Sequence[str]) -> bool:
+    """Whether the file at `path` holds every wanted metric, or the reason why it is absent is not worth another try."""
+    return set(wanted) <= set(read_results(path).values)
+
+
+def read_results(path) -> Results:
+    """Returns what the file at `path` holds; nothing where there is none."""
+    from etils import epath
+
+    if not epath.Path(path).exists():
+        return Results()
+    stored: Mapping = files.read_json(path)
+    return Results(**{name: dict(stored.get(name, {})) for name in ("values", "notes", "absent")})

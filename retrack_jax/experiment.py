@@ -1,0 +1,268 @@
+"""An experiment: the images, the network and how both meet, built once from the config and used by every stage.
+
+This one is for images in pixels. Stages ask it for what they need and never look at the config's data or model themselves, so that an
+experiment in another space (text_to_image.py) is another class with the same methods.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from retrack_jax import build, files
+from retrack_jax.checks import UserError, check
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.load import load_images
+from retrack_jax.data.targets import resolve_target, slug
+from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.evaluate.networks import feature_network
+from retrack_jax.evaluate.pixel import EVALUATORS, Subject, Task
+from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
+from retrack_jax.metrics.frequency import target_distances
+from retrack_jax.neighbors.cache import cached_nearest
+from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
+from retrack_jax.sampling.loop import make_sampler
+from retrack_jax.types import PyTree
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What one run forgets: rows of the image set.
+
+    Attributes:
+      spec: as the user wrote it; slug: its name in paths.
+      forget, remain: int rows; together the whole set.
+      unique: rows of the distinct forgotten images; copy_of `[F]`: for each forgotten row, which of them it is.
+    """
+
+    spec: str
+    slug: str
+    forget: np.ndarray
+    remain: np.ndarray
+    unique: np.ndarray
+    copy_of: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ForgetData:
+    """What the training step holds on the device about a target (see train/step.py `Shared`), and what the report shows."""
+
+    forget: PyTree
+    neighbors: PyTree | None = None
+    neighbor_rows: np.ndarray | None = None
+    neighbor_images: np.ndarray | None = None  # uint8 [F, K, H, W, C]
+    distances: np.ndarray | None = None
+
+
+class PixelExperiment:
+    """Images in pixels, an unconditional UNet."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.images: ImageSet = load_images(config.data.to_dict())
+        own = {"dtype": build.DTYPES[config.compute.dtype], "remat": config.compute.remat}
+        if config.checkpoint:
+            from retrack_jax.checkpoints import import_diffusers
+            from retrack_jax.checkpoints.diffusers_import import read_schedule_config
+
+            self.module, self._imported = import_diffusers(config.checkpoint)
+            self.module = self.module.clone(**own)
+            self.schedule = build.schedule_from(config, read_schedule_config(config.checkpoint))
+        else:
+            from retrack_jax.models.unet2d import UNet2D
+
+            self.module, self._imported = UNet2D.from_config(config.model.to_dict(), **own), None
+            self.schedule = build.schedule_from(config, None)
+        self._check_shapes()
+        self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
+        self.has_dropout = self.module.dropout > 0
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of one image in the space that the network denoises, (H, W, C)."""
+        return self.images.images.shape[1:]
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.schedule.num_train_timesteps
+
+    def imported_params(self) -> PyTree | None:
+        """The checkpoint's parameters, or None where the config names none."""
+        return self._imported
+
+    def init_params(self, seed: int) -> PyTree:
+        """Random parameters."""
+        x, t = jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32)
+        return jax.jit(self.module.init)(jax.random.key(seed), x, t)["params"]
+
+    def all_rows(self) -> np.ndarray:
+        """The rows of every training image."""
+        return np.arange(len(self.images))
+
+    def target(self, spec: str) -> Target:
+        """Resolves what the user asked to forget. Raises `UserError` for a name that is not there, or a target that is everything."""
+        forget = resolve_target(spec, self.images)
+        remain = np.setdiff1d(self.all_rows(), forget)
+        check(len(remain) > 0, f"the target {spec!r} is the whole set of {len(self.images)} images; nothing would remain")
+        flat = np.ascontiguousarray(self.images.images[forget]).reshape(len(forget), -1)
+        _, first, copy_of = np.unique(flat, axis=0, return_index=True, return_inverse=True)
+        return Target(spec, slug(spec), forget, remain, forget[first], copy_of.reshape(-1))
+
+    def gather(self, rows: np.ndarray):
+        """Returns `positions -> {"pixels": uint8 [b, H, W, C]}` within `rows`, for the stream of remaining images."""
+        return lambda positions: {"pixels": np.ascontiguousarray(self.images.images[rows[positions]])}
+
+    def condition(self, target: Target) -> tuple[jax.Array, ...]:
+        """Further arguments of the network, such as a prompt's embedding: none here."""
+        return ()
+
+    def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
+        """The forgotten images, and with `num_neighbors` > 0 their nearest remaining images by pixels."""
+        forget = {"pixels": np.ascontiguousarray(self.images.images[target.unique])}
+        if not num_neighbors:
+            return ForgetData(forget)
+        check(
+            num_neighbors <= len(target.remain),
+            f"config.unlearn.num_neighbors (K) is {num_neighbors}, but only {len(target.remain)} images remain; choose a smaller K",
+        )
+        rows, distances = cached_nearest(
+            self.images, target.unique, num_neighbors, exclude=target.forget, backend=backend, cache_dir=self.cache_dir
+        )
+        distinct, positions = np.unique(rows, return_inverse=True)
+        bank = np.ascontiguousarray(self.images.images[distinct])
+        positions = positions.reshape(rows.shape).astype(np.int32)
+        return ForgetData(forget, {"pixels": bank}, positions, bank[positions], distances)
+
+    @property
+    def cache_dir(self) -> epath.Path:
+        """Where decoded images and neighbors are kept between runs."""
+        return epath.Path(self.config.data.cache_dir).expanduser()
+
+    @cached_property
+    def _p_sample(self):
+        sampler = make_sampler(self.schedule, self.config.sampling.sampler, self.config.sampling.num_steps)
+        output = "float32" if self.config.save_float else "uint8"
+        return pmap_sample_fn(make_sample_fn(self.eps_fn, sampler, self.image_shape), output=output)
+
+    def sample(self, params: PyTree, *, out_dir, fingerprint: str, progress) -> dict[str, np.ndarray]:
+        """Returns the arrays of `samples.npz`: `samples` uint8 `[N, H, W, C]`, and with `config.save_float` `samples_float`."""
+        sampling = self.config.sampling
+        made = generate(
+            self._p_sample,
+            params,
+            rng=jax.random.key(sampling.seed),
+            num_images=sampling.num_images,
+            batch_size=sampling.batch_size,
+            out_dir=out_dir,
+            fingerprint=fingerprint,
+            progress=progress,
+        )
+        if made.dtype == np.uint8:
+            return {"samples": made}
+        return {"samples": np.floor(255.0 * made).astype(np.uint8), "samples_float": made}
+
+    def sampling_digest(self) -> str:
+        """A digest of all that samples depend on beside the parameters."""
+        return files.json_digest([self.config.sampling.to_dict(), self.schedule.to_config(), self.config.save_float])
+
+    def export(self, path, params: PyTree, note: str) -> None:
+        """Writes the network as diffusers saves it, with the licence and card of the checkpoint it came from."""
+        from retrack_jax.checkpoints import export_diffusers
+
+        source = self.config.checkpoint or None
+        export_diffusers(path, self.module, jax.device_get(params), schedule=self.schedule, source=source, note=note)
+
+    def describe_data(self, target: Target) -> dict:
+        """What was remembered and forgotten, for provenance."""
+        return {
+            "name": self.images.name,
+            "digest": self.images.digest,
+            "num_forget": len(target.forget),
+            "num_remain": len(target.remain),
+            "checkpoint": self.config.checkpoint or "pretrained here",
+        }
+
+    def describe_sampler(self) -> dict:
+        """How samples were drawn, for provenance."""
+        return self.config.sampling.to_dict()
+
+    def evaluate(self, target: Target, model: Callable, arrays: dict[str, np.ndarray], path, workdir) -> Results:
+        """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed."""
+        if is_complete(path, self.config.eval.metrics):
+            return read_results(path)
+        subject = Subject(model().params, arrays["samples"], arrays.get("samples_float"))
+        return evaluate(EVALUATORS, self.config.eval.metrics, self.task(target, workdir), subject, path)
+
+    def task(self, target: Target, workdir) -> Task:
+        """What models are evaluated against."""
+        evaluation = self.config.eval
+        everything = evaluation.fid_reference == "all"
+        rows = self.all_rows() if everything else target.remain
+        return Task(
+            forgotten=np.ascontiguousarray(self.images.images[target.unique]),
+            reference=lambda: self.images.images[rows],
+            reference_name=f"{len(rows)} {'training' if everything else 'remaining'} images of {self.images.name}",
+            eps_fn=self.eps_fn,
+            schedule=self.schedule,
+            features=lambda: feature_network(evaluation.features, self.images, workdir.root / "features"),
+            threshold=evaluation.frequency_threshold,
+            nll_probes=evaluation.nll_probes,
+            rng=jax.random.key(self.config.sampling.seed),
+        )
+
+    def pictures(self, target: Target, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict:
+        """The arrays that the report of a run shows."""
+        marks = {}
+        if self.config.eval.frequency_threshold:
+            marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
+        return {"before": before["samples"], "after": after["samples"], **marks, **self._neighbor_pictures(target)}
+
+    def comparison_pictures(self, target: Target, samples: dict[str, dict[str, np.ndarray]]) -> dict:
+        """The arrays that the comparison shows."""
+        marked = None
+        if self.config.eval.frequency_threshold:
+            marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
+        images = {name: arrays["samples"] for name, arrays in samples.items()}
+        return {"samples": images, "marked": marked, **self._neighbor_pictures(target)}
+
+    def _marks(self, target: Target, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        finest = arrays.get("samples_float", arrays["samples"])
+        return target_distances(finest, self.images.images[target.unique]) < self.config.eval.frequency_threshold
+
+    def _neighbor_pictures(self, target: Target) -> dict:
+        recipe = self.config.unlearn
+        few = dataclasses.replace(target, unique=target.unique[:8])  # a page shows some of a large group
+        data = self.forget_data(few, recipe.num_neighbors, recipe.neighbor_backend)
+        return {"forgotten": data.forget["pixels"], "neighbors": data.neighbor_images, "distances": data.distances}
+
+    def _check_shapes(self) -> None:
+        height, width, channels = self.image_shape
+        if channels != self.module.in_channels:
+            raise UserError(
+                f"the images of {self.images.name} have {channels} channels and the network takes {self.module.in_channels}; "
+                "choose the data and the checkpoint that belong together"
+            )
+        factor = 2 ** (len(self.module.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise UserError(
+                f"the images of {self.images.name} are {height}x{width}; the network needs sides that {factor} divides; "
+                "set config.data.resolution"
+            )
+
+
+def build_experiment(config: ConfigDict):
+    """Returns the experiment that the config describes."""
+    if config.data.source == "concepts":
+        from retrack_jax.text_to_image import TextToImageExperiment
+
+        return TextToImageExperiment(config)
+    return PixelExperiment(config)

@@ -1,0 +1,35 @@
+"""The command line: flags, process set-up, one call.
+
+    python -m retrack_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""
+
+import sys
+
+from retrack_jax.checks import UserError
+from retrack_jax.command_line import USAGE, parse
+
+DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0 done, 2 the user can mend it, 75 preempted, 1 anything else."""
+    argv = sys.argv if argv is None else argv
+    if {"-h", "--help", "--helpfull"} & set(argv[1:]):
+        print(USAGE)
+        return DONE
+    try:
+        config, workdir = parse(argv)
+        # Only now: importing jax takes longer than telling the user about a mistyped flag.
+        from retrack_jax.process import run_command
+
+        return run_command(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

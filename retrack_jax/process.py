@@ -1,0 +1,94 @@
+"""Process set-up: devices, other processes, the compilation cache, signals and logs; then the run."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+
+from ml_collections import ConfigDict
+
+from retrack_jax.checks import UserError
+
+
+def run_command(config: ConfigDict, workdir: str) -> int:
+    """Sets the process up, runs the config and returns the exit status."""
+    from retrack_jax.main import DONE, PREEMPTED
+
+    set_up_logs()
+    stop = catch_termination()
+    set_up_jax()
+    from retrack_jax.run import run
+    from retrack_jax.train.loop import Preempted
+
+    try:
+        run(config, workdir, should_stop=stop)
+    except Preempted as reason:
+        print(f"preempted: {reason}; everything is saved, the same command continues", file=sys.stderr)
+        return PREEMPTED
+    return DONE
+
+
+def set_up_logs() -> None:
+    """Our messages go to standard error, one line each; the libraries' only from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("retrack_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def catch_termination():
+    """Returns a function that says whether SIGTERM has arrived: the loops then save and stop."""
+    arrived = []
+    signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    return lambda: bool(arrived)
+
+
+def set_up_jax() -> None:
+    """Joins the other processes, warns of an idle accelerator, and keeps compiled programs in the user's cache folder."""
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser("~/.cache/retrack_jax/xla")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    join_processes()
+    warn_of_idle_accelerator()
+
+
+def join_processes() -> None:
+    """Connects to the other processes where the environment names them: explicit variables, SLURM, or a Cloud TPU slice."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    coordinator = os.environ.get("RETRACK_COORDINATOR")
+    if coordinator:
+        try:
+            count, index = int(os.environ["RETRACK_PROCESSES"]), int(os.environ["RETRACK_PROCESS"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                "RETRACK_COORDINATOR is set, so RETRACK_PROCESSES (how many) and RETRACK_PROCESS (which, from 0) must be whole numbers"
+            ) from error
+        if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, count, index)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or _on_tpu_slice():
+        jax.distributed.initialize()
+
+
+def _on_tpu_slice() -> bool:
+    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def warn_of_idle_accelerator() -> None:
+    """Warns where a GPU or TPU is present but jax can only use the CPU."""
+    import jax
+
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
+        return
+    log = logging.getLogger(__name__)
+    if os.path.exists("/dev/nvidia0"):
+        log.warning('an NVIDIA GPU is present but jax runs on the CPU; install it with `pip install -e ".[cuda]"` or `make demo JAX=cuda`')
+    elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+        log.warning('a TPU seems to be present but jax runs on the CPU; install it with `pip install -e ".[tpu]"` or `make demo JAX=tpu`')

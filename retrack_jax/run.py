@@ -1,0 +1,214 @@
+"""What the command does: the order of the stages over every method, target and seed. No mathematics and no files of its own."""
+
+import json
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from retrack_jax import build, files, parallel
+from retrack_jax.checks import check
+from retrack_jax.data.targets import slug
+from retrack_jax.evaluate.aggregate import summarize
+from retrack_jax.evaluate.results import Results, is_complete
+from retrack_jax.provenance import environment
+from retrack_jax.stages import Model, Stages, read_samples
+from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
+from retrack_jax.workdir import Workdir, comparable
+from retrack_jax.writer import say
+
+log = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
+    """Runs every stage of every method, target and seed that is not done yet, and returns `summary.json`.
+
+    Args:
+      config: as from `configs/*.py`.
+      workdir: a folder or a `gs://` address.
+      should_stop: asked between steps and batches; true saves and raises `train.loop.Preempted`.
+
+    Raises:
+      UserError: something that the user can mend.
+    """
+    build.check_config(config)
+    if config.mode == "check":
+        from retrack_jax.data.requirements import print_requirements
+
+        print_requirements(config.to_dict())
+        return {}
+    workdir = Workdir(workdir)
+    runner = Runner(config, workdir, should_stop)
+    for method in methods_of(config):
+        for spec in build.target_specs(config):
+            for seed in config.seeds:
+                runner.run_one(method, spec, seed)
+    return runner.finish()
+
+
+def methods_of(config: ConfigDict) -> list[str]:
+    """Returns the methods to run: under `all`, those that make sense for the config, the retrained model first."""
+    if config.method != ALL:
+        return [config.method]
+    # Retraining needs the pretraining recipe; a config whose model comes from a checkpoint has none.
+    methods = [name for name, method in METHODS.items() if not (method.from_scratch and config.checkpoint)]
+    return sorted(methods, key=lambda name: not METHODS[name].from_scratch)
+
+
+class Runner:
+    """Runs one (method, target, seed) after the other, building the experiment only when there is something left to do."""
+
+    def __init__(self, config: ConfigDict, workdir: Workdir, should_stop: Callable[[], bool]):
+        self.config, self.workdir, self.should_stop = config, workdir, should_stop
+        self._experiment = None
+        self._pretrained: Model | None = None
+
+    @property
+    def experiment(self):
+        """The experiment, built at first use."""
+        if self._experiment is None:
+            from retrack_jax.experiment import build_experiment
+
+            self._experiment = build_experiment(self.config)
+        return self._experiment
+
+    def run_one(self, method: str, spec: str, seed: int) -> None:
+        """Runs the stages that `config.mode` asks for."""
+        config = build.effective_config(self.config, method)
+        build.check_config(config)
+        folder = self.workdir.run(method, seed, slug(spec))
+        plain = json.loads(config.to_json_best_effort())
+        self.workdir.claim(self.workdir.pretrained, comparable(plain, model_only=True))
+        self.workdir.claim(folder, comparable(plain))
+        mode = config.mode
+        if mode == "run" and self._is_done(folder, config):
+            return
+        say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
+        stages = Stages(config=config, experiment=self.experiment, workdir=self.workdir, should_stop=self.should_stop)
+        target = self.experiment.target(spec)
+        if mode in ("run", "pretrain"):
+            self._pretrained = self._pretrained or stages.pretrain()
+        if mode in ("run", "unlearn") and method != PRETRAINED:
+            model = stages.unlearn(method, target, seed)
+            self._export(folder, model, method, spec)
+        if mode in ("run", "sample"):
+            self._sample(stages, folder, method, target, seed)
+        if mode in ("run", "eval"):
+            self._evaluate(stages, folder, method, target, seed)
+        if mode in ("run", "report"):
+            self._report(folder, target, config)
+
+    def finish(self) -> dict:
+        """Writes summary.json and the comparison over every finished run in the workdir, and returns the summary."""
+        runs = [
+            files.read_json(path)
+            for method in (PRETRAINED, *METHODS)
+            for path in sorted((self.workdir.root / method).glob("seed*-*/metrics.json"))
+        ]
+        if not runs:
+            return {}
+        summary = summarize(runs)
+        if parallel.is_main_process():
+            files.write_json(self.workdir.root / "summary.json", summary)
+            self._print(runs, summary)
+        return summary
+
+    def _is_done(self, folder, config: ConfigDict) -> bool:
+        if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
+            return False
+        return is_complete(folder / "evaluation.json", config.eval.metrics)
+
+    def _export(self, folder, model: Model, method: str, spec: str) -> None:
+        path = folder / "diffusers"
+        if parallel.is_main_process() and not path.exists():
+            note = f"Unlearned by {method} in {model.steps} steps; forgotten: {spec}."
+            self.experiment.export(path, model.params, note)
+        parallel.barrier("exported")
+
+    def _existing(self, stages: Stages, method: str, target, seed: int) -> Callable[[], Model]:
+        if method == PRETRAINED:
+            return lambda: self._pretrained or stages.pretrain(only_existing=True)
+        return lambda: stages.unlearn(method, target, seed, only_existing=True)
+
+    def _sample(self, stages: Stages, folder, method: str, target, seed: int) -> None:
+        stages.sample(self.workdir.pretrained, self._existing(stages, PRETRAINED, target, seed), PRETRAINED)
+        if method != PRETRAINED:
+            stages.sample(folder, self._existing(stages, method, target, seed), method)
+
+    def _evaluate(self, stages: Stages, folder, method: str, target, seed: int) -> None:
+        before = self._results(stages, self.workdir.pretrained, PRETRAINED, target, seed, f"metrics-{target.slug}.json")
+        after = before if method == PRETRAINED else self._results(stages, folder, method, target, seed, "evaluation.json")
+        model = self._existing(stages, method, target, seed)()
+        metrics = {
+            "config": json.loads(stages.config.to_json_best_effort()),
+            "method": method,
+            "seed": seed,
+            "target": target.spec,
+            "steps": 0 if method == PRETRAINED else model.steps,
+            "unlearn_seconds": 0.0 if method == PRETRAINED else round(model.seconds, 3),
+            PRETRAINED: before.values,
+            "unlearned": after.values,
+            "retrained": after.values if method == "retrain" else self._retrained_values(target, seed),
+            "provenance": {
+                **environment(),
+                "data": self.experiment.describe_data(target),
+                "sampler": self.experiment.describe_sampler(),
+                "num_samples": stages.config.sampling.num_images,
+                "metrics": {name: note for name, note in after.notes.items() if name in after.values},
+                "absent": after.absent,
+            },
+        }
+        if parallel.is_main_process():
+            files.write_json(folder / "metrics.json", metrics)
+
+    def _results(self, stages: Stages, folder, method: str, target, seed: int, name: str) -> Results:
+        arrays = read_samples_or_explain(folder)
+        return self.experiment.evaluate(
+            target, self._existing(stages, method, target, seed), arrays, folder / name, self.workdir
+        )
+
+    def _retrained_values(self, target, seed: int) -> dict | None:
+        """The metrics of the retrained model of the same seed, else of any seed, else None."""
+        root = self.workdir.root / "retrain"
+        found = sorted(root.glob(f"seed*-{target.slug}/metrics.json"))
+        same = root / f"seed{seed}-{target.slug}" / "metrics.json"
+        path = same if same in found else (found[0] if found else None)
+        return None if path is None else files.read_json(path)["unlearned"]
+
+    def _report(self, folder, target, config: ConfigDict) -> None:
+        if not parallel.is_main_process():
+            return
+        from retrack_jax.report.html import run_report
+
+        before, after = read_samples_or_explain(self.workdir.pretrained), read_samples_or_explain(folder)
+        run_report(folder, **self.experiment.pictures(target, before, after))
+
+    def _print(self, runs: list[dict], summary: dict) -> None:
+        from retrack_jax.report.comparison import comparison_report
+        from retrack_jax.report.tables import before_after_text, comparison_text
+
+        mine = [run for run in runs if run["method"] in methods_of(self.config)]
+        spec = build.target_specs(self.config)[0]
+        if len(mine) == 1:
+            report = self.workdir.run(mine[0]["method"], mine[0]["seed"], slug(mine[0]["target"])) / "report.html"
+            print(before_after_text(mine[0]))
+        else:
+            report = comparison_report(self.workdir.root, **self._comparison_pictures(runs, spec))
+            print(comparison_text(summary))
+        print(f"report: {report}")
+
+    def _comparison_pictures(self, runs: list[dict], spec: str) -> dict:
+        """The first samples of each method's first run on the first target, from the same noise."""
+        samples = {PRETRAINED: read_samples_or_explain(self.workdir.pretrained)}
+        for run in runs:
+            if run["target"] == spec and run["method"] not in samples:
+                samples[run["method"]] = read_samples_or_explain(self.workdir.run(run["method"], run["seed"], slug(spec)))
+        return self.experiment.comparison_pictures(self.experiment.target(spec), samples)
+
+
+def read_samples_or_explain(folder) -> dict[str, np.ndarray]:
+    """Returns the arrays of `folder/samples.npz`; says which stage makes it if it is not there."""
+    path = folder / "samples.npz"
+    check(path.exists(), f"{path} is not there; run --config.mode=sample first, or leave config.mode out to run every stage")
+    return read_samples(path)

@@ -1,0 +1,202 @@
+"""The stages of one run: pretrain, unlearn, sample, evaluate, report. Each returns what is there already and makes what is not.
+
+A stage's result is a file or a checkpoint in the workdir, so that the same command continues where it was stopped.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from retrack_jax import build, files, parallel
+from retrack_jax.checkpoints.run_store import RunStore, tree_digest
+from retrack_jax.checks import UserError
+from retrack_jax.data.pipeline import Batches
+from retrack_jax.experiment import PixelExperiment, Target
+from retrack_jax.train.loop import Preempted, restore_state, train
+from retrack_jax.train.state import TrainState, create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.types import PyTree
+from retrack_jax.unlearn.methods import METHODS, Method, get_method
+from retrack_jax.workdir import Workdir
+from retrack_jax.writer import Writer, progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network's parameters, replicated, with what training them took."""
+
+    params: PyTree
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training run needs beside its state; made only if there is a step left to take."""
+
+    method: Method
+    how: StepOptions
+    batches: Batches
+    shared: Shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Everything that the stages share: config, experiment, workdir, and the flag that a preemption sets."""
+
+    config: ConfigDict
+    experiment: PixelExperiment
+    workdir: Workdir
+    should_stop: Callable[[], bool]
+
+    def pretrain(self, *, only_existing: bool = False) -> Model:
+        """The model before unlearning: the config's checkpoint, else trained here from random weights on every image."""
+        params = self.experiment.imported_params()
+        if params is not None:
+            return Model(parallel.replicate(params), 0, 0.0)
+        folder = self.workdir.pretrained
+        rows = self.experiment.all_rows()
+        return self._from_scratch(folder, rows, self.config.pretrain.seed, "pretrain", only_existing)
+
+    def retrain(self, target: Target, seed: int, *, only_existing: bool = False) -> Model:
+        """The gold standard: trained from random weights without the target's images."""
+        folder = self.workdir.retrained(seed, target.slug)
+        return self._from_scratch(folder, target.remain, seed, "retrain", only_existing)
+
+    def _from_scratch(self, folder: epath.Path, rows: np.ndarray, seed: int, name: str, only_existing: bool) -> Model:
+        recipe, experiment = self.config.pretrain, self.experiment
+
+        def make_state():
+            return create_state(
+                experiment.init_params(seed), build.optimizer_from(recipe), build.ema_decay_from(recipe)
+            )
+
+        def make_work() -> Work:
+            batches = Batches(
+                gather=experiment.gather(rows),
+                num_remain=len(rows),
+                forget_rows=None,
+                remain_size=recipe.batch_size,
+                forget_size=0,
+                seed=seed,
+            )
+            how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout)
+            return Work(METHODS["vanilla"], how, batches, Shared(schedule=experiment.schedule))
+
+        return self._train(folder, make_state, make_work, seed, recipe.num_steps, name, only_existing)
+
+    def unlearn(self, method_name: str, target: Target, seed: int, *, only_existing: bool = False) -> Model:
+        """The model after `method_name` forgot the target."""
+        method, recipe, experiment = get_method(method_name), self.config.unlearn, self.experiment
+        if method.from_scratch:
+            return self.retrain(target, seed, only_existing=only_existing)
+        params = None if only_existing else self.pretrain(only_existing=True).params
+
+        def make_state():
+            return create_state(params, build.optimizer_from(recipe))
+
+        def make_work() -> Work:
+            data = experiment.forget_data(
+                target, recipe.num_neighbors if "neighbors" in method.streams else 0, recipe.neighbor_backend
+            )
+            shared = Shared(
+                schedule=experiment.schedule,
+                forget=data.forget,
+                neighbors=data.neighbors,
+                neighbor_rows=data.neighbor_rows,
+                # The step donates its state, so the frozen reference is a copy of its own.
+                reference=jax.tree.map(jnp.copy, params) if recipe.retain_loss == "distillation" else None,
+                condition=experiment.condition(target),
+            )
+            batches = Batches(
+                gather=experiment.gather(target.remain),
+                num_remain=len(target.remain),
+                forget_rows=target.copy_of,
+                remain_size=recipe.batch_size if "remain" in method.streams else 0,
+                forget_size=build.forget_batch_size(recipe, method),
+                seed=seed,
+            )
+            how = build.unlearn_options_from(recipe, method, experiment.num_timesteps, experiment.has_dropout)
+            return Work(method, how, batches, shared)
+
+        if only_existing:
+            params = jax.eval_shape(lambda: experiment.init_params(0))
+        folder = self.workdir.run(method_name, seed, target.slug)
+        return self._train(folder, make_state, make_work, seed, recipe.num_steps, "unlearn", only_existing)
+
+    def _train(
+        self,
+        folder: epath.Path,
+        make_state: Callable[[], TrainState],
+        make_work: Callable[[], Work],
+        seed: int,
+        num_steps: int,
+        name: str,
+        only_existing: bool,
+    ) -> Model:
+        with RunStore(folder / "checkpoints") as store:
+            if only_existing and store.latest_step() != num_steps:
+                stage = "pretrain" if name == "pretrain" else "unlearn"
+                raise UserError(
+                    f"{folder} has no finished model; run --config.mode={stage} first, or leave config.mode out to run every stage"
+                )
+            state, seconds = restore_state(make_state, store)
+            if int(state.step) < num_steps:
+                work = make_work()
+                with Writer(folder / "log.jsonl", is_main=parallel.is_main_process(), every=self.config.log_every) as writer:
+                    writer.truncate_after(int(state.step))
+                    state, seconds = train(
+                        parallel.replicate(state),
+                        make_train_step(work.method, self.experiment.eps_fn, work.how),
+                        work.batches,
+                        parallel.replicate(work.shared),
+                        jax.random.key(seed),
+                        num_steps=num_steps,
+                        name=name,
+                        store=store,
+                        checkpoint_every=self.config.checkpoint_every,
+                        writer=writer,
+                        should_stop=self.should_stop,
+                        seconds_before=seconds,
+                    )
+        return Model(state.eval_params, num_steps, seconds)
+
+    def sample(self, folder: epath.Path, model: Callable[[], Model], name: str) -> dict[str, np.ndarray]:
+        """The arrays of `folder/samples.npz`, made from `model()` if the file is not there yet."""
+        path = folder / "samples.npz"
+        if not path.exists():
+            params = model().params
+            fingerprint = files.json_digest([tree_digest(params), self.experiment.sampling_digest()])
+            parts = folder / "samples-parts"
+            with progress([], f"sample {name}", total=self.config.sampling.num_images, is_main=parallel.is_main_process(), unit="img") as bar:
+                arrays = self.experiment.sample(
+                    params, out_dir=parts, fingerprint=fingerprint, progress=lambda done, total: self._advance(bar, done)
+                )
+            if parallel.is_main_process():
+                files.write_npz(path, **arrays)
+                parts.rmtree(missing_ok=True)
+            parallel.barrier("samples written")
+            return arrays
+        return read_samples(path)
+
+    def _advance(self, bar, done: int) -> None:
+        bar.update(done - bar.n)
+        if self.should_stop():
+            raise Preempted(f"sampling stopped at image {done} of {self.config.sampling.num_images}")
+
+
+def read_samples(path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a `samples.npz`. Raises `UserError` if it is damaged."""
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib and NumPy each have their own
+        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
