@@ -48,7 +48,7 @@ def fitted(values, start: float, stop: float, *, pad: float = 0.06, log: bool | 
     values = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(values), max(values)
     if log is None:
-        log = low > 0 and high / low > 30
+        log = low > 0 and 30 < high / low < 1e30  # beyond that it is no measurement
     if log:
         room = (high / low) ** pad
         return Scale(low / room / 1.05, high * room * 1.05, start, stop, True)
