@@ -1,0 +1,173 @@
+"""CLIP's text transformer: the text encoder of Stable Diffusion 1.x and 2.x, and the text tower of CLIP itself.
+
+Layers and parameters carry the names of transformers' `CLIPTextModel`; weights from OpenAI's own CLIP files are renamed to these when
+they are read. Padding is not masked: the causal mask keeps it from every earlier token, and Stable Diffusion attends to it on purpose.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.checks import check, check_choice, check_int
+from retrack_jax.models.layer_norm import LayerNorm
+from retrack_jax.types import Array
+
+# All that decides what the encoder computes; the dozens of other keys that transformers writes are of generation and training.
+_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act layer_norm_eps"
+).split()
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+class ClipAttention(nn.Module):
+    """Causal self-attention over tokens `[B, N, D]`; the softmax is taken in float32."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BND: Array) -> Array:
+        batch, length, width = x_BND.shape
+        heads = (batch, length, self.num_heads, width // self.num_heads)
+        q, k, v = (nn.Dense(width, dtype=self.dtype, name=f"{name}_proj")(x_BND).reshape(heads) for name in "qkv")
+        logits_BHNM = jnp.einsum("bnhd,bmhd->bhnm", q, k).astype(jnp.float32) * (width // self.num_heads) ** -0.5
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        logits_BHNM = jnp.where(causal, logits_BHNM, jnp.finfo(jnp.float32).min)
+        mixed = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits_BHNM, axis=-1).astype(self.dtype), v)
+        return nn.Dense(width, dtype=self.dtype, name="out_proj")(mixed.reshape(x_BND.shape))
+
+
+class ClipMlp(nn.Module):
+    """Two dense layers around an activation."""
+
+    features: int
+    activation: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        hidden = _ACTIVATIONS[self.activation](nn.Dense(self.features, dtype=self.dtype, name="fc1")(x))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+
+
+class ClipLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    num_heads: int
+    features: int
+    activation: str
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = {"epsilon": self.epsilon, "dtype": self.dtype}
+        x = x + ClipAttention(self.num_heads, self.dtype, name="self_attn")(LayerNorm(**norm, name="layer_norm1")(x))
+        mlp = ClipMlp(self.features, self.activation, self.dtype, name="mlp")
+        return x + mlp(LayerNorm(**norm, name="layer_norm2")(x))
+
+
+class ClipTextEncoder(nn.Module):
+    """Token ids `[B, N]` int32 to hidden states `[B, N, hidden_size]` after the final layer norm.
+
+    Attributes and defaults are those of transformers' `CLIPTextConfig`, and
+      projection_dim: with a number, `pooled` projects to that many features (CLIP's joint space); Stable Diffusion has none.
+      dtype: the dtype of the activations; parameters keep the dtype they are given in.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = None
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: dict, **overrides) -> "ClipTextEncoder":
+        """Builds the encoder that a `text_encoder/config.json` describes. Raises `UserError` for what is not supported, by name."""
+        kind = config.get("model_type", "clip_text_model")
+        check(kind == "clip_text_model", f"text encoder config: model_type is {kind!r}; only clip_text_model is supported")
+        masked = config.get("use_attention_mask", False)
+        check(not masked, "text encoder config: use_attention_mask is true; only encoders that attend to padding are supported")
+        fields = {key: config[key] for key in _FIELDS if key in config}
+        module = cls(**{**fields, **overrides})
+        check_choice("text encoder config: hidden_act", module.hidden_act, _ACTIVATIONS)
+        for name in _FIELDS[:6]:
+            check_int(f"text encoder config: {name}", getattr(module, name))
+        whole = module.hidden_size % module.num_attention_heads == 0
+        check(whole, f"text encoder config: hidden_size {module.hidden_size} does not split into {module.num_attention_heads} heads")
+        return module
+
+    def setup(self):
+        self.embeddings = ClipEmbeddings(self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype)
+        self.encoder = ClipLayers(
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.intermediate_size,
+            self.hidden_act,
+            self.layer_norm_eps,
+            self.dtype,
+        )
+        self.final_layer_norm = LayerNorm(self.layer_norm_eps, self.dtype)
+        if self.projection_dim is not None:
+            self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, ids_BN: Array) -> Array:
+        hidden_BND = self.final_layer_norm(self.encoder(self.embeddings(ids_BN)))
+        if self.projection_dim is not None and self.is_initializing():
+            self.text_projection(hidden_BND)
+        return hidden_BND
+
+    def pooled(self, ids_BN: Array) -> Array:
+        """The features `[B, projection_dim]` at the end token, which in CLIP's vocabulary is the highest id (the first, if it pads)."""
+        hidden_BND = self(ids_BN)
+        end_BD = jnp.take_along_axis(hidden_BND, jnp.argmax(ids_BN, axis=1)[:, None, None], axis=1)[:, 0]
+        return end_BD if self.projection_dim is None else self.text_projection(end_BD)
+
+
+class ClipEmbeddings(nn.Module):
+    """Token embeddings plus learned positions."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids_BN: Array) -> Array:
+        if ids_BN.shape[1] > self.max_position_embeddings:
+            raise ValueError(f"{ids_BN.shape[1]} tokens, but the text encoder has {self.max_position_embeddings} positions")
+        options = {"features": self.hidden_size, "dtype": self.dtype, "embedding_init": nn.initializers.normal(0.02)}
+        tokens_BND = nn.Embed(self.vocab_size, **options, name="token_embedding")(ids_BN)
+        positions = nn.Embed(self.max_position_embeddings, **options, name="position_embedding")
+        return tokens_BND + positions(jnp.arange(ids_BN.shape[1]))[None]
+
+
+class ClipLayers(nn.Module):
+    """The stack of transformer layers."""
+
+    num_layers: int
+    num_heads: int
+    features: int
+    activation: str
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for index in range(self.num_layers):
+            x = ClipLayer(self.num_heads, self.features, self.activation, self.epsilon, self.dtype, name=f"layers_{index}")(x)
+        return x

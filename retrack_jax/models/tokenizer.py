@@ -1,0 +1,142 @@
+"""Prompts to CLIP token ids, with the `tokenizers` library and the files of a Stable Diffusion pipeline.
+
+A tokenizer folder holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x checkpoint), or only `tokenizer.json` (what
+transformers 5 writes), and beside them `tokenizer_config.json` and `special_tokens_map.json`. Two habits of transformers matter for
+identical ids and are reproduced here:
+
+1. Every special token, the padding token too, is cut out of the text before anything else. Stable Diffusion 2 pads with `!`, so a `!`
+   in a prompt becomes the padding id 0 there, and not the word `!</w>` (256).
+2. A special token given as plain text is matched as it is written; one given as an object is matched as its `normalized` flag says
+   (after lower-casing if true). Where two roles share one text the last of bos, eos, unk, pad decides, and the special tokens map
+   overrides the config.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from retrack_jax.checks import UserError, check
+from retrack_jax.files import read_json
+
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_DEFAULTS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+
+@dataclass(frozen=True, eq=False)
+class ClipTokenizer:
+    """A callable that turns prompts into padded token ids.
+
+    Attributes:
+      length: number of ids per prompt (77 for CLIP).
+      bos_id: id that starts each prompt.
+      eos_id: id that ends each prompt.
+      pad_id: id that fills the rest.
+    """
+
+    length: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    backend: Any
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns int32 ids `[N, length]`: start, at most `length - 2` words' pieces, end, padding. Raises `UserError` for non-text."""
+        if isinstance(prompts, str):
+            raise UserError("prompts is one string; pass a list of prompts")
+        for index, prompt in enumerate(prompts):
+            check(isinstance(prompt, str), f"prompt {index} is {prompt!r}; a prompt must be a string")
+        encoded = self.backend.encode_batch(list(prompts))
+        return np.array([one.ids for one in encoded], dtype=np.int32).reshape(len(encoded), self.length)
+
+    def count(self, prompt: str) -> int:
+        """Returns the number of ids that `prompt` would need with no limit, start and end included."""
+        self.backend.no_truncation()
+        try:
+            return sum(self.backend.encode(prompt).attention_mask)
+        finally:
+            self.backend.enable_truncation(self.length)
+
+
+def load_tokenizer(path) -> ClipTokenizer:
+    """Reads the tokenizer folder of a pipeline. Raises `UserError` if files are missing or are not a CLIP tokenizer's."""
+    folder = epath.Path(path)
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    if (folder / "special_tokens_map.json").exists():
+        config = {**config, **read_json(folder / "special_tokens_map.json")}
+    name = config.get("tokenizer_class", "CLIPTokenizer")
+    check(name in ("CLIPTokenizer", "CLIPTokenizerFast"), f"{folder} holds a {name}; only CLIP tokenizers are supported")
+    special = {role: _token(config.get(role) or _DEFAULTS[role]) for role in _ROLES}
+    text = {role: token["content"] for role, token in special.items()}
+
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        backend = _bpe(folder, text["unk_token"])
+    elif (folder / "tokenizer.json").exists():
+        backend = _from_json(folder / "tokenizer.json")
+    else:
+        raise UserError(f"no vocab.json with merges.txt, and no tokenizer.json, in {folder}; download the pipeline's tokenizer folder")
+
+    ids = {role: backend.token_to_id(text[role]) for role in _ROLES}
+    for role, token_id in ids.items():
+        check(token_id is not None, f"{folder}: the {role} {text[role]!r} is not in the vocabulary; use the files of one checkpoint")
+    if backend.get_added_tokens_decoder() == {}:  # a tokenizer.json brings its own, with their flags
+        _add_special(backend, special)
+    return _finish(backend, ids, text, min(int(config.get("model_max_length", 77)), 77))
+
+
+def _finish(backend, ids: dict[str, int], text: dict[str, str], length: int) -> ClipTokenizer:
+    from tokenizers import processors
+
+    ends = ((text["eos_token"], ids["eos_token"]), (text["bos_token"], ids["bos_token"]))
+    backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=ids["pad_token"], pad_token=text["pad_token"])
+    return ClipTokenizer(length, ids["bos_token"], ids["eos_token"], ids["pad_token"], backend)
+
+
+def _token(value) -> dict:
+    """One special token as a dict; plain text is matched as written."""
+    if isinstance(value, str):
+        return {"content": value, "normalized": False}
+    return {key: value[key] for key in ("content", "normalized", "lstrip", "rstrip", "single_word") if key in value}
+
+
+def _add_special(backend, special: dict[str, dict]) -> None:
+    from tokenizers import AddedToken
+
+    by_text = {token["content"]: token for token in special.values()}  # the last role decides
+    backend.add_special_tokens([AddedToken(**token, special=True) for token in by_text.values()])
+
+
+def _bpe(folder, unknown: str):
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    vocabulary = read_json(folder / "vocab.json")
+    lines = [line for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n") if line]
+    lines = [line for index, line in enumerate(lines) if not (index == 0 and line.startswith("#version"))]
+    merges = [tuple(line.split(" ")) for line in lines]
+    for number, merge in enumerate(merges):
+        check(len(merge) == 2, f"{folder / 'merges.txt'}: entry {number + 1} is {lines[number]!r}, not two pieces; download it again")
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{folder}: vocab.json and merges.txt do not belong together ({error}); take both from one checkpoint") from error
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
+
+
+def _from_json(path):
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(epath.Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path} is not a tokenizer file ({error}); download it again") from error

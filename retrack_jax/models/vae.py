@@ -1,0 +1,190 @@
+"""AutoencoderKL: Stable Diffusion's autoencoder between images and latents, in Flax with diffusers' names.
+
+    (1) posterior of an image: N(mean, std²),  [mean, logvar] = quant_conv(encoder(x)),  std = exp(clip(logvar, -30, 20) / 2)
+    (2) a latent is scaling_factor * z, z drawn from the posterior (or its mean); the UNet sees latents only
+    (3) x = decoder(post_quant_conv(latent / scaling_factor))
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from retrack_jax.checks import UserError, check, check_choice, check_int, check_number, suggestion
+from retrack_jax.models.attention import GroupNorm
+from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D
+from retrack_jax.models.conv import Conv
+from retrack_jax.models.embeddings import activation
+from retrack_jax.models.resnet import Upsample2D
+from retrack_jax.types import Array
+
+_OWN_FIELDS = ("dtype",)
+# Supported at one value only.
+_FIXED = {"latents_mean": None, "latents_std": None, "shift_factor": None}
+# Advice on precision, which is the user's choice here.
+_PASSED_OVER = ("force_upcast",)
+_EPS = 1e-6
+
+
+class UpDecoderBlock2D(nn.Module):
+    """Residual blocks without a time embedding, then doubling if `upsample`."""
+
+    out_channels: int
+    num_layers: int
+    options: ResnetOptions
+    upsample: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.num_layers):
+            x = self.options.resnet(self.out_channels, f"resnets_{i}")(x, None, True)
+        return Upsample2D(self.out_channels, self.options.dtype, name="upsamplers_0")(x) if self.upsample else x
+
+
+class Encoder(nn.Module):
+    """Images to the features that `quant_conv` reads; each level halves the size, the last does not."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    out_channels: int
+    options: ResnetOptions
+    add_attention: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels, options = self.block_out_channels, self.options
+        x = Conv(channels[0], 3, padding=1, dtype=options.dtype, name="conv_in")(x)
+        for i, width in enumerate(channels):
+            resampler = "conv" if i < len(channels) - 1 else None
+            block = DownBlock2D(width, self.layers_per_block, options, resampler=resampler, downsample_padding=0, name=f"down_blocks_{i}")
+            x, _ = block(x, None, True)
+        x = UNetMidBlock2D(options, self.add_attention, channels[-1], name="mid_block")(x, None, True)
+        return _out(options, x, self.out_channels)
+
+
+class Decoder(nn.Module):
+    """Latents to images; each level doubles the size, the last does not."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    out_channels: int
+    options: ResnetOptions
+    add_attention: bool
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        channels, options = self.block_out_channels[::-1], self.options
+        x = Conv(channels[0], 3, padding=1, dtype=options.dtype, name="conv_in")(z)
+        x = UNetMidBlock2D(options, self.add_attention, channels[0], name="mid_block")(x, None, True)
+        for i, width in enumerate(channels):
+            upsample = i < len(channels) - 1
+            x = UpDecoderBlock2D(width, self.layers_per_block + 1, options, upsample, name=f"up_blocks_{i}")(x)
+        return _out(options, x, self.out_channels)
+
+
+def _out(options: ResnetOptions, x: Array, features: int) -> Array:
+    """The last norm, SiLU whatever act_fn is (as in diffusers), and convolution."""
+    x = nn.silu(GroupNorm(options.groups, _EPS, options.dtype, name="conv_norm_out")(x))
+    return Conv(features, 3, padding=1, dtype=options.dtype, name="conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`. Use `apply` with method "encode" or "decode".
+
+    Attributes:
+      scaling_factor: what latents are multiplied by (equation 2), so that they have about unit variance.
+      dtype: the dtype that it computes in; norm statistics, softmax and the results are float32.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: Any = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **own_fields) -> "AutoencoderKL":
+        """Returns the module for diffusers' `vae/config.json` as a dict. Raises `UserError` for what is not supported, by name."""
+        name = config.get("_class_name", "AutoencoderKL")
+        check(name == "AutoencoderKL", f"the config is of a {name}; only AutoencoderKL is supported")
+        fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", *_OWN_FIELDS}
+        values = {}
+        for key, value in config.items():
+            if key.startswith("_") or key in _PASSED_OVER:
+                continue
+            if key in _FIXED:
+                check(value == _FIXED[key], f"the VAE config's {key} is {value!r}; only {_FIXED[key]!r} is supported")
+            elif key in fields:
+                values[key] = tuple(value) if isinstance(value, list) else value
+            else:
+                raise UserError(f"the VAE config has an option {key!r} that AutoencoderKL does not know{suggestion(key, fields)}")
+        module = cls(**values, **own_fields)
+        module.check_options()
+        return module
+
+    def check_options(self) -> None:
+        """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
+        for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            types = getattr(self, field)
+            check(len(types) == len(self.block_out_channels), f"the VAE's {field} has {len(types)} entries; one a block is needed")
+            for entry in types:
+                check_choice(f"an entry of the VAE's {field}", entry, (kind,))
+        for width in self.block_out_channels:
+            check(width % self.norm_num_groups == 0, f"the VAE's norm_num_groups is {self.norm_num_groups}; it must divide {width} channels")
+        check_int("the VAE's layers_per_block", self.layers_per_block)
+        check_number("the VAE's scaling_factor", self.scaling_factor, 0, above=True)
+        activation(self.act_fn)
+
+    def setup(self):
+        options = ResnetOptions(groups=self.norm_num_groups, eps=_EPS, act_fn=self.act_fn, dtype=self.dtype)
+        shape = (self.block_out_channels, self.layers_per_block)
+        attention = self.mid_block_add_attention
+        self.encoder = Encoder(*shape, 2 * self.latent_channels, options, attention)
+        self.decoder = Decoder(*shape, self.out_channels, options, attention)
+        pointwise = {"kernel_size": 1, "padding": 0, "dtype": self.dtype}
+        if self.use_quant_conv:
+            self.quant_conv = Conv(2 * self.latent_channels, **pointwise)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = Conv(self.latent_channels, **pointwise)
+
+    @property
+    def downscale(self) -> int:
+        """How many pixels along a side one latent covers (8 for Stable Diffusion)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def encode(self, x_BHWC: Array) -> tuple[Array, Array]:
+        """Returns mean and standard deviation of the latent of each image, float32 `[B, H/8, W/8, latent_channels]`.
+
+        Both are multiplied by `scaling_factor` already (equations 1 and 2): a latent for the UNet is mean + std * eps. Images
+        `[B, H, W, 3]` in [-1, 1], sides multiples of `downscale`; raises `UserError` for others.
+        """
+        height, width = x_BHWC.shape[1:3]
+        whole = height % self.downscale == 0 and width % self.downscale == 0
+        check(whole, f"images are {height} x {width}; the VAE needs multiples of {self.downscale}")
+        moments = self.encoder(x_BHWC)
+        moments = self.quant_conv(moments) if self.use_quant_conv else moments
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+        return mean * self.scaling_factor, std * self.scaling_factor
+
+    def decode(self, latent_BHWC: Array) -> Array:
+        """Returns images, float32 `[B, 8 H, 8 W, 3]`, about [-1, 1] and not clipped, of the UNet's latents (equation 3)."""
+        z = latent_BHWC / self.scaling_factor
+        z = self.post_quant_conv(z) if self.use_post_quant_conv else z
+        return self.decoder(z).astype(jnp.float32)
+
+    def __call__(self, x_BHWC: Array) -> Array:
+        """Encodes and decodes by the mean; this is what `init` traces."""
+        return self.decode(self.encode(x_BHWC)[0])
