@@ -1,0 +1,187 @@
+"""Schedules and samplers against the real diffusers, live: tables, add_noise, every step of a chain, and whole loops.
+
+The same inputs, the same noise and the same network output go to both. Tolerance: relative norm 1e-5, per step and for a whole loop.
+
+Where t is small and steps are short diffusers' float32 arithmetic does not reach that: 1 - alpha_bar_t / alpha_bar_{t-1} is 1e-4 of two
+numbers near 1, so it carries an error of 3e-4 of itself; ours comes from float64. In those cases (`ROUNDED`) the same diffusers code runs
+with float64 tables and is matched to 1e-5, and as it is to 1e-4.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm
+
+from retrack_jax.diffusion import Schedule, add_noise, make_eps_fn
+from retrack_jax.sampling import initial_noise, make_sampler, sample, step_noise
+
+TOLERANCE = 1e-5
+SHAPE = (4, 4, 2)
+BATCH = 3
+
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+CASES = {
+    "ddpm": ("DDPMScheduler", "ddpm", 50, dict()),
+    "ddpm-large-unclipped": ("DDPMScheduler", "ddpm", 50, dict(variance_type="fixed_large", clip_sample=False)),
+    "ddpm-range": ("DDPMScheduler", "ddpm", 40, dict(clip_sample_range=0.6)),
+    "ddpm-1000": ("DDPMScheduler", "ddpm", 1000, dict()),
+    "ddpm-1000-unclipped": ("DDPMScheduler", "ddpm", 1000, dict(clip_sample=False)),
+    "ddpm-sd-offset": ("DDPMScheduler", "ddpm", 50, dict(**SD, steps_offset=1, clip_sample=False)),
+    "ddpm-sd-offset-large": ("DDPMScheduler", "ddpm", 50, dict(**SD, steps_offset=1, variance_type="fixed_large")),
+    "ddpm-v-trailing": ("DDPMScheduler", "ddpm", 25, dict(prediction_type="v_prediction", timestep_spacing="trailing")),
+    "ddpm-sample-linspace": ("DDPMScheduler", "ddpm", 30, dict(prediction_type="sample", timestep_spacing="linspace")),
+    "ddpm-cosine-v": ("DDPMScheduler", "ddpm", 50, dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")),
+    "ddpm-trained-betas": ("DDPMScheduler", "ddpm", 20, dict(num_train_timesteps=100, trained_betas=[0.01 + 0.0004 * i for i in range(100)])),
+    "ddpm-trailing-uneven": ("DDPMScheduler", "ddpm", 37, dict(timestep_spacing="trailing")),
+    "ddim": ("DDIMScheduler", "ddim", 50, dict()),
+    "ddim-unclipped": ("DDIMScheduler", "ddim", 20, dict(clip_sample=False)),
+    "ddim-sd": ("DDIMScheduler", "ddim", 50, dict(**SD, steps_offset=1, clip_sample=False, set_alpha_to_one=False)),
+    "ddim-v-trailing": ("DDIMScheduler", "ddim", 25, dict(prediction_type="v_prediction", timestep_spacing="trailing")),
+    "ddim-sample-linspace": ("DDIMScheduler", "ddim", 40, dict(prediction_type="sample", timestep_spacing="linspace")),
+    "pndm-sd": ("PNDMScheduler", "pndm", 50, dict(**SD, steps_offset=1, skip_prk_steps=True)),
+    "pndm-to-one": ("PNDMScheduler", "pndm", 20, dict(skip_prk_steps=True, set_alpha_to_one=True)),
+    "pndm-v": ("PNDMScheduler", "pndm", 25, dict(**SD, steps_offset=1, skip_prk_steps=True, prediction_type="v_prediction")),
+    "pndm-linspace": ("PNDMScheduler", "pndm", 10, dict(**SD, skip_prk_steps=True, timestep_spacing="linspace")),
+    "dpm": ("DPMSolverMultistepScheduler", "dpm_solver", 20, dict()),
+    "dpm-few": ("DPMSolverMultistepScheduler", "dpm_solver", 10, dict()),
+    "dpm-leading": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, timestep_spacing="leading", steps_offset=1)),
+    "dpm-trailing": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(timestep_spacing="trailing")),
+    "dpm-heun": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, solver_type="heun")),
+    "dpm-sigma-min": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, final_sigmas_type="sigma_min")),
+    "dpm-sigma-min-few": ("DPMSolverMultistepScheduler", "dpm_solver", 12, dict(**SD, final_sigmas_type="sigma_min", solver_type="heun")),
+    "dpm-euler-at-final": (
+        "DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, final_sigmas_type="sigma_min", euler_at_final=True),
+    ),
+    "dpm-first-order": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, solver_order=1)),
+    "dpm-v": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, prediction_type="v_prediction")),
+    "dpm-sample": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, prediction_type="sample")),
+}  # fmt: skip
+
+ROUNDED = ("ddpm-1000", "ddpm-1000-unclipped", "ddim-sample-linspace")
+RUNS = [(name, "as it is") for name in CASES] + [(name, "float64") for name in ROUNDED]
+
+
+def both(name):
+    """Returns (diffusers' scheduler with its timesteps set, our schedule read from its config, our sampler)."""
+    class_name, sampler_name, num_steps, options = CASES[name]
+    theirs = getattr(diffusers, class_name)(**options)
+    theirs.set_timesteps(num_steps)
+    schedule = Schedule.from_config(json.loads(theirs.to_json_string()))
+    return theirs, schedule, make_sampler(sampler_name, schedule, num_steps)
+
+
+def reference(name, theirs, tables):
+    """Returns (diffusers' scheduler, its dtype, the tolerance), with its tables in float64 if `tables` says so."""
+    if tables == "float64":
+        config = theirs.config
+        betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64)
+        theirs.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        theirs.one = torch.tensor(1.0, dtype=torch.float64)
+        return theirs, torch.float64, TOLERANCE
+    return theirs, torch.float32, 1e-4 if name in ROUNDED else TOLERANCE
+
+
+def relative(ours, theirs):
+    ours, theirs = np.float64(ours), np.float64(theirs)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def feed_noise(monkeypatch, noises):
+    """Makes diffusers' DDPM draw `noises` in order."""
+    queue = iter(noises)
+    monkeypatch.setattr(diffusers_ddpm, "randn_tensor", lambda shape, dtype, **kwargs: torch.from_numpy(np.array(next(queue))).to(dtype))
+
+
+def network(schedule, xp):
+    """Returns the exact denoiser for data at ±0.7 with std 0.1, as a network of the schedule's prediction type, in NumPy or JAX."""
+    gammas, sigmas = xp.asarray(schedule.gamma), xp.asarray(schedule.sigma)
+
+    def output(x, t):
+        gamma, sigma = (table[t].reshape(-1, 1, 1, 1) for table in (gammas, sigmas))
+        variance = gamma**2 * 0.01 + sigma**2
+        sign = 0.7 * xp.tanh(gamma * 0.7 * x / variance)
+        x_0 = sign + gamma * 0.01 / variance * (x - gamma * sign)
+        if schedule.prediction_type == "sample":
+            return x_0
+        eps = (x - gamma * x_0) / sigma
+        return eps if schedule.prediction_type == "epsilon" else gamma * eps - sigma * x_0
+
+    return output
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tables_timesteps_and_config(name):
+    theirs, schedule, sampler = both(name)
+    np.testing.assert_array_equal(sampler.rows["t"], theirs.timesteps.numpy())
+    assert relative(schedule.alpha_bar, theirs.alphas_cumprod.numpy()) <= TOLERANCE
+    np.testing.assert_allclose(schedule.alpha_bar, theirs.alphas_cumprod.numpy(), rtol=2e-5)  # their float32 product, at every t
+    again = type(theirs).from_config(schedule.to_config())
+    changed = {key for key, value in theirs.config.items() if not key.startswith("_") and again.config[key] != value}
+    assert not changed
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] != "DPMSolverMultistepScheduler"])
+def test_add_noise(name):
+    theirs, schedule, _ = both(name)
+    last = schedule.num_train_timesteps - 1
+    t = np.array([0, 1, last // 2, last - 1, last], np.int32)
+    x_0, eps = np.random.default_rng(0).standard_normal((2, 5, *SHAPE)).astype(np.float32)
+    ours = add_noise(jnp.asarray(x_0), jnp.asarray(eps), schedule.gamma[t], schedule.sigma[t])
+    expected = theirs.add_noise(torch.from_numpy(x_0), torch.from_numpy(eps), torch.from_numpy(t).long()).numpy()
+    for one, other in zip(ours, expected, strict=True):
+        assert relative(one, other) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name,tables", RUNS)
+def test_each_step(name, tables, monkeypatch):
+    """Feeds arbitrary samples and outputs, and their state of multistep methods, to every step of the chain."""
+    theirs, schedule, sampler = both(name)
+    theirs, dtype, tolerance = reference(name, theirs, tables)
+    generator = np.random.default_rng(1)
+    calls = len(sampler.rows["t"])
+    x = generator.standard_normal((BATCH, *SHAPE)).astype(np.float32)
+    noises = generator.standard_normal((calls, BATCH, *SHAPE)).astype(np.float32)
+    feed_noise(monkeypatch, noises)
+    state, x_theirs, worst = sampler.init(jnp.asarray(x)), torch.from_numpy(x).to(dtype), 0.0
+    step = jax.jit(sampler.step)
+    eps_of = jax.jit(lambda output, x, t: make_eps_fn(lambda params, x, t: output, schedule)({}, x, t))
+    for j, t in enumerate(sampler.rows["t"]):
+        output = generator.standard_normal((BATCH, *SHAPE)).astype(np.float32)
+        row = {key: value[j] for key, value in sampler.rows.items()}
+        state = (jnp.asarray(x_theirs.float().numpy()), *state[1:])  # start each step from their x
+        eps = eps_of(jnp.asarray(output), state[0], jnp.full((BATCH,), t))
+        state = step(state, eps, jnp.asarray(noises[j]), row)
+        x_theirs = theirs.step(torch.from_numpy(output).to(dtype), int(t), x_theirs, return_dict=False)[0]
+        worst = max(worst, relative(state[0], x_theirs.numpy()))
+        x_theirs = torch.clamp(x_theirs, -10, 10)  # arbitrary outputs make some unclipped chains grow without bound
+    print(f"{name}, {tables}: worst step {worst:.1e}")
+    assert worst <= tolerance
+
+
+@pytest.mark.parametrize("name,tables", RUNS)
+def test_whole_loop(name, tables, monkeypatch):
+    theirs, schedule, sampler = both(name)
+    theirs, dtype, tolerance = reference(name, theirs, tables)
+    rngs = jax.random.split(jax.random.key(2), BATCH)
+    x_init = initial_noise(rngs, SHAPE)
+    calls = len(sampler.rows["t"])
+    noises = jax.jit(jax.vmap(lambda j: step_noise(rngs, j, SHAPE)))(jnp.arange(calls))
+    feed_noise(monkeypatch, np.asarray(noises))
+    eps_fn = make_eps_fn(lambda variables, x, t: network(schedule, jnp)(x, t), schedule)
+    ours = jax.jit(lambda x, rngs: sample(lambda x, t: eps_fn({}, x, t), x, rngs, sampler))(x_init, rngs)
+    output = network(schedule, np)
+    x = torch.from_numpy(np.array(x_init)).to(dtype)
+    for t in theirs.timesteps:
+        y = torch.from_numpy(output(x.float().numpy(), np.full(BATCH, int(t)))).to(dtype)
+        x = theirs.step(y, int(t), x, return_dict=False)[0]
+    error = relative(ours, x.numpy())
+    print(f"{name}, {tables}: whole loop {error:.1e}")
+    assert 0.5 < np.abs(x.numpy()).mean() < 0.9  # the loop does sample the two modes
+    assert error <= tolerance
