@@ -1,0 +1,150 @@
+"""FID, KID, inception score, precision and recall from one pass over a feature network, and the reference set's cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.checks import UserError, check_choice
+from retrack_jax.files import json_digest, write_npz
+from retrack_jax.metrics.features.network import FeatureNetwork
+from retrack_jax.metrics.fid import fid, unstable_reason
+from retrack_jax.metrics.inception_score import inception_score
+from retrack_jax.metrics.kid import kid
+from retrack_jax.metrics.moments import Moments, moments_of
+from retrack_jax.metrics.precision_recall import precision_recall
+
+FEATURE_METRICS = ("fid", "kid", "inception_score", "precision", "recall")
+MAX_ROWS = 10_000  # KID, precision and recall take at most so many rows of a set; FID takes all.
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStats:
+    """What the metrics need of one set of images.
+
+    Attributes:
+      network: the `FeatureNetwork.description` that made it.
+      moments: of all images' features.
+      rows: float32 `[min(N, MAX_ROWS), D]`, a random choice of the features in their order.
+      logits: float32 `[N, C]`, or None for a network without classes.
+    """
+
+    network: str
+    moments: Moments
+    rows: np.ndarray
+    logits: np.ndarray | None
+
+
+def feature_stats(network: FeatureNetwork, images, on_batch: Callable[[int], None] | None = None) -> FeatureStats:
+    """Returns the statistics of `images` `[N, H, W, C]`, uint8 or floats in [0, 1], from one pass over them.
+
+    Raises:
+      UserError: NaN in images, a shape the network does not take, fewer than two images.
+    """
+    outputs = network(images, on_batch)
+    return stats_of(outputs["features"], outputs.get("logits"), network.description)
+
+
+def stats_of(features, logits=None, network: str = "given features") -> FeatureStats:
+    """Returns the statistics of features `[N, D]` and logits `[N, C]` that are already there."""
+    moments = moments_of(features)
+    rows = np.asarray(features, np.float32)
+    if len(rows) > MAX_ROWS:
+        rows = rows[np.sort(np.random.default_rng(0).choice(len(rows), MAX_ROWS, replace=False))]
+    return FeatureStats(network, moments, rows, None if logits is None else np.asarray(logits, np.float32))
+
+
+def evaluate_features(
+    samples: FeatureStats, reference: FeatureStats, wanted: Sequence[str] = FEATURE_METRICS, *, seed: int = 0
+) -> tuple[dict[str, float], dict]:
+    """Returns the wanted metrics by name, and notes for provenance: counts, spreads, warnings.
+
+    Args:
+      samples, reference: from the same network and resize rule.
+      wanted: some of `FEATURE_METRICS`; the inception score needs logits and looks at the samples alone.
+      seed: decides KID's subsets and the inception score's permutation.
+
+    Raises:
+      UserError: an unknown metric, two different networks, or too few images.
+    """
+    for name in wanted:
+        check_choice("metric", name, FEATURE_METRICS)
+    if samples.network != reference.network:
+        raise UserError(f"samples were seen by {samples.network}, the reference by {reference.network}; use one network for both")
+    values: dict[str, float] = {}
+    notes = {"features": samples.network, "num_samples": samples.moments.count, "num_reference": reference.moments.count}
+    if "fid" in wanted:
+        values["fid"] = fid(samples.moments, reference.moments, warn=False)
+        warning = unstable_reason(samples.moments.count, reference.moments.count, len(samples.moments.mean))
+        if warning:
+            notes["fid_warning"] = warning
+    if "kid" in wanted:
+        result = kid(samples.rows, reference.rows, seed=seed)
+        values["kid"] = result.mean
+        notes |= {"kid_std": result.std, "kid_subsets": f"{result.num_subsets} of {result.subset_size} images"}
+    if "inception_score" in wanted:
+        if samples.logits is None:
+            raise UserError(f"{samples.network} has no classes, so it gives no inception_score; leave that metric out")
+        score = inception_score(samples.logits, seed=seed)
+        values["inception_score"] = score.mean
+        notes |= {"inception_score_std": score.std, "inception_score_splits": score.num_splits}
+    if "precision" in wanted or "recall" in wanted:
+        shares = precision_recall(samples.rows, reference.rows)
+        both = {"precision": shares.precision, "recall": shares.recall}
+        values |= {name: value for name, value in both.items() if name in wanted}
+        notes["precision_recall"] = f"k = {shares.k}, {shares.num_samples} samples and {shares.num_reference} reference images"
+    return values, notes
+
+
+def cached_feature_stats(
+    network: FeatureNetwork,
+    images,
+    data_digest: str,
+    cache_dir,
+    *,
+    transform: str = "none",
+    on_batch: Callable[[int], None] | None = None,
+) -> FeatureStats:
+    """Returns `feature_stats`, read from `cache_dir` where they were computed before.
+
+    The key is the digest of the data, of the transform (what was done to the data before this: a crop, a choice of rows) and of the
+    network with its resize rule. A damaged file is computed again.
+
+    Args:
+      data_digest: SHA-256 of the images.
+      cache_dir: folder of the cached files.
+    """
+    from etils import epath
+
+    key = {
+        "version": _CACHE_VERSION,
+        "data": data_digest,
+        "transform": transform,
+        "network": network.name,
+        "weights": network.digest,
+        "resize": network.resize,
+        "images": len(images),
+    }
+    path = epath.Path(cache_dir) / f"features-{json_digest(key)[:32]}.npz"
+    if path.exists():
+        stats = _read(path, network.description)
+        if stats is not None:
+            return stats
+    stats = feature_stats(network, images, on_batch)
+    moments = stats.moments
+    arrays = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter, "rows": stats.rows}
+    if stats.logits is not None:
+        arrays["logits"] = stats.logits
+    write_npz(path, **arrays)
+    return stats
+
+
+def _read(path: Path, network: str) -> FeatureStats | None:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            moments = Moments(int(archive["count"]), archive["mean"], archive["scatter"])
+            return FeatureStats(network, moments, archive["rows"], archive["logits"] if "logits" in archive.files else None)
+    except Exception:  # A damaged archive raises one of many types; the statistics can always be computed again.
+        return None

@@ -1,0 +1,78 @@
+"""Precision and recall of samples by the manifold of nearest neighbors.
+
+Equations, for features x of samples and y of the reference, r_k(y_j) the distance from y_j to its k-th nearest other reference row:
+    (1)  precision = #{i : ||x_i - y_j|| <= r_k(y_j) for some j} / N
+    (2)  recall    = #{j : ||y_j - x_i|| <= r_k(x_i) for some i} / M                  (Kynkaanniemi et al. 2019, k = 3)
+
+The paper takes VGG-16 features; ours are those of the FID network, so compare only within one network. Distances are float32 products
+of features centred on the reference mean: without the centring, the expanded square would cancel where clusters lie far from 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrack_jax.checks import check, check_int
+from retrack_jax.metrics.arrays import check_features
+
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Both shares, in [0, 1], the k of the manifolds and the rows on each side."""
+
+    precision: float
+    recall: float
+    k: int
+    num_samples: int
+    num_reference: int
+
+
+def precision_recall(samples, reference, *, k: int = 3) -> PrecisionRecall:
+    """Returns precision and recall (equations 1 and 2).
+
+    Args:
+      samples: features `[N, D]`, N > k.
+      reference: features `[M, D]`, M > k, from the same network. Equal N and M make the two shares comparable.
+      k: neighbors that span a manifold.
+
+    Raises:
+      UserError: NaN, too few rows for k, or other dimensions.
+    """
+    x, y = check_features("samples' features", samples), check_features("reference features", reference)
+    check_int("k", k, 1)
+    check(x.shape[1] == y.shape[1], f"features have {x.shape[1]} and {y.shape[1]} dimensions; use one feature network for both")
+    fewest = min(len(x), len(y))
+    check(fewest > k, f"precision and recall with k = {k} need more than {k} images on each side, found {fewest}")
+    centre = y.mean(axis=0, dtype=np.float64)
+    x, y = ((features - centre).astype(np.float32) for features in (x, y))
+    x_sq, y_sq = (np.einsum("nd,nd->n", features, features) for features in (x, y))
+    x_radius, y_radius = _radii(x, x_sq, k), _radii(y, y_sq, k)
+    inside_reference = np.zeros(len(x), bool)
+    inside_samples = np.zeros(len(y), bool)
+    for start in range(0, len(x), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        distance = _squared_distances(x[rows], x_sq[rows], y, y_sq)
+        inside_reference[rows] = (distance <= y_radius).any(axis=1)
+        inside_samples |= (distance <= x_radius[rows, None]).any(axis=0)
+    return PrecisionRecall(float(inside_reference.mean()), float(inside_samples.mean()), k, len(x), len(y))
+
+
+def _squared_distances(a: np.ndarray, a_sq: np.ndarray, b: np.ndarray, b_sq: np.ndarray) -> np.ndarray:
+    distance = a @ b.T
+    distance *= np.float32(-2.0)
+    distance += a_sq[:, None]
+    distance += b_sq
+    return distance
+
+
+def _radii(x: np.ndarray, x_sq: np.ndarray, k: int) -> np.ndarray:
+    """The squared distance of each row to its k-th nearest other row; a row is kept from itself by its index, not by distance 0."""
+    radii = np.empty(len(x), np.float32)
+    for start in range(0, len(x), _BLOCK):
+        distance = _squared_distances(x[start : start + _BLOCK], x_sq[start : start + _BLOCK], x, x_sq)
+        here = np.arange(len(distance))
+        distance[here, start + here] = np.inf
+        radii[start : start + _BLOCK] = np.partition(distance, k - 1, axis=1)[:, k - 1]
+    return radii
