@@ -27,8 +27,9 @@ from retrack_jax.evaluate.pixel import EVALUATORS, Subject, Task
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.neighbors.cache import cached_nearest
+from retrack_jax.sampling import make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
-from retrack_jax.sampling.loop import make_sampler
+
 from retrack_jax.types import PyTree
 
 log = logging.getLogger(__name__)

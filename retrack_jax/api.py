@@ -1,0 +1,153 @@
+"""The Python door: `run` does what the command does, `unlearn` takes arrays and returns parameters.
+
+    from retrack_jax.api import run, unlearn
+    summary = run(config, "runs/mine")
+    params = unlearn(module.apply, params, schedule, remain, forget, method="retrack", rng=jax.random.key(0), num_steps=50)
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from retrack_jax import parallel
+from retrack_jax.checks import UserError, check, check_choice, check_int, suggestion
+from retrack_jax.data.pipeline import Batches
+from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.neighbors.search import nearest
+from retrack_jax.train.loop import train
+from retrack_jax.train.optimizer import make_lam_schedule, make_optimizer
+from retrack_jax.train.state import create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.types import PyTree, Rng
+from retrack_jax.unlearn.methods import METHODS, get_method
+
+# The official CIFAR-10 and MNIST values; configs/base.py says what each is.
+_TRAINING = {
+    "num_steps": 50,
+    "batch_size": 128,
+    "forget_batch_size": 0,
+    "accumulation": 1,
+    "learning_rate": 5e-5,
+    "b1": 0.95,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 1e-6,
+    "clip_norm": 1.0,
+    "num_neighbors": 10,
+    "neighbor_backend": "auto",
+    "t_min": 0,
+    "t_max": None,
+    "retain_loss": "standard",
+    "lam_end": None,
+    "lam_schedule": "constant",
+    "dropout": False,
+}
+
+
+def run(config: ConfigDict, workdir) -> dict:
+    """Does what the command does: every stage that is not done yet. Returns `summary.json` as a dict.
+
+    Args:
+      config: from `configs/*.py`, for example `configs.digits_tshirt.get_config("retrack")`; fields may be changed.
+      workdir: a folder or a `gs://` address.
+
+    Raises:
+      UserError (a ValueError): what the user can mend.
+    """
+    from retrack_jax.run import run as run_config
+
+    return run_config(config, workdir)
+
+
+def unlearn(
+    apply_fn: Callable,
+    params: PyTree,
+    schedule: Schedule,
+    remain,
+    forget,
+    *,
+    method: str = "retrack",
+    rng: Rng,
+    **options,
+) -> PyTree:
+    """Returns parameters that have forgotten `forget`; arrays in, parameters out.
+
+    Args:
+      apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`.
+      params: the pretrained parameters; they are left as they are.
+      schedule: the noise schedule; its `prediction_type` says what the network predicts.
+      remain, forget: images `[R, ...]` and `[F, ...]`, float32 in the space that the network denoises ([-1, 1] for pixels), or uint8.
+      method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.
+      rng: decides the data order and all noise.
+      **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
+        method's own, such as `lam`. `dropout=True` trains with the network's dropout on.
+
+    Raises:
+      UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not divide.
+    """
+    entry = get_method(method)
+    check(not entry.from_scratch, f"method {method!r} trains from random weights; use train.loop for it")
+    known = {**_TRAINING, **entry.options}
+    for name in options:
+        if name not in known:
+            every = {name for other in METHODS.values() for name in other.options}
+            if name in every:
+                raise UserError(f"method {method!r} does not read the option {name!r}")
+            raise UserError(f"there is no option {name!r}{suggestion(name, known)}")
+    chosen = {**known, **options}
+    check_choice("retain_loss", chosen["retain_loss"], ("standard", "distillation"))
+    for name in ("num_steps", "batch_size", "accumulation", "num_neighbors"):
+        check_int(name, chosen[name])
+    forget_size = (chosen["forget_batch_size"] or chosen["batch_size"]) if "forget" in entry.streams else 0
+    for name, size in (("batch_size", chosen["batch_size"]), ("forget_batch_size", forget_size)):
+        parallel.check_divisible(name, size, chosen["accumulation"])
+    check(not entry.paired or forget_size == chosen["batch_size"], f"method {method!r} needs forget_batch_size equal to batch_size")
+
+    remain, forget = np.asarray(remain), np.asarray(forget)
+    check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")
+    name = "pixels" if remain.dtype == np.uint8 else "x_0"
+    shared = Shared(schedule=schedule, forget={name: forget})
+    if "neighbors" in entry.streams:
+        rows, _ = nearest(forget, remain, chosen["num_neighbors"], chosen["neighbor_backend"])
+        distinct, positions = np.unique(rows, return_inverse=True)
+        shared = shared.replace(
+            neighbors={name: remain[distinct]}, neighbor_rows=positions.reshape(rows.shape).astype(np.int32)
+        )
+    if chosen["retain_loss"] == "distillation":
+        shared = shared.replace(reference=params)
+    step = make_train_step(entry, make_eps_fn(apply_fn, schedule), _step_options(chosen, entry, schedule))
+    optimizer = make_optimizer(
+        **{key: chosen[key] for key in ("learning_rate", "num_steps", "b1", "b2", "eps", "weight_decay", "clip_norm")}
+    )
+    batches = Batches(
+        gather=lambda rows: {name: remain[rows]},
+        num_remain=len(remain),
+        forget_rows=np.arange(len(forget)),
+        remain_size=chosen["batch_size"] if "remain" in entry.streams else 0,
+        forget_size=forget_size,
+        seed=int(jax.random.bits(rng, dtype="uint32")),
+    )
+    # The step donates its state: it works on a copy, and the caller's parameters stay.
+    state = parallel.replicate(create_state(jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params), optimizer))
+    state, _ = train(
+        state, step, batches, parallel.replicate(shared), rng, num_steps=chosen["num_steps"], name="unlearn"
+    )
+    return state.params
+
+
+def _step_options(chosen: dict, entry, schedule: Schedule) -> StepOptions:
+    lam_fn = None
+    if "lam" in entry.options and chosen["lam_schedule"] != "constant":
+        lam_fn = make_lam_schedule(chosen["lam"], chosen["lam_end"], chosen["num_steps"], chosen["lam_schedule"])
+    return StepOptions(
+        options={name: chosen[name] for name in entry.options},
+        lam_fn=lam_fn,
+        accumulation=chosen["accumulation"],
+        t_min=chosen["t_min"],
+        t_max=chosen["t_max"] or schedule.num_train_timesteps,
+        distill=chosen["retain_loss"] == "distillation",
+        dropout=chosen["dropout"],
+    )

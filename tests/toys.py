@@ -1,0 +1,44 @@
+"""Small things that many tests share: a schedule, a network of a few hundred parameters, random images."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.diffusion.schedule import Schedule
+
+SHAPE = (4, 4, 1)
+
+
+class ToyNet(nn.Module):
+    """A network that depends on the image and on t, and compiles at once."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x, t, deterministic=True):
+        flat = x.reshape(x.shape[0], -1)
+        phase = t.astype(jnp.float32) / 100.0
+        time = jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=1)
+        hidden = nn.silu(nn.Dense(self.width)(jnp.concatenate([flat, time], axis=1)))
+        return nn.Dense(flat.shape[1])(hidden).reshape(x.shape)
+
+
+def schedule() -> Schedule:
+    """The linear schedule of DDPM."""
+    return Schedule.from_config({"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+
+
+def params(seed=0):
+    return ToyNet().init(jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros((1,), jnp.int32))["params"]
+
+
+def images(count, seed=0):
+    """uint8 images."""
+    return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
+
+
+def relative(a, b):
+    """Returns ||a - b|| / ||b|| over whole trees."""
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64) for tree in (a, b)]
+    return np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
