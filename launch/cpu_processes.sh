@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Runs the command as N processes on this machine, joined over loopback: what a slice of N hosts does, without the slice.
+#
+#   launch/cpu_processes.sh [--dry-run] [--devices D] [--logs DIR] N --config=configs/NAME.py[:METHOD] [--workdir=DIR] ...
+#
+# D: CPU devices in each process (default 1). DIR: where processes 1 to N-1 write what they print (default: a temporary folder);
+# process 0 prints here. PYTHON chooses the interpreter (default: .venv/bin/python, else python3). PORT chooses the coordinator's port.
+# The first process that fails ends the others, and its exit status is this script's; SIGTERM and SIGINT are passed on to all.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
+
+dry=0 devices=1 logs=""
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) dry=1; shift ;;
+    --devices) devices="${2:-}"; shift 2 || fail "--devices needs a number" ;;
+    --logs) logs="${2:-}"; shift 2 || fail "--logs needs a folder" ;;
+    -*) fail "unknown option $1 before the number of processes; $0 --help shows the usage" ;;
+    *) break ;;
+  esac
+done
+count="${1:-}"
+[[ "$count" =~ ^[1-9][0-9]*$ ]] || fail "give the number of processes first, such as: $0 2 --config=configs/digits_tshirt.py"
+[[ "$devices" =~ ^[1-9][0-9]*$ ]] || fail "--devices is '$devices'; it must be a whole number of at least 1"
+shift
+[[ $# -gt 0 ]] || fail "give the command's own flags after the number, such as --config=configs/digits_tshirt.py"
+
+python="${PYTHON:-}"
+[[ -n "$python" ]] || { python=.venv/bin/python; [[ -x "$python" ]] || python=python3; }
+port="${PORT:-}"
+if [[ -z "$port" ]]; then
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+fi
+
+common=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "RETRACK_COORDINATOR=127.0.0.1:$port" "RETRACK_PROCESSES=$count")
+if [[ $dry -eq 1 ]]; then
+  for ((index = 0; index < count; index++)); do
+    run env "${common[@]}" "RETRACK_PROCESS=$index" "$python" -m retrack_jax.main "$@"
+  done
+  exit 0
+fi
+
+[[ -n "$logs" ]] || logs=$(mktemp -d "${TMPDIR:-/tmp}/retrack-processes.XXXXXX")
+mkdir -p "$logs"
+pids=()
+stop_all() {
+  local pid
+  for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
+}
+signalled=0
+trap 'signalled=1; stop_all TERM' TERM INT
+for ((index = 0; index < count; index++)); do
+  if [[ $index -eq 0 ]]; then
+    env "${common[@]}" "RETRACK_PROCESS=$index" "$python" -m retrack_jax.main "$@" &
+  else
+    env "${common[@]}" "RETRACK_PROCESS=$index" "$python" -m retrack_jax.main "$@" >"$logs/process$index.log" 2>&1 &
+  fi
+  pids+=($!)
+done
+[[ "$count" -eq 1 ]] || echo "processes 1 to $((count - 1)) write to $logs" >&2
+
+# Waits for whichever ends first. After a failure the others may wait for it in a collective for ever, so a timer runs: those that
+# stop by themselves (a preemption stops all at the same step) have its time to finish their saves, the rest are ended.
+status=0 timer="" next=TERM
+while [[ ${#pids[@]} -gt 0 ]]; do
+  code=0 ended=""
+  wait -n -p ended "${pids[@]}" ${timer:+"$timer"} || code=$?
+  if [[ $code -gt 128 && $signalled -eq 1 ]]; then
+    signalled=2 # the signal interrupted `wait` itself; it was passed on, and the processes now save and stop
+    continue
+  fi
+  if [[ -n "$timer" && "$ended" == "$timer" ]]; then
+    stop_all "$next"
+    next=KILL
+    sleep 10 & timer=$!
+    continue
+  fi
+  for index in "${!pids[@]}"; do [[ "${pids[$index]}" != "$ended" ]] || unset "pids[$index]"; done
+  if [[ $code -ne 0 && $status -eq 0 ]]; then
+    status=$code
+    sleep "${GRACE_SECONDS:-30}" & timer=$!
+  fi
+done
+[[ -z "$timer" ]] || kill "$timer" 2>/dev/null || true
+exit "$status"
