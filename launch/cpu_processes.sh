@@ -49,8 +49,7 @@ stop_all() {
   local pid
   for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
-signalled=0
-trap 'signalled=1; stop_all TERM' TERM INT
+trap 'stop_all TERM' TERM INT
 for ((index = 0; index < count; index++)); do
   if [[ $index -eq 0 ]]; then
     env "${common[@]}" "RETRACK_PROCESS=$index" "$python" -m retrack_jax.main "$@" &
@@ -61,27 +60,23 @@ for ((index = 0; index < count; index++)); do
 done
 [[ "$count" -eq 1 ]] || echo "processes 1 to $((count - 1)) write to $logs" >&2
 
-# Waits for whichever ends first. After a failure the others may wait for it in a collective for ever, so a timer runs: those that
-# stop by themselves (a preemption stops all at the same step) have its time to finish their saves, the rest are ended.
-status=0 timer="" next=TERM
+# Looks five times a second whether one has ended. After a failure the others may wait for it in a collective for ever: they have
+# GRACE_SECONDS to stop by themselves (a preemption stops all at the same step, and they finish their saves), then are ended.
+status=0 deadline=0 next=TERM
 while [[ ${#pids[@]} -gt 0 ]]; do
-  code=0 ended=""
-  wait -n -p ended "${pids[@]}" ${timer:+"$timer"} || code=$?
-  if [[ $code -gt 128 && $signalled -eq 1 ]]; then
-    signalled=2 # the signal interrupted `wait` itself; it was passed on, and the processes now save and stop
-    continue
-  fi
-  if [[ -n "$timer" && "$ended" == "$timer" ]]; then
+  for index in "${!pids[@]}"; do
+    kill -0 "${pids[$index]}" 2>/dev/null && continue
+    code=0
+    wait "${pids[$index]}" || code=$?
+    unset "pids[$index]"
+    if [[ $code -ne 0 && $status -eq 0 ]]; then
+      status=$code deadline=$((SECONDS + ${GRACE_SECONDS:-30}))
+    fi
+  done
+  if [[ $deadline -gt 0 && $SECONDS -ge $deadline ]]; then
     stop_all "$next"
-    next=KILL
-    sleep 10 & timer=$!
-    continue
+    next=KILL deadline=$((SECONDS + 10))
   fi
-  for index in "${!pids[@]}"; do [[ "${pids[$index]}" != "$ended" ]] || unset "pids[$index]"; done
-  if [[ $code -ne 0 && $status -eq 0 ]]; then
-    status=$code
-    sleep "${GRACE_SECONDS:-30}" & timer=$!
-  fi
+  sleep 0.2
 done
-[[ -z "$timer" ]] || kill "$timer" 2>/dev/null || true
 exit "$status"
