@@ -1,0 +1,182 @@
+"""Schedules against loops and closed forms, the timesteps that they visit, and diffusers' config files."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.diffusion import Schedule
+from retrack_jax.sampling import make_sampler
+
+# Scheduler files in the form of google/ddpm-cifar10-32 (an early version of diffusers) and of Stable Diffusion v1.4.
+CIFAR = {
+    "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
+    "clip_sample": True, "num_train_timesteps": 1000, "timestep_values": None, "trained_betas": None, "variance_type": "fixed_large",
+}  # fmt: skip
+SD = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.7.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+
+
+def loop_alpha_bar(beta_of, total=1000):
+    product, table = 1.0, []
+    for t in range(total):
+        product *= 1 - beta_of(t)
+        table.append(product)
+    return np.array(table)
+
+
+def test_tables_are_the_product_of_the_betas():
+    linear = loop_alpha_bar(lambda t: 1e-4 + (0.02 - 1e-4) * t / 999)
+    scaled = loop_alpha_bar(lambda t: (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2)
+    for expected, schedule in ((linear, Schedule.create()), (scaled, Schedule.from_config(SD))):
+        np.testing.assert_allclose(schedule.alpha_bar64, expected, rtol=1e-12)
+        np.testing.assert_allclose(schedule.alpha_bar, expected, rtol=1e-7)
+        np.testing.assert_allclose(schedule.gamma, np.sqrt(expected), rtol=1e-7)
+        np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - expected), rtol=1e-7)
+    assert schedule.gamma.dtype == schedule.sigma.dtype == jnp.float32
+
+
+def test_cosine_schedule_telescopes_until_its_cap():
+    def f(s):
+        return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    schedule = Schedule.create(beta_schedule="squaredcos_cap_v2")
+    expected = [f((t + 1) / 1000) / f(0) for t in range(999)]
+    np.testing.assert_allclose(schedule.alpha_bar64[:999], expected, rtol=1e-9)
+    assert schedule.alpha_bar64[999] == pytest.approx(expected[998] * 0.001, rel=1e-9)  # beta is capped at 0.999
+
+
+def test_known_values():
+    assert Schedule.create().alpha_bar64[-1] == pytest.approx(4.0358e-5, rel=1e-4)
+    assert Schedule.from_config(SD).alpha_bar64[-1] == pytest.approx(0.004660, rel=1e-3)
+
+
+def test_trained_betas_replace_the_formula():
+    betas = [0.1, 0.2, 0.3]
+    schedule = Schedule.create(num_train_timesteps=3, trained_betas=betas)
+    np.testing.assert_allclose(schedule.alpha_bar64, [0.9, 0.72, 0.504])
+    assert Schedule.from_config(schedule.to_config()).trained_betas == tuple(betas)
+    with pytest.raises(UserError, match="trained_betas must hold num_train_timesteps = 4"):
+        Schedule.create(num_train_timesteps=4, trained_betas=betas)
+
+
+def test_alpha_bar_at_takes_the_final_value_past_the_last_step():
+    schedule = Schedule.create()
+    np.testing.assert_array_equal(schedule.alpha_bar_at([5, 0, -1, -20], 1.0)[2:], 1.0)
+    assert schedule.alpha_bar_at([5])[0] == schedule.alpha_bar64[5]
+
+
+@pytest.mark.parametrize(
+    "num_steps,settings,expected",
+    [
+        (50, {}, range(980, -1, -20)),
+        (1000, {}, range(999, -1, -1)),
+        (50, {"steps_offset": 1}, range(981, 0, -20)),
+        (50, {"timestep_spacing": "trailing"}, range(999, 18, -20)),
+        (5, {"timestep_spacing": "linspace"}, [999, 749, 500, 250, 0]),
+        (3, {}, [666, 333, 0]),
+        (3, {"timestep_spacing": "trailing"}, [999, 666, 332]),
+        (1, {}, [0]),
+    ],
+)
+def test_timesteps(num_steps, settings, expected):
+    timesteps = Schedule.create(**settings).timesteps(num_steps)
+    np.testing.assert_array_equal(timesteps, list(expected))
+    assert timesteps.dtype == np.int32
+
+
+def test_timesteps_past_the_table_are_refused():
+    with pytest.raises(UserError, match="sampling steps is 1001"):
+        Schedule.create().timesteps(1001)
+    with pytest.raises(UserError, match="start at t = 1000, past 999"):
+        Schedule.create(steps_offset=1).timesteps(1000)
+    with pytest.raises(UserError, match="timestep_spacing is 'trailling'.*did you mean 'trailing'"):
+        Schedule.create().timesteps(10, "trailling")
+
+
+def test_files_in_published_form():
+    cifar = Schedule.from_config(CIFAR)
+    assert (cifar.variance_type, cifar.clip_sample, cifar.timestep_spacing) == ("fixed_large", True, "leading")
+    sd = Schedule.from_config(SD)
+    assert (sd.clip_sample, sd.variance_type, sd.skip_prk_steps, sd.set_alpha_to_one) == (False, "fixed_small", True, False)
+    ancestral = make_sampler("ddpm", sd, 50)  # what the official code samples Stable Diffusion with
+    assert ancestral.clip is None
+    np.testing.assert_array_equal(ancestral.rows["t"], range(981, 0, -20))
+
+
+def test_absent_and_null_keys_take_the_defaults_of_the_class():
+    assert Schedule.from_config({}).to_config() == Schedule.create().to_config()
+    dpm = Schedule.from_config({"_class_name": "DPMSolverMultistepScheduler", "variance_type": None, "lambda_min_clipped": "-inf"})
+    assert (dpm.timestep_spacing, dpm.clip_sample) == ("linspace", False)
+    assert Schedule.from_config({"_class_name": "PNDMScheduler"}).set_alpha_to_one is False
+    assert Schedule.from_config({"predict_epsilon": False}).prediction_type == "sample"
+    assert Schedule.from_config({"predict_epsilon": True, "_use_default_values": ["thresholding"]}).prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        ({"thresholding": True}, "thresholding"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"solver_order": 3}, "solver_order is 3"),
+        ({"beta_shedule": "linear"}, "unknown key 'beta_shedule'; did you mean 'beta_schedule'"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
+        ({"beta_start": 0.1, "beta_end": 0.05}, "beta_end is 0.05"),
+        ({"clip_sample": "yes"}, "clip_sample is 'yes'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"steps_offset": -1}, "steps_offset is -1"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(config, message):
+    with pytest.raises(UserError, match=message) as error:
+        Schedule.from_config(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CIFAR,
+        SD,
+        {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "timestep_spacing": "trailing", "clip_sample_range": 2.0},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun", "final_sigmas_type": "sigma_min", "solver_order": 1},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 77},
+    ],
+)
+def test_config_round_trip_through_json(config):
+    schedule = Schedule.from_config(config)
+    written = json.loads(json.dumps(schedule.to_config()))
+    assert written["_class_name"] == config.get("_class_name", "DDPMScheduler")
+    again = Schedule.from_config(written)
+    assert jax.tree.structure(again) == jax.tree.structure(schedule)  # every static setting
+    np.testing.assert_array_equal(again.alpha_bar, schedule.alpha_bar)
+
+
+def test_is_a_pytree_for_jit_and_pmap():
+    traces = []
+
+    @jax.jit
+    def last_gamma(schedule):
+        traces.append(schedule.prediction_type)
+        return schedule.gamma[-1]
+
+    assert last_gamma(Schedule.create()) == last_gamma(Schedule.create(beta_end=0.02)) == Schedule.create().gamma[-1]
+    assert traces == ["epsilon"]
+    last_gamma(Schedule.create(prediction_type="sample"))
+    assert traces == ["epsilon", "sample"]
+    index = jnp.arange(jax.local_device_count())
+    gammas = jax.pmap(lambda schedule, t: schedule.gamma[t], in_axes=(None, 0))(Schedule.create(), index)
+    np.testing.assert_array_equal(gammas, Schedule.create().gamma[: len(index)])
