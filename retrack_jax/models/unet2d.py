@@ -130,16 +130,19 @@ class UNet2D(nn.Module):
             )
             for kind in types:
                 check_choice(f"an entry of {field}", _plain(kind), kinds)
-        for channels in self.block_out_channels:
-            groups, head_dim = self.norm_num_groups, self.attention_head_dim
-            check(
-                isinstance(groups, int) and groups > 0 and channels % groups == 0,
-                f"norm_num_groups is {groups!r}; it must divide each of block_out_channels {self.block_out_channels}",
-            )
-            check(
-                head_dim is None or 0 < head_dim <= channels,
-                f"attention_head_dim is {head_dim!r}; it counts channels per head and block_out_channels has {channels}",
-            )
+        groups, widths = self.norm_num_groups, self.block_out_channels
+        check(
+            isinstance(groups, int) and groups > 0 and all(channels % groups == 0 for channels in widths),
+            f"norm_num_groups is {groups!r}; it must divide each of block_out_channels {widths}",
+        )
+        attending = [c for c, kind in zip(widths, self.down_block_types, strict=True) if _DOWN_BLOCKS[_plain(kind)][0]]
+        attending += [c for c, kind in zip(reversed(widths), self.up_block_types, strict=True) if _UP_BLOCKS[_plain(kind)][0]]
+        attending += [widths[-1]] if self.add_attention and self.mid_block_type else []
+        head_dim = self.attention_head_dim
+        check(
+            head_dim is None or all(0 < head_dim <= channels for channels in attending),
+            f"attention_head_dim is {head_dim!r}; it counts channels per head, and a block with attention has {min(attending, default=0)}",
+        )
         groups = self.attn_norm_num_groups
         check(
             groups is None or self.block_out_channels[-1] % groups == 0,
