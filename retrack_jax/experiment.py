@@ -150,7 +150,7 @@ class PixelExperiment:
 
     @cached_property
     def _p_sample(self):
-        sampler = make_sampler(self.schedule, self.config.sampling.sampler, self.config.sampling.num_steps)
+        sampler = make_sampler(self.config.sampling.sampler, self.schedule, self.config.sampling.num_steps)
         output = "float32" if self.config.save_float else "uint8"
         return pmap_sample_fn(make_sample_fn(self.eps_fn, sampler, self.image_shape), output=output)
 

@@ -34,8 +34,9 @@ def set_up_logs() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("retrack_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # A warning is a line for the user, not a place in our source.
+    warnings.showwarning = lambda message, *place, **more: logging.getLogger(__name__).warning("%s", message)
 
 
 def catch_termination():
