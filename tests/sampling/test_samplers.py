@@ -1,0 +1,198 @@
+"""Samplers on Gaussian data, whose score is exact: distributions with error bars, closed forms, and orders of convergence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.diffusion import Schedule, expand
+from retrack_jax.sampling import DDIM, DDPM, SAMPLERS, DPMSolver, initial_noise, make_sampler, num_calls, sample, start_at, step_noise
+
+MEAN, STD = 0.3, 0.5
+
+
+def gaussian_eps_fn(schedule, mean=MEAN, std=STD):
+    """Returns the exact eps for data N(mean, std²): sigma (x - gamma mean) / (gamma² std² + sigma²)."""
+
+    def eps_fn(x, t):
+        gamma, sigma = expand(schedule.gamma[t], x), expand(schedule.sigma[t], x)
+        return sigma * (x - gamma * mean) / (gamma**2 * std**2 + sigma**2)
+
+    return eps_fn
+
+
+@jax.jit
+def _sample_gaussian(schedule, sampler, rngs, mean, std):
+    return sample(gaussian_eps_fn(schedule, mean, std), initial_noise(rngs, (16,)), rngs, sampler)
+
+
+def sample_gaussian(schedule, sampler, count, mean=MEAN, std=STD):
+    return np.asarray(_sample_gaussian(schedule, sampler, jax.random.split(jax.random.key(0), count), mean, std), np.float64)
+
+
+def exact_flow(x, start, end, mean=MEAN, std=STD):
+    """Returns where the probability-flow ODE takes x from alpha_bar = start to end: the map between the two Gaussian marginals."""
+    scale = np.sqrt((end * std**2 + 1 - end) / (start * std**2 + 1 - start))
+    return np.sqrt(end) * mean + scale * (np.float64(x) - np.sqrt(start) * mean)
+
+
+def standard_errors(samples, mean, std):
+    """Returns by how many standard errors the mean and the std of independent normal samples miss."""
+    count = samples.size
+    return abs(samples.mean() - mean) / (std / np.sqrt(count)), abs(samples.std() - std) / (std / np.sqrt(2 * count))
+
+
+def test_ddpm_on_the_full_schedule_draws_the_data_distribution():
+    """Over 1000 steps the discrete chain's own bias is below 1% of std; 4 standard errors of 32,768 values are 0.011 and 0.008."""
+    schedule = Schedule.create(clip_sample=False)
+    samples = sample_gaussian(schedule, DDPM.create(schedule), 2048)
+    assert abs(samples.mean() - MEAN) < 4 * STD / np.sqrt(samples.size)
+    assert abs(samples.std() - STD) < 0.01 * STD + 4 * STD / np.sqrt(2 * samples.size)
+
+
+def test_ddpm_fixed_large_is_exact_on_unit_gaussian_data():
+    """For N(0, 1) data the reverse variance is beta itself, so any number of steps is exact but for t = 0, which adds no noise."""
+    schedule = Schedule.create(clip_sample=False, variance_type="fixed_large")
+    for num_steps in (10, 50):
+        samples = sample_gaussian(schedule, DDPM.create(schedule, num_steps), 4096, mean=0.0, std=1.0)
+        assert max(standard_errors(samples, 0.0, float(schedule.gamma[0]))) < 4
+
+
+def test_ddpm_fixed_small_is_the_posterior_of_a_single_image():
+    """For data at one point the posterior variance is exact, so x_t of each step has the forward process's mean and std."""
+    schedule = Schedule.create(clip_sample=False)
+    sampler = DDPM.create(schedule, 20)
+    stopped = jax.tree.map(lambda row: row[:12], sampler)
+    alpha_bar = schedule.alpha_bar64[sampler.rows["t"][12]]
+    samples = sample_gaussian(schedule, stopped, 4096, mean=0.4, std=0.0)
+    assert max(standard_errors(samples, 0.4 * np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))) < 4
+    np.testing.assert_allclose(sample_gaussian(schedule, sampler, 8, mean=0.4, std=0.0), 0.4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver", "pndm"])
+def test_deterministic_samplers_draw_the_data_distribution(name):
+    """At 100 steps the solver's error in std is below 8% (DDIM), 2% (DPM-Solver++) and 1% (PNDM)."""
+    schedule = Schedule.create(clip_sample=False)
+    samples = sample_gaussian(schedule, make_sampler(name, schedule, 100), 2048)
+    bias = {"ddim": 0.08, "dpm_solver": 0.02, "pndm": 0.01}[name]
+    assert abs(samples.mean() - MEAN) < 0.001 + 4 * STD / np.sqrt(samples.size)
+    assert abs(samples.std() - STD) < bias * STD + 4 * STD / np.sqrt(2 * samples.size)
+
+
+@pytest.mark.parametrize(
+    "name,order,steps,settings",
+    [
+        ("ddim", 1, (20, 40, 80, 160), {}),
+        # Ending at t = 0 and not at sigma = 0, where the last step is of first order.
+        ("dpm_solver", 2, (40, 80, 160), {"final_sigmas_type": "sigma_min"}),
+    ],
+)
+def test_order_of_convergence(name, order, steps, settings):
+    schedule = Schedule.create(clip_sample=False, **settings)
+    errors = []
+    for num_steps in steps:
+        sampler = make_sampler(name, schedule, num_steps, spacing="leading")
+        x = initial_noise(jax.random.split(jax.random.key(0), 8), (16,))
+        end = schedule.alpha_bar64[0] if settings else 1.0
+        expected = exact_flow(x, schedule.alpha_bar64[sampler.rows["t"][0]], end)
+        errors.append(np.abs(sample_gaussian(schedule, sampler, 8) - expected).max())
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert order - 0.15 < slope < order + 0.25, (errors, slope)
+
+
+def test_pndm_beats_ddim_at_equal_steps():
+    schedule = Schedule.create(clip_sample=False)
+    errors = {}
+    for name in ("ddim", "pndm"):
+        sampler = make_sampler(name, schedule, 40)
+        x = initial_noise(jax.random.split(jax.random.key(0), 8), (16,))
+        expected = exact_flow(x, schedule.alpha_bar64[sampler.rows["t"][0]], 1.0)
+        errors[name] = np.abs(sample_gaussian(schedule, sampler, 8) - expected).max()
+    assert errors["pndm"] < 0.1 * errors["ddim"]
+
+
+def test_calls_of_the_network_and_timesteps():
+    """Counts the calls and records t from inside the compiled loop."""
+    schedule = Schedule.create(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    expected = {
+        "ddpm": list(range(981, 0, -20)),
+        "ddim": list(range(981, 0, -20)),
+        "dpm_solver": list(np.linspace(0, 999, 51).round().astype(int)[:0:-1]),
+        "pndm": [981, 961, *range(961, 0, -20)],
+    }
+    for name in SAMPLERS:
+        seen = []
+
+        def eps_fn(x, t, seen=seen):
+            jax.debug.callback(lambda t: seen.append(int(t)), t[0], ordered=True)
+            return x * 0.1
+
+        sampler = make_sampler(name, schedule, 50)
+        jax.block_until_ready(sample(eps_fn, jnp.ones((2, 3)), jax.random.split(jax.random.key(0), 2), sampler))
+        jax.effects_barrier()
+        assert seen == expected[name]
+        assert num_calls(sampler) == len(seen)
+
+
+def test_clipping_follows_the_schedule():
+    """A network that claims x_0 = 3 everywhere: clipped samplers end within ±clip_sample_range, the others near 3."""
+    for clip_range, settings in ((1.0, {}), (0.5, {"clip_sample_range": 0.5}), (None, {"clip_sample": False})):
+        schedule = Schedule.create(**settings)
+        for name in ("ddpm", "ddim"):
+            samples = sample_gaussian(schedule, make_sampler(name, schedule, 50), 4, mean=3.0, std=0.0)
+            np.testing.assert_allclose(samples, clip_range or 3.0, atol=0.15 if name == "ddim" else 0.01)
+
+
+def test_one_compilation_serves_schedules_and_samplers_of_one_shape():
+    traces = []
+
+    @jax.jit
+    def run(sampler, x, rngs):
+        traces.append(1)
+        return sample(lambda x, t: 0.1 * x, x, rngs, sampler)
+
+    x, rngs = jnp.ones((2, 3)), jax.random.split(jax.random.key(0), 2)
+    for schedule in (Schedule.create(), Schedule.create(beta_end=0.01), Schedule.create(variance_type="fixed_large")):
+        run(DDPM.create(schedule, 10), x, rngs)
+    assert len(traces) == 1
+
+
+def test_noise_depends_on_the_key_and_the_step_alone():
+    rngs = jax.random.split(jax.random.key(3), 5)
+    np.testing.assert_array_equal(initial_noise(rngs, (4,))[2:4], initial_noise(rngs[2:4], (4,)))
+    noises = [initial_noise(rngs, (4,)), *(step_noise(rngs, jnp.int32(j), (4,)) for j in range(3))]
+    flat = np.concatenate(noises).ravel()
+    assert len(np.unique(flat)) == flat.size  # initial and step noise never coincide
+
+
+def test_start_at():
+    schedule = Schedule.create()
+    sampler = start_at(DDPM.create(schedule), 250)
+    np.testing.assert_array_equal(sampler.rows["t"], range(250, -1, -1))
+    with pytest.raises(UserError, match="does not visit t = 251"):
+        start_at(DDIM.create(schedule, 50), 251)
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: make_sampler("dpmsolver", Schedule.create(), 10), "did you mean 'dpm_solver'"),
+        (lambda: make_sampler("ddpm", Schedule.create(), 0), "sampling steps is 0"),
+        (lambda: make_sampler("ddim", Schedule.create(), 50, spacing="even"), "timestep_spacing is 'even'"),
+        (lambda: DPMSolver.create(Schedule.create(), 1000), "DPM-Solver.* steps is 1000"),
+        (lambda: make_sampler("pndm", Schedule.create(), 1), "PNDM steps is 1"),
+        (lambda: make_sampler("pndm", Schedule.create(class_name="PNDMScheduler"), 50), "skip_prk_steps"),
+    ],
+)
+def test_bad_requests(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_every_sampler_is_finite_at_few_steps_of_every_schedule(name, prediction_type):
+    for beta_schedule in ("linear", "squaredcos_cap_v2"):
+        schedule = Schedule.create(prediction_type=prediction_type, beta_schedule=beta_schedule)
+        assert np.isfinite(sample_gaussian(schedule, make_sampler(name, schedule, 5), 2)).all()
