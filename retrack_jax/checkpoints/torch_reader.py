@@ -57,7 +57,10 @@ class TorchFile(Mapping[str, np.ndarray]):
                 is_zip = file.read(4) == b"PK\x03\x04"
                 file.seek(0)
                 # A zip's records are found by name and a sequence's storages by key; both become an offset in the file.
-                roots, self._places = _read_zip(file, self._path) if is_zip else _read_sequence(_Bounded(file, self._size), self._path)
+                if is_zip:
+                    roots, self._places = _read_zip(file, self._path)
+                else:
+                    roots, self._places = _read_sequence(_Bounded(file, self._path, self._size), self._path)
         except FileNotFoundError as error:
             raise UserError(f"no file {path}") from error
         except OSError as error:
@@ -81,13 +84,13 @@ class TorchFile(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         dtype = tensor.storage.dtype
+        if not tensor.numel:
+            return np.empty(tensor.shape, dtype)
         flat = np.empty(tensor.span, dtype)
         with open(self._path, "rb") as file:
             file.seek(self._places[tensor.storage.key][0] + tensor.offset * dtype.itemsize)
             if file.readinto(flat.view(np.uint8)) != flat.nbytes:
                 raise UserError(f"{self._path} ends within {name}; download the file again")
-        if not tensor.numel:
-            return np.empty(tensor.shape, dtype)
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
@@ -186,8 +189,6 @@ def _read_sequence(file, path: Path) -> tuple[list[_Root], _Places]:
     places = {}
     for key in keys:
         count = file.read(8)
-        if len(count) != 8:
-            raise UserError(f"{path} ends before its storage {key!r}; download the file again")
         if key not in itemsizes:
             raise UserError(f"{path} has a storage {key!r} that no tensor views, so its size is unknown; refused")
         size = struct.unpack("<q", count)[0] * itemsizes[key]
@@ -201,13 +202,13 @@ def _read_sequence(file, path: Path) -> tuple[list[_Root], _Places]:
 class _Bounded:
     """A file that refuses to read more bytes than it has left, before it makes room for them."""
 
-    def __init__(self, file, size: int):
-        self._file, self.size = file, size
+    def __init__(self, file, path: Path, size: int):
+        self._file, self._path, self.size = file, path, size
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int) -> bytes:
         if count < 0 or count > self.size - self._file.tell():
-            raise ValueError(f"{count} bytes claimed, {self.size - self._file.tell()} left")
+            raise UserError(f"{self._path} ends where {count} more bytes should follow; download the file again")
         return self._file.read(count)
 
     def readline(self) -> bytes:
