@@ -1,0 +1,139 @@
+"""Encoded images (JPEG, PNG, WebP, whatever Pillow reads) to uint8 pixels of one size, several at once.
+
+The rules, in this order: turn by the EXIF orientation; with `resolution` S, scale the shorter side to S (Lanczos) and cut the centre S x S;
+an image that is S x S already keeps its pixels as they are.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.checks import UserError, check_choice, check_int
+
+CROPS = ("center", "none")
+VERSION = 1  # of these rules; it keys the cache
+_AHEAD = 16  # images in flight for each worker
+_MODES = {"L": 1, "RGB": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How images become pixels.
+
+    Attributes:
+      resolution: side in pixels of the square that images become; 0 keeps them as they are, and they must then agree.
+      crop: `center`, or `none` to refuse an image that is not square.
+      channels: 1 or 3 converts whatever comes; 0 takes what the first image has and refuses one that differs (a grey one among RGB).
+      skip_corrupt: leave out, rather than refuse, images that cannot be decoded.
+    """
+
+    resolution: int = 0
+    crop: str = "center"
+    channels: int = 0
+    skip_corrupt: bool = False
+
+    def __post_init__(self):
+        check_int("config.data.resolution", self.resolution, minimum=0)
+        check_choice("config.data.crop", self.crop, CROPS)
+        if self.channels not in (0, 1, 3):
+            raise UserError(f"config.data.channels is {self.channels!r}; it must be 0 (as the images are), 1 or 3")
+
+
+class CorruptImage(Exception):
+    """An image that cannot be decoded."""
+
+
+def decode(name: str, source: bytes | Path, options: DecodeOptions) -> np.ndarray:
+    """Returns one image, uint8 `[H, W, C]`; a palette image, or one with transparency, has 3 channels only if they are asked for.
+
+    Raises:
+      CorruptImage: it cannot be decoded.
+      UserError: it is of a kind or shape that `options` refuse.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
+        raise CorruptImage(f"{name}: {error}") from error
+    if options.channels:
+        image = image.convert("L" if options.channels == 1 else "RGB")
+    elif image.mode not in _MODES:
+        raise UserError(
+            f"image {name} is {image.mode}, neither grey nor RGB; set config.data.channels=3 (or 1) to convert every image"
+        )
+    return np.asarray(_resized(name, image, options)).reshape(*_shape(image, options), -1)
+
+
+def _shape(image, options: DecodeOptions) -> tuple[int, int]:
+    return (options.resolution, options.resolution) if options.resolution else (image.height, image.width)
+
+
+def _resized(name: str, image, options: DecodeOptions):
+    from PIL import Image
+
+    side = options.resolution
+    if not side or image.size == (side, side):
+        return image
+    if options.crop == "none" and image.width != image.height:
+        raise UserError(f"image {name} is {image.width}x{image.height}, not square; set config.data.crop=center to cut its centre")
+    scale = side / min(image.size)
+    width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
+    left, top = (width - side) // 2, (height - side) // 2
+    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + side, top + side))
+
+
+def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOptions) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yields (name, uint8 `[H, W, C]`) in the order of `items`, or (name, what is wrong with it) for a corrupt image.
+
+    Decoding runs in as many threads as there are processors (Pillow releases the interpreter while it decodes); a bounded number of
+    images is in flight, whatever `items` holds.
+
+    Raises:
+      UserError: an image whose shape or number of channels differs from the first one's.
+    """
+
+    def attempt(item):
+        try:
+            return item[0], decode(*item, options)
+        except CorruptImage as error:
+            return item[0], str(error).split(": ", 1)[1]
+
+    items = iter(items)
+    workers = os.cpu_count() or 1
+    first = None
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(attempt, item) for item in islice(items, _AHEAD * workers)]
+        pending.reverse()  # the oldest is last
+        while pending:
+            name, image = pending.pop().result()
+            more = next(items, None)
+            if more is not None:
+                pending.insert(0, pool.submit(attempt, more))
+            if isinstance(image, np.ndarray):
+                first = first or (name, image.shape)
+                _check_like_first(name, image.shape, *first)
+            yield name, image
+
+
+def _check_like_first(name, shape, first_name, first_shape) -> None:
+    if shape[:2] != first_shape[:2]:
+        raise UserError(
+            f"image {name} is {shape[1]}x{shape[0]} and {first_name} is {first_shape[1]}x{first_shape[0]}; "
+            "set config.data.resolution to bring every image to one size"
+        )
+    if shape[2] != first_shape[2]:
+        kinds = {1: "grey", 3: "RGB"}
+        raise UserError(
+            f"image {name} is {kinds[shape[2]]} and {first_name} is {kinds[first_shape[2]]}; "
+            "set config.data.channels=3 (or 1) to convert every image"
+        )

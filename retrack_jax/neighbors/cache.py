@@ -1,0 +1,117 @@
+"""Neighbors found once, kept, and checked before they are used again.
+
+A file holds the neighbors of one target. It is named by its key: the digest of the pixels (or latents), the space in which distances are
+taken, the queries, the excluded images, K, the engine and the version of the search. It also holds the key and a SHA-256 of its arrays; one that
+does not match, or that names impossible neighbors, is searched again, never trusted.
+"""
+
+import importlib.metadata
+import logging
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from retrack_jax import files
+from retrack_jax.neighbors.search import MEMORY_BUDGET, choose_backend, nearest
+
+VERSION = 1
+PIXELS = "pixels in [-1, 1]"
+logger = logging.getLogger(__name__)
+
+
+def cached_nearest(
+    images, query_rows, k: int, *, exclude, cache_dir, backend: str = "auto", space: str = PIXELS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the neighbors of one target: (rows int64 [F, k], distances float32 [F, k]). As `cached_nearest_of_targets`."""
+    return cached_nearest_of_targets(images, [(query_rows, exclude)], k, cache_dir=cache_dir, backend=backend, space=space)[0]
+
+
+def cached_nearest_of_targets(
+    images,
+    targets: Sequence[tuple[np.ndarray, np.ndarray]],
+    k: int,
+    *,
+    cache_dir,
+    backend: str = "auto",
+    space: str = PIXELS,
+    memory_budget: int = MEMORY_BUDGET,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the neighbors of each target; those that the cache lacks are found in one pass over the images.
+
+    Args:
+      images: has `images`, an array [N, ...] as `nearest` takes it, and `digest`, which changes whenever its content does.
+      targets: for each target (rows whose neighbors are wanted, rows that they must not be).
+      cache_dir: a folder, or a `gs://` address.
+      space: what the values are, where it is not pixels: say the autoencoder's digest.
+
+    Raises:
+      UserError: as `nearest`, for instance if fewer than k images remain for a target.
+    """
+    shape = (len(images.images), int(np.prod(images.images.shape[1:])))
+    num_queries = sum(len(rows) for rows, _ in targets)
+    engine, _ = choose_backend(backend, shape, num_queries, memory_budget)
+    targets = [(np.asarray(rows, np.int64), np.unique(np.asarray(exclude, np.int64))) for rows, exclude in targets]
+    keys = [_key(images.digest, space, shape, rows, exclude, k, engine) for rows, exclude in targets]
+    paths = [epath.Path(cache_dir) / "neighbors" / f"{files.json_digest(key)[:32]}.npz" for key in keys]
+    found = [
+        _load(path, key, exclude, len(rows), shape[0], k)
+        for path, key, (rows, exclude) in zip(paths, keys, targets, strict=True)
+    ]
+    missing = [i for i, result in enumerate(found) if result is None]
+    if missing:
+        queries = np.concatenate([images.images[targets[i][0]] for i in missing])
+        excluded = [targets[i][1] for i in missing for _ in targets[i][0]]
+        indices, distances = nearest(queries, images.images, k, backend, exclude=excluded, memory_budget=memory_budget)
+        start = 0
+        for i in missing:
+            part = slice(start, start := start + len(targets[i][0]))
+            found[i] = indices[part], distances[part]
+            _save(paths[i], keys[i], *found[i])
+    return found
+
+
+def _key(digest, space, shape, rows, exclude, k, engine) -> dict:
+    scann = importlib.metadata.version("scann") if engine.startswith("scann") else None
+    return {
+        "version": VERSION,
+        "data": digest,
+        "space": space,
+        "shape": list(shape),
+        "queries": files.array_digest(rows),
+        "exclude": files.array_digest(exclude),
+        "k": k,
+        "engine": engine,
+        "scann": scann,
+    }
+
+
+def _save(path, key: dict, indices: np.ndarray, distances: np.ndarray) -> None:
+    files.write_npz(
+        path,
+        indices=indices,
+        distances=distances,
+        key=np.array(files.json_digest(key)),
+        digest=np.array(files.array_digest(indices, distances)),
+    )
+
+
+def _load(path, key: dict, exclude: np.ndarray, num_queries: int, num_images: int, k: int):
+    """The arrays in the file if they are what was saved for this key, else None."""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            indices, distances = saved["indices"], saved["distances"]
+            whole = str(saved["digest"]) == files.array_digest(indices, distances)
+            right = str(saved["key"]) == files.json_digest(key)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("neighbors: %s is damaged (%s); searching again", path, error)
+        return None
+    possible = indices.shape == distances.shape == (num_queries, k) and indices.min() >= 0 and indices.max() < num_images
+    if not (whole and right and possible) or np.isin(indices, exclude).any():
+        logger.warning("neighbors: %s is not what was saved for these images; searching again", path)
+        return None
+    logger.info("neighbors: read from %s", path)
+    return indices, distances

@@ -1,0 +1,306 @@
+"""Each source reads its real format, names images stably, and says what is wrong in one line."""
+
+import logging
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retrack_jax.checks import UserError
+from retrack_jax.data import decoded_cache
+from retrack_jax.data.cifar10 import OFFICIAL_LABELS, other_name
+from retrack_jax.data.load import load_images
+from retrack_jax.files import array_digest
+
+
+def load(tmp_path, source, **fields):
+    return load_images({"source": source, "cache_dir": str(tmp_path / "cache"), **fields})
+
+
+class TestFolder:
+    def test_names_pixels_and_digest(self, tmp_path, jpeg_folder):
+        folder, pixels = jpeg_folder()
+        images = load(tmp_path, "celebahq", dir=str(folder))
+        assert images.ids[:2] == ("00000.jpg", "00001.jpg") and images.labels is None
+        np.testing.assert_array_equal(images.images, pixels)
+        assert isinstance(images.images, np.memmap) and images.digest == array_digest(pixels)
+
+    def test_png_webp_and_subfolders(self, tmp_path, jpeg_folder):
+        folder, _ = jpeg_folder(2, suffix="png")
+        (folder / "more").mkdir()
+        Image.new("RGB", (16, 16), (1, 2, 3)).save(folder / "more" / "A.WEBP", lossless=True)
+        (folder / "notes.txt").write_text("not an image")
+        images = load(tmp_path, "folder", dir=str(folder))
+        assert images.ids == ("00000.png", "00001.png", "more/A.WEBP")
+        assert (images.images[2] == [1, 2, 3]).all()
+
+    def test_resize_and_crop(self, tmp_path):
+        """A wide image: the shorter side is scaled and the centre cut, so the outer thirds go."""
+        (tmp_path / "wide").mkdir()
+        pixels = np.zeros((30, 90, 3), np.uint8)
+        pixels[:, 30:60] = 200
+        Image.fromarray(pixels).save(tmp_path / "wide" / "a.png")
+        images = load(tmp_path, "folder", dir=str(tmp_path / "wide"), resolution=10)
+        assert images.images.shape == (1, 10, 10, 3)
+        assert (abs(images.images[0, :, 2:-2].astype(int) - 200) <= 2).all()  # Lanczos rings by a level or two at the edge
+        with pytest.raises(UserError, match="a.png is 90x30, not square"):
+            load(tmp_path, "folder", dir=str(tmp_path / "wide"), resolution=10, crop="none")
+
+    def test_right_size_keeps_its_pixels(self, tmp_path, jpeg_folder):
+        folder, pixels = jpeg_folder(3)
+        np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(folder), resolution=16).images, pixels)
+
+    def test_exif_orientation(self, tmp_path):
+        (tmp_path / "turned").mkdir()
+        image = Image.fromarray(np.arange(4 * 6, dtype=np.uint8).reshape(4, 6))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees
+        image.save(tmp_path / "turned" / "a.png", exif=exif)
+        expected = np.rot90(np.asarray(image), -1)
+        np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(tmp_path / "turned")).images[0, ..., 0], expected)
+
+    def test_second_time_nothing_is_decoded(self, tmp_path, jpeg_folder, monkeypatch):
+        folder, pixels = jpeg_folder()
+        load(tmp_path, "folder", dir=str(folder))
+        monkeypatch.setattr(decoded_cache, "decode_many", None)
+        np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(folder)).images, pixels)
+
+    def test_changed_file_is_decoded_again(self, tmp_path, jpeg_folder):
+        folder, _ = jpeg_folder()
+        before = load(tmp_path, "folder", dir=str(folder))
+        Image.new("RGB", (16, 16)).save(folder / "00003.jpg")
+        after = load(tmp_path, "folder", dir=str(folder))
+        assert (after.images[3] == 0).all() and after.digest != before.digest
+
+    @pytest.mark.parametrize("damage", ["flip", "cut", "no meta", "bad meta"])
+    def test_damaged_cache_is_rebuilt(self, tmp_path, jpeg_folder, damage):
+        folder, pixels = jpeg_folder()
+        load(tmp_path, "folder", dir=str(folder))
+        (data,) = (tmp_path / "cache" / "images").glob("*.pixels")
+        (meta,) = (tmp_path / "cache" / "images").glob("*.json")
+        if damage == "flip":
+            content = bytearray(data.read_bytes())
+            content[100] ^= 1
+            data.write_bytes(content)
+        elif damage == "cut":
+            os.truncate(data, 100)
+        elif damage == "no meta":
+            meta.unlink()
+        else:
+            meta.write_text(meta.read_text()[:50])
+        np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(folder)).images, pixels)
+
+    def test_corrupt_image_is_named_or_skipped(self, tmp_path, jpeg_folder, caplog):
+        folder, pixels = jpeg_folder(40)
+        path = folder / "00017.jpg"
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(UserError, match=r"1 of 40 images cannot be decoded: 00017.jpg \(.*skip_corrupt=True"):
+            load(tmp_path, "folder", dir=str(folder))
+        assert not list((tmp_path / "cache").rglob("*.pixels"))
+        for _ in range(2):  # decoded, then from the cache: both say what is missing
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                images = load(tmp_path, "folder", dir=str(folder), skip_corrupt=True)
+            assert "00017.jpg" in caplog.text and "00017.jpg" not in images.ids
+            np.testing.assert_array_equal(images.images, np.delete(pixels, 17, axis=0))
+
+    def test_grey_among_rgb(self, tmp_path, jpeg_folder):
+        folder, _ = jpeg_folder(5)
+        Image.new("L", (16, 16), 77).save(folder / "00002.jpg")
+        with pytest.raises(UserError, match="00002.jpg is grey and 00000.jpg is RGB; set config.data.channels=3"):
+            load(tmp_path, "folder", dir=str(folder))
+        assert (load(tmp_path, "folder", dir=str(folder), channels=3).images[2] == 77).all()
+        assert load(tmp_path, "folder", dir=str(folder), channels=1).images.shape[3] == 1
+
+    def test_transparency_is_not_dropped_unasked(self, tmp_path):
+        (tmp_path / "alpha").mkdir()
+        Image.new("RGBA", (8, 8)).save(tmp_path / "alpha" / "a.png")
+        with pytest.raises(UserError, match="a.png is RGBA"):
+            load(tmp_path, "folder", dir=str(tmp_path / "alpha"))
+
+    def test_other_size(self, tmp_path, jpeg_folder):
+        folder, _ = jpeg_folder(3)
+        jpeg_folder(1, size=20, start=7)
+        with pytest.raises(UserError, match="00007.jpg is 20x20 and 00000.jpg is 16x16; set config.data.resolution"):
+            load(tmp_path, "folder", dir=str(folder))
+
+    def test_missing_and_empty_folder(self, tmp_path):
+        with pytest.raises(UserError, match="no folder"):
+            load(tmp_path, "folder", dir=str(tmp_path / "nowhere"))
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match="no image in"):
+            load(tmp_path, "folder", dir=str(tmp_path / "empty"))
+        with pytest.raises(UserError, match="config.data.dir is empty"):
+            load(tmp_path, "folder")
+
+    def test_full_disk(self, tmp_path, jpeg_folder, monkeypatch):
+        folder, _ = jpeg_folder(3)
+        monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+        with pytest.raises(UserError, match="set config.data.cache_dir"):
+            load(tmp_path, "folder", dir=str(folder))
+        assert not list((tmp_path / "cache").rglob("*.pixels"))
+        monkeypatch.undo()
+        assert len(load(tmp_path, "folder", dir=str(folder))) == 3
+        assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+class TestParquet:
+    def test_rows_labels_and_several_files(self, tmp_path, parquet_file):
+        folder, first = parquet_file(range(100), name="data/train-00000-of-00002.parquet")
+        _, second = parquet_file(range(30), name="data/train-00001-of-00002.parquet")
+        parquet_file(range(7), name="data/test-00000-of-00001.parquet")
+        images = load(tmp_path, "parquet", dir=str(folder.parent))
+        np.testing.assert_array_equal(images.images, np.concatenate([first, second]))
+        np.testing.assert_array_equal(images.labels, [*range(100), *range(30)])
+        assert images.ids[0] == "hf:0" and images.ids[-1] == "hf:129"
+
+    def test_damaged_file_and_column(self, tmp_path, parquet_file):
+        folder, _ = parquet_file(range(5), column="picture")
+        with pytest.raises(UserError, match="no column named image or img; it has picture, label"):
+            load(tmp_path, "parquet", dir=str(folder))
+        (folder / "train-00000-of-00001.parquet").write_bytes(b"nothing")
+        with pytest.raises(UserError, match="not a readable parquet file"):
+            load(tmp_path, "parquet", dir=str(folder))
+        with pytest.raises(UserError, match=r"no train-\*.parquet"):
+            load(tmp_path, "parquet", dir=str(tmp_path / "nowhere"))
+
+
+class TestCifar10:
+    def test_orders(self):
+        assert other_name("hf:10000") == "tfds:train_20000" and other_name("hf:10009") == "tfds:train_20009"
+        assert other_name("hf:0") == "tfds:train_30000" and other_name("hf:49999") == "tfds:train_09999"
+        assert all(other_name(other_name(f"hf:{row}")) == f"hf:{row}" for row in range(0, 50_000, 777))
+        assert other_name("hf:50000") is None and other_name("hf:x") is None and other_name("10001.jpg") is None
+
+    @pytest.mark.parametrize("right", [True, False])
+    def test_official_labels_are_checked(self, tmp_path, parquet_file, right):
+        labels = np.zeros(10_010, np.int64)
+        labels[10_000:] = OFFICIAL_LABELS if right else OFFICIAL_LABELS[::-1]
+        folder, _ = parquet_file(labels, size=1, row_group_size=4000)
+        if right:
+            assert len(load(tmp_path, "cifar10", dir=str(folder))) == 10_010
+        else:
+            with pytest.raises(UserError, match="image hf:10000 of cifar10 has label 2, and in CIFAR-10 it is 8"):
+                load(tmp_path, "cifar10", dir=str(folder))
+
+    def test_tfds(self, tmp_path, tfds_dir):
+        images = load(tmp_path, "cifar10", format="tfds", dir=str(tfds_dir))
+        assert images.ids == tuple(f"tfds:train_{row:05d}" for row in range(50))
+        np.testing.assert_array_equal(images.images.reshape(50, -1)[:, 0], np.arange(50))
+        np.testing.assert_array_equal(images.labels, np.arange(50) * 3 % 10)
+
+
+class TestTfds:
+    def test_mnist_rows_are_in_the_original_order(self, tmp_path, tfds_dir):
+        images = load(tmp_path, "tfds", tfds_name="mnist", dir=str(tfds_dir))
+        np.testing.assert_array_equal(images.images.reshape(40, -1)[:, 0], np.arange(40))
+        np.testing.assert_array_equal(images.labels, np.arange(40) % 10)
+        assert images.images.shape == (40, 28, 28, 1) and images.ids[1] == "tfds:train_1"
+
+    def test_celeb_a_hq_names(self, tmp_path, tfds_dir):
+        images = load(tmp_path, "tfds", tfds_name="celeb_a_hq/32", dir=str(tfds_dir))
+        assert images.ids == tuple(f"{row}.png" for row in range(10000, 10012))
+        np.testing.assert_array_equal(images.images.reshape(12, -1)[:, 0], np.arange(12))
+
+    def test_mnist_tshirt(self, tmp_path, tfds_dir):
+        images = load(tmp_path, "mnist_tshirt", dir=str(tfds_dir), copies=6)
+        assert len(images) == 46 and images.ids[40] == "tshirt_000" and (images.labels[40:] == 10).all()
+        assert (images.images[40:].reshape(6, -1)[:, 0] == 1).all()  # Fashion-MNIST's image 1
+        assert (images.images[40:] == images.images[40]).all()
+
+    def test_missing_set_fails_at_once_and_says_what_to_do(self, tmp_path):
+        start = time.monotonic()
+        with pytest.raises(UserError, match="tfds build mnist --data_dir=.*--file_format=array_record"):
+            load(tmp_path, "mnist_tshirt", dir=str(tmp_path), copies=6)
+        with pytest.raises(UserError, match="tfds build celeb_a_hq/256"):
+            load(tmp_path, "celebahq", format="tfds", dir=str(tmp_path))
+        assert time.monotonic() - start < 5
+
+    def test_damaged_set(self, tmp_path, tfds_dir):
+        import shutil
+
+        shutil.copytree(tfds_dir / "mnist", tmp_path / "mnist")
+        (tmp_path / "mnist" / "3.0.1" / "dataset_info.json").write_text("{")
+        with pytest.raises(UserError, match="cannot read the TFDS data set"):
+            load(tmp_path, "tfds", tfds_name="mnist", dir=str(tmp_path))
+        for path in (tmp_path / "mnist" / "3.0.1").glob("*.array_record*"):
+            path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+        with pytest.raises(UserError, match="not prepared as array_record"):
+            load(tmp_path, "tfds", tfds_name="mnist", dir=str(tmp_path))
+
+
+class TestMnistTshirtParquet:
+    def test_two_sets(self, tmp_path, parquet_file):
+        parquet_file(range(10), channels=1, column="image", folder="data/mnist")
+        _, fashion = parquet_file([9, 0, 3], channels=1, column="image", folder="data/fashion_mnist")
+        images = load(tmp_path, "mnist_tshirt", format="parquet", dir=str(tmp_path / "data"), copies=3)
+        np.testing.assert_array_equal(images.images[10:], fashion[[1, 1, 1]])
+        np.testing.assert_array_equal(images.labels, [*range(10), 10, 10, 10])
+
+    def test_image_1_must_be_a_tshirt(self, tmp_path, parquet_file):
+        parquet_file(range(10), channels=1, column="image", folder="data/mnist")
+        parquet_file([0, 9, 3], channels=1, column="image", folder="data/fashion_mnist")
+        with pytest.raises(UserError, match="is not a T-shirt"):
+            load(tmp_path, "mnist_tshirt", format="parquet", dir=str(tmp_path / "data"), copies=3)
+
+    def test_ready_made(self, tmp_path, parquet_file):
+        folder, pixels = parquet_file([1, 2, 10, 10], channels=1, column="image")
+        images = load(tmp_path, "mnist_tshirt", format="parquet", dir=str(folder), copies=606)
+        np.testing.assert_array_equal(images.images, pixels)
+        assert images.ids == ("hf:0", "hf:1", "hf:2", "hf:3")
+
+
+class TestNpz:
+    def test_arrays(self, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 5), dtype=np.uint8)
+        np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(6, dtype=np.int32), ids=np.array(list("abcdef")))
+        images = load(tmp_path, "npz", dir=str(tmp_path / "a.npz"))
+        np.testing.assert_array_equal(images.images[..., 0], pixels)
+        assert images.ids == tuple("abcdef") and images.labels.dtype == np.int64
+
+    def test_npy_is_mapped(self, tmp_path):
+        np.save(tmp_path / "a.npy", np.zeros((3, 4, 4, 3), np.uint8))
+        images = load(tmp_path, "npz", dir=str(tmp_path / "a.npy"))
+        assert isinstance(images.images, np.memmap) and images.ids == ("0", "1", "2")
+
+    @pytest.mark.parametrize(
+        ("arrays", "message"),
+        [
+            ({"pictures": np.zeros((2, 4, 4), np.uint8)}, "no array named images; it has pictures"),
+            ({"images": np.zeros((2, 4, 4), np.float32)}, "are float32; expected uint8"),
+            ({"images": np.zeros((2, 4, 4, 7), np.uint8)}, "expected 1 or 3 channels"),
+            ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "2 images but 3 labels"),
+            ({"images": np.zeros((2, 4, 4), np.uint8), "ids": np.array(["a", "a"])}, "distinct names"),
+            ({"images": np.zeros((0, 4, 4), np.uint8)}, "N at least 1"),
+        ],
+    )
+    def test_bad_arrays(self, tmp_path, arrays, message):
+        np.savez(tmp_path / "a.npz", **arrays)
+        with pytest.raises(UserError, match=message):
+            load(tmp_path, "npz", dir=str(tmp_path / "a.npz"))
+
+    def test_damaged(self, tmp_path):
+        (tmp_path / "a.npz").write_bytes(b"PK nothing")
+        with pytest.raises(UserError, match="not a readable"):
+            load(tmp_path, "npz", dir=str(tmp_path / "a.npz"))
+        with pytest.raises(UserError, match="no file"):
+            load(tmp_path, "npz", dir=str(tmp_path / "b.npz"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "cifar"}, "did you mean 'cifar10'"),
+        ({"source": "cifar10", "format": "parket"}, "did you mean 'parquet'"),
+        ({"source": "folder", "dir": ".", "crop": "centre"}, "did you mean 'center'"),
+        ({"source": "folder", "dir": ".", "channels": 2}, "channels is 2"),
+        ({"source": "folder", "dir": ".", "resolution": -1}, "resolution is -1"),
+        ({"source": "tfds", "dir": "."}, "tfds_name is empty"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(UserError, match=message):
+        load_images(fields)
