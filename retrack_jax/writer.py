@@ -161,6 +161,7 @@ class _PlainLines(tqdm):
 
     def close(self):
         if not self.disable:
+            self._ema_dt = lambda: None  # as tqdm does at its end: the last rate is that of the whole
             self.display()
             self.leave, self.disable = True, True
             self._decr_instances(self)

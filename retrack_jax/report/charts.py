@@ -57,8 +57,11 @@ def curve(name: str, points: Sequence[tuple[int, float]], *, log: bool | None = 
 
 
 def curves(records: Sequence[Mapping]) -> list[str]:
-    """Returns a panel for each quantity of a run's log that was recorded at least twice."""
-    return [curve(name, points) for name, points in series_of(records).items() if len(points) > 1]
+    """Returns a panel for each quantity of a run's log that was recorded at least twice; a prefix that all share is left out."""
+    series = {name: points for name, points in series_of(records).items() if len(points) > 1}
+    prefixes = {name.split("_")[0] for name in series}
+    shared = len(prefixes.pop()) + 1 if len(prefixes) == 1 and len(series) > 1 else 0
+    return [curve(name[shared:] or name, points) for name, points in series.items()]
 
 
 def _thinned(points, most: int = 1500):

@@ -36,7 +36,7 @@ def run_report(
     """Writes `samples.png` and `report.html` in `run_dir` and returns the page's path.
 
     Args:
-      run_dir: the run's folder; its `metrics.json` must be there, `log.jsonl` may be.
+      run_dir: the run's folder; its `metrics.json` must be there, `log.jsonl` and the workdir's `pretrained/log.jsonl` may be.
       before: the pretrained model's samples, uint8 `[N, H, W, C]`, or a mapping of such (Stable Diffusion: `original`,
         `modified`); of all that are given, those that drew the forgotten image are shown too. None: no pictures of before.
       after: this run's samples from the same noise; by default the first ones of its `samples.npz`.
@@ -73,7 +73,8 @@ def run_report(
         section(f"Where the pretrained model drew the {mark_name}", *drawn),
         section(f"The {mark_name} and its neighbors", neighbor_strips(forgotten, neighbors, distances, mark_name)),
         section("All metrics", _metrics_table(metrics), absent_list((metrics.get("provenance") or {}).get("absent"))),
-        section("Training curves", _panels(curves(read_log(run_dir / "log.jsonl")))),
+        section("Unlearning curves", _panels(curves(read_log(run_dir / "log.jsonl")))),
+        section("Pretraining curves", _panels(curves(read_log(run_dir.parent.parent / "pretrained" / "log.jsonl")))),
         section("Provenance", provenance_table(metrics.get("provenance")), _config_details(metrics.get("config"))),
     ]
     write_text(run_dir / "report.html", page(f"{title} · retrack_jax", "\n".join(filter(None, body))))

@@ -34,6 +34,12 @@ def test_log_records_become_series_of_finite_numbers():
     assert len(curves(records)) == 1  # one point is no curve
 
 
+def test_a_prefix_that_all_share_is_left_out_of_titles():
+    records = [{"step": i, "unlearn_loss": 1.0, "unlearn_grad_norm": 2.0} for i in range(3)]
+    titles = [text.text for svg in curves(records) for text in parsed(svg).iter("text") if text.get("class") == "title"]
+    assert titles == ["loss", "grad norm"]
+
+
 def test_running_mean_keeps_constants_and_means():
     assert smoothed([3.0] * 7, 3) == pytest.approx([3.0] * 7)
     assert smoothed([0.0, 3.0, 6.0], 3) == pytest.approx([1.5, 3.0, 4.5])

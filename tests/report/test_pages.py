@@ -57,6 +57,8 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run_dir(tmp_path):
+    tmp_path = tmp_path / "retrack" / "seed0-x"
+    tmp_path.mkdir(parents=True)
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "log.jsonl").write_text(
         "".join(json.dumps({"step": i, "time": 1.0, "train_loss": 1 / (i + 1)}) + "\n" for i in range(90))
@@ -107,7 +109,14 @@ def test_same_inputs_give_the_same_bytes(run_dir):
 def test_run_page_from_files_alone(run_dir):
     (run_dir / "log.jsonl").unlink()
     page = Page(run_report(run_dir).read_text())
-    assert "After: ReTrack" in page.text and "Before" not in page.text and "Training curves" not in page.text
+    assert "After: ReTrack" in page.text and "Before" not in page.text and "curves" not in page.text
+
+
+def test_run_page_shows_how_the_model_was_pretrained(run_dir):
+    log = run_dir.parent.parent / "pretrained" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text((run_dir / "log.jsonl").read_text())
+    assert Page(run_report(run_dir).read_text()).tags.count("svg") == 2
 
 
 def test_run_page_of_two_prompts(run_dir):
