@@ -17,7 +17,7 @@ _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
-    In this order: a name as it stands; `@FILE`, one target a line; `label:N`; parts joined by `+`; a glob (`* ? [...]`); the last part of a
+    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; a glob (`* ? [...]`); the last part of a
     path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is `tfds:train_20000`).
 
     Raises:
@@ -38,12 +38,12 @@ class _Names:
         check(bool(spec), "a target is empty; name an image, a+b+c, @list.txt, a glob or label:7")
         if spec in self._row_of:
             return [self._row_of[spec]]
+        if _is_group(spec):
+            return [row for part in spec.split("+") for row in self.rows(part.strip())]
         if spec.startswith("@"):
             return [row for line in _list_lines(spec) for row in self.rows(line)]
         if spec.startswith("label:"):
             return self._with_label(spec.removeprefix("label:"))
-        if "+" in spec:
-            return [row for part in spec.split("+") for row in self.rows(part.strip())]
         if any(sign in spec for sign in "*?["):
             found = fnmatch.filter(self._images.ids, spec)
             check(bool(found), f"no image of {self._images.name} matches {spec!r}; names look like {self._examples()}")
@@ -80,6 +80,10 @@ class _Names:
         return ", ".join(dict.fromkeys((ids[0], ids[len(ids) // 2], ids[-1])))
 
 
+def _is_group(spec: str) -> bool:
+    return "+" in spec and not (spec.startswith("@") and _list_path(spec).exists())
+
+
 def _list_path(spec: str) -> Path:
     return Path(spec[1:]).expanduser()
 
@@ -102,8 +106,9 @@ def slug(spec: str) -> str:
     targets never share one. That of `@list.txt` changes with what the file lists."""
     spec = str(spec).strip()
     source = spec
-    if spec.startswith("@"):
-        source += "\n" + "\n".join(sorted(set(_list_lines(spec))))
+    for part in spec.split("+") if _is_group(spec) else [spec]:
+        if part.strip().startswith("@"):
+            source += "\n" + "\n".join(sorted(set(_list_lines(part.strip()))))
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", spec).strip("._-")
     common = re.fullmatch(r"(label|hf|tfds):[A-Za-z0-9_]+", spec) is not None
     if common or (plain == spec and not re.match(r"(label|hf|tfds)_", spec) and len(plain) <= _SLUG_LENGTH):

@@ -1,0 +1,222 @@
+"""What a config needs on disk: each file found (size, digest) or missing, and the command that gets it.
+
+Nothing is downloaded here. `launch/download.sh` runs the commands that this prints.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from retrack_jax.checks import UserError
+from retrack_jax.data.load import CELEBAHQ_TFDS, data_folder, data_format
+from retrack_jax.data.folder_source import SUFFIXES
+from retrack_jax.data.tfds_source import find_prepared, prepare_command
+from retrack_jax.files import file_digest
+
+KAGGLE = "https://www.kaggle.com/api/v1/datasets/download/kenhas/data-unlearning-in-diffusion-models"
+_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin", "pytorch_model*.bin")
+GET = "get it: "  # what launch/download.sh looks for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """A file, or a folder of them, that a config reads.
+
+    Attributes:
+      description: what it is.
+      path: where it is, or was looked for.
+      found: whether it is there.
+      files: how many files it is.
+      size: bytes in all.
+      digest: SHA-256 of the file; of names and sizes where it is many files.
+      command: the shell command that gets it; empty where `advice` says what to do instead.
+      advice: what to do, in words.
+    """
+
+    description: str
+    path: Path
+    found: bool
+    files: int = 0
+    size: int = 0
+    digest: str = ""
+    command: str = ""
+    advice: str = ""
+
+
+def requirements(config: dict) -> list[Requirement]:
+    """Returns what a config (as `ConfigDict.to_dict()` gives it) needs beside this package.
+
+    Raises:
+      UserError: the config names no source that exists.
+    """
+    data = config["data"]
+    needed = list(_checkpoint(config.get("checkpoint", ""), data["source"]))
+    needed += _concepts(data) if data["source"] == "concepts" else _images(data)
+    return needed + list(_metric_weights(config["eval"]))
+
+
+def print_requirements(config: dict, file=None) -> list[Requirement]:
+    """Prints `requirements(config)`, one line each and the command under what is missing; returns them."""
+    file = file or sys.stdout
+    needed = requirements(config)
+    for item in needed:
+        if item.found:
+            many = f"{item.files} files, " if item.files > 1 else ""
+            print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})", file=file)
+        else:
+            print(f"missing  {item.description}: {item.path}", file=file)
+            print(f"         {GET}{item.command}" if item.command else f"         {item.advice}", file=file)
+    missing = sum(not item.found for item in needed)
+    if not needed:
+        print("nothing is needed: data and model are made here", file=file)
+    else:
+        print(f"{len(needed) - missing} found, {missing} missing", file=file)
+    return needed
+
+
+def _size(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+def _item(description: str, path: Path, found: list[Path], **how) -> Requirement:
+    if not found:
+        return Requirement(description=description, path=path, found=False, **how)
+    sizes = [entry.stat().st_size for entry in found]
+    if len(found) == 1:
+        return Requirement(description=description, path=found[0], found=True, files=1, size=sizes[0], digest=file_digest(found[0]), **how)
+    listing = "".join(f"{entry.relative_to(path)}\0{size}\n" for entry, size in zip(found, sizes, strict=True))
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    return Requirement(description=description, path=path, found=True, files=len(found), size=sum(sizes), digest=digest, **how)
+
+
+def _glob(folder: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _checkpoint(checkpoint: str, source: str) -> Iterator[Requirement]:
+    if not checkpoint:
+        return
+    folder = Path(checkpoint).expanduser()
+    how = {"command": _checkpoint_command(source, folder), "advice": "set config.checkpoint to a folder that diffusers saved"}
+    parts = ("unet", "vae", "text_encoder") if source == "concepts" else ("unet", "unet_ema", ".")
+    present = [part for part in parts if (folder / part / "config.json").is_file()]
+    for part in parts if source == "concepts" else present[:1] or (".",):
+        config = folder / part / "config.json"
+        name = "model" if part == "." else part
+        yield _item(f"{name} config", config, [config] if config.is_file() else [], **how)
+        patterns = (*_WEIGHTS, "model*.safetensors") if part == "text_encoder" else _WEIGHTS
+        yield _item(f"{name} weights", folder / part, _glob(folder / part, *patterns), **how)
+    if source == "concepts":
+        for name in ("vocab.json", "merges.txt"):
+            yield _item("tokenizer", folder / "tokenizer" / name, _glob(folder / "tokenizer", name), **how)
+
+
+def _checkpoint_command(source: str, folder: Path) -> str:
+    if source == "celebahq":
+        return f"hf download google/ddpm-ema-celebahq-256 --local-dir {folder}"
+    if source == "concepts":
+        return f"hf download CompVis/stable-diffusion-v1-4 --local-dir {folder}"
+    if source == "cifar10":
+        archive = "https://github.com/VainF/Diff-Pruning/releases/download/v0.0.1/ddpm_ema_cifar10.zip"
+        return _unzip(archive, "ddpm_ema_cifar10", folder)
+    if source == "mnist_tshirt":
+        return _unzip(f"{KAGGLE}-checkpoints", "checkpoints/mnist-tshirt/base/checkpoint-117500", folder)
+    return ""
+
+
+def _unzip(url: str, inside: str, folder: Path) -> str:
+    """Downloads an archive and moves the folder `inside` it to `folder`."""
+    archive, part = f"{folder}.zip", f"{folder}.part"
+    return (
+        f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}' && unzip -q {archive} '{inside}/*' -d {part} "
+        f"&& find {part}/{inside} -mindepth 1 -maxdepth 1 -exec mv -t {folder} {{}} + && rm -r {part} {archive}"
+    )
+
+
+def _images(data: dict) -> Iterator[Requirement]:
+    source = data["source"]
+    format = data_format(source, data.get("format", ""))
+    if format == "embedded":
+        return
+    try:
+        folder = data_folder(source, format, data.get("dir", ""))
+    except UserError as error:
+        yield Requirement(description="images", path=Path("config.data.dir"), found=False, advice=str(error))
+        return
+    advice = "set config.data.dir"
+    if format == "tfds":
+        names = {"mnist_tshirt": ("mnist", "fashion_mnist"), "cifar10": ("cifar10",), "celebahq": (CELEBAHQ_TFDS,)}
+        for name in names.get(source, (data.get("tfds_name", ""),)):
+            yield _tfds(name, folder)
+    elif format == "npz":
+        yield _item("images", folder, [folder] if folder.is_file() else [], advice=advice)
+    elif format == "folder":
+        command = _unzip(f"{KAGGLE}-datasets", "data/datasets/celeba_hq_256", folder) if source == "celebahq" else ""
+        found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+        yield _item("images", folder, sorted(found), command=command, advice=advice)
+    elif source == "mnist_tshirt" and not _glob(folder, "*.parquet", "data/*.parquet"):
+        for name, repository in (("mnist", "ylecun/mnist"), ("fashion_mnist", "zalando-datasets/fashion_mnist")):
+            yield _parquet(folder / name, repository, advice)
+    else:
+        repository = {"cifar10": "uoft-cs/cifar10", "mnist_tshirt": "claserken/mnist-with-tshirt"}.get(source, "")
+        yield _parquet(folder, repository, advice)
+
+
+def _parquet(folder: Path, repository: str, advice: str) -> Requirement:
+    found = [folder] if folder.is_file() else _glob(folder, "**/train*.parquet") or _glob(folder, "**/*.parquet")
+    command = f"hf download {repository} --repo-type=dataset --local-dir {folder}" if repository else ""
+    return _item("training images (parquet)", folder, found, command=command, advice=advice)
+
+
+def _tfds(name: str, data_dir: Path) -> Requirement:
+    try:
+        found = _glob(find_prepared(name, data_dir), "*.array_record*")
+    except UserError as error:
+        manual = " (put data256x256.tar into DATA_DIR/downloads/manual first)" if name == CELEBAHQ_TFDS else ""
+        return Requirement(
+            description=f"TFDS {name}{manual}",
+            path=data_dir / name,
+            found=False,
+            command=prepare_command(name, data_dir),
+            advice=str(error),
+        )
+    return _item(f"TFDS {name}", found[0].parent, found)
+
+
+def _concepts(data: dict) -> Iterator[Requirement]:
+    folder = Path(data.get("dir", "")).expanduser()
+    command = _unzip(f"{KAGGLE}-datasets", "data/datasets/sd", folder)
+    prompts = _unzip(f"{KAGGLE}-datasets", "data/datasets", folder)
+    for name in ("original_prompts.json", "modified_prompts.json"):
+        yield _item("prompts", folder / name, _glob(folder, name), command=prompts)
+    yield _item("concepts' images", folder, _glob(folder, "*/images/*"), command=command)
+
+
+# Metric -> the file of its feature network, and where it comes from.
+_NETWORKS = {
+    "inception": (
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    ),
+    "sscd": (
+        "sscd_disc_mixup.torchscript.pt",
+        "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+    ),
+}
+_USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
+
+
+def _metric_weights(evaluation: dict) -> Iterator[Requirement]:
+    folder = Path(evaluation["weights_dir"]).expanduser()
+    metrics = evaluation["metrics"]
+    wanted = ["inception"] if evaluation.get("features") == "inception" and set(metrics) & set(_USES_INCEPTION) else []
+    wanted += ["sscd"] if any(metric.startswith("sscd") for metric in metrics) else []
+    for network in wanted:
+        name, url = _NETWORKS[network]
+        command = f"curl -fL --connect-timeout 10 --create-dirs -o {folder / name} '{url}'"
+        yield _item(f"feature network {network}", folder / name, _glob(folder, name), command=command)

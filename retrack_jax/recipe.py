@@ -1,0 +1,67 @@
+"""The recipe for data that has none of its own: fields that a config leaves as None, chosen by rules from size and resolution.
+
+With S the side of the images in pixels, between 32 and 256, and N images:
+
+    (1)  f = (32 / S)^(2/3)
+    (2)  rate = 2e-5 f, lambda = 0.02 f      the official values at S = 32 (CIFAR-10) and at S = 256 (CelebA-HQ)
+    (3)  K = min(10, N - 1)                  10 in every official recipe
+    (4)  60 steps of 128 images up to S = 64, else 40 steps of 64 in 16 parts
+"""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from retrack_jax.checks import UserError, check
+from retrack_jax.data.folder_source import list_images
+from retrack_jax.files import read_json
+
+log = logging.getLogger(__name__)
+
+
+def rules(num_images: int, resolution: int) -> dict[str, float | int]:
+    """Returns the fields of `config.unlearn` for a set of `num_images` images of `resolution` pixels a side, by (1) to (4)."""
+    factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
+    small = resolution <= 64
+    return {
+        "learning_rate": float(f"{2e-5 * factor:.3g}"),
+        "lam": float(f"{0.02 * factor:.3g}"),
+        "num_neighbors": max(1, min(10, num_images - 1)),
+        "num_steps": 60 if small else 40,
+        "batch_size": 128 if small else 64,
+        "accumulation": 1 if small else 16,
+    }
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """Returns `config` with every None of `data.resolution` and of the fields of `rules` chosen; itself if there is none.
+
+    Raises:
+      UserError: no checkpoint, no images, or no target is given; the message names the flag.
+    """
+    names = [name for name in rules(1, 32) if config.unlearn[name] is None]
+    if not names and config.data.resolution is not None:
+        return config
+    check(bool(config.checkpoint), "config.checkpoint is empty; set it to the folder of your model, as diffusers saved it")
+    check(bool(config.data.dir), "config.data.dir is empty; set it to the folder of the model's training images")
+    check(any(str(target).strip() for target in config.targets), "config.targets is empty; name the images to forget: @list.txt, or a+b+c")
+    resolution = config.data.resolution or _sample_size(config.checkpoint)
+    chosen = rules(len(list_images(config.data.dir)), resolution)
+    config = config.copy_and_resolve_references()
+    config.data.resolution = resolution
+    for name in names:
+        config.unlearn[name] = chosen[name]
+    log.info("chosen by the rules of retrack_jax/recipe.py: %s", {name: chosen[name] for name in names} | {"resolution": resolution})
+    return config
+
+
+def _sample_size(checkpoint: str) -> int:
+    folder = Path(checkpoint).expanduser()
+    paths = [folder / part / "config.json" for part in ("unet", "unet_ema", ".")]
+    path = next((path for path in paths if path.is_file()), None)
+    check(path is not None, f"no config.json in {folder}, its unet/ or its unet_ema/; set config.checkpoint to a folder that diffusers saved")
+    size = read_json(path).get("sample_size")
+    if not isinstance(size, int):
+        raise UserError(f"{path} has no sample_size that is one number ({size!r}); set config.data.resolution")
+    return size

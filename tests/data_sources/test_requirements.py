@@ -1,0 +1,112 @@
+"""config.mode=check: what is found, what is missing, and what gets it; and the recipe of custom data."""
+
+import hashlib
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+
+from retrack_jax import recipe
+from retrack_jax.checks import UserError
+from retrack_jax.data.requirements import print_requirements, requirements
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config_of(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def printed(config) -> str:
+    file = io.StringIO()
+    print_requirements(config.to_dict(), file)
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The configs' paths are relative to where the command runs: here, an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("celebahq", ["hf download google/ddpm-ema-celebahq-256 --local-dir checkpoints/celeba_hq", "-datasets'"]),
+        ("cifar10", ["ddpm_ema_cifar10.zip", "hf download uoft-cs/cifar10 --repo-type=dataset --local-dir datasets/cifar10"]),
+        ("mnist_tshirt", ["tfds build mnist ", "tfds build fashion_mnist "]),
+    ],
+)
+def test_missing_files_come_with_their_commands(name, commands):
+    text = printed(config_of(name))
+    for command in commands:
+        assert any(line.strip().startswith("get it: ") and command in line for line in text.splitlines()), text
+    assert not any(line.startswith("found") and "weights-" not in line for line in text.splitlines())
+
+
+def test_digits_need_nothing():
+    assert printed(config_of("digits_tshirt")) == "nothing is needed: data and model are made here\n"
+
+
+def test_found_files_have_size_and_digest(tmp_path):
+    config = config_of("celebahq")
+    folder = tmp_path / config.checkpoint
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"weights")
+    images = tmp_path / config.data.dir
+    images.mkdir(parents=True)
+    for row in range(3):
+        (images / f"{row:05d}.jpg").write_bytes(b"x" * (row + 1))
+    found = {item.description: item for item in requirements(config.to_dict())}
+    weights = found["model weights"]
+    assert weights.found and weights.size == 7 and weights.digest == hashlib.sha256(b"weights").hexdigest()
+    assert found["images"].files == 3 and found["images"].size == 6
+    (images / "00000.jpg").write_bytes(b"xx")
+    assert requirements(config.to_dict())[2].digest != found["images"].digest
+    assert "found    images: " in printed(config)
+
+
+def test_prepared_tfds_is_found(tfds_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+    text = printed(config_of("mnist_tshirt"))
+    assert "found    TFDS mnist" in text and "found    TFDS fashion_mnist" in text
+
+
+def test_rules_meet_the_official_recipes():
+    cifar, celeba = config_of("cifar10").unlearn, config_of("celebahq").unlearn
+    for official, chosen in ((cifar, recipe.rules(50_000, 32)), (celeba, recipe.rules(30_000, 256))):
+        assert {name: official[name] for name in chosen} == chosen
+    assert recipe.rules(6, 64)["num_neighbors"] == 5
+
+
+def test_custom_recipe_fills_only_what_is_not_given(tmp_path, jpeg_folder):
+    folder, _ = jpeg_folder(6)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"sample_size": 64}')
+    config = config_of("custom")
+    for field, value in (("checkpoint", str(tmp_path / "model")), ("targets", ("00001.jpg",))):
+        config[field] = value
+    config.data.dir = str(folder)
+    config.unlearn.lam = 0.3
+    chosen = recipe.complete(config)
+    assert chosen.data.resolution == 64 and chosen.unlearn.num_neighbors == 5 and chosen.unlearn.lam == 0.3
+    assert chosen.unlearn.learning_rate == pytest.approx(1.26e-5)
+    assert recipe.complete(chosen) is chosen and recipe.complete(config_of("cifar10")).unlearn.lam == 0.02
+
+
+@pytest.mark.parametrize(("field", "message"), [("checkpoint", "checkpoint is empty"), ("targets", "targets is empty"), ("dir", "dir is empty")])
+def test_custom_says_which_flag_is_missing(tmp_path, jpeg_folder, field, message):
+    config = config_of("custom")
+    config.checkpoint, config.targets, config.data.dir = "model", ("a",), str(jpeg_folder(2)[0])
+    if field == "dir":
+        config.data.dir = ""
+    else:
+        config[field] = type(config[field])()
+    with pytest.raises(UserError, match=message):
+        recipe.complete(config)
