@@ -1,0 +1,91 @@
+"""Text-guided sampling in latent space, decoded to images.
+
+    (1) eps = eps(x_t, t, negative) + w (eps(x_t, t, prompt) - eps(x_t, t, negative)),  w the guidance scale
+    (2) w <= 1 asks the prompt alone, as diffusers does: one call of the network in place of two
+    (3) image = decode(x_0), pictures one at a time, since decoding 16 of 512 x 512 at once takes tens of GB
+
+Equation (1) on eps equals the same on v or x_0, which are linear in eps at a given x_t.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.checks import check_number
+from retrack_jax.sampling.generate import SampleFn
+from retrack_jax.sampling.loop import Sampler, initial_noise, sample
+from retrack_jax.types import Array, EpsFn, PyTree, Rng
+
+
+class GuidedParams(NamedTuple):
+    """What a guided sampler is given beside keys: the parameters of both networks and the embeddings `[1, N, D]` of both prompts."""
+
+    unet: PyTree
+    vae: PyTree
+    prompt: Array
+    negative: Array
+
+
+def guided_eps_fn(eps_fn: Callable[..., Array], params: PyTree, prompt: Array, negative: Array, guidance: float) -> EpsFn:
+    """Returns `eps_fn(x_t [B, ...], t [B])` with classifier-free guidance, equations (1) and (2).
+
+    Args:
+      eps_fn: `eps_fn(params, x_t, t, encoder_hidden_states) -> eps`, as from `make_eps_fn`.
+      params: the network's.
+      prompt, negative: embeddings, `[1, N, D]` for all images alike or `[B, N, D]`.
+      guidance: the scale w.
+    """
+    check_number("the guidance scale", guidance, 0.0)
+    if guidance <= 1:
+        return lambda x_t, t: eps_fn(params, x_t, t, prompt)
+
+    def guided(x_t: Array, t: Array) -> Array:
+        both = [jnp.broadcast_to(one, (x_t.shape[0], *one.shape[1:])) for one in (negative, prompt)]
+        eps = eps_fn(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), jnp.concatenate(both))
+        eps_negative, eps_prompt = jnp.split(eps, 2)
+        return eps_negative + guidance * (eps_prompt - eps_negative)
+
+    return guided
+
+
+def sample_guided(
+    eps_fn: Callable[..., Array],
+    params: PyTree,
+    prompt: Array,
+    negative: Array,
+    x_init: Array,
+    rngs: Rng,
+    sampler: Sampler,
+    *,
+    guidance: float,
+) -> Array:
+    """Returns latents x_0 `[B, h, w, C]` from the noise `x_init`, one key an image; traceable."""
+    return sample(guided_eps_fn(eps_fn, params, prompt, negative, guidance), x_init, rngs, sampler)
+
+
+def make_guided_sample_fn(
+    eps_fn: Callable[..., Array],
+    decode_fn: Callable[[PyTree, Array], Array],
+    sampler: Sampler,
+    latent_shape: tuple[int, int, int],
+    *,
+    guidance: float,
+) -> SampleFn:
+    """Returns `sample_fn(GuidedParams, rngs [B]) -> images [B, H, W, 3]`, about [-1, 1], for `pmap_sample_fn` and `generate`.
+
+    Args:
+      eps_fn: as in `guided_eps_fn`.
+      decode_fn: `decode_fn(vae params, latents [B, h, w, C]) -> images [B, H, W, 3]`.
+      sampler: from `make_sampler`.
+      latent_shape: (h, w, C).
+      guidance: the scale w.
+    """
+
+    def sample_fn(params: GuidedParams, rngs: Rng) -> Array:
+        x_init = initial_noise(rngs, latent_shape)
+        x_0 = sample_guided(eps_fn, params.unet, params.prompt, params.negative, x_init, rngs, sampler, guidance=guidance)
+        return jax.lax.map(lambda one: decode_fn(params.vae, one[None])[0], x_0)
+
+    return sample_fn
