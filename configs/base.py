@@ -22,8 +22,12 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = ""  # digits_tshirt mnist_tshirt cifar10 celebahq folder parquet npz tfds
     data.dir = ""  # where the files are; ~ is expanded
+    data.format = ""  # how that source's files are kept: tfds, parquet, folder; empty: its first
+    data.tfds_name = ""  # with source tfds: its name there, such as mnist
+    data.split = "train"
     data.copies = 0  # T-shirts added to the digits, where the source adds any
     data.resolution = 0  # pixels; 0: as they are
+    data.channels = 0  # 1 or 3 converts; 0: as they are
     data.crop = "center"  # how an image of another shape becomes square: center, or none to refuse it
     data.skip_corrupt = False  # leave out images that cannot be decoded, rather than refuse to run
     data.cache_dir = "~/.cache/retrack_jax"  # decoded images and neighbors

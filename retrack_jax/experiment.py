@@ -6,7 +6,7 @@ experiment in another space (text_to_image.py) is another class with the same me
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from retrack_jax import build, files
 from retrack_jax.checks import UserError, check
-from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.dataset import ImageSet, Rows
 from retrack_jax.data.load import load_images
 from retrack_jax.data.targets import resolve_target, slug
 from retrack_jax.diffusion.process import make_eps_fn
@@ -26,11 +26,12 @@ from retrack_jax.evaluate.networks import feature_network
 from retrack_jax.evaluate.pixel import EVALUATORS, Subject, Task
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.metrics.frequency import target_distances
-from retrack_jax.neighbors.cache import cached_nearest
+from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
 from retrack_jax.sampling import make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 
 from retrack_jax.types import PyTree
+from retrack_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,15 @@ class PixelExperiment:
         """Further arguments of the network, such as a prompt's embedding: none here."""
         return ()
 
+    def pretrained_folder(self, workdir: Workdir, target: Target) -> epath.Path:
+        """Where the pretrained model's samples and metrics lie: they are the same for every target."""
+        return workdir.pretrained
+
+    def prepare_targets(self, targets: Sequence[Target], num_neighbors: int, backend: str) -> None:
+        """Finds the neighbors of a whole sweep in one pass over the images; `forget_data` then reads them from the cache."""
+        pairs = [(target.unique, target.forget) for target in targets]
+        cached_nearest_of_targets(self.images, pairs, num_neighbors, cache_dir=self.cache_dir, backend=backend)
+
     def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
         """The forgotten images, and with `num_neighbors` > 0 their nearest remaining images by pixels."""
         forget = {"pixels": np.ascontiguousarray(self.images.images[target.unique])}
@@ -154,7 +164,11 @@ class PixelExperiment:
         output = "float32" if self.config.save_float else "uint8"
         return pmap_sample_fn(make_sample_fn(self.eps_fn, sampler, self.image_shape), output=output)
 
-    def sample(self, params: PyTree, *, out_dir, fingerprint: str, progress) -> dict[str, np.ndarray]:
+    def num_samples(self, target: Target) -> int:
+        """How many images `sample` makes."""
+        return self.config.sampling.num_images
+
+    def sample(self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress) -> dict[str, np.ndarray]:
         """Returns the arrays of `samples.npz`: `samples` uint8 `[N, H, W, C]`, and with `config.save_float` `samples_float`."""
         sampling = self.config.sampling
         made = generate(
@@ -171,7 +185,7 @@ class PixelExperiment:
             return {"samples": made}
         return {"samples": np.floor(255.0 * made).astype(np.uint8), "samples_float": made}
 
-    def sampling_digest(self) -> str:
+    def sampling_digest(self, target: Target) -> str:
         """A digest of all that samples depend on beside the parameters."""
         return files.json_digest([self.config.sampling.to_dict(), self.schedule.to_config(), self.config.save_float])
 
@@ -210,8 +224,10 @@ class PixelExperiment:
         rows = self.all_rows() if everything else target.remain
         return Task(
             forgotten=np.ascontiguousarray(self.images.images[target.unique]),
-            reference=lambda: self.images.images[rows],
+            reference=Rows(self.images.images, rows),
+            reference_digest=files.json_digest([self.images.digest, files.array_digest(rows)]),
             reference_name=f"{len(rows)} {'training' if everything else 'remaining'} images of {self.images.name}",
+            cache_dir=self.cache_dir / "features",
             eps_fn=self.eps_fn,
             schedule=self.schedule,
             features=lambda: feature_network(evaluation.features, self.images, workdir.root / "features"),

@@ -33,9 +33,10 @@ def write_whole(path, write: Callable[[epath.Path], None]) -> None:
             _flush_to_disk(temporary)
             os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --workdir") from error
+    finally:
         if temporary != path:
             Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --workdir") from error
 
 
 def _flush_to_disk(path) -> None:

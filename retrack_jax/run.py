@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from retrack_jax import build, files, parallel
+from retrack_jax import build, files, parallel, recipe
 from retrack_jax.checks import check
 from retrack_jax.data.targets import slug
 from retrack_jax.evaluate.aggregate import summarize
@@ -32,6 +32,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     Raises:
       UserError: something that the user can mend.
     """
+    config = recipe.complete(config)
     build.check_config(config)
     if config.mode == "check":
         from retrack_jax.data.requirements import print_requirements
@@ -63,6 +64,7 @@ class Runner:
         self.config, self.workdir, self.should_stop = config, workdir, should_stop
         self._experiment = None
         self._pretrained: Model | None = None
+        self._prepared = False
 
     @property
     def experiment(self):
@@ -87,6 +89,8 @@ class Runner:
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
         stages = Stages(config=config, experiment=self.experiment, workdir=self.workdir, should_stop=self.should_stop)
         target = self.experiment.target(spec)
+        if mode in ("run", "unlearn"):
+            self._prepare_sweep()
         if mode in ("run", "pretrain"):
             self._pretrained = self._pretrained or stages.pretrain()
         if mode in ("run", "unlearn") and method != PRETRAINED:
@@ -98,6 +102,14 @@ class Runner:
             self._evaluate(stages, folder, method, target, seed)
         if mode in ("run", "report"):
             self._report(folder, target, config)
+
+    def _prepare_sweep(self) -> None:
+        specs, recipe = build.target_specs(self.config), self.config.unlearn
+        if self._prepared or len(specs) == 1 or not any(name in METHODS and "neighbors" in METHODS[name].streams for name in methods_of(self.config)):
+            return
+        targets = [self.experiment.target(spec) for spec in specs]
+        self.experiment.prepare_targets(targets, recipe.num_neighbors, recipe.neighbor_backend)
+        self._prepared = True
 
     def finish(self) -> dict:
         """Writes summary.json and the comparison over every finished run in the workdir, and returns the summary."""
@@ -132,12 +144,14 @@ class Runner:
         return lambda: stages.unlearn(method, target, seed, only_existing=True)
 
     def _sample(self, stages: Stages, folder, method: str, target, seed: int) -> None:
-        stages.sample(self.workdir.pretrained, self._existing(stages, PRETRAINED, target, seed), PRETRAINED)
+        before = self.experiment.pretrained_folder(self.workdir, target)
+        stages.sample(before, self._existing(stages, PRETRAINED, target, seed), target, PRETRAINED)
         if method != PRETRAINED:
-            stages.sample(folder, self._existing(stages, method, target, seed), method)
+            stages.sample(folder, self._existing(stages, method, target, seed), target, method)
 
     def _evaluate(self, stages: Stages, folder, method: str, target, seed: int) -> None:
-        before = self._results(stages, self.workdir.pretrained, PRETRAINED, target, seed, f"metrics-{target.slug}.json")
+        before_folder = self.experiment.pretrained_folder(self.workdir, target)
+        before = self._results(stages, before_folder, PRETRAINED, target, seed, f"metrics-{target.slug}.json")
         after = before if method == PRETRAINED else self._results(stages, folder, method, target, seed, "evaluation.json")
         model = self._existing(stages, method, target, seed)()
         metrics = {
@@ -154,7 +168,7 @@ class Runner:
                 **environment(),
                 "data": self.experiment.describe_data(target),
                 "sampler": self.experiment.describe_sampler(),
-                "num_samples": stages.config.sampling.num_images,
+                "num_samples": self.experiment.num_samples(target),
                 "metrics": {name: note for name, note in after.notes.items() if name in after.values},
                 "absent": after.absent,
             },
@@ -181,7 +195,8 @@ class Runner:
             return
         from retrack_jax.report.html import run_report
 
-        before, after = read_samples_or_explain(self.workdir.pretrained), read_samples_or_explain(folder)
+        before = read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))
+        after = read_samples_or_explain(folder)
         run_report(folder, **self.experiment.pictures(target, before, after))
 
     def _print(self, runs: list[dict], summary: dict) -> None:
@@ -200,11 +215,12 @@ class Runner:
 
     def _comparison_pictures(self, runs: list[dict], spec: str) -> dict:
         """The first samples of each method's first run on the first target, from the same noise."""
-        samples = {PRETRAINED: read_samples_or_explain(self.workdir.pretrained)}
+        target = self.experiment.target(spec)
+        samples = {PRETRAINED: read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))}
         for run in runs:
             if run["target"] == spec and run["method"] not in samples:
                 samples[run["method"]] = read_samples_or_explain(self.workdir.run(run["method"], run["seed"], slug(spec)))
-        return self.experiment.comparison_pictures(self.experiment.target(spec), samples)
+        return self.experiment.comparison_pictures(target, samples)
 
 
 def read_samples_or_explain(folder) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.experiment import PixelExperiment, Target
-from retrack_jax.train.loop import Preempted, restore_state, train
+from retrack_jax.train.loop import Preempted, restore, train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.types import PyTree
@@ -148,49 +148,50 @@ class Stages:
                 raise UserError(
                     f"{folder} has no finished model; run --config.mode={stage} first, or leave config.mode out to run every stage"
                 )
-            state, seconds = restore_state(make_state, store)
-            if int(state.step) < num_steps:
-                work = make_work()
-                with Writer(folder / "log.jsonl", is_main=parallel.is_main_process(), every=self.config.log_every) as writer:
-                    writer.truncate_after(int(state.step))
-                    state, seconds = train(
-                        parallel.replicate(state),
-                        make_train_step(work.method, self.experiment.eps_fn, work.how),
-                        work.batches,
-                        parallel.replicate(work.shared),
-                        jax.random.key(seed),
-                        num_steps=num_steps,
-                        name=name,
-                        store=store,
-                        checkpoint_every=self.config.checkpoint_every,
-                        writer=writer,
-                        should_stop=self.should_stop,
-                        seconds_before=seconds,
-                    )
+            state, seconds = restore(make_state, num_steps, store)
+            if not isinstance(state, TrainState):
+                return Model(state, num_steps, seconds)
+            work = make_work()
+            with Writer(folder / "log.jsonl", is_main=parallel.is_main_process(), every=self.config.log_every) as writer:
+                writer.truncate_after(int(state.step))
+                state, seconds = train(
+                    parallel.replicate(state),
+                    make_train_step(work.method, self.experiment.eps_fn, work.how),
+                    work.batches,
+                    parallel.replicate(work.shared),
+                    jax.random.key(seed),
+                    num_steps=num_steps,
+                    name=name,
+                    store=store,
+                    checkpoint_every=self.config.checkpoint_every,
+                    writer=writer,
+                    should_stop=self.should_stop,
+                    seconds_before=seconds,
+                )
         return Model(state.eval_params, num_steps, seconds)
 
-    def sample(self, folder: epath.Path, model: Callable[[], Model], name: str) -> dict[str, np.ndarray]:
+    def sample(self, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> dict[str, np.ndarray]:
         """The arrays of `folder/samples.npz`, made from `model()` if the file is not there yet."""
-        path = folder / "samples.npz"
-        if not path.exists():
-            params = model().params
-            fingerprint = files.json_digest([tree_digest(params), self.experiment.sampling_digest()])
-            parts = folder / "samples-parts"
-            with progress([], f"sample {name}", total=self.config.sampling.num_images, is_main=parallel.is_main_process(), unit="img") as bar:
-                arrays = self.experiment.sample(
-                    params, out_dir=parts, fingerprint=fingerprint, progress=lambda done, total: self._advance(bar, done)
-                )
-            if parallel.is_main_process():
-                files.write_npz(path, **arrays)
-                parts.rmtree(missing_ok=True)
-            parallel.barrier("samples written")
-            return arrays
-        return read_samples(path)
+        path, total = folder / "samples.npz", self.experiment.num_samples(target)
+        if path.exists():
+            return read_samples(path)
+        params = model().params
+        fingerprint = files.json_digest([tree_digest(params), self.experiment.sampling_digest(target)])
+        main = parallel.is_main_process()
+        with progress([], f"sample {name}", total=total, is_main=main, unit="img") as bar:
 
-    def _advance(self, bar, done: int) -> None:
-        bar.update(done - bar.n)
-        if self.should_stop():
-            raise Preempted(f"sampling stopped at image {done} of {self.config.sampling.num_images}")
+            def advance(done: int, _: int) -> None:
+                bar.update(done - bar.n)
+                if self.should_stop() and done < total:
+                    raise Preempted(f"sampling stopped at image {done} of {total}")
+
+            parts = folder / "samples-parts"
+            arrays = self.experiment.sample(target, params, out_dir=parts, fingerprint=fingerprint, progress=advance)
+        if main:
+            files.write_npz(path, **arrays)
+            parts.rmtree(missing_ok=True)
+        parallel.barrier("samples written")
+        return arrays
 
 
 def read_samples(path) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ Whatever happened to any file in between, wrong weights are never used: the chec
 
 import hashlib
 import logging
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -59,23 +60,21 @@ class RunStore:
         """Returns the newest step that was saved, damaged or not, or None."""
         return self._manager.latest_step()
 
-    def restore(self, like: PyTree) -> tuple[PyTree, dict] | None:
+    def restore(self, like: Callable[[int], PyTree]) -> tuple[PyTree, dict] | None:
         """Returns the newest checkpoint that is whole, as (state replicated over all devices, meta), or None if there is none yet.
 
         A damaged one is deleted with a warning that names it and the one used in its place.
 
         Args:
-          like: a tree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes that were saved.
+          like: `step -> tree` of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes that were saved at that step.
 
         Raises:
           UserError: there are checkpoints, but not one of them is whole.
         """
-        sharding = parallel.replicated_sharding()
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged = []
         for step in steps:
-            found, problem = self._restore_step(step, abstract)
+            found, problem = self._restore_step(step, like(step))
             if problem is None:
                 for bad_step, bad_problem in damaged:
                     log.warning(
@@ -100,9 +99,10 @@ class RunStore:
     def __exit__(self, *exception):
         self.close()
 
-    def _restore_step(self, step: int, abstract: PyTree) -> tuple[tuple[PyTree, dict] | None, str | None]:
+    def _restore_step(self, step: int, like: PyTree) -> tuple[tuple[PyTree, dict] | None, str | None]:
         """Returns ((state, meta), None), or (None, what is wrong with the checkpoint)."""
-        args = self._ocp.args
+        args, sharding = self._ocp.args, parallel.replicated_sharding()
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         try:
             found = self._manager.restore(
                 step, args=args.Composite(state=args.StandardRestore(abstract), meta=args.JsonRestore())

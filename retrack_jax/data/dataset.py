@@ -48,6 +48,20 @@ def image_set(name: str, images: np.ndarray, ids: Sequence[str], labels: np.ndar
     return ImageSet(images=images, ids=tuple(ids), labels=labels, digest=array_digest(images), name=name)
 
 
+class Rows:
+    """Some rows of an array, read when they are sliced, so that a part of a memory map is never copied whole."""
+
+    def __init__(self, images: np.ndarray, rows: np.ndarray):
+        self._images, self._rows = images, rows
+        self.dtype, self.ndim, self.shape = images.dtype, images.ndim, (len(rows), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self._images[self._rows[index]]
+
+
 def pixels_to_model(pixels):
     """uint8 pixels -> float32 in [-1, 1]. NumPy in, NumPy out; JAX in, JAX out."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrack_jax.data.dataset import pixels_to_model
+from etils import epath
+
+from retrack_jax.data.dataset import Rows, pixels_to_model
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.evaluate.results import Evaluator
+from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats
 from retrack_jax.metrics.features.network import FeatureNetwork
-from retrack_jax.metrics.fid import fid
 from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
-from retrack_jax.metrics.moments import moments_of
 from retrack_jax.types import PyTree, Rng
 
 
@@ -25,7 +26,8 @@ class Task:
 
     Attributes:
       forgotten: the distinct forgotten images, uint8 `[F, H, W, C]`.
-      reference: `() -> uint8 [N, H, W, C]`, the real images that samples are compared with; reference_name says which.
+      reference: the real images that samples are compared with, uint8 `[N, H, W, C]`; reference_digest and reference_name say which.
+      cache_dir: where the features of the reference are kept.
       eps_fn, schedule: the network and its schedule.
       features: `() -> FeatureNetwork`; raises `Unavailable` without its weights.
       threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
@@ -34,8 +36,10 @@ class Task:
     """
 
     forgotten: np.ndarray
-    reference: Callable[[], np.ndarray]
+    reference: np.ndarray | Rows
+    reference_digest: str
     reference_name: str
+    cache_dir: epath.Path
     eps_fn: Callable
     schedule: Schedule
     features: Callable[[], FeatureNetwork]
@@ -80,20 +84,13 @@ def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
 def _features(task: Task, subject: Subject, wanted: Sequence[str]):
     network = task.features()
     kept = subject.samples[~forgotten_samples(task, subject)]
-    reference = task.reference()
-    note = {
-        "features": network.name,
-        "features_digest": network.digest,
-        "resize": network.resize,
-        "num_samples": len(kept),
-        "left_out": f"{len(subject.samples) - len(kept)} samples that are the forgotten image",
-        "num_reference": len(reference),
-        "reference": task.reference_name,
-    }
+    left_out = len(subject.samples) - len(kept)
     if len(kept) < 2:
-        return {}, {**note, "why": "fewer than two samples are left beside the forgotten image"}
-    moments = moments_of(network(kept)["features"]), moments_of(network(reference)["features"])
-    return {"fid": fid(*moments)}, note
+        return {}, {"why": "fewer than two samples are left beside the forgotten image"}
+    reference = cached_feature_stats(network, task.reference, task.reference_digest, task.cache_dir)
+    values, note = evaluate_features(feature_stats(network, kept), reference, wanted)
+    about = {"features_digest": network.digest, "reference": task.reference_name}
+    return values, {**note, **about, "left_out": f"{left_out} samples that are the forgotten image"}
 
 
 def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
@@ -108,7 +105,7 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
 
 EVALUATORS = (
     Evaluator(names=("frequency",), compute=_frequency),
-    Evaluator(names=("fid",), compute=_features),
+    Evaluator(names=FEATURE_METRICS, compute=_features),
     Evaluator(names=("nll_bits_per_dim",), compute=_nll),
 )
 METRIC_NAMES = tuple(name for evaluator in EVALUATORS for name in evaluator.names)

@@ -73,7 +73,9 @@ def train(
         nonlocal saved
         read_metrics()
         if store is not None and step != saved:
-            store.save(step, state_tree(state), {"seconds": seconds_before + time.perf_counter() - began})
+            # The finished model needs no optimizer: what is kept of a run is a third of its state.
+            tree = model_tree(state) if step == num_steps else state_tree(state)
+            store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step
 
     main = parallel.is_main_process()
@@ -107,13 +109,23 @@ def state_tree(state: TrainState) -> dict:
     return tree if state.ema_params is None else {**tree, "ema_params": state.ema_params}
 
 
-def restore_state(make_state: Callable[[], TrainState], store: RunStore) -> tuple[TrainState, float]:
-    """Returns the newest whole checkpoint as a state, or `make_state()` where there is none, and the seconds it took so far."""
+def model_tree(state: TrainState) -> dict:
+    """Returns what is kept of a finished run: the parameters to sample from."""
+    return {"step": state.step, "params": state.eval_params}
+
+
+def restore(make_state: Callable[[], TrainState], num_steps: int, store: RunStore) -> tuple[TrainState | PyTree, float]:
+    """Returns where a run of `num_steps` stands, from its newest whole checkpoint, and the seconds it took so far.
+
+    That is the finished parameters; or a `TrainState` to go on from, `make_state()` where there is no checkpoint yet.
+    """
     abstract = jax.eval_shape(make_state)
-    found = store.restore(state_tree(abstract))
+    found = store.restore(lambda step: model_tree(abstract) if step == num_steps else state_tree(abstract))
     if found is None:
         return make_state(), 0.0
     tree, meta = found
+    if meta["step"] == num_steps:
+        return tree["params"], meta["seconds"]
     return abstract.replace(**tree), meta["seconds"]
 
 

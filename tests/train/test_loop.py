@@ -1,0 +1,135 @@
+"""The loop and its checkpoints: resume is bit-identical, damage is noticed, what is not finite stops the run."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retrack_jax import parallel
+from retrack_jax.checkpoints.run_store import RunStore, tree_digest
+from retrack_jax.checks import UserError
+from retrack_jax.data.pipeline import Batches, prefetch
+from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.train.loop import Preempted, restore, train
+from retrack_jax.train.optimizer import make_optimizer
+from retrack_jax.train.state import TrainState, create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.writer import Writer, read_log
+from tests import toys
+
+SCHEDULE, IMAGES = toys.schedule(), toys.images(40)
+STEP = make_train_step(METHODS["vanilla"], make_eps_fn(toys.ToyNet().apply, SCHEDULE), StepOptions(t_max=1000))
+TX = make_optimizer(learning_rate=1e-3, num_steps=9, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+BATCHES = Batches(
+    gather=lambda rows: {"pixels": IMAGES[rows]}, num_remain=40, forget_rows=None, remain_size=8, forget_size=0, seed=0
+)
+
+
+def go(folder, num_steps=9, batches=BATCHES, **kwargs):
+    with RunStore(folder / "checkpoints") as store, Writer(folder / "log.jsonl") as writer:
+        state, seconds = restore(lambda: create_state(toys.params(), TX), num_steps, store)
+        if not isinstance(state, TrainState):
+            return state
+        writer.truncate_after(int(state.step))
+        state, _ = train(
+            parallel.replicate(state), STEP, batches, parallel.replicate(Shared(schedule=SCHEDULE)), jax.random.key(0),
+            num_steps=num_steps, name="unlearn", store=store, writer=writer, seconds_before=seconds,
+            **{"checkpoint_every": 2, **kwargs},
+        )  # fmt: skip
+    return state.params
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return go(folder), folder
+
+
+def test_a_stopped_run_ends_bit_identical(tmp_path, undisturbed):
+    asked = iter([False, False, False, False, True])
+    with pytest.raises(Preempted, match="step 5 of 9"):
+        go(tmp_path, should_stop=lambda: next(asked))
+    state = go(tmp_path)
+    assert tree_digest(state) == tree_digest(undisturbed[0])
+    # The log holds each step once, in order.
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == list(range(1, 10))
+
+
+def files_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_damage_to_any_file_is_never_used(tmp_path, undisturbed, caplog):
+    """Each file of the newest checkpoint is damaged in turn: the run takes the one before, with a warning, and ends the same."""
+    state, source = undisturbed
+    caplog.set_level(logging.WARNING)
+    names = [path.relative_to(source) for path in files_of(source / "checkpoints" / "9")]
+    harmless = 0
+    for index, name in enumerate(names):
+        folder = tmp_path / str(index)
+        shutil.copytree(source, folder)
+        content = bytearray((folder / name).read_bytes())
+        kind = index % 3
+        if kind == 0 and content:
+            content[len(content) // 2] ^= 0x40
+            (folder / name).write_bytes(bytes(content))
+        elif kind == 1:
+            (folder / name).write_bytes(bytes(content[: len(content) // 2]))
+        else:
+            (folder / name).unlink()
+        caplog.clear()
+        again = go(folder)
+        assert tree_digest(again) == tree_digest(state), name
+        harmless += not caplog.records
+    assert harmless < len(names)  # some files do matter, and were noticed
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_them(tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    for path in files_of(tmp_path / "checkpoints"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        go(tmp_path)
+
+
+def test_wrong_values_with_whole_files_are_noticed(tmp_path, undisturbed, monkeypatch):
+    """A checkpoint that restores without complaint, but not to what was saved."""
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    with RunStore(tmp_path / "wrong") as store:
+        digest = tree_digest
+        monkeypatch.setattr("retrack_jax.checkpoints.run_store.tree_digest", lambda tree: digest(tree)[::-1])
+        store.save(1, {"a": jnp.arange(3.0)})
+    monkeypatch.undo()
+    with RunStore(tmp_path / "wrong") as store, pytest.raises(UserError, match="digest"):
+        store.restore(lambda step: {"a": jnp.zeros(3)})
+
+
+def test_what_is_not_finite_names_the_quantity_and_the_step(tmp_path):
+    def poisoned(step):
+        batch = BATCHES(step)
+        if step == 6:
+            batch["remain"] = {"x_0": np.full((4, 2, *toys.SHAPE), np.nan, np.float32)}
+        else:
+            batch["remain"] = {"x_0": batch["remain"]["pixels"].astype(np.float32) / 127.5 - 1}
+        return batch
+
+    with pytest.raises(UserError, match=r"(grad_norm|loss) is nan at step 7; the checkpoint of step 6 is intact"):
+        go(tmp_path, batches=poisoned)
+    with RunStore(tmp_path / "checkpoints") as store:
+        assert store.latest_step() == 6
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    assert list(prefetch(lambda step: step, 3, 9)) == list(range(3, 9))
+
+    def broken(step):
+        if step == 2:
+            raise OSError("gone")
+        return step
+
+    with pytest.raises(OSError, match="gone"):
+        list(prefetch(broken, 0, 5))

@@ -1,0 +1,151 @@
+"""The training step: one device equals four, four microbatches equal one batch, one trace, one forward pass where one is enough."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retrack_jax import parallel
+from retrack_jax.data.pipeline import Batches
+from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
+from retrack_jax.train.state import create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.unlearn.methods import METHODS
+from tests import toys
+
+SCHEDULE = toys.schedule()
+REMAIN, FORGET = toys.images(40), toys.images(2, seed=1)
+ADAMW = dict(learning_rate=1e-3, num_steps=10, b1=0.95, b2=0.999, eps=1e-8, weight_decay=1e-6, clip_norm=1.0)
+
+
+def shared(**fields):
+    rows = np.array([[0, 1, 2], [2, 3, 4]], np.int32)
+    return Shared(schedule=SCHEDULE, forget={"pixels": FORGET}, neighbors={"pixels": REMAIN[:5]}, neighbor_rows=rows, **fields)
+
+
+def batches(size=16, forget_size=None):
+    return Batches(
+        gather=lambda rows: {"pixels": REMAIN[rows]},
+        num_remain=len(REMAIN),
+        forget_rows=np.arange(2),
+        remain_size=size,
+        forget_size=size if forget_size is None else forget_size,
+        seed=3,
+    )
+
+
+def run(name, monkeypatch, *, devices=4, steps=3, net=None, how=None, ema=None, **batch):
+    """Parameters and metrics after `steps` on the first `devices` devices."""
+    monkeypatch.setattr(jax, "local_device_count", lambda *a: devices)
+    net = net or toys.ToyNet()
+    real_pmap = jax.pmap
+    monkeypatch.setattr(jax, "pmap", lambda *a, **k: real_pmap(*a, devices=jax.devices()[:devices], **k))
+    method = METHODS[name]
+    how = how or StepOptions(options=dict(method.options), t_max=1000)
+    step = make_train_step(method, make_eps_fn(net.apply, SCHEDULE), how)
+    state = create_state(toys.params(), make_optimizer(**ADAMW), ema)
+    make, here = batches(**batch), shared(reference=toys.params(1) if how.distill else None)
+    if devices == jax.device_count():
+        state, here = parallel.replicate((state, here))
+    for index in range(steps):
+        state, metrics = step(state, make(index), here, jax.random.key(7))
+    monkeypatch.undo()
+    return state, metrics
+
+
+@pytest.mark.parametrize("name", ["retrack", "siss", "erasediff", "vanilla"])
+def test_one_device_equals_four_and_four_microbatches(name, monkeypatch):
+    one, _ = run(name, monkeypatch, devices=1)
+    four, _ = run(name, monkeypatch, devices=4)
+    options = StepOptions(options=dict(METHODS[name].options), t_max=1000, accumulation=4)
+    micro, _ = run(name, monkeypatch, devices=1, how=options)
+    start = toys.params()
+    moved = jax.tree.map(jnp.subtract, one.params, start)
+    for other in (four, micro):
+        assert toys.relative(other.params, one.params) <= 1e-6
+        assert toys.relative(jax.tree.map(jnp.subtract, other.params, start), moved) <= 1e-3
+
+
+def test_the_seed_and_the_step_change_the_draws(monkeypatch):
+    _, first = run("vanilla", monkeypatch, steps=1)
+    _, second = run("vanilla", monkeypatch, steps=2)
+    assert float(first["loss"]) != float(second["loss"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_traces_once(name, monkeypatch):
+    traces = []
+
+    class Counting(toys.ToyNet):
+        def __call__(self, x, t, deterministic=True):
+            traces.append(x.shape)
+            return super().__call__(x, t, deterministic)
+
+    _, metrics = run(name, monkeypatch, steps=1, net=Counting())
+    once = len(traces)
+    traces.clear()
+    state, metrics = run(name, monkeypatch, steps=4, net=Counting())
+    assert len(traces) == once
+    assert int(state.step) == 4
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_a_smaller_forget_batch_and_distillation(monkeypatch):
+    how = StepOptions(options={"lam": 0.1}, t_max=1000, distill=True)
+    state, metrics = run("retrack", monkeypatch, how=how, forget_size=4)
+    assert set(metrics) == {"loss", "unlearn", "retain", "grad_norm"}
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_lambda_follows_its_schedule(monkeypatch):
+    how = StepOptions(options={"lam": 0.0}, t_max=1000, lam_fn=make_lam_schedule(0.0, 1.0, 3, "linear"))
+    _, metrics = run("retrack", monkeypatch, steps=1, how=how)
+    np.testing.assert_allclose(metrics["loss"], metrics["retain"], rtol=1e-6)  # lambda 0
+    _, metrics = run("retrack", monkeypatch, steps=3, how=how)
+    np.testing.assert_allclose(metrics["loss"], metrics["unlearn"], rtol=1e-6)  # lambda 1
+
+
+def test_siss_takes_one_forward_pass_and_two_backward():
+    """By the compiler's count of operations: siss on B images costs less than two losses that share nothing."""
+
+    def flops(name):
+        method = METHODS[name]
+        step = make_train_step(
+            method, make_eps_fn(toys.ToyNet(width=256).apply, SCHEDULE), StepOptions(options=dict(method.options), t_max=1000)
+        )
+        net = toys.ToyNet(width=256)
+        params = net.init(jax.random.key(0), jnp.zeros((1, *toys.SHAPE)), jnp.zeros((1,), jnp.int32))["params"]
+        state = create_state(params, make_optimizer(**ADAMW))
+        analysis = step.lower(state, batches(256)(0), shared(), jax.random.key(0)).compile().cost_analysis()
+        return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+    # One forward and one backward cost 3 units of matrix product; siss adds one backward (2), siss_no_is a whole second pass (3).
+    vanilla, one_pass, two_passes = flops("vanilla"), flops("siss"), flops("siss_no_is")
+    assert one_pass < 0.95 * two_passes
+    assert one_pass < 1.9 * vanilla
+
+
+def test_the_moving_average_follows_diffusers_rule(monkeypatch):
+    decay = make_ema_decay(power=0.75, inv_gamma=1.0, max_decay=0.9999)
+    state, _ = run("vanilla", monkeypatch, steps=1, ema=decay)
+    # At step 0 the decay is 0, so the average is the parameters.
+    assert toys.relative(state.ema_params, state.params) == 0.0
+    np.testing.assert_allclose(decay(jnp.asarray(9)), 1 - 10**-0.75, rtol=1e-5)
+    np.testing.assert_allclose(decay(jnp.asarray(10**7)), 0.9999, rtol=1e-6)
+
+
+def test_a_batch_is_addressed_by_step_and_changes_with_the_seed():
+    make = batches()
+    again = batches()
+    for step in (0, 5, 17):
+        np.testing.assert_array_equal(make(step)["remain"]["pixels"], again(step)["remain"]["pixels"])
+    other = dataclasses.replace(make, seed=4)
+    assert (make(0)["remain"]["pixels"] != other(0)["remain"]["pixels"]).any()
+
+
+def test_an_epoch_sees_every_image_once():
+    seen = np.concatenate([parallel.unshard_batch(batches(8)(step))["remain"]["pixels"] for step in range(5)])
+    assert len(np.unique(seen.reshape(40, -1), axis=0)) == 40
