@@ -11,7 +11,7 @@ from retrack_jax import build, files, parallel, recipe
 from retrack_jax.checks import check
 from retrack_jax.data.targets import slug
 from retrack_jax.evaluate.aggregate import summarize
-from retrack_jax.evaluate.results import Results, is_complete
+from retrack_jax.evaluate.results import Results
 from retrack_jax.provenance import environment
 from retrack_jax.stages import Model, Stages, read_samples
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
@@ -84,7 +84,7 @@ class Runner:
         self.workdir.claim(self.workdir.pretrained, comparable(plain, model_only=True))
         self.workdir.claim(folder, comparable(plain))
         mode = config.mode
-        if mode == "run" and self._is_done(folder, config):
+        if mode == "run" and self._is_done(folder):
             return
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
         stages = Stages(config=config, experiment=self.experiment, workdir=self.workdir, should_stop=self.should_stop)
@@ -101,7 +101,7 @@ class Runner:
         if mode in ("run", "eval"):
             self._evaluate(stages, folder, method, target, seed)
         if mode in ("run", "report"):
-            self._report(folder, target, config)
+            self._report(folder, method, target)
 
     def _prepare_sweep(self) -> None:
         specs, recipe = build.target_specs(self.config), self.config.unlearn
@@ -126,10 +126,11 @@ class Runner:
             self._print(runs, summary)
         return summary
 
-    def _is_done(self, folder, config: ConfigDict) -> bool:
+    def _is_done(self, folder) -> bool:
         if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
             return False
-        return is_complete(folder / "evaluation.json", config.eval.metrics)
+        # A metric that was absent, for want of a weights file say, is worth another try.
+        return not files.read_json(folder / "metrics.json")["provenance"]["absent"]
 
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
         path = folder / "diffusers"
@@ -177,6 +178,7 @@ class Runner:
             files.write_json(folder / "metrics.json", metrics)
 
     def _results(self, stages: Stages, folder, method: str, target, seed: int, name: str) -> Results:
+        """The metrics of one model, computed as far as the file `name` in its folder does not hold them."""
         arrays = read_samples_or_explain(folder)
         return self.experiment.evaluate(
             target, self._existing(stages, method, target, seed), arrays, folder / name, self.workdir
@@ -190,13 +192,13 @@ class Runner:
         path = same if same in found else (found[0] if found else None)
         return None if path is None else files.read_json(path)["unlearned"]
 
-    def _report(self, folder, target, config: ConfigDict) -> None:
+    def _report(self, folder, method: str, target) -> None:
         if not parallel.is_main_process():
             return
         from retrack_jax.report.html import run_report
 
         before = read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))
-        after = read_samples_or_explain(folder)
+        after = before if method == PRETRAINED else read_samples_or_explain(folder)
         run_report(folder, **self.experiment.pictures(target, before, after))
 
     def _print(self, runs: list[dict], summary: dict) -> None:
@@ -218,7 +220,7 @@ class Runner:
         target = self.experiment.target(spec)
         samples = {PRETRAINED: read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))}
         for run in runs:
-            if run["target"] == spec and run["method"] not in samples:
+            if run["target"] == spec and run["method"] not in samples:  # the first seed of each method
                 samples[run["method"]] = read_samples_or_explain(self.workdir.run(run["method"], run["seed"], slug(spec)))
         return self.experiment.comparison_pictures(target, samples)
 

@@ -3,6 +3,9 @@
 A file holds the neighbors of one target. It is named by its key: the digest of the pixels (or latents), the space in which distances are
 taken, the queries, the excluded images, K, the engine and the version of the search. It also holds the key and a SHA-256 of its arrays; one that
 does not match, or that names impossible neighbors, is searched again, never trusted.
+
+For repeated deletions from one large set (`backend="scann"`), ScaNN's tree index of the whole set is kept as well: built once, loaded, and
+told at query time what to leave out.
 """
 
 import importlib.metadata
@@ -17,6 +20,7 @@ from retrack_jax import files
 from retrack_jax.neighbors.search import MEMORY_BUDGET, choose_backend, nearest
 
 VERSION = 1
+TREE_IMAGES = 10_000  # below this a tree saves nothing worth keeping: see docs/neighbors.md
 PIXELS = "pixels in [-1, 1]"
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,9 @@ def cached_nearest_of_targets(
     shape = (len(images.images), int(np.prod(images.images.shape[1:])))
     num_queries = sum(len(rows) for rows, _ in targets)
     engine, _ = choose_backend(backend, shape, num_queries, memory_budget)
+    keeps_index = backend == "scann" and shape[0] >= TREE_IMAGES
+    if keeps_index:
+        engine = "scann tree"
     targets = [(np.asarray(rows, np.int64), np.unique(np.asarray(exclude, np.int64))) for rows, exclude in targets]
     keys = [_key(images.digest, space, shape, rows, exclude, k, engine) for rows, exclude in targets]
     paths = [epath.Path(cache_dir) / "neighbors" / f"{files.json_digest(key)[:32]}.npz" for key in keys]
@@ -63,13 +70,33 @@ def cached_nearest_of_targets(
     if missing:
         queries = np.concatenate([images.images[targets[i][0]] for i in missing])
         excluded = [targets[i][1] for i in missing for _ in targets[i][0]]
-        indices, distances = nearest(queries, images.images, k, backend, exclude=excluded, memory_budget=memory_budget)
+        index = kept_index(images, cache_dir, space) if keeps_index else None
+        indices, distances = nearest(
+            queries, images.images, k, backend, exclude=excluded, memory_budget=memory_budget, index=index
+        )
         start = 0
         for i in missing:
             part = slice(start, start := start + len(targets[i][0]))
             found[i] = indices[part], distances[part]
             _save(paths[i], keys[i], *found[i])
     return found
+
+
+def kept_index(images, cache_dir, space: str = PIXELS):
+    """Returns ScaNN's tree index of all `images` (a `ScannIndex`): the one in `cache_dir` if it is whole and theirs, else a new one.
+
+    ScaNN reads and writes local folders only.
+    """
+    from retrack_jax.neighbors.scann_index import ScannIndex
+
+    key = [VERSION, images.digest, space, list(images.images.shape), importlib.metadata.version("scann")]
+    folder = epath.Path(cache_dir).expanduser() / "neighbors" / f"{files.json_digest(key)[:32]}.scann"
+    index = ScannIndex.load(folder)
+    if index is None:
+        logger.info("neighbors: building ScaNN's tree index of %d images; it is kept in %s", len(images.images), folder)
+        index = ScannIndex.build(images.images.reshape(len(images.images), -1), tree=True)
+        index.save(folder)
+    return index
 
 
 def _key(digest, space, shape, rows, exclude, k, engine) -> dict:

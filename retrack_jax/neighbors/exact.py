@@ -11,6 +11,7 @@ bfloat16, for integers up to 256 survive that. By (3) the float path only select
 from the differences themselves in float64. So ranks are exact, and ties go to the lower index, in both paths.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -135,7 +136,7 @@ def _scored_blocks(queries_QD, images_ND, num_queries: int, pixels: bool) -> Ite
     scores_fn = _pixel_scores if pixels else _float_scores
 
     def score(start):
-        block_ND = np.ascontiguousarray(images_ND[start : start + rows])
+        block_ND = _read(images_ND, start, start + rows)
         # The last block is padded, so that one compiled program serves all of them.
         return block_ND, scores_fn(queries_QD, _pad_rows(block_ND, rows))
 
@@ -147,6 +148,16 @@ def _scored_blocks(queries_QD, images_ND, num_queries: int, pixels: bool) -> Ite
                 ahead = pool.submit(score, start + rows)
             high, low = (np.asarray(part)[..., : len(block_ND)] for part in scores)
             yield start, block_ND, (high[:num_queries], low[:num_queries] if pixels else low)
+
+
+def _read(images_ND: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """A block of rows. Pages of a memory map are given back at once, for the system would count them as this process's memory."""
+    if not isinstance(images_ND, np.memmap):
+        return np.ascontiguousarray(images_ND[start:stop])
+    block_ND = np.array(images_ND[start:stop])
+    if images_ND.mode in ("r", "r+"):  # a private map could lose what was written to it
+        images_ND._mmap.madvise(mmap.MADV_DONTNEED)
+    return block_ND
 
 
 def _rounded(count: int) -> int:

@@ -29,6 +29,7 @@ def nearest(
     *,
     exclude: Sequence | np.ndarray | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    index=None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each query's k nearest images: (indices int64 [F, k], Euclidean distances float32 [F, k]), nearest first.
 
@@ -42,6 +43,7 @@ def nearest(
       backend: `exact`, `scann`, or `auto`: see `choose_backend`. The choice is logged.
       exclude: indices of images that must not be found: one array for all queries, or one array for each query.
       memory_budget: bytes that ScaNN may use under `auto`.
+      index: a `ScannIndex` of these very images to use, whatever `backend` says.
 
     Raises:
       UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` where it is not installed.
@@ -59,7 +61,10 @@ def nearest(
     queries_QD = queries_FD[unique]
     set_of_query = set_of_query_F[unique]
     pairs = [(np.flatnonzero(set_of_query == i), indices) for i, indices in enumerate(excluded_sets) if len(indices)]
-    engine, reason = choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
+    if index is None:
+        engine, reason = choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
+    else:
+        engine, reason = "scann tree" if index.tree else "scann brute", "an index that was kept"
     logger.info(
         "neighbors: %d queries (%d distinct) among %d images of %d values by %s: %s",
         len(queries_FD), len(queries_QD), *images_ND.shape, engine, reason,
@@ -69,7 +74,7 @@ def nearest(
     else:
         from retrack_jax.neighbors.scann_index import ScannIndex
 
-        index = ScannIndex.build(images_ND, tree=engine == "scann tree")
+        index = index or ScannIndex.build(images_ND, tree=engine == "scann tree")
         indices_QK, distances_QK = index.search(queries_QD, images_ND, k, pairs)
     return indices_QK[inverse_F], distances_QK[inverse_F].astype(np.float32)
 

@@ -23,7 +23,15 @@ NUM_IMAGES = 22
 
 def start(process, port, folder, result):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.drills.test_generate_processes", str(process), str(port), str(folder), str(result)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.drills.test_generate_processes",
+        str(process),
+        str(port),
+        str(folder),
+        str(result),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
@@ -55,7 +63,10 @@ def test_two_processes_equal_one(tmp_path, expected):
 
 
 def test_two_processes_make_what_is_missing(tmp_path, expected):
-    folder, options = tmp_path / "parts", dict(rng=jax.random.key(5), num_images=12, batch_size=12, fingerprint="drill")
+    folder, options = (
+        tmp_path / "parts",
+        dict(rng=jax.random.key(5), num_images=12, batch_size=12, fingerprint="drill"),
+    )
     generate(pmap_sample_fn(SAMPLE_FN), PARAMS, out_dir=folder, **options)
     codes, images, errors = run_two([folder, folder], tmp_path)
     assert codes == [0, 0], errors

@@ -60,7 +60,7 @@ def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batc
     module = DigitNet()
     init_rng, _ = jax.random.split(jax.random.key(seed))
     params = jax.jit(module.init)(init_rng, jnp.zeros((1, SIDE, SIDE, 1)))["params"]
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch))
+    optimizer = optax.scale_by_adam()
     opt_state = jax.jit(optimizer.init)(params)
 
     def loss_fn(params, x, y):
@@ -68,19 +68,21 @@ def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batc
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
-    def step(params, opt_state, x, y):
+    def step(params, opt_state, x, y, rate):
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, x, y), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return jax.tree.map(lambda p, update: p - rate * update, params, updates), opt_state
 
     # A host loop: on CPU the gradient of a convolution is many times slower inside lax.scan.
     order = np.random.default_rng(seed)
     padded = np.pad(images.astype(np.float32) / np.float32(255.0), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rates = iter(learning_rate * 0.5 * (1 + np.cos(np.pi * np.linspace(0, 1, num_epochs * steps_per_epoch))))
     for _ in range(num_epochs):
         rows = order.permutation(len(images))[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
         shifts = order.integers(0, 3, (steps_per_epoch, 2))
         for row, (up, left) in zip(rows, shifts, strict=True):
             x = padded[row, up : up + SIDE, left : left + SIDE]
-            params, opt_state = step(params, opt_state, x, labels[row])
+            with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power.
+                params, opt_state = step(params, opt_state, x, labels[row], np.float32(next(rates)))
     return digit_network(jax.device_get(params))
 
 
