@@ -31,7 +31,7 @@ def parse(argv: list[str]):
     path, _, _ = config_flag.partition(":")
     _check_file(Path(path))
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
     try:
         rest = values(argv, known_only=False)
