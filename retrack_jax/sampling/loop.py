@@ -89,7 +89,7 @@ def start_at(sampler: Any, t: int) -> Any:
     visited = np.asarray(sampler.rows["t"])
     found = np.flatnonzero(visited == t)
     if not found.size:
-        raise UserError(f"the sampler does not visit t = {t}; it visits {visited[0]}, {visited[1:2]}, ..., {visited[-1]}")
+        raise UserError(f"the sampler does not visit t = {t}; it visits {len(visited)} timesteps from {visited[0]} to {visited[-1]}")
     return jax.tree.map(lambda row: row[found[0] :], sampler)
 
 

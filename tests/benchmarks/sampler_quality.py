@@ -1,0 +1,98 @@
+"""What each sampler costs and what FID it gives, on a trained model: the table of docs, in Markdown.
+
+    .venv/bin/python -m tests.benchmarks.sampler_quality --config=configs/digits_tshirt.py --workdir=runs/digits_tshirt
+        [--images=2000] [--sets=3] [--only=ddpm:50,ddim:20] [--out=FILE.json]
+
+The workdir is one that `retrack_jax.main` made with that config; its pretrained model is sampled, all samplers from the same noise. Every set
+holds other images (indices 0.., N.., 2N..), so the spread over sets is the sampling error of FID and frequency; runs of more than 100 calls
+make one set. Seconds are for sampling alone, after compiling.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from retrack_jax import command_line, recipe
+from retrack_jax.evaluate.pixel import EVALUATORS, Subject
+from retrack_jax.evaluate.results import evaluate
+from retrack_jax.experiment import PixelExperiment
+from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
+from retrack_jax.stages import Stages
+from retrack_jax.workdir import Workdir
+
+ROWS = (
+    ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddpm", 50), ("ddpm", 20), ("ddim", 100), ("ddim", 50), ("ddim", 20), ("ddim", 10),
+    ("dpm_solver", 50), ("dpm_solver", 20), ("dpm_solver", 10), ("pndm", 50), ("pndm", 20),
+)  # fmt: skip
+METRICS = ("frequency", "fid")
+
+
+def measure(experiment: PixelExperiment, workdir: Workdir, params, name: str, num_steps: int, images: int, sets: int) -> dict:
+    """Returns one row: network calls an image, seconds for 1,000 images, and each metric's values over the sets."""
+    config = experiment.config
+    sampler = make_sampler(name, experiment.schedule, num_steps)
+    p_sample = pmap_sample_fn(make_sample_fn(experiment.eps_fn, sampler, experiment.image_shape), output="float32")
+    options = dict(rng=jax.random.key(config.sampling.seed), batch_size=config.sampling.batch_size)
+    generate(p_sample, params, num_images=config.sampling.batch_size, **options)  # compiles
+    task = experiment.task(experiment.target(config.targets[0]), workdir)
+    calls, seconds, values = num_calls(sampler), [], {metric: [] for metric in METRICS}
+    for index in range(sets if calls <= 100 else 1):
+        start = time.perf_counter()
+        made = generate(p_sample, params, num_images=images, first=index * images, **options)
+        seconds.append(time.perf_counter() - start)
+        subject = Subject(params, np.floor(255.0 * made).astype(np.uint8), made)
+        with tempfile.TemporaryDirectory() as folder:
+            results = evaluate(EVALUATORS, METRICS, task, subject, Path(folder) / "metrics.json")
+        for metric in METRICS:
+            values[metric].append(results.values[metric])
+    return {
+        "sampler": name, "steps": num_steps, "calls": calls, "images": images, "sets": len(seconds),
+        "seconds_per_1000": statistics.median(seconds) / images * 1000, **values,
+    }  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    """Returns the table; ± is the standard deviation over sets, where there are several."""
+
+    def shown(values: list[float], scale: float, digits: int) -> str:
+        mean = f"{scale * statistics.mean(values):.{digits}f}"
+        return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+
+    lines = ["| sampler | steps | network calls | s per 1,000 images | FID | T-shirts, % |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        fid, frequency = shown(row["fid"], 1, 2), shown(row["frequency"], 100, 2)
+        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['seconds_per_1000']:.2f} | {fid} | {frequency} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--sets", type=int, default=3)
+    parser.add_argument("--only", default="", help="such as ddpm:50,ddim:20")
+    parser.add_argument("--out", default="")
+    arguments, rest = parser.parse_known_args()
+    config, workdir = command_line.parse([sys.argv[0], *rest])
+    config, workdir = recipe.complete(config), Workdir(workdir)
+    experiment = PixelExperiment(config)
+    stages = Stages(config=config, experiment=experiment, workdir=workdir, should_stop=lambda: False)
+    params = stages.pretrain(only_existing=True).params
+    wanted = [tuple(row.split(":")) for row in arguments.only.split(",")] if arguments.only else ROWS
+    rows = []
+    for name, num_steps in wanted:
+        rows.append(measure(experiment, workdir, params, name, int(num_steps), arguments.images, arguments.sets))
+        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")
+    print("\n" + markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
