@@ -81,7 +81,8 @@ def samples_picture(
     """Returns the `PIL.Image` of `samples.png`: samples before and after, side by side, tile i of both from the same noise.
 
     Args:
-      before, after: uint8 `[N, H, W, C]`; the first `count` are shown. `before` may be None.
+      before, after: uint8 `[N, H, W, C]`, of which `count` are shown: two rows of those that were the forgotten image before
+        (unlearning a rare image would else show nothing), then the first ones. `before` may be None.
       titles: headings of the two grids.
       marked_before, marked_after: bool `[N]` or None (nothing is outlined and nothing is said of it).
       mark_name: what the outlined ones are.
@@ -95,17 +96,31 @@ def samples_picture(
 
     blocks, left, bottom = [], _GAP, 0
     columns = columns or (8 if max(np.shape(after)[1:3]) <= 64 else 4)
+    drawn, first = _chosen(before, after, marked_before, 2 * columns, count)
     for images, mask, title in zip((before, after), (marked_before, marked_after), titles, strict=True):
         if images is None:
             continue
-        images, mask = images[:count], None if mask is None else np.asarray(mask)[:count]
-        picture = grid(images, columns=columns, marked=mask)
         note = f"{len(images):,} samples"
         if mask is not None:
-            note += f", {int(mask.sum())} outlined: the {mark_name}" if mask.any() else f", none of them the {mark_name}"
-        blocks += [(left, 0, title, 22, _INK), (left, 30, note, 14, _FAINT), (left - _GAP, 52, picture)]
-        left += picture.shape[1] + 28
-        bottom = max(bottom, 52 + picture.shape[0])
+            note += f", {int(np.sum(mask)):,} of them the {mark_name}" if np.any(mask) else f", none of them the {mark_name}"
+        blocks += [(left, 0, title, 22, _INK), (left, 30, note, 14, _FAINT)]
+        top, widest = 56, 0
+        shown = f"{len(drawn)} of the {int(np.sum(marked_before)) if len(drawn) else 0:,} that are the {mark_name}"
+        for rows, caption in (
+            (drawn, shown if images is before else "What the same noise gives"),
+            (first, f"The first {len(first)}"),
+        ):
+            if not len(rows):
+                continue
+            picture = grid(images[rows], columns=columns, marked=None if mask is None else np.asarray(mask)[rows])
+            if len(drawn):
+                blocks.append((left, top, caption, 14, _INK))
+                top += 22
+            blocks.append((left - _GAP, top, picture))
+            top += picture.shape[0] + 10
+            widest = max(widest, picture.shape[1])
+        left += widest + 28
+        bottom = max(bottom, top - 10)
     if forgotten is not None:
         bottom = _strip_blocks(blocks, bottom + 22, forgotten, neighbors, distances)
     width = max(block[0] + (block[2].shape[1] if len(block) == 3 else _text_width(block[2], block[3])) for block in blocks)
@@ -113,6 +128,14 @@ def samples_picture(
     for block in blocks:
         _paint(canvas, block)
     return canvas
+
+
+def _chosen(before, after, marked_before, most: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows to show: up to `most` that were the forgotten image before, then the first of all, `count` together."""
+    shared = len(after) if before is None else min(len(before), len(after))
+    marked = np.zeros(shared, bool) if before is None or marked_before is None else np.asarray(marked_before)[:shared]
+    drawn = np.flatnonzero(marked)[:most]
+    return drawn, np.arange(min(shared, count - (most if len(drawn) else 0)))
 
 
 def _strip_blocks(blocks, top, forgotten, neighbors, distances, rows: int = 4) -> int:

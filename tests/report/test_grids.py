@@ -97,3 +97,15 @@ def test_data_addresses_decode(photo, kind):
     assert head == f"data:image/{kind};base64"
     decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
     assert decoded.shape == picture.shape and (photo or (decoded == picture).all())
+
+
+def test_samples_that_were_the_forgotten_image_are_shown_first():
+    """Rare ones too: sample 65 lies beyond the first 64, and is what the picture is about."""
+    before, after = some_images(70), some_images(70)[::-1].copy()
+    marked = np.arange(70) == 65
+    drawn, first = grids._chosen(before, after, marked, 16, 64)
+    assert drawn.tolist() == [65] and first.tolist() == list(range(48))
+    assert grids._chosen(before, after, None, 16, 64)[1].tolist() == list(range(64))
+    assert grids._chosen(None, after, marked, 16, 64)[0].size == 0
+    picture = np.asarray(grids.samples_picture(before, after, marked_before=marked, marked_after=np.zeros(70, bool)))
+    assert (picture == grids.MARK).all(-1).any()
