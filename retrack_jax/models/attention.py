@@ -14,7 +14,8 @@ from retrack_jax.types import Array
 class GroupNorm(nn.Module):
     """Equation (1) over `[B, ..., C]`, C channels in contiguous groups; statistics in float32, result in `dtype`.
 
-    The variance is taken around the mean (two passes), because E[x^2] - E[x]^2 loses the digits that parity with PyTorch needs.
+    Both sums are taken in one pass, of x - s for a shift s that is near the group's mean: plain E[x^2] - E[x]^2 loses the digits that
+    parity with PyTorch needs. The result does not depend on s, so no gradient passes through it.
     """
 
     num_groups: int
@@ -26,14 +27,21 @@ class GroupNorm(nn.Module):
         batch, channels = x.shape[0], x.shape[-1]
         scale_C = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
-        size = channels // self.num_groups
-        x_BNGD = x.astype(jnp.float32).reshape(batch, -1, self.num_groups, size)
-        mean_B1G1 = jnp.mean(x_BNGD, axis=(1, 3), keepdims=True)
-        centred_BNGD = x_BNGD - mean_B1G1
-        var_B1G1 = jnp.mean(jnp.square(centred_BNGD), axis=(1, 3), keepdims=True)
-        gain_B1GD = jax.lax.rsqrt(var_B1G1 + self.epsilon) * scale_C.reshape(1, 1, self.num_groups, size)
-        y_BNGD = centred_BNGD * gain_B1GD + bias_C.reshape(1, 1, self.num_groups, size)
-        return y_BNGD.reshape(x.shape).astype(self.dtype)
+        groups, size = self.num_groups, channels // self.num_groups
+
+        def group_mean(y_BC: Array) -> Array:
+            y_BG1 = jnp.mean(y_BC.reshape(batch, groups, size), axis=-1, keepdims=True)
+            return jnp.broadcast_to(y_BG1, (batch, groups, size)).reshape(batch, channels)
+
+        x_BNC = x.astype(jnp.float32).reshape(batch, -1, channels)
+        shift_BC = group_mean(jax.lax.stop_gradient(x_BNC[:, x_BNC.shape[1] // 2]))
+        x_BNC = x_BNC - shift_BC[:, None, :]
+        # Over the pixels first: on CPU a sum that keeps the channels apart is vectorised, one over pixels and channels is not.
+        mean_BC = group_mean(jnp.mean(x_BNC, axis=1))
+        var_BC = group_mean(jnp.mean(jnp.square(x_BNC), axis=1)) - jnp.square(mean_BC)
+        gain_BC = jax.lax.rsqrt(jnp.maximum(var_BC, 0.0) + self.epsilon) * scale_C[None, :]
+        y_BNC = x_BNC * gain_BC[:, None, :] + (bias_C[None, :] - mean_BC * gain_BC)[:, None, :]
+        return y_BNC.reshape(x.shape).astype(self.dtype)
 
 
 class Attention(nn.Module):
