@@ -32,7 +32,23 @@ def get_config() -> ConfigDict:
     data.skip_corrupt = False  # leave out images that cannot be decoded, rather than refuse to run
     data.cache_dir = "~/.cache/retrack_jax"  # decoded images and neighbors
 
-    config.model = ConfigDict()  # diffusers' UNet2DModel fields; ignored where a checkpoint is given
+    config.model = model = ConfigDict()  # diffusers' UNet2DModel fields and defaults; a checkpoint's own config.json wins
+    model.sample_size = 32
+    model.in_channels = 3
+    model.out_channels = 3
+    model.layers_per_block = 2
+    model.block_out_channels = (224, 448, 672, 896)
+    model.down_block_types = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    model.up_block_types = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    model.attention_head_dim = 8  # channels per head
+    model.add_attention = True
+    model.norm_num_groups = 32
+    model.norm_eps = 1e-5
+    model.act_fn = "silu"
+    model.dropout = 0.0
+    model.downsample_padding = 1
+    model.flip_sin_to_cos = True
+    model.freq_shift = 0
 
     config.schedule = schedule = ConfigDict()  # diffusers' scheduler fields; a checkpoint's own scheduler_config.json wins
     schedule.num_train_timesteps = 1000

@@ -274,12 +274,3 @@ class PixelExperiment:
                 f"the images of {self.images.name} are {height}x{width}; the network needs sides that {factor} divides; "
                 "set config.data.resolution"
             )
-
-
-def build_experiment(config: ConfigDict):
-    """Returns the experiment that the config describes."""
-    if config.data.source == "concepts":
-        from retrack_jax.text_to_image import TextToImageExperiment
-
-        return TextToImageExperiment(config)
-    return PixelExperiment(config)

@@ -12,6 +12,7 @@ from retrack_jax.checks import check
 from retrack_jax.data.targets import slug
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.evaluate.results import Results
+from retrack_jax.experiment import PixelExperiment
 from retrack_jax.provenance import environment
 from retrack_jax.stages import Model, Stages, read_samples
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
@@ -65,13 +66,12 @@ class Runner:
         self._experiment = None
         self._pretrained: Model | None = None
         self._prepared = False
+        self._programs = {}
 
     @property
     def experiment(self):
         """The experiment, built at first use."""
         if self._experiment is None:
-            from retrack_jax.experiment import build_experiment
-
             self._experiment = build_experiment(self.config)
         return self._experiment
 
@@ -87,7 +87,13 @@ class Runner:
         if mode == "run" and self._is_done(folder):
             return
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
-        stages = Stages(config=config, experiment=self.experiment, workdir=self.workdir, should_stop=self.should_stop)
+        stages = Stages(
+            config=config,
+            experiment=self.experiment,
+            workdir=self.workdir,
+            should_stop=self.should_stop,
+            programs=self._programs,
+        )
         target = self.experiment.target(spec)
         if mode in ("run", "unlearn"):
             self._prepare_sweep()
@@ -223,6 +229,15 @@ class Runner:
             if run["target"] == spec and run["method"] not in samples:  # the first seed of each method
                 samples[run["method"]] = read_samples_or_explain(self.workdir.run(run["method"], run["seed"], slug(spec)))
         return self.experiment.comparison_pictures(target, samples)
+
+
+def build_experiment(config: ConfigDict):
+    """Returns the experiment that the config describes."""
+    if config.data.source == "concepts":
+        from retrack_jax.text_to_image import TextToImageExperiment
+
+        return TextToImageExperiment(config)
+    return PixelExperiment(config)
 
 
 def read_samples_or_explain(folder) -> dict[str, np.ndarray]:

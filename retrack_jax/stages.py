@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -39,23 +40,32 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Program:
+    """An optimizer and the step that is compiled with it; the runs of a sweep share one, so that it is traced once."""
+
+    optimizer: optax.GradientTransformation
+    ema_decay: Callable | None
+    step: Callable
+
+
+@dataclass(frozen=True)
 class Work:
     """What a training run needs beside its state; made only if there is a step left to take."""
 
-    method: Method
-    how: StepOptions
+    step: Callable
     batches: Batches
     shared: Shared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Everything that the stages share: config, experiment, workdir, and the flag that a preemption sets."""
+    """Everything that the stages share: config, experiment, workdir, the flag that a preemption sets, and what is compiled already."""
 
     config: ConfigDict
     experiment: PixelExperiment
     workdir: Workdir
     should_stop: Callable[[], bool]
+    programs: dict[str, Program]
 
     def pretrain(self, *, only_existing: bool = False) -> Model:
         """The model before unlearning: the config's checkpoint, else trained here from random weights on every image."""
@@ -73,11 +83,11 @@ class Stages:
 
     def _from_scratch(self, folder: epath.Path, rows: np.ndarray, seed: int, name: str, only_existing: bool) -> Model:
         recipe, experiment = self.config.pretrain, self.experiment
+        how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout)
+        program = self._program("from scratch", METHODS["vanilla"], recipe, how, build.ema_decay_from(recipe))
 
         def make_state():
-            return create_state(
-                experiment.init_params(seed), build.optimizer_from(recipe), build.ema_decay_from(recipe)
-            )
+            return create_state(experiment.init_params(seed), program.optimizer, program.ema_decay)
 
         def make_work() -> Work:
             batches = Batches(
@@ -88,8 +98,7 @@ class Stages:
                 forget_size=0,
                 seed=seed,
             )
-            how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout)
-            return Work(METHODS["vanilla"], how, batches, Shared(schedule=experiment.schedule))
+            return Work(program.step, batches, Shared(schedule=experiment.schedule))
 
         return self._train(folder, make_state, make_work, seed, recipe.num_steps, name, only_existing)
 
@@ -98,10 +107,12 @@ class Stages:
         method, recipe, experiment = get_method(method_name), self.config.unlearn, self.experiment
         if method.from_scratch:
             return self.retrain(target, seed, only_existing=only_existing)
+        how = build.unlearn_options_from(recipe, method, experiment.num_timesteps, experiment.has_dropout)
+        program = self._program(method_name, method, recipe, how)
         params = None if only_existing else self.pretrain(only_existing=True).params
 
         def make_state():
-            return create_state(params, build.optimizer_from(recipe))
+            return create_state(params, program.optimizer)
 
         def make_work() -> Work:
             data = experiment.forget_data(
@@ -124,13 +135,18 @@ class Stages:
                 forget_size=build.forget_batch_size(recipe, method),
                 seed=seed,
             )
-            how = build.unlearn_options_from(recipe, method, experiment.num_timesteps, experiment.has_dropout)
-            return Work(method, how, batches, shared)
+            return Work(program.step, batches, shared)
 
         if only_existing:
             params = jax.eval_shape(lambda: experiment.init_params(0))
         folder = self.workdir.run(method_name, seed, target.slug)
         return self._train(folder, make_state, make_work, seed, recipe.num_steps, "unlearn", only_existing)
+
+    def _program(self, name: str, method: Method, recipe: ConfigDict, how: StepOptions, ema_decay: Callable | None = None) -> Program:
+        if name not in self.programs:
+            step = make_train_step(method, self.experiment.eps_fn, how)
+            self.programs[name] = Program(build.optimizer_from(recipe), ema_decay, step)
+        return self.programs[name]
 
     def _train(
         self,
@@ -156,7 +172,7 @@ class Stages:
                 writer.truncate_after(int(state.step))
                 state, seconds = train(
                     parallel.replicate(state),
-                    make_train_step(work.method, self.experiment.eps_fn, work.how),
+                    work.step,
                     work.batches,
                     parallel.replicate(work.shared),
                     jax.random.key(seed),

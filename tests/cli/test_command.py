@@ -1,0 +1,129 @@
+"""The command as a user types it, in process: the whole run, the same command again, and what goes wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from retrack_jax.main import main
+from tests.tiny import flags
+
+CONFIG = "--config=configs/digits_tshirt.py"
+
+
+def command(workdir, config=CONFIG, **more):
+    return main(["retrack_jax", config, *flags(workdir, **more)])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    assert command(workdir) == 0
+    return workdir
+
+
+def test_a_run_leaves_the_files_of_the_contract(done):
+    run = done / "retrack" / "seed0-label_10"
+    for name in ("config.json", "metrics.json", "log.jsonl", "samples.npz", "samples.png", "report.html", "diffusers/config.json"):
+        assert (run / name).exists(), name
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics)[:9] == [
+        "config", "method", "seed", "target", "steps", "unlearn_seconds", "pretrained", "unlearned", "retrained",
+    ]  # fmt: skip
+    assert metrics["steps"] == 4 and metrics["unlearn_seconds"] > 0
+    assert set(metrics["pretrained"]) == set(metrics["unlearned"]) == {"frequency"}
+    assert metrics["provenance"]["data"]["num_forget"] == 8
+    samples = np.load(run / "samples.npz")
+    assert samples["samples"].dtype == np.uint8 and samples["samples"].shape == (12, 8, 8, 1)
+    np.testing.assert_array_equal(samples["samples"], np.floor(255 * samples["samples_float"]))
+    assert (done / "summary.json").exists()
+    assert not [path for path in done.rglob("*") if ".tmp" in path.name or "orbax-checkpoint-tmp" in path.name]
+
+
+def test_the_same_command_again_does_nothing_and_prints_the_table(done, capsys):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file() and path.name != "summary.json"}
+    assert command(done) == 0
+    assert "Frequency" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_stages_one_at_a_time_give_the_same(done, tmp_path):
+    for mode in ("pretrain", "unlearn", "sample", "eval", "report"):
+        assert command(tmp_path, mode=mode) == 0
+    ours, theirs = (np.load(folder / "retrack/seed0-label_10/samples.npz")["samples_float"] for folder in (tmp_path, done))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_stage_before_its_time_says_what_to_run(tmp_path, capsys):
+    assert command(tmp_path, mode="unlearn") == 2
+    assert "--config.mode=pretrain first" in error_line(capsys)
+
+
+def test_all_methods_share_one_pretrained_model(done, capsys):
+    assert command(done, CONFIG + ":all") == 0
+    summary = json.loads((done / "summary.json").read_text())
+    assert set(summary["methods"]) == {"pretrained", "retrain", "retrack", "siss", "siss_no_is", "erasediff", "neggrad", "vanilla"}
+    assert all(entry["runs"] == 1 for entry in summary["methods"].values())
+    metrics = json.loads((done / "siss/seed0-label_10/metrics.json").read_text())
+    assert metrics["retrained"] is not None
+    assert "SISS" in capsys.readouterr().out
+    assert (done / "report.html").exists()
+
+
+def error_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"config": "--config=configs/digits_tshit.py"}, "did you mean configs/digits_tshirt.py"),
+        ({"config": CONFIG + ":retrak"}, "did you mean 'retrack'"),
+        ({"mode": "rum"}, "did you mean 'run'"),
+        ({"unlearn__learning_rte": 1}, "config.unlearn.learning_rte; did you mean 'learning_rate'"),
+        ({"unlearn__num_steps": "many"}, "unlearn.num_steps"),
+        ({"unlearn__num_steps": 0}, "unlearn.num_steps is 0"),
+        ({"unlearn__lam": 1.5}, "lambda"),
+        ({"unlearn__batch_size": 6}, "does not divide evenly over 4 devices"),
+        ({"unlearn__learning_rate": -1}, "learning_rate"),
+        ({"unlearn__num_neighbors": 5000}, "only 1797 images remain"),
+        ({"targets": "label:11"}, "label"),
+        ({"targets": "*"}, "whole set"),
+        ({"sampling__sampler": "euler"}, "euler"),
+        ({"compute__dtype": "float16"}, "float16"),
+        ({"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, capsys):
+    assert command(tmp_path, **changes) == 2
+    assert words in error_line(capsys)
+
+
+def test_another_configs_run_is_refused_with_the_fields(done, capsys):
+    assert command(done, unlearn__num_steps=5) == 2
+    assert "config.unlearn.num_steps (4 there, 5 now)" in error_line(capsys)
+
+
+def test_a_file_in_the_workdirs_place(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command(tmp_path / "file") == 2
+    assert "--workdir" in error_line(capsys)
+
+
+def test_a_rate_that_diverges_names_quantity_and_step(done, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(done / "pretrained", tmp_path / "pretrained")
+    assert command(tmp_path, unlearn__learning_rate=1e30, unlearn__clip_norm=0.0, log_every=1) == 2
+    assert "at step" in error_line(capsys)
+
+
+def test_help_is_quick_and_heavy_imports_wait():
+    program = "import sys; from retrack_jax.main import main; code = main(['x', '--help']); print(code, 'jax' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip().endswith("0 False"), result.stderr
+    assert "usage:" in result.stdout
