@@ -1,0 +1,216 @@
+"""Neighbor search against scikit-learn's NearestNeighbors as the official ReTrack code uses it, in one run on this machine.
+
+    python -m tests.benchmarks.neighbors [queries|jpeg|index|stream ...]
+
+    queries  606 queries x 60,000 x 784: one image 606 times, then distinct ones; and 1 to 3,000 distinct queries for each engine
+    jpeg     2,000 x 196,608 from JPEG files, decoding included, each side in a process of its own, whose peak memory is read
+    index    ScaNN's tree index of 60,000 x 784: build, save, load, recall@10 and speed on 1,000 queries
+    stream   30,000 x 196,608 from a memory map: peak memory and time of one pass for ten targets
+
+Images are scikit-learn's digits, enlarged, shifted and blended to 28 x 28 (60,000 distinct ones), and random smooth colour images.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPEATS = 3
+
+
+def digits(count: int, seed: int = 0) -> np.ndarray:
+    """uint8 [count, 784] images with the structure of handwriting."""
+    from scipy.ndimage import zoom
+    from sklearn.datasets import load_digits
+
+    generator = np.random.default_rng(seed)
+    large = np.clip(zoom(load_digits().images, (1, 3, 3), order=1), 0, 16)
+    large = np.pad(large, ((0, 0), (2, 2), (2, 2))).astype(np.float32) * (255 / 16)
+    images = np.empty((count, 784), np.uint8)
+    for row in range(count):
+        one, other = large[generator.integers(0, len(large), 2)]
+        blend = 0.75 + 0.25 * generator.random()
+        shift = generator.integers(-2, 3, 2)
+        images[row] = np.roll(blend * one + (1 - blend) * other, shift, (0, 1)).ravel()
+    return images
+
+
+def as_floats(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / np.float32(127.5) - 1
+
+
+def sklearn_search(queries: np.ndarray, images: np.ndarray, k: int = 10) -> np.ndarray:
+    """The official code's search, on float32 arrays."""
+    from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=k, algorithm="auto").fit(images).kneighbors(queries)[1]
+
+
+def best_of(call, repeats: int = REPEATS):
+    """(seconds of the fastest call, seconds of the first, its result)."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+    return min(times), times[0], result
+
+
+def recall(found: np.ndarray, true: np.ndarray) -> float:
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), true.tolist(), strict=True)]))
+
+
+def queries_part() -> None:
+    from retrack_jax.neighbors import nearest
+    from retrack_jax.neighbors.search import choose_backend
+
+    images = digits(60_000)
+    floats = as_floats(images)
+    shirt = digits(1, seed=9)
+    many = digits(3000, seed=1)
+    cases = [("606 x one image", np.repeat(shirt, 606, axis=0)), ("606 distinct", many[:606])]
+    cases += [(f"{count} distinct", many[:count]) for count in (1, 10, 100, 1000, 3000)]
+    print("| queries x 60,000 x 784 | scikit-learn s | scann s | exact s | exact, uint8 s | times faster: scann, exact uint8 | recall |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, pixels in cases:
+        theirs, _, true = best_of(lambda q=as_floats(pixels): sklearn_search(q, floats))
+        scann, _, one = best_of(lambda q=as_floats(pixels): nearest(q, floats, 10, "scann")[0])
+        exact, _, two = best_of(lambda q=as_floats(pixels): nearest(q, floats, 10, "exact")[0])
+        whole, first, three = best_of(lambda q=pixels: nearest(q, images, 10, "exact")[0])
+        recalls = "/".join(f"{recall(found, true):.4f}" for found in (one, two, three))
+        print(
+            f"| {name} | {theirs:.3f} | {scann:.3f} | {exact:.3f} | {whole:.3f} (first {first:.3f}) | "
+            f"{theirs / scann:.1f}, {theirs / whole:.1f} | {recalls} |",
+            flush=True,
+        )
+        print(f"  auto would take: {choose_backend('auto', images.shape, len(np.unique(pixels, axis=0)))}", flush=True)
+
+
+def write_jpegs(folder: Path, count: int, size: int = 256) -> None:
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for row in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(np.int16)
+        noisy = np.clip(smooth + generator.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{row:05d}.jpg", quality=90)
+
+
+def child(part: str, *arguments: str) -> dict:
+    """Runs a part in a process of its own and returns what it printed."""
+    command = [sys.executable, "-m", "tests.benchmarks.neighbors", f"--{part}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def jpeg_theirs(folder: str) -> dict:
+    from PIL import Image
+
+    start = time.perf_counter()
+    paths = sorted(Path(folder).glob("*.jpg"))
+
+    def transform(path):  # ToTensor and Normalize of the official config
+        return ((np.asarray(Image.open(path), np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)
+
+    remain = np.array([transform(path) for path in paths[1:]])
+    found = sklearn_search(transform(paths[0])[None].reshape(1, -1), remain.reshape(len(remain), -1))
+    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "found": (found + 1).tolist()}
+
+
+def jpeg_ours(folder: str, cache_dir: str) -> dict:
+    start = time.perf_counter()
+    from retrack_jax.data.load import load_images
+    from retrack_jax.neighbors import nearest
+
+    images = load_images({"source": "folder", "dir": folder, "cache_dir": cache_dir})
+    found, _ = nearest(images.images[:1], images.images, 10, exclude=[0])
+    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "found": found.tolist()}
+
+
+def jpeg_part() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_jpegs(Path(folder), 2000)
+        for _ in range(2):
+            theirs = child("jpeg-theirs", folder)
+            with tempfile.TemporaryDirectory() as cache_dir:
+                ours, again = (child("jpeg-ours", folder, cache_dir) for _ in range(2))
+            print(
+                f"2,000 JPEGs of 256 x 256, 1 query: scikit-learn {theirs['seconds']:.2f} s, {theirs['peak'] / 1e9:.2f} GB; ours "
+                f"{ours['seconds']:.2f} s, {ours['peak'] / 1e9:.2f} GB, again from the cache {again['seconds']:.2f} s; "
+                f"{theirs['seconds'] / ours['seconds']:.2f} times faster, {ours['peak'] / theirs['peak']:.3f} of the memory, "
+                f"recall {recall(np.array(ours['found']), np.array(theirs['found'])):.2f}",
+                flush=True,
+            )
+
+
+def index_part() -> None:
+    from retrack_jax.neighbors import exact, nearest
+    from retrack_jax.neighbors.scann_index import ScannIndex
+
+    images, queries = digits(60_000), digits(1000, seed=1)
+    true, _ = exact.search(queries, images, 10)
+    build, _, index = best_of(lambda: ScannIndex.build(images, tree=True), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        save, _, _ = best_of(lambda: index.save(Path(folder) / "index"), 1)
+        load, _, index = best_of(lambda: ScannIndex.load(Path(folder) / "index"), 1)
+    tree, _, (found, _) = best_of(lambda: nearest(queries, images, 10, index=index))
+    brute_index = ScannIndex.build(images)
+    brute, _, _ = best_of(lambda: nearest(queries, images, 10, index=brute_index))
+    whole, _, _ = best_of(lambda: nearest(queries, images, 10, "exact"))
+    print(
+        f"ScaNN tree over 60,000 x 784: build {build:.1f} s, save {save:.2f} s, load {load:.2f} s; 1,000 queries {tree:.3f} s against "
+        f"{brute:.3f} s by brute force ({brute / tree:.1f} times) and {whole:.3f} s by the exact search; recall@10 {recall(found, true):.4f} "
+        f"(measured when built: {index.recall:.4f}); pays for its build after {build / max(1e-9, (min(brute, whole) - tree) / 1000):.0f} queries",
+        flush=True,
+    )
+
+
+def stream_ours(path: str, count: str) -> dict:
+    from types import SimpleNamespace
+
+    from retrack_jax.neighbors.cache import cached_nearest_of_targets
+
+    images = np.memmap(path, np.uint8, "r", shape=(int(count), 256, 256, 3))
+    targets = [(np.array([row]), np.array([row])) for row in range(100, 110)]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache_dir:
+        found = cached_nearest_of_targets(SimpleNamespace(images=images, digest=path), targets, 10, cache_dir=cache_dir)
+    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "found": [rows.tolist() for rows, _ in found]}
+
+
+def stream_part(count: int = 30_000) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        generator = np.random.default_rng(0)
+        for _ in range(count // 100):
+            file.write(generator.integers(0, 256, (100, 196_608), dtype=np.uint8).data)
+        file.flush()
+        ours = child("stream-ours", file.name, str(count))
+        print(f"{count:,} x 196,608, one pass for 10 targets: {ours['seconds']:.1f} s, peak memory {ours['peak'] / 2**30:.2f} GiB")
+
+
+PARTS = {"queries": queries_part, "jpeg": jpeg_part, "index": index_part, "stream": stream_part}
+CHILDREN = {"--jpeg-theirs": jpeg_theirs, "--jpeg-ours": jpeg_ours, "--stream-ours": stream_ours}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments and arguments[0] in CHILDREN:
+        print(json.dumps(CHILDREN[arguments[0]](*arguments[1:])))
+        return
+    for part in arguments or PARTS:
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
