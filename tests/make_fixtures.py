@@ -2,8 +2,8 @@
 
     python tests/make_fixtures.py
 
-Each model folder is what a user may have, at toy width, with `io.npz` beside it: inputs x_t [B, H, W, C] and t, and what PyTorch computes.
-`make test` reads these files and needs no PyTorch.
+Each model folder is what a user may have, at toy width, with `io.npz` beside it: inputs x_t [B, H, W, C] and t, and what PyTorch
+computes. `make test` reads these files and needs no PyTorch.
 """
 
 import json
@@ -24,7 +24,13 @@ TINY = {
     "norm_num_groups": 2,
     "layers_per_block": 1,
 }
-LINEAR = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+LINEAR = {
+    "_class_name": "DDPMScheduler",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+}
 # What diffusers' EMAModel adds to the config that it saves.
 EMA_KEYS = {
     "decay": 0.9999,
@@ -74,7 +80,7 @@ def safetensors_root() -> None:
 
 
 def old_pipeline() -> None:
-    """As google/ddpm-*: an early version's config, a zip .bin with the old attention names, schedule in the root, licence and card."""
+    """As google/ddpm-*: an early config, a zip .bin with the old attention names, schedule in the root, licence and card."""
     folder = ROOT / "old_pipeline"
     folder.mkdir(parents=True)
     options = {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6}
@@ -99,7 +105,12 @@ def _old_names(state: dict) -> dict:
 def sharded_pipeline() -> None:
     """A pipeline root with unet/ in two safetensors shards and scheduler/."""
     folder = ROOT / "sharded_pipeline"
-    options = {"resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet", "attn_norm_num_groups": 2}
+    options = {
+        "resnet_time_scale_shift": "scale_shift",
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "attn_norm_num_groups": 2,
+    }
     model = make_model(2, act_fn="gelu", mid_block_scale_factor=1.5, **options)
     diffusers.DDPMPipeline(unet=model, scheduler=diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(folder)
     model.save_pretrained(folder / "unet", max_shard_size="20KB")
@@ -108,7 +119,7 @@ def sharded_pipeline() -> None:
 
 
 def averaged() -> None:
-    """As SISS's MNIST model: unet_ema/ with the keys of an average, a .bin of before PyTorch 1.6, and no schedule but a scheduler.bin."""
+    """As SISS's MNIST model: unet_ema/ with an average's keys, a .bin of before PyTorch 1.6, only a scheduler.bin."""
     folder = ROOT / "averaged" / "unet_ema"
     folder.mkdir(parents=True)
     options = {"time_embedding_type": "learned", "num_train_timesteps": 1000, "act_fn": "mish", "add_attention": False}

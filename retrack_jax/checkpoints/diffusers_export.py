@@ -24,12 +24,12 @@ def export_diffusers(
 ) -> None:
     """Writes `config.json`, the weights as safetensors and a model card; the folder appears whole or not at all.
 
-    With a schedule, `scheduler/scheduler_config.json` is written too, and for a UNet2D a `model_index.json`: then the folder is also a
-    pipeline that `DDPMPipeline.from_pretrained` reads.
+    With a schedule, `scheduler/scheduler_config.json` is written too, and for a UNet2D a `model_index.json`: then the folder is
+    also a pipeline that `DDPMPipeline.from_pretrained` reads.
 
     Args:
-      path: a folder that does not exist, is empty, or is an earlier export, which is replaced. May be a `gs://` address, where the
-        config goes last and without it the folder is no model.
+      path: a folder that does not exist, is empty, or is an earlier export, which is replaced. May be a `gs://` address, where
+        the config goes last and without it the folder is no model.
       module: the network, with `to_config()`.
       params: its parameters; their dtypes are kept.
       schedule: a `Schedule`, or a dict as in `scheduler_config.json`.

@@ -77,7 +77,7 @@ def open_weights(folder, stem: str = _STEM) -> tuple[Path, Mapping[str, np.ndarr
 
 
 def unet_folder(path) -> Path:
-    """Returns the folder with the UNet's `config.json`: `path`/unet, `path`/unet_ema or `path`; raises `UserError` if none has one."""
+    """Returns the folder of the UNet's `config.json`: `path`/unet, `path`/unet_ema or `path`; else raises `UserError`."""
     path = Path(path)
     found = [path / name for name in _SUBFOLDERS if (path / name / "config.json").is_file()]
     if len(found) > 1:
@@ -91,8 +91,8 @@ def unet_folder(path) -> Path:
 def read_schedule_config(path) -> dict[str, Any] | None:
     """Returns the noise schedule that belongs to a model as a dict for `Schedule.from_config`, or None if there is none.
 
-    Looks for `scheduler/scheduler_config.json` and `scheduler_config.json` in `path` and, if that is the model's own folder inside a
-    pipeline, beside it. Never reads a `scheduler.bin`: that is the state of a learning rate.
+    Looks for `scheduler/scheduler_config.json` and `scheduler_config.json` in `path` and, if that is the model's own folder
+    inside a pipeline, beside it. Never reads a `scheduler.bin`: that is the state of a learning rate.
     """
     path = Path(path)
     folders = [path]

@@ -3,7 +3,7 @@
 Module names are diffusers' own. Three things differ, and this file is the only place that knows them:
 
     (1) an entry of a list:  PyTorch `resnets.0`, Flax `resnets_0`, for the list names in `RenameTable.lists`
-    (2) a leaf:              `weight` is `kernel` (convolution, linear), `scale` (norm) or `embedding`; `bias` and others keep theirs
+    (2) a leaf:              `weight` is `kernel` (convolution, linear), `scale` (norm) or `embedding`; others keep theirs
     (3) its layout:          convolution [out, in, kh, kw] to [kh, kw, in, out]; linear [out, in] to [in, out]
 
 The Flax tree is the reference: from its shapes follow the names and shapes that a file must have, exactly.
@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -90,8 +89,8 @@ def from_torch(
     """Returns Flax parameters, float32 arrays in the structure of `target`, from PyTorch's named tensors.
 
     Args:
-      state: name to array. A mapping that reads lazily may have `shape(name)`; then no tensor is read before all shapes are right,
-        and one at a time.
+      state: name to array. A mapping that reads lazily may have `shape(name)`; then no tensor is read before all shapes are
+        right, and one at a time.
       target: a tree of arrays or `jax.ShapeDtypeStruct`, as `jax.eval_shape(module.init, ...)["params"]`.
       table: the spelling.
       where: what to call the source in errors.

@@ -1,8 +1,8 @@
 """Safetensors files, read and written one tensor at a time.
 
 The format: an int64 count, that many bytes of JSON (name -> dtype, shape, [begin, end] behind the header), then the values. The
-`safetensors` package maps a file or builds all of it in memory; here neither happens, so that reading a checkpoint costs its size once
-and float16 files may double. The tests compare with the package.
+`safetensors` package maps a file or builds all of it in memory; here neither happens, so that reading a checkpoint costs its size
+once and float16 files may double. The tests compare with the package.
 """
 
 import json
@@ -149,7 +149,7 @@ class ShardedFile(Mapping[str, np.ndarray]):
 
 
 def write_safetensors(path, tensors: Iterable[TorchTensor]) -> None:
-    """Writes `tensors` to the new file `path`, one at a time; the metadata says `{"format": "pt"}`, which diffusers insists on."""
+    """Writes `tensors` to the new file `path`, one at a time, with the metadata `{"format": "pt"}` that diffusers wants."""
     tensors, header, end = list(tensors), {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         begin, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

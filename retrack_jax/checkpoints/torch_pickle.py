@@ -1,8 +1,8 @@
 """A pickle machine that can build tensors and nothing else.
 
-Python's own unpickler calls whatever a file names. This one walks the opcodes with `pickletools.genops`, which executes nothing, and acts
-on the few that `torch.save` and TorchScript write. A class or function in the stream is looked up in a table of ours and is never
-imported; what is not in the table is refused by name. So the worst that a hostile file can do is to be refused.
+Python's own unpickler calls whatever a file names. This one walks the opcodes with `pickletools.genops`, which executes nothing,
+and acts on the few that `torch.save` and TorchScript write. A class or function in the stream is looked up in a table of ours and
+is never imported; what is not in the table is refused by name. So the worst that a hostile file can do is to be refused.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class _Mark:
 
 
 def load(stream, where: str) -> Any:
-    """Returns the object of the next pickle in `stream`, made of dict, list, tuple, str, numbers, None, `Storage`, `Tensor`, `Record`.
+    """Returns the object of the next pickle in `stream`: plain containers and values, `Storage`, `Tensor`, `Record`.
 
     Args:
       stream: a binary file or BytesIO, read up to and including the pickle's STOP.

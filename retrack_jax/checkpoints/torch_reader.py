@@ -1,9 +1,9 @@
 """PyTorch's files as NumPy arrays, without PyTorch and without running anything that a file holds.
 
-Two containers. Since PyTorch 1.6 a zip, stored uncompressed: `NAME/data.pkl` and one record `NAME/data/KEY` for each storage; TorchScript
-archives are the same with `NAME/constants.pkl` beside. Before, a sequence: three pickles of housekeeping, the pickle of the object, the
-pickle of the list of keys, then for each key an int64 count and the values. `torch_pickle` reads the pickles. Tensors are read one at a
-time from their place in the file, so a file needs little memory beside what is made of it.
+Two containers. Since PyTorch 1.6 a zip, stored uncompressed: `NAME/data.pkl` and one record `NAME/data/KEY` for each storage;
+TorchScript archives are the same with `NAME/constants.pkl` beside. Before, a sequence: three pickles of housekeeping, the pickle
+of the object, the pickle of the list of keys, then for each key an int64 count and the values. `torch_pickle` reads the pickles.
+Tensors are read one at a time from their place in the file, so a file needs little memory beside what is made of it.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_NODES = 1_000_000  # values in one checkpoint; a few thousand are usual
 _MAX_DEPTH = 64
-_MAX_EXPANSION = 8  # bytes of all tensors over bytes of the file: tied weights repeat a storage, a hostile file repeats it a million times
+_MAX_EXPANSION = 8  # bytes of all tensors over bytes of the file: tied weights repeat a storage, a hostile file too often
 
 
 _Places = dict[str, tuple[int, int]]  # storage key -> offset and size in the file
 
 
 class _Root(NamedTuple):
-    """What one pickle holds: the first part of its tensors' names, the folder of their storages (each pickle counts its keys from 0)."""
+    """What one pickle holds: the first part of its tensors' names, the folder of their storages (each counts from 0)."""
 
     name: str
     folder: str
@@ -42,8 +42,8 @@ class _Root(NamedTuple):
 class TorchFile(Mapping[str, np.ndarray]):
     """The tensors of a file by name, read when asked for: `file[name]`, `file.shape(name)`.
 
-    Dicts, lists and TorchScript objects inside each other give dotted names (`backbone.conv1.weight`); values that are no tensors are
-    left out.
+    Dicts, lists and TorchScript objects inside each other give dotted names (`backbone.conv1.weight`); values that are no tensors
+    are left out.
 
     Raises:
       UserError: the file is missing, damaged, or holds anything but tensors in plain containers; the message names what.
@@ -158,7 +158,9 @@ def _read_zip(file, path: Path) -> tuple[list[_Root], _Places]:
 def _place(file, info: zipfile.ZipInfo, path: Path) -> tuple[int, int]:
     """Returns offset and size of a stored record; the local header has the true length of its padding."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-        raise UserError(f"{path} holds a compressed or encrypted record {info.filename}, which torch.save does not write; refused")
+        raise UserError(
+            f"{path} holds a compressed or encrypted record {info.filename}, which torch.save does not write; refused"
+        )
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) != 30 or header[:4] != b"PK\x03\x04":

@@ -14,8 +14,8 @@ from retrack_jax.types import Array
 class GroupNorm(nn.Module):
     """Equation (1) over `[B, ..., C]`, C channels in contiguous groups; statistics in float32, result in `dtype`.
 
-    Both sums are taken in one pass, of x - s for a shift s that is near the group's mean: plain E[x^2] - E[x]^2 loses the digits that
-    parity with PyTorch needs. The result does not depend on s, so no gradient passes through it.
+    Both sums are taken in one pass, of x - s for a shift s that is near the group's mean: plain E[x^2] - E[x]^2 loses the digits
+    that parity with PyTorch needs. The result does not depend on s, so no gradient passes through it.
     """
 
     num_groups: int
@@ -25,8 +25,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, channels = x.shape[0], x.shape[-1]
-        scale_C = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
-        bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
+        scale_C = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32).astype(jnp.float32)
+        bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32).astype(jnp.float32)
         groups, size = self.num_groups, channels // self.num_groups
 
         def group_mean(y_BC: Array) -> Array:

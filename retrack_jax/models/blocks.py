@@ -44,7 +44,7 @@ class ResnetOptions:
         )
 
     def attention(self, channels: int, head_dim: int | None, name: str, **fields) -> Attention:
-        """Returns a residual attention; `head_dim` is channels per head (diffusers' `attention_head_dim`), None means one head."""
+        """Returns a residual attention; `head_dim` is channels per head (`attention_head_dim`), None means one head."""
         head_dim = head_dim or channels
         block = nn.remat(Attention) if self.remat else Attention
         return block(
@@ -90,7 +90,8 @@ class DownBlock2D(nn.Module):
 class UNetMidBlock2D(nn.Module):
     """Two residual blocks with an attention between them (none unless `add_attention`).
 
-    `attn_groups` None means the groups of the residual blocks, or no norm at all with time_scale_shift "scale_shift", as in diffusers.
+    `attn_groups` None means the groups of the residual blocks, or no norm at all with time_scale_shift "scale_shift", as in
+    diffusers.
     """
 
     options: ResnetOptions

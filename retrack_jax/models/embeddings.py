@@ -32,7 +32,7 @@ def activation(act_fn: str):
 
 
 def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Array:
-    """Returns the sinusoidal embedding of `t` `[B]`, equations (1) and (2), float32 `[B, dim]`; an odd `dim` is padded with a zero."""
+    """Returns the embedding of `t` `[B]` by equations (1) and (2), float32 `[B, dim]`; an odd `dim` is padded with a zero."""
     half = dim // 2
     # Rounded as PyTorch rounds it (a float32 exponent, then exp): at t = 999 one unit in the last place of f shows in sin(t f).
     exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)

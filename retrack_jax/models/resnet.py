@@ -25,7 +25,8 @@ def downsample_mean(x: Array) -> Array:
 class Downsample2D(nn.Module):
     """Halves the resolution by a 3 x 3 convolution of stride 2.
 
-    `padding` is diffusers' `downsample_padding`: pixels of zeros on each side, but 0 means one row below and one column to the right.
+    `padding` is diffusers' `downsample_padding`: pixels of zeros on each side, but 0 means one row below and one column to the
+    right.
     """
 
     out_channels: int
@@ -56,7 +57,7 @@ class ResnetBlock2D(nn.Module):
       out_channels: channels of the result; where they differ from the input's the shortcut is a 1 x 1 convolution.
       groups, eps: of both group norms.
       non_linearity: name of the activation.
-      time_embedding_norm: "default" adds the projected embedding before the second norm; "scale_shift" scales and shifts after it.
+      time_embedding_norm: "default" adds the projected embedding before the second norm; "scale_shift" acts after it.
       output_scale_factor: what the sum with the shortcut is divided by.
       dropout: rate before the second convolution, from the rng collection "dropout".
       up, down: change the resolution between the first activation and the first convolution, and on the shortcut.
@@ -78,7 +79,7 @@ class ResnetBlock2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, temb: Array | None = None, deterministic: bool = True) -> Array:
-        """Maps `[B, H, W, C]` and the time embedding `[B, D]` (None where the network has none) to `[B, H', W', out_channels]`."""
+        """Maps `[B, H, W, C]` and the time embedding `[B, D]` (None if the network has none) to `[B, H', W', out_channels]`."""
         act = activation(self.non_linearity)
         hidden = act(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
         if self.up:

@@ -141,7 +141,7 @@ class UNet2D(nn.Module):
         head_dim = self.attention_head_dim
         check(
             head_dim is None or all(0 < head_dim <= channels for channels in attending),
-            f"attention_head_dim is {head_dim!r}; it counts channels per head, and a block with attention has {min(attending, default=0)}",
+            f"attention_head_dim is {head_dim!r}; it counts channels per head, and one attention has {min(attending, default=0)}",
         )
         groups = self.attn_norm_num_groups
         check(
@@ -217,10 +217,10 @@ class UNet2D(nn.Module):
             x_t.ndim == 4 and x_t.shape[-1] == self.in_channels,
             f"x_t has shape {x_t.shape}; UNet2D needs [B, H, W, {self.in_channels}]",
         )
-        multiple = 2 ** (len(self.block_out_channels) - 1)
+        height, width, multiple = *x_t.shape[1:3], 2 ** (len(self.block_out_channels) - 1)
         check(
-            x_t.shape[1] % multiple == 0 and x_t.shape[2] % multiple == 0,
-            f"images are {x_t.shape[1]} x {x_t.shape[2]}; with {len(self.block_out_channels)} blocks both must be multiples of {multiple}",
+            height % multiple == 0 and width % multiple == 0,
+            f"images are {height} x {width}; with {len(self.block_out_channels)} blocks both must be multiples of {multiple}",
         )
         check(t.shape == x_t.shape[:1], f"t has shape {t.shape}; it needs one timestep for each of {x_t.shape[0]} images")
 

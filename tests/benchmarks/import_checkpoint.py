@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.import_checkpoint
 
-Prints a line for each kind of file: seconds for `import_diffusers`, and the rise of the process's peak resident memory during it as a
-multiple of the file's size. Each import runs in a process of its own, after the package has been imported. The `.bin` kinds are
-written by PyTorch, so they are measured where it is installed (the environment of `make parity`), and left out with a note elsewhere.
+Prints a line for each kind of file: seconds for `import_diffusers`, and the rise of the process's peak resident memory during it
+as a multiple of the file's size. Each import runs in a process of its own, after the package has been imported. The `.bin` kinds
+are written by PyTorch, so they are measured where it is installed (the environment of `make parity`), and left out with a note
+elsewhere.
 """
 
 import importlib.util
@@ -67,7 +68,8 @@ def measure(folder: Path) -> None:
     jax.block_until_ready(params)
     seconds, rise = time.perf_counter() - start, resident("VmHWM") - before
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{folder.name:20s} {count / 1e6:6.1f} M parameters, file {size / 1e6:4.0f} MB: {seconds:5.2f} s, peak memory {rise / size:4.2f} x file")
+    print(f"{folder.name:20s} {count / 1e6:6.1f} M parameters, file {size / 1e6:4.0f} MB: {seconds:5.2f} s", end="")
+    print(f", peak memory {rise / size:4.2f} x file")
 
 
 def main() -> None:

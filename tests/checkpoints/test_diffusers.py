@@ -1,6 +1,7 @@
 """Import and export: every layout of the fixtures, what is refused, whole or absent, bit-exact round trips.
 
-The fixtures' outputs are compared in tests/models/test_unet2d.py, and what diffusers reads back in tests/parity/test_unet2d_parity.py.
+The fixtures' outputs are compared in tests/models/test_unet2d.py, and what diffusers reads back in
+tests/parity/test_unet2d_parity.py.
 """
 
 import json
@@ -190,7 +191,10 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path, change, word
 
 
 def test_our_safetensors_equal_the_packages(tmp_path, rng):
-    tree = {"conv": {"kernel": jax.random.normal(rng, (3, 3, 2, 4)), "bias": jnp.zeros((4,), jnp.bfloat16)}, "n": {"scale": jnp.ones(())}}
+    tree = {
+        "conv": {"kernel": jax.random.normal(rng, (3, 3, 2, 4)), "bias": jnp.zeros((4,), jnp.bfloat16)},
+        "n": {"scale": jnp.ones(())},
+    }
     write_safetensors(tmp_path / "ours", to_torch(tree))
     theirs = safetensors.numpy.load_file(tmp_path / "ours")
     assert sorted(theirs) == ["conv.bias", "conv.weight", "n.weight"]
@@ -319,6 +323,9 @@ def test_names_go_there_and_back_for_any_list():
 
 def test_the_bin_that_was_imported_equals_its_tensors():
     _, params = import_diffusers(DATA / "old_pipeline")
-    named = {DIFFUSERS.canonical(name): array for name, array in read_torch(DATA / "old_pipeline" / "diffusion_pytorch_model.bin").items()}
+    named = {
+        DIFFUSERS.canonical(name): array
+        for name, array in read_torch(DATA / "old_pipeline" / "diffusion_pytorch_model.bin").items()
+    }
     for tensor in to_torch(params):
         np.testing.assert_array_equal(tensor.read(), named[tensor.name])

@@ -1,4 +1,4 @@
-"""The restricted reader: PyTorch's own files of both kinds, and hostile ones, which must be refused before anything of them runs."""
+"""The restricted reader: PyTorch's own files of both kinds, and hostile ones, refused before anything of them runs."""
 
 import pickle
 import pickletools
@@ -106,8 +106,12 @@ def test_tensors_are_read_one_at_a_time_and_shapes_without_reading(tmp_path):
 
 
 def test_what_is_no_tensor_is_left_out_and_metadata_passed_over(container):
-    state = dict_of(w=tensor(), epoch=plain(3), rate=plain(0.5), note=plain("x"), nothing=b"N", shape=call("torch", "Size", plain([1])))
-    with_metadata = call("collections", "OrderedDict") + b"(" + plain("w") + tensor() + b"u" + plain({"_metadata": {"": 1}}) + b"b"
+    state = dict_of(
+        w=tensor(), epoch=plain(3), rate=plain(0.5), note=plain("x"), nothing=b"N", shape=call("torch", "Size", plain([1]))
+    )
+    with_metadata = (
+        call("collections", "OrderedDict") + b"(" + plain("w") + tensor() + b"u" + plain({"_metadata": {"": 1}}) + b"b"
+    )
     assert list(read_torch(container(state))) == ["w"]
     assert list(read_torch(container(with_metadata))) == ["w"]
 
@@ -244,10 +248,16 @@ def test_a_path_that_leaves_the_zip_is_refused(tmp_path, name):
         (lambda path: path.write_bytes(whole(plain({"w": [1.0]}))), "not of torch.save"),
         (lambda path: path.write_bytes(b"GIF89a"), "neither"),
         (lambda path: path.write_bytes(b""), "ends where 1 more"),
-        (lambda path: sequence_file(path, dict_of(w=tensor()), whole(plain(["0", "1"])) + struct.pack("<q", 6) + bytes(24)), "ends where 8 more"),
+        (
+            lambda path: sequence_file(path, dict_of(w=tensor()), whole(plain(["0", "1"])) + struct.pack("<q", 6) + bytes(24)),
+            "ends where 8 more",
+        ),
         (lambda path: sequence_file(path, dict_of(w=tensor()), whole(plain(["0"])) + struct.pack("<q", 1 << 60)), "ends within"),
         (lambda path: sequence_file(path, dict_of(w=tensor()), whole(plain({"0": 1}))), "no list of storages"),
-        (lambda path: sequence_file(path, dict_of(w=tensor()), whole(plain(["1"])) + struct.pack("<q", 6) + bytes(24)), "no tensor views"),
+        (
+            lambda path: sequence_file(path, dict_of(w=tensor()), whole(plain(["1"])) + struct.pack("<q", 6) + bytes(24)),
+            "no tensor views",
+        ),
     ],
 )
 def test_other_containers_are_refused(tmp_path, make, words):

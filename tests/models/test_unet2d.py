@@ -1,4 +1,5 @@
-"""UNet2D against recorded outputs of diffusers, and what the recordings cannot show: refusals, dropout, remat, bfloat16, its layers.
+"""UNet2D against recorded outputs of diffusers, and what the recordings cannot show: refusals, dropout, remat, bfloat16, its
+layers.
 
 Parity over many more configs, live, is in tests/parity/test_unet2d_parity.py.
 """
@@ -48,7 +49,9 @@ CELEBAHQ = dict(
 
 def relative(a, b):
     """‖a - b‖ / ‖b‖."""
-    return float(np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / np.linalg.norm(np.asarray(b, np.float64)))
+    return float(
+        np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / np.linalg.norm(np.asarray(b, np.float64))
+    )
 
 
 @jax.jit
@@ -133,7 +136,11 @@ def test_passes_over_the_keys_of_an_average_and_private_ones():
 
 def test_refuses_shapes_that_do_not_fit(tiny):
     module, params, x_t, t = tiny
-    for bad_x, bad_t, words in ((x_t[:, :3], t, "multiples of 2"), (jnp.zeros((2, 4, 8, 3)), t, "x_t has shape"), (x_t, t[:1], "t has shape")):
+    for bad_x, bad_t, words in (
+        (x_t[:, :3], t, "multiples of 2"),
+        (jnp.zeros((2, 4, 8, 3)), t, "x_t has shape"),
+        (x_t, t[:1], "t has shape"),
+    ):
         with pytest.raises(UserError, match=words):
             module.apply({"params": params}, bad_x, bad_t)
 
@@ -199,7 +206,9 @@ def test_timestep_embedding_follows_the_formula():
         parts = [np.cos(angles), np.sin(angles)] if flip else [np.sin(angles), np.cos(angles)]
         expected = np.concatenate([*parts, np.zeros((4, dim % 2))], axis=1)
         # t f up to 999 in float32: its last place is worth 6e-5.
-        np.testing.assert_allclose(timestep_embedding(jnp.asarray(t), dim, flip_sin_to_cos=flip, freq_shift=shift), expected, atol=1e-4)
+        np.testing.assert_allclose(
+            timestep_embedding(jnp.asarray(t), dim, flip_sin_to_cos=flip, freq_shift=shift), expected, atol=1e-4
+        )
 
 
 def test_group_norm_keeps_its_digits_far_from_zero(rng):

@@ -106,7 +106,9 @@ def test_output_within_1e_5_and_round_trip_bit_exact(seed, tmp_path):
     print(f"seed {seed}: ‖y - y_ref‖/‖y_ref‖ at t = {t.tolist()}: {', '.join(f'{error:.1e}' for error in errors)}")
     assert max(errors) <= 1e-5
 
-    export_diffusers(tmp_path / "ours", module, params, schedule=Schedule.from_config({}), source=tmp_path / "theirs", note="nothing")
+    export_diffusers(
+        tmp_path / "ours", module, params, schedule=Schedule.from_config({}), source=tmp_path / "theirs", note="nothing"
+    )
     back = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours")
     expected, found = model.state_dict(), back.state_dict()
     assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -134,7 +136,9 @@ def test_defaults_are_diffusers():
     signature = inspect.signature(diffusers.UNet2DModel.__init__).parameters
     ours = UNet2D().to_config()
     ours.pop("_class_name")
-    theirs = {name: list(p.default) if isinstance(p.default, tuple) else p.default for name, p in signature.items() if name != "self"}
+    theirs = {
+        name: list(p.default) if isinstance(p.default, tuple) else p.default for name, p in signature.items() if name != "self"
+    }
     assert ours == theirs
 
 
