@@ -5,3 +5,4 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "data" / "tiny_sd"
 PIPELINE = ROOT / "pipeline"
 CONCEPTS = ROOT / "concepts"
+RECORDED = Path(__file__).parents[1] / "data" / "sd_parity.npz"

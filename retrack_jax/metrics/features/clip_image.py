@@ -14,23 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.metrics.features.layers import BatchNorm, conv, import_weights
 from retrack_jax.models.clip_text import ClipTextEncoder
-from retrack_jax.models.conv import Conv
 from retrack_jax.types import Array, PyTree
-
-
-class FrozenBatchNorm(nn.Module):
-    """Batch normalisation with stored statistics: (x - mean) / sqrt(var + 1e-5) * scale + bias over the last axis."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
-        shape = (x.shape[-1],)
-        scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
-        mean, var = self.param("mean", zeros, shape), self.param("var", ones, shape)
-        factor = scale * jax.lax.rsqrt(var + 1e-5)
-        factor, offset = (jnp.broadcast_to(one, x.shape) for one in (factor, bias - mean * factor))
-        return x * factor + offset
 
 
 class Bottleneck(nn.Module):
@@ -41,13 +27,11 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one = {"kernel_size": 1, "padding": 0, "use_bias": False}
-        h = nn.relu(FrozenBatchNorm(name="bn1")(Conv(self.width, **one, name="conv1")(x)))
-        h = nn.relu(FrozenBatchNorm(name="bn2")(Conv(self.width, use_bias=False, name="conv2")(h)))
-        h = FrozenBatchNorm(name="bn3")(Conv(4 * self.width, **one, name="conv3")(_pool(h, self.stride)))
+        h = nn.relu(BatchNorm(1e-5, name="bn1")(conv(self.width, 1, name="conv1")(x)))
+        h = nn.relu(BatchNorm(1e-5, name="bn2")(conv(self.width, 3, padding=1, name="conv2")(h)))
+        h = BatchNorm(1e-5, name="bn3")(conv(4 * self.width, 1, name="conv3")(_pool(h, self.stride)))
         if self.stride > 1 or x.shape[-1] != 4 * self.width:
-            x = Conv(4 * self.width, **one, name="downsample_0")(_pool(x, self.stride))
-            x = FrozenBatchNorm(name="downsample_1")(x)
+            x = BatchNorm(1e-5, name="downsample_1")(conv(4 * self.width, 1, name="downsample_0")(_pool(x, self.stride)))
         return nn.relu(h + x)
 
 
@@ -98,14 +82,17 @@ class ClipImageTower(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for index, (features, stride) in enumerate([(self.width // 2, 2), (self.width // 2, 1), (self.width, 1)], start=1):
-            x = Conv(features, strides=stride, use_bias=False, name=f"conv{index}")(x)
-            x = nn.relu(FrozenBatchNorm(name=f"bn{index}")(x))
+            x = nn.relu(BatchNorm(1e-5, name=f"bn{index}")(conv(features, 3, stride, 1, name=f"conv{index}")(x)))
         x = _pool(x, 2)
         for stage, count in enumerate(self.layers):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Bottleneck(self.width * 2**stage, stride, name=f"layer{stage + 1}_{block}")(x)
         return AttentionPool(self.num_heads, self.features, name="attnpool")(x)
+
+
+# Sizes kept as buffers; the learnt scale, where CLIP-IQA has 100; positions, which CLIP-IQA leaves out.
+_UNUSED = ("input_resolution", "context_length", "vocab_size", "logit_scale", "visual.attnpool.positional_embedding")
 
 
 @dataclass(frozen=True)
@@ -126,10 +113,7 @@ def towers_from_openai(weights: dict[str, np.ndarray]) -> ClipTowers:
     """
     if "visual.proj" in weights:
         raise UserError("these CLIP weights are a ViT's; CLIP-IQA uses RN50 (RN50.pt)")
-    left = {name: np.asarray(value, np.float32) for name, value in weights.items()}
-    for name in ("input_resolution", "context_length", "vocab_size", "logit_scale", "visual.attnpool.positional_embedding"):
-        left.pop(name, None)  # sizes kept as buffers; CLIP-IQA's own scale of 100; positions are not used
-    left = {name: value for name, value in left.items() if not name.endswith("num_batches_tracked")}
+    left = {name: np.asarray(value, np.float32) for name, value in weights.items() if name not in _UNUSED}
     try:
         image = ClipImageTower(
             layers=tuple(_count(left, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
@@ -149,10 +133,9 @@ def towers_from_openai(weights: dict[str, np.ndarray]) -> ClipTowers:
         )
     except KeyError as error:
         raise UserError(f"CLIP weights: no tensor {error.args[0]!r}; expected the tensors of OpenAI's RN50.pt") from error
-    image_params = _fill(image, (jnp.zeros((1, 32, 32, 3)),), left, _image_source)
-    text_params = _fill(text, (jnp.zeros((1, text.max_position_embeddings), jnp.int32),), left, _text_source)
-    if left:
-        raise UserError(f"CLIP weights: {len(left)} tensors are left over, such as {sorted(left)[0]!r}; not an RN50 file")
+    visual = {name.removeprefix("visual."): value for name, value in left.items() if name.startswith("visual.")}
+    image_params = import_weights("CLIP's RN50 image tower", image, (1, 32, 32, 3), visual, rename=_image_name)
+    text_params = _text_params(text, {name: value for name, value in left.items() if not name.startswith("visual.")})
     return ClipTowers(image, image_params, text, text_params)
 
 
@@ -163,13 +146,18 @@ def _count(weights: dict, prefix: str) -> int:
     return max(numbers) + 1
 
 
-def _fill(module: nn.Module, args: tuple, weights: dict, source) -> PyTree:
-    """Takes from `weights` the parameters of `module`; `source(path)` gives a name and a function from tensor to parameter."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+def _image_name(path: str) -> str:
+    """layer1_0.downsample_0 -> layer1.0.downsample.0"""
+    return ".".join(part.replace("_", ".") if part.startswith(("layer", "down")) else part for part in path.split("."))
+
+
+def _text_params(module: ClipTextEncoder, weights: dict[str, np.ndarray]) -> PyTree:
+    """Takes the parameters of `module` from OpenAI's tensors, of which one may be three of ours."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     used = set()
 
     def take(path, leaf):
-        name, convert = source([key.key for key in path])
+        name, convert = _text_source([key.key for key in path])
         if name not in weights:
             raise UserError(f"CLIP weights: no tensor {name!r}; expected the tensors of OpenAI's RN50.pt")
         value = convert(weights[name])
@@ -179,26 +167,9 @@ def _fill(module: nn.Module, args: tuple, weights: dict, source) -> PyTree:
         return jnp.asarray(value)
 
     params = jax.tree_util.tree_map_with_path(take, shapes)
-    for name in used:  # packed tensors feed several parameters
-        del weights[name]
+    if surplus := sorted(set(weights) - used):
+        raise UserError(f"CLIP weights: {len(surplus)} tensors are left over, such as {surplus[0]!r}; not an RN50 file")
     return params
-
-
-def _transposed(value: np.ndarray) -> np.ndarray:
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-
-
-def _same(value: np.ndarray) -> np.ndarray:
-    return value
-
-
-_IMAGE_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-
-
-def _image_source(path: list[str]) -> tuple[str, Any]:
-    # layer1_0/downsample_0 -> layer1.0.downsample.0
-    name = ".".join(["visual", *(part.replace("_", ".") if part.startswith(("layer", "down")) else part for part in path[:-1])])
-    return f"{name}.{_IMAGE_LEAVES[path[-1]]}", _transposed if path[-1] == "kernel" else _same
 
 
 _TEXT_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "out_proj": "attn.out_proj"}
@@ -217,4 +188,8 @@ def _text_source(path: list[str]) -> tuple[str, Any]:
         third = "qkv".index(layer[0])
         pick = (lambda value: np.split(value, 3)[third].T) if leaf == "weight" else (lambda value: np.split(value, 3)[third])
         return f"{block}.attn.in_proj_{leaf}", pick
-    return f"{block}.{_TEXT_LAYERS[layer]}.{leaf}", _transposed if path[-1] == "kernel" else _same
+    return f"{block}.{_TEXT_LAYERS[layer]}.{leaf}", np.transpose if path[-1] == "kernel" else _same
+
+
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
