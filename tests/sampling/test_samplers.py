@@ -101,6 +101,45 @@ def test_order_of_convergence(name, order, steps, settings):
     assert order - 0.15 < slope < order + 0.25, (errors, slope)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_pndm_equals_the_algorithm_in_plain_loops(prediction_type):
+    """Float64, lists and ifs, from the paper's equations, on a network that is not linear."""
+    settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False)
+    schedule = Schedule.create(prediction_type=prediction_type, **settings)
+    table, num_steps, stride = schedule.alpha_bar64, 10, 100
+
+    def eps_of(x, t, xp=np):
+        return xp.tanh(x + t / 1000.0)
+
+    def transfer(x, t, t_next, output):
+        now, then = table[t], table[t_next] if t_next >= 0 else table[0]
+        eps = output if prediction_type == "epsilon" else np.sqrt(now) * output + np.sqrt(1 - now) * x
+        return np.sqrt(then / now) * x - (then - now) * eps / (now * np.sqrt(1 - then) + np.sqrt(now * (1 - now) * then))
+
+    def network(x, t):
+        eps = eps_of(x, t)
+        return eps if prediction_type == "epsilon" else (eps - np.sqrt(1 - table[t]) * x) / np.sqrt(table[t])
+
+    rngs = jax.random.split(jax.random.key(4), 3)
+    x_init = initial_noise(rngs, (5,))
+    x, history = np.float64(x_init), []
+    for t in range((num_steps - 1) * stride + 1, 0, -stride):
+        history.append(network(x, t))
+        if len(history) == 1:
+            trial = transfer(x, t, t - stride, history[0])
+            x = transfer(x, t, t - stride, (history[0] + network(trial, t - stride)) / 2)
+            continue
+        weights = {2: (3, -1), 3: (23, -16, 5)}.get(len(history), (55, -59, 37, -9))
+        output = sum(weight * past for weight, past in zip(weights, history[::-1], strict=False)) / sum(weights)
+        x = transfer(x, t, t - stride, output)
+
+    def eps_fn(x, t):
+        return eps_of(x, expand(t.astype(jnp.float32), x), jnp)
+
+    ours = sample(eps_fn, x_init, rngs, make_sampler("pndm", schedule, num_steps))
+    np.testing.assert_allclose(ours, x, rtol=2e-5, atol=2e-5)
+
+
 def test_pndm_beats_ddim_at_equal_steps():
     schedule = Schedule.create(clip_sample=False)
     errors = {}
