@@ -23,7 +23,8 @@ class FeatureNetwork:
       params: the network's variables.
       apply_fn: `apply_fn(params, batch) -> dict of arrays`, a pure function on one batch of prepared images.
       prepare: NumPy function from images `[N, H, W, C]`, uint8 or floats in [0, 1], to what `apply_fn` takes.
-      batch_size: images a call; the last batch is padded, so that one shape is compiled.
+      batch_size: images a call.
+      pad: fill the last batch up, so that one shape is compiled; off where the images of a batch see each other.
     """
 
     name: str
@@ -33,6 +34,7 @@ class FeatureNetwork:
     apply_fn: Callable
     prepare: Callable
     batch_size: int = 64
+    pad: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "_apply", jax.jit(self.apply_fn))
@@ -58,7 +60,7 @@ class FeatureNetwork:
             block = check_images("images", np.asarray(images[start : start + self.batch_size]))
             batch = self.prepare(block)
             missing = self.batch_size - len(batch)
-            if missing:
+            if missing and self.pad:
                 batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
             outputs = self._apply(self.params, batch)
             parts.append({name: np.asarray(value)[: len(block)] for name, value in outputs.items()})
