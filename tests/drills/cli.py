@@ -1,0 +1,159 @@
+"""The real command line with a toy model, for drills: seconds a run, all stages, embedded data."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN_STEPS, UNLEARN_STEPS = 8, 6
+TINY = {
+    "model.block_out_channels": "8,16",
+    "model.norm_num_groups": "4",
+    "pretrain.num_steps": PRETRAIN_STEPS,
+    "pretrain.batch_size": 16,
+    "unlearn.num_steps": UNLEARN_STEPS,
+    "unlearn.batch_size": 16,
+    "unlearn.num_neighbors": 5,
+    "unlearn.neighbor_backend": "exact",
+    "sampling.num_steps": 4,
+    "sampling.num_images": 48,
+    "sampling.batch_size": 16,
+    "eval.metrics": "('frequency',)",
+    "checkpoint_every": 2,
+    "log_every": 1,
+}
+
+
+def flags(workdir, method="retrack", **changes) -> list[str]:
+    """Returns the command's flags: the toy run in `workdir`, with `changes` to config fields (`unlearn__num_steps=3`)."""
+    fields = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+    config = f"--config={ROOT}/configs/digits_tshirt.py:{method}"
+    return [config, f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+def environment(cache, **more) -> dict[str, str]:
+    """Returns the environment of a command that keeps its caches in `cache`, with nothing of this process's devices."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))
+    }
+    return {
+        **clean, "HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"), "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
+    }  # fmt: skip
+
+
+def command(arguments) -> list[str]:
+    """Returns the command line that runs this interpreter on `arguments`."""
+    return [sys.executable, "-m", "retrack_jax.main", *map(str, arguments)]
+
+
+def run(arguments, cache, *, timeout=240, **more) -> subprocess.CompletedProcess:
+    """Runs the command to its end."""
+    return subprocess.run(
+        command(arguments), cwd=ROOT, env=environment(cache, **more), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def succeed(arguments, cache, **more) -> subprocess.CompletedProcess:
+    """Runs the command and asserts status 0."""
+    done = run(arguments, cache, **more)
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def run_processes(count, devices, arguments, cache, logs, *, timeout=240, **more) -> subprocess.CompletedProcess:
+    """Runs the command as `count` processes of `devices` CPU devices each, by the launch script that users have."""
+    script = [
+        "bash",
+        str(ROOT / "launch" / "cpu_processes.sh"),
+        "--devices",
+        str(devices),
+        "--logs",
+        str(logs),
+        str(count),
+    ]
+    env = environment(cache, PYTHON=sys.executable, GRACE_SECONDS=10, **more)
+    return subprocess.run(
+        [*script, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def in_parallel(*calls):
+    """Runs functions in threads and returns their results in order; the first exception is raised."""
+    results, errors = [None] * len(calls), []
+
+    def keep(index, call):
+        try:
+            results[index] = call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=keep, args=pair) for pair in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def checkpoint_steps(folder) -> list[int]:
+    """Returns the steps of the whole checkpoints below `folder/checkpoints`, in order."""
+    return sorted(int(path.name) for path in (Path(folder) / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def last_state(folder) -> dict[str, np.ndarray]:
+    """Returns the newest checkpoint's arrays by path, as they lie on the disk."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = Path(folder) / "checkpoints" / str(checkpoint_steps(folder)[-1]) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restore = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(path).item_metadata.tree
+        )
+        tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def outcome(workdir, run="retrack/seed0-label_10") -> dict:
+    """Returns all that a run computed, for comparing two runs bit by bit; times are left out."""
+    workdir = Path(workdir)
+    metrics = json.loads((workdir / run / "metrics.json").read_text())
+    metrics.pop("unlearn_seconds")
+    found = {"metrics": metrics}
+    for folder in ("pretrained", run):
+        found[folder] = last_state(workdir / folder)
+        with np.load(workdir / folder / "samples.npz") as archive:
+            found[f"{folder}/samples"] = {name: archive[name] for name in archive.files}
+        log = [json.loads(line) for line in (workdir / folder / "log.jsonl").read_text().splitlines()]
+        found[f"{folder}/log"] = [{name: value for name, value in record.items() if name != "time"} for record in log]
+    return found
+
+
+def assert_same(one, other, where="") -> None:
+    """Asserts that two outcomes are the same, arrays bit by bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_same(one[name], other[name], f"{where}/{name}")
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other, err_msg=where)
+        assert one.dtype == other.dtype, where
+    else:
+        assert one == other, where
+
+
+def leftovers(workdir) -> list[str]:
+    """Returns what looks temporary below `workdir`."""
+    signs = (".tmp", "orbax-checkpoint-tmp", ".probe", ".shared-token", "samples-parts")
+    return [str(path) for path in Path(workdir).rglob("*") if any(sign in path.name for sign in signs)]

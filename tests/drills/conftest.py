@@ -1,0 +1,31 @@
+"""One cache for all drills of a session, and one undisturbed run to compare with."""
+
+import shutil
+
+import pytest
+
+from tests.drills import cli
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs and neighbors, shared by all commands of the drills, never the user's own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def finished(cache, tmp_path_factory):
+    """The workdir of an undisturbed run; copy it, never change it."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "work"
+    cli.succeed(cli.flags(workdir), cache)
+    return workdir
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """Returns a function that copies a workdir to a fresh place."""
+
+    def copy(workdir, name="work"):
+        return shutil.copytree(workdir, tmp_path / name)
+
+    return copy

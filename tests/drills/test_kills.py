@@ -1,0 +1,94 @@
+"""Stopped at any moment and started again, a run ends with the same bits as one that nobody disturbed."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.drills import cli
+
+KILLS, CHAINS = 20, 2
+
+
+def start(workdir, cache, **changes):
+    return subprocess.Popen(
+        cli.command(cli.flags(workdir, **changes)), cwd=cli.ROOT, env=cli.environment(cache),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_kill_9_at_random_moments(finished, cache, tmp_path):
+    """Uniform over the length of a whole run; a run that ends before its kill is checked and started afresh."""
+    expected = cli.outcome(finished)
+    began = time.monotonic()
+    cli.succeed(cli.flags(tmp_path / "timed"), cache)
+    length = time.monotonic() - began
+
+    def chain(index):
+        moments, workdir, kills, ends = random.Random(index), tmp_path / f"chain{index}", 0, 0
+        while kills < KILLS // CHAINS:
+            process = start(workdir, cache)
+            try:
+                _, errors = process.communicate(timeout=moments.uniform(0.2, 1.1) * length)
+                assert process.returncode == 0, errors[-3000:]
+                cli.assert_same(expected, cli.outcome(workdir))
+                assert not cli.leftovers(workdir)
+                shutil.rmtree(workdir)
+                ends += 1
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+        cli.succeed(cli.flags(workdir), cache)
+        cli.assert_same(expected, cli.outcome(workdir))
+        assert not cli.leftovers(workdir)
+        return kills, ends
+
+    print(
+        f"a run takes {length:.1f} s; (kills, runs that ended before theirs):",
+        cli.in_parallel(*(lambda i=i: chain(i) for i in range(CHAINS))),
+    )
+
+
+@pytest.mark.parametrize("when", ["pretrained", "retrack/seed0-label_10"])
+def test_sigterm_saves_and_exits_with_75(when, cache, tmp_path):
+    """The signal comes once the stage has logged a step; the rest of a long run is then still to do."""
+    long = (
+        dict(pretrain__num_steps=300, checkpoint_every=0)
+        if when == "pretrained"
+        else dict(unlearn__num_steps=300, checkpoint_every=0)
+    )
+    process = start(tmp_path / "work", cache, **long)
+    log = tmp_path / "work" / when / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors[-3000:]
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("preempted: ") and "Traceback" not in errors
+    (step,) = cli.checkpoint_steps(tmp_path / "work" / when)
+    assert 0 < step < 300 and f"step {step} of 300" in last
+    assert not cli.leftovers(tmp_path / "work")
+
+
+def test_a_sweep_restarts_at_the_run_that_was_cut(finished, cache, tmp_path):
+    """Two seeds; killed once the second one's first step is logged, the first one is not touched again."""
+    sweep = dict(seeds="0,1", unlearn__num_steps=40)
+    process = start(tmp_path / "work", cache, **sweep)
+    log = tmp_path / "work" / "retrack" / "seed1-label_10" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    first = tmp_path / "work" / "retrack" / "seed0-label_10"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert (first / "report.html") in before
+    cli.succeed(cli.flags(tmp_path / "work", **sweep), cache)
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
+    assert (log.parent / "report.html").exists()

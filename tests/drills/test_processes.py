@@ -1,0 +1,150 @@
+"""Devices and processes: how the work is laid out changes nothing but the rounding, and nothing hangs.
+
+The norms are method.md's: float32 sums in another order move AdamW, so trees are compared by norm, not element by element.
+"""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from tests.drills import cli
+
+STEPS = 5
+
+
+def tree_norm(tree):
+    return np.sqrt(sum(np.square(leaf.astype(np.float64)).sum() for leaf in tree.values()))
+
+
+def distances(one, other, start):
+    """Returns (‖a - b‖/‖a‖, ‖a - b‖/‖a - start‖) over whole trees."""
+    assert one.keys() == other.keys() == start.keys() and one
+    difference = tree_norm({name: one[name].astype(np.float64) - other[name] for name in one})
+    moved = tree_norm({name: one[name].astype(np.float64) - start[name] for name in one})
+    return difference / tree_norm(one), difference / moved
+
+
+def params(folder, part="params"):
+    return {name: leaf for name, leaf in cli.last_state(folder).items() if name.startswith(f"['{part}']")}
+
+
+@pytest.mark.parametrize("method", ["retrack", "siss"])
+def test_one_by_four_equals_two_by_two_equals_accumulation(method, finished, cache, tmp_path):
+    """From one pretrained model: 1 process x 4 devices, 2 x 2, 1 x 1 with 4 microbatches, 5 steps each."""
+    layouts = {
+        "one_by_four": lambda arguments: cli.run_processes(1, 4, arguments, cache, tmp_path / "logs14"),
+        "two_by_two": lambda arguments: cli.run_processes(2, 2, arguments, cache, tmp_path / "logs22"),
+        "accumulated": lambda arguments: cli.run([*arguments, "--config.unlearn.accumulation=4"], cache),
+    }
+    runs = {}
+    for name, launch in layouts.items():
+        workdir = tmp_path / name
+        workdir.mkdir()
+        shutil.copytree(finished / "pretrained", workdir / "pretrained")
+        done = launch(cli.flags(workdir, method, mode="unlearn", unlearn__num_steps=STEPS))
+        logs = "".join(path.read_text()[-3000:] for path in tmp_path.glob("logs22/*"))
+        assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}\n{logs}"
+        assert cli.checkpoint_steps(workdir / method / "seed0-label_10")[-1] == STEPS
+        runs[name] = params(workdir / method / "seed0-label_10")
+    start = params(finished / "pretrained", "ema_params")
+    start = {name.replace("ema_params", "params"): leaf for name, leaf in start.items()} or params(
+        finished / "pretrained"
+    )
+    for name in ("two_by_two", "accumulated"):
+        whole, relative = distances(runs["one_by_four"], runs[name], start)
+        print(f"{method}, one_by_four and {name}: {whole:.1e} of the weights, {relative:.1e} of the way")
+        assert whole <= 1e-6 and relative <= 1e-3, (name, whole, relative)
+
+
+def test_two_processes_do_all_stages_and_process_0_writes(cache, tmp_path):
+    """Pretraining to the report on 2 x 2 devices; the images equal those of one process up to rounding."""
+    done = cli.run_processes(2, 2, cli.flags(tmp_path / "two"), cache, tmp_path / "logs")
+    assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "logs" / "process1.log").read_text()[-4000:]
+    run = tmp_path / "two" / "retrack" / "seed0-label_10"
+    assert {"metrics.json", "samples.npz", "samples.png", "report.html", "log.jsonl", "config.json"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert not cli.leftovers(tmp_path / "two")
+    assert "report:" in done.stdout and "report:" not in (tmp_path / "logs" / "process1.log").read_text()
+    cli.succeed(cli.flags(tmp_path / "one"), cache)
+    with (
+        np.load(tmp_path / "one" / "pretrained" / "samples.npz") as one,
+        np.load(tmp_path / "two" / "pretrained" / "samples.npz") as two,
+    ):
+        gap = np.abs(one["samples"].astype(int) - two["samples"].astype(int))
+    assert (gap <= 1).all() and (gap == 0).mean() > 0.98
+
+
+def test_another_device_count_restores_the_checkpoint(finished, cache, tmp_path):
+    """A run saved on one device goes on on 2 x 2."""
+    workdir = tmp_path / "work"
+    shutil.copytree(finished / "pretrained", workdir / "pretrained")
+    cli.succeed(cli.flags(workdir, mode="unlearn"), cache)
+    steps = cli.checkpoint_steps(workdir / "retrack" / "seed0-label_10")
+    shutil.rmtree(workdir / "retrack" / "seed0-label_10" / "checkpoints" / str(steps[-1]))
+    done = cli.run_processes(2, 2, cli.flags(workdir, mode="unlearn"), cache, tmp_path / "logs")
+    assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "logs" / "process1.log").read_text()[-4000:]
+    whole, _ = distances(
+        params(finished / "retrack" / "seed0-label_10"),
+        params(workdir / "retrack" / "seed0-label_10"),
+        params(finished / "pretrained"),
+    )
+    assert cli.checkpoint_steps(workdir / "retrack" / "seed0-label_10")[-1] == steps[-1] and whole <= 1e-6
+
+
+def test_sigterm_on_two_processes_saves_once(cache, tmp_path):
+    """Both get the signal, at slightly different steps of theirs; they save the same step and both exit with 75."""
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    script = ["bash", str(cli.ROOT / "launch" / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2"]
+    arguments = cli.flags(tmp_path / "work", pretrain__num_steps=2000, checkpoint_every=0)
+    env = cli.environment(cache, PYTHON=sys.executable, GRACE_SECONDS=15)
+    process = subprocess.Popen([*script, *arguments], cwd=cli.ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "work" / "pretrained" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors[-3000:]
+    other = (tmp_path / "logs" / "process1.log").read_text()
+    assert "preempted: " in errors and "preempted: " in other and "Traceback" not in errors + other
+    assert len(cli.checkpoint_steps(tmp_path / "work" / "pretrained")) == 1
+
+
+def test_a_workdir_that_is_not_shared_is_refused(cache, tmp_path):
+    """Each process is given a folder of its own under the same name, as two hosts with local disks would."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!/bin/bash\nmkdir -p {tmp_path}/host$RETRACK_PROCESS\n"
+        f'exec {cli.command([])[0]} "${{@//WORKDIR/{tmp_path}/host$RETRACK_PROCESS}}"\n'
+    )
+    stand_in.chmod(0o755)
+    script = ["bash", str(cli.ROOT / "launch" / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2"]
+    import subprocess
+
+    env = cli.environment(cache, PYTHON=stand_in, GRACE_SECONDS=10)
+    done = subprocess.run(
+        [*script, *cli.flags("WORKDIR")], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    both = done.stderr + (tmp_path / "logs" / "process1.log").read_text()
+    assert done.returncode == 2 and both.count("error: ") == 2 and "not shared" in both and "Traceback" not in both
+
+
+def test_four_devices_on_two_cores_never_deadlock(finished, cache, tmp_path):
+    """200 steps of each method that takes steps, four forced devices."""
+    shutil.copytree(finished / "pretrained", tmp_path / "work" / "pretrained")
+    began = time.monotonic()
+    arguments = cli.flags(
+        tmp_path / "work", "all", mode="unlearn", unlearn__num_steps=200, checkpoint_every=0, log_every=50
+    )
+    done = cli.run_processes(1, 4, arguments, cache, tmp_path / "logs", timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for method in ("vanilla", "neggrad", "erasediff", "siss", "siss_no_is", "retrack"):
+        assert cli.checkpoint_steps(tmp_path / "work" / method / "seed0-label_10")[-1] == 200
+    print(f"200 steps of each method on four devices: {time.monotonic() - began:.0f} s")
