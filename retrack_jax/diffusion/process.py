@@ -28,7 +28,9 @@ def add_noise(x_0: Array, eps: Array, gamma_B: Array, sigma_B: Array) -> Array:
 
 
 def eps_to_x0(eps: Array, x_t: Array, gamma_B: Array, sigma_B: Array) -> Array:
-    """Returns x_0 [B, ...]: equation (2). Divides by gamma, so errors in eps grow by sigma/gamma, 157 at the end of DDPM's schedule."""
+    """Returns x_0 [B, ...]: equation (2). Divides by gamma, so errors in eps grow by sigma/gamma, 157 at the end of DDPM's
+    schedule.
+    """
     return (x_t - expand(sigma_B, eps) * eps) / expand(gamma_B, x_t)
 
 
@@ -43,7 +45,8 @@ def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction
     Args:
       output, x_t: [B, ...].
       gamma_B, sigma_B: [B].
-      prediction_type: `epsilon`, `v_prediction` or `sample`, diffusers' names. A `sample` network's eps divides by sigma, 0.01 at t = 0.
+      prediction_type: `epsilon`, `v_prediction` or `sample`, diffusers' names. A `sample` network's eps divides by sigma, 0.01 at
+        t = 0.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if prediction_type == "epsilon":

@@ -6,8 +6,8 @@
     (2) alpha_bar_t = prod_{s <= t} (1 - beta_s)
     (3) gamma_t     = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
 
-Tables are made in float64 and rounded once; diffusers multiplies in float32, which moves alpha_bar at t = T - 1 by up to 1e-5 of itself.
-A schedule is read from a diffusers `scheduler_config.json` and written back as one.
+Tables are made in float64 and rounded once; diffusers multiplies in float32, which moves alpha_bar by up to 1e-6 of itself, and by
+1e-5 at the end of squaredcos_cap_v2. A schedule is read from a diffusers `scheduler_config.json` and written back as one.
 """
 
 import functools
@@ -29,14 +29,15 @@ CLASS_NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMult
 _DEFAULTS = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
     "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0,
-    "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small", "set_alpha_to_one": True, "skip_prk_steps": False,
+    "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
+    "set_alpha_to_one": True, "skip_prk_steps": False,
     "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero",
 }  # fmt: skip
 _COMMON = tuple(_DEFAULTS)[:8]
 _DPM_KEYS = tuple(_DEFAULTS)[-5:]
 
-# The keys that each class of diffusers owns beyond the common ones, and its defaults where they differ from the table above. PNDM and
-# DPM-Solver never clip, so without the key a schedule read from their files does not clip with our other samplers either.
+# The keys that each class of diffusers owns beyond the common ones, and its defaults where they differ from the table above. PNDM
+# and DPM-Solver never clip, so without the key a schedule read from their files does not clip with our other samplers either.
 _OWN = {
     "DDPMScheduler": ("clip_sample", "clip_sample_range", "variance_type"),
     "DDIMScheduler": ("clip_sample", "clip_sample_range", "set_alpha_to_one"),
@@ -49,7 +50,14 @@ _CLASS_DEFAULTS = {
 }
 
 # Read without effect here: they tune options that are off or refused, or are relics of early versions.
-_HARMLESS = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "tensor_format", "timestep_values")
+_HARMLESS = (
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "flow_shift",
+    "time_shift_type",
+    "tensor_format",
+    "timestep_values",
+)
 # Supported at one value only: any other would change what is computed.
 _FIXED = {
     "thresholding": False, "rescale_betas_zero_snr": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
@@ -60,7 +68,11 @@ _FIXED = {
 
 @functools.lru_cache(maxsize=32)
 def alpha_bar_table(
-    beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float, trained_betas: tuple[float, ...] | None = None
+    beta_schedule: str,
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    trained_betas: tuple[float, ...] | None = None,
 ) -> np.ndarray:
     """Returns alpha_bar, float64 [T], read-only: equations (1) and (2)."""
     steps = num_train_timesteps
@@ -140,8 +152,8 @@ class Schedule:
     def from_config(cls, config: dict) -> "Schedule":
         """Returns the schedule that a diffusers `scheduler_config.json` of any version describes.
 
-        Keys that start with an underscore are ignored but for `_class_name` (absent: `DDPMScheduler`); absent keys take that class's
-        defaults; null stands for absent.
+        Keys that start with an underscore are ignored but for `_class_name` (absent: `DDPMScheduler`); absent keys take that
+        class's defaults; null stands for absent.
 
         Raises:
           UserError: a scheduler, an option or a key that is not supported, by name.
@@ -156,7 +168,9 @@ class Schedule:
                 settings[key] = value
             elif key in _FIXED:
                 if value not in (_FIXED[key], str(_FIXED[key])):
-                    raise UserError(f"the scheduler config sets {key} to {value!r}, which is not supported; only {_FIXED[key]!r} is")
+                    raise UserError(
+                        f"the scheduler config sets {key} to {value!r}, which is not supported; only {_FIXED[key]!r} is"
+                    )
             elif not key.startswith("_") and key not in _HARMLESS:
                 known = (*_DEFAULTS, *_FIXED, *_HARMLESS)
                 raise UserError(f"the scheduler config has the unknown key {key!r}{suggestion(key, known)}")
@@ -178,15 +192,17 @@ class Schedule:
         return alpha_bar_table(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas)
 
     def alpha_bar_at(self, t: np.ndarray, final: float = 1.0) -> np.ndarray:
-        """Returns alpha_bar in float64 at the timesteps `t`, and `final` where t is negative: past the last step, at clean data."""
+        """Returns alpha_bar in float64 at the timesteps `t`, and `final` where t is negative: past the last step, at clean
+        data.
+        """
         t = np.asarray(t)
         return np.where(t >= 0, self.alpha_bar64[np.maximum(t, 0)], final)
 
     def timesteps(self, num_steps: int, spacing: str | None = None) -> np.ndarray:
         """Returns the timesteps that a sampler of `num_steps` steps visits: int32 [num_steps], descending.
 
-        With T = 1000 and 50 steps `leading` gives 980, 960, ..., 0 (plus `steps_offset`), `trailing` 999, 979, ..., 19, and `linspace`
-        999, ..., 0. `spacing` defaults to the schedule's own.
+        With T = 1000 and 50 steps `leading` gives 980, 960, ..., 0 (plus `steps_offset`), `trailing` 999, 979, ..., 19, and
+        `linspace` 999, ..., 0. `spacing` defaults to the schedule's own.
 
         Raises:
           UserError: more steps than timesteps, or an offset that leaves the table.
@@ -202,7 +218,9 @@ class Schedule:
         else:
             visited = np.linspace(0, total - 1, num_steps).round()[::-1]
         if visited[0] >= total:
-            raise UserError(f"{num_steps} steps with steps_offset {self.steps_offset} start at t = {visited[0]}, past {total - 1}; use fewer")
+            raise UserError(
+                f"{num_steps} steps with steps_offset {self.steps_offset} start at t = {visited[0]}, past {total - 1}; use fewer"
+            )
         return visited.astype(np.int32)
 
 
@@ -223,4 +241,6 @@ def _check(values: dict) -> None:
     check_number("beta_end", values["beta_end"], values["beta_start"], 1.0)
     betas = values["trained_betas"]
     if betas is not None and (len(betas) != values["num_train_timesteps"] or not all(0 < beta < 1 for beta in betas)):
-        raise UserError(f"trained_betas must hold num_train_timesteps = {values['num_train_timesteps']} numbers in (0, 1), has {len(betas)}")
+        raise UserError(
+            f"trained_betas must hold num_train_timesteps = {values['num_train_timesteps']} numbers in (0, 1), has {len(betas)}"
+        )

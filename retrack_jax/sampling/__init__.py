@@ -17,7 +17,8 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, spacing: str 
     """Returns the sampler `name`, one of `SAMPLERS`, over `num_steps` steps of `schedule`.
 
     Args:
-      spacing: `leading`, `trailing` or `linspace`; the default is the schedule's own, and `linspace` for DPM-Solver++ as in diffusers.
+      spacing: `leading`, `trailing` or `linspace`; the default is the schedule's own, and `linspace` for DPM-Solver++ as in
+        diffusers.
 
     Raises:
       UserError: an unknown name or spacing, or a number of steps that the sampler cannot make.
@@ -27,6 +28,6 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, spacing: str 
 
 
 __all__ = [
-    "DDIM", "DDPM", "DPMSolver", "PNDM", "SAMPLERS", "Sampler", "generate", "initial_noise", "inject", "make_sample_fn", "make_sampler",
-    "num_calls", "pmap_sample_fn", "sample", "start_at", "step_noise",
+    "DDIM", "DDPM", "DPMSolver", "PNDM", "SAMPLERS", "Sampler", "generate", "initial_noise", "inject", "make_sample_fn",
+    "make_sampler", "num_calls", "pmap_sample_fn", "sample", "start_at", "step_noise",
 ]  # fmt: skip

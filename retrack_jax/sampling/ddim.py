@@ -1,12 +1,13 @@
 """Deterministic DDIM, "Denoising Diffusion Implicit Models" (arXiv 2010.02502), eta = 0.
 
-With a' = alpha_bar at t' = t - floor(T / num_steps), diffusers' choice even where the timesteps visited are spaced otherwise, the step is
+With a' = alpha_bar at t' = t - floor(T / num_steps), diffusers' choice even where the timesteps visited are spaced otherwise, the
+step is
 
     (1) x_0 = (x_t - sigma_t eps) / gamma_t, clipped to ±clip_sample_range if clip_sample
     (2) x   = sqrt(a') x_0 + sqrt(1 - a') eps          eps as predicted: clipping x_0 does not change it
 
-Past the last step (t' < 0) a' is 1, or alpha_bar_0 if `set_alpha_to_one` is false. It is the Euler method for the probability-flow ODE in
-sigma/gamma, so of first order.
+Past the last step (t' < 0) a' is 1, or alpha_bar_0 if `set_alpha_to_one` is false. It is the Euler method for the probability-
+flow ODE in sigma/gamma, so of first order.
 """
 
 import numpy as np
@@ -30,9 +31,16 @@ class DDIM:
         """Returns the sampler."""
         t = schedule.timesteps(num_steps, spacing)
         final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar64[0]
-        now, then = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final)
+        now, then = (
+            schedule.alpha_bar_at(t),
+            schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final),
+        )
         rows = float32_rows(
-            t, gamma=np.sqrt(now), sigma=np.sqrt(1 - now), next_gamma=np.sqrt(then), next_sigma=np.sqrt(1 - then)
+            t,
+            gamma=np.sqrt(now),
+            sigma=np.sqrt(1 - now),
+            next_gamma=np.sqrt(then),
+            next_sigma=np.sqrt(1 - then),
         )
         return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
 

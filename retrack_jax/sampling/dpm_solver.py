@@ -1,16 +1,18 @@
-"""DPM-Solver++(2M), "DPM-Solver++" (arXiv 2211.01095, algorithm 2): a multistep solver of the probability-flow ODE, of second order.
+"""DPM-Solver++(2M), "DPM-Solver++" (arXiv 2211.01095, algorithm 2): a multistep solver of the probability-flow ODE, of second
+order.
 
-With lambda = log(gamma/sigma), h = lambda' - lambda for the step from t to t', h_0 for the step before it, and m the predicted x_0:
+With lambda = log(gamma/sigma), h = lambda' - lambda for the step from t to t', h_0 for the step before it, and m the predicted
+x_0:
 
     (1) D  = m + (m - m_before) h / (2 h_0)                                       `midpoint`
     (2) x' = (sigma'/sigma) x - gamma' (exp(-h) - 1) D
     (3) `heun` has  gamma' ((exp(-h) - 1)/h + 1) (m - m_before) h / h_0  in place of the second term of D
 
-The first step is of first order (D = m). So is the last where diffusers makes it so: it ends at sigma = 0 (`final_sigmas_type` zero), where
-h is infinite; or `euler_at_final`; or `lower_order_final` with fewer than 15 steps. x_0 is not clipped.
+The first step is of first order (D = m). So is the last where diffusers makes it so: it ends at sigma = 0 (`final_sigmas_type`
+zero), where h is infinite; or `euler_at_final`; or `lower_order_final` with fewer than 15 steps. x_0 is not clipped.
 
-Spacing follows diffusers' DPMSolverMultistepScheduler, which differs from its other schedulers: `linspace` and `leading` divide the table
-by num_steps + 1 points and leave the last out.
+Spacing follows diffusers' DPMSolverMultistepScheduler, which differs from its other schedulers: `linspace` and `leading` divide
+the table by num_steps + 1 points and leave the last out.
 """
 
 import numpy as np
@@ -31,7 +33,9 @@ class DPMSolver:
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "DPMSolver":
-        """Returns the sampler. `spacing` defaults to `linspace` unless the schedule was read from a DPMSolverMultistepScheduler."""
+        """Returns the sampler. `spacing` defaults to `linspace` unless the schedule was read from a
+        DPMSolverMultistepScheduler.
+        """
         if spacing is None:
             spacing = schedule.timestep_spacing if schedule.class_name == "DPMSolverMultistepScheduler" else "linspace"
         t = timesteps(schedule, num_steps, spacing)
@@ -54,7 +58,14 @@ class DPMSolver:
             slope = 0.5 * gain * ratio
         else:
             slope = gamma[1:] * (np.expm1(-h) / h + 1) * ratio
-        rows = float32_rows(t, gamma=gamma[:-1], sigma=sigma[:-1], from_x=sigma[1:] / sigma[:-1], from_x0=gain, from_slope=slope)
+        rows = float32_rows(
+            t,
+            gamma=gamma[:-1],
+            sigma=sigma[:-1],
+            from_x=sigma[1:] / sigma[:-1],
+            from_x0=gain,
+            from_slope=slope,
+        )
         return cls(rows=rows)
 
     def init(self, x: Array) -> tuple[Array, Array]:

@@ -1,11 +1,11 @@
 """The generation of many images: sharded over devices and processes, resumable at any image.
 
-Image i is keyed by `fold_in(rng, i)` alone: its initial noise and the noise of each of its steps. So it is the same image at any batch
-size, on any number of devices and processes, up to the rounding of sums that the compiler orders by batch shape.
+Image i is keyed by `fold_in(rng, i)` alone: its initial noise and the noise of each of its steps. So it is the same image at any
+batch size, on any number of devices and processes, up to the rounding of sums that the compiler orders by batch shape.
 
-With an `out_dir` each process writes a part file for each batch, `part-FIRST-COUNT.npz`, whole or not at all, with the indices of its
-images and a fingerprint of what they depend on. A later call makes the images that no part of the same fingerprint holds, whatever batch
-size or number of processes made the parts; asking for more images later keeps the first ones.
+With an `out_dir` each process writes a part file for each batch, `part-FIRST-COUNT.npz`, whole or not at all, with the indices of
+its images and a fingerprint of what they depend on. A later call makes the images that no part of the same fingerprint holds,
+whatever batch size or number of processes made the parts; asking for more images later keeps the first ones.
 """
 
 import zipfile
@@ -44,11 +44,12 @@ def make_sample_fn(eps_fn: Callable[..., Array], sampler: Sampler, image_shape: 
 def pmap_sample_fn(sample_fn: SampleFn, *, output: str = "float32") -> Callable[[PyTree, Rng, Array], tuple[Array, Array]]:
     """Returns the compiled `p_sample` that `generate` takes; make it once for all parameters that share a network and a sampler.
 
-    `p_sample(params, rng, index int32 [devices, b]) -> (images [devices, b, ...], finite bool [devices, b])`. Images are clip(x_0/2 + 1/2, 0, 1)
-    in float32, or floor(255 of it) in uint8.
+    `p_sample(params, rng, index int32 [devices, b]) -> (images [devices, b, ...], finite bool [devices, b])`. Images are
+    clip(x_0/2 + 1/2, 0, 1) in float32, or floor(255 of it) in uint8.
 
     Args:
-      sample_fn: `sample_fn(params, rngs [B]) -> [B, H, W, C]` in [-1, 1]. Text embeddings, a decoder and the like go into `params`.
+      sample_fn: `sample_fn(params, rngs [B]) -> [B, H, W, C]` in [-1, 1]. Text embeddings, a decoder and the like go into
+        `params`.
       output: `float32` or `uint8`.
     """
     check_choice("output", output, OUTPUTS)
@@ -74,7 +75,8 @@ def generate(
     first: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Returns images `first`, ..., `first + num_images - 1`, [num_images, H, W, C] in the type of `p_sample`; every process gets all.
+    """Returns images `first`, ..., `first + num_images - 1`, [num_images, H, W, C] in the type of `p_sample`; every process gets
+    all.
 
     Args:
       p_sample: from `pmap_sample_fn`.
@@ -83,8 +85,8 @@ def generate(
       num_images, first: which images.
       batch_size: images in one call over all devices of all processes; a multiple of their number. The last batch is padded.
       out_dir: a folder for part files, shared by the processes; needed with several. Without it nothing is kept.
-      fingerprint: a digest of all that the images depend on beside their index: parameters, rng, sampler, output. Parts of another are
-        made anew and replaced.
+      fingerprint: a digest of all that the images depend on beside their index: parameters, rng, sampler, output. Parts of
+        another are made anew and replaced.
       progress: called as `progress(images done, num_images)` after each batch.
 
     Raises:
@@ -122,7 +124,10 @@ def generate(
         parallel.barrier("generate: parts written")
         images, missing = _read_parts(out_dir, fingerprint, first, num_images)
         if missing.any():
-            raise UserError(f"{int(missing.sum())} of {num_images} images are missing in {out_dir}; the processes need a workdir that they share")
+            raise UserError(
+                f"{int(missing.sum())} of {num_images} images are missing in {out_dir}; "
+                "the processes need a workdir that they share"
+            )
     return images
 
 
@@ -146,7 +151,8 @@ def _fetch(index: np.ndarray, result: tuple[Array, Array]) -> tuple[np.ndarray, 
     images, finite = (rows[: len(index)] for rows in parallel.unshard_batch(result))
     if not finite.all():
         raise UserError(
-            f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first; the model has diverged"
+            f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first; "
+            "the model has diverged"
         )
     return index, images
 

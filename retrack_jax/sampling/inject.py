@@ -11,10 +11,11 @@ from retrack_jax.types import Array, EpsFn, Rng
 
 
 def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int = 250) -> Array:
-    """Returns the images [B, ...] that ancestral DDPM makes of `x_0` noised to `t`, on the full schedule: t + 1 calls of the network.
+    """Returns the images [B, ...] that ancestral DDPM makes of `x_0` noised to `t`, on the full schedule: t + 1 calls of the
+    network.
 
-    The official protocol of ReTrack's SSCD: t = 250 and every timestep after it, whatever the steps of the sampler used elsewhere.
-    Traceable; the caller compiles it.
+    The official protocol of ReTrack's SSCD: t = 250 and every timestep after it, whatever the steps of the sampler used
+    elsewhere. Traceable; the caller compiles it.
 
     Args:
       eps_fn: `eps_fn(x_t [B, ...], t [B]) -> eps`, the parameters closed over.

@@ -1,7 +1,7 @@
 """The sampling loop: one scan over precomputed rows of coefficients, for every sampler and any trailing shape.
 
-A sampler is a frozen pytree. What depends on the schedule and the number of steps alone is computed on the host, in float64, when it is
-made, and lies in `rows`: NumPy arrays of length `num_calls`, one row for each call of the network. A sampler has
+A sampler is a frozen pytree. What depends on the schedule and the number of steps alone is computed on the host, in float64, when
+it is made, and lies in `rows`: NumPy arrays of length `num_calls`, one row for each call of the network. A sampler has
 
     rows                        a dict of arrays [num_calls] with at least "t"
     stochastic                  whether `step` uses its noise
@@ -10,8 +10,8 @@ made, and lies in `rows`: NumPy arrays of length `num_calls`, one row for each c
 
 so that two samplers of one kind and length share a compiled loop, and a test can feed the noise that another library drew.
 
-Randomness is keyed by image: `rngs` holds one key an image, the initial noise is drawn from its fold with 0 and the noise of step j from
-its fold with j + 1. An image does not depend on who shares its batch.
+Randomness is keyed by image: `rngs` holds one key an image, the initial noise is drawn from its fold with 0 and the noise of step
+j from its fold with j + 1. An image does not depend on who shares its batch.
 """
 
 from functools import partial
@@ -89,7 +89,9 @@ def start_at(sampler: Any, t: int) -> Any:
     visited = np.asarray(sampler.rows["t"])
     found = np.flatnonzero(visited == t)
     if not found.size:
-        raise UserError(f"the sampler does not visit t = {t}; it visits {len(visited)} timesteps from {visited[0]} to {visited[-1]}")
+        raise UserError(
+            f"the sampler does not visit t = {t}; it visits {len(visited)} timesteps from {visited[0]} to {visited[-1]}"
+        )
     return jax.tree.map(lambda row: row[found[0] :], sampler)
 
 

@@ -1,13 +1,16 @@
-"""PNDM's pseudo linear multistep method (PLMS), "Pseudo Numerical Methods for Diffusion Models" (arXiv 2202.09778), as Stable Diffusion uses it.
+"""PNDM's pseudo linear multistep method (PLMS), "Pseudo Numerical Methods for Diffusion Models" (arXiv 2202.09778), as Stable
+Diffusion uses it.
 
 Each step combines up to four predictions e_0 (now), e_1, e_2, e_3 and transfers by the paper's equation (9):
 
-    (1) e  = e_0 | (3 e_0 - e_1)/2 | (23 e_0 - 16 e_1 + 5 e_2)/12 | (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24     by how many there are
+    (1) e  = e_0 | (3 e_0 - e_1)/2 | (23 e_0 - 16 e_1 + 5 e_2)/12 | (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24     by how many there
+    are
     (2) x' = sqrt(a'/a) x - (a' - a) e / (a sqrt(1 - a') + sqrt(a (1 - a) a'))
 
-As diffusers with `skip_prk_steps`: no Runge-Kutta warm-up. The first step is made twice: after the plain step, the network is called at the
-next timestep too, and the step is repeated from its start with the mean of both; so there are num_steps + 1 calls and the second timestep is
-visited twice. The history holds what the network predicts: for a `v_prediction` network v is combined, then converted.
+As diffusers with `skip_prk_steps`: no Runge-Kutta warm-up. The first step is made twice: after the plain step, the network is
+called at the next timestep too, and the step is repeated from its start with the mean of both; so there are num_steps + 1 calls
+and the second timestep is visited twice. The history holds what the network predicts: for a `v_prediction` network v is combined,
+then converted.
 """
 
 import jax.numpy as jnp
@@ -40,17 +43,25 @@ class PNDM:
         """
         check_int("the number of PNDM steps", num_steps, 2)
         if schedule.class_name == "PNDMScheduler" and not schedule.skip_prk_steps:
-            raise UserError("the scheduler config sets skip_prk_steps to false, which pndm does not support; use ddim or dpm_solver")
+            raise UserError(
+                "the scheduler config sets skip_prk_steps to false, which pndm does not support; use ddim or dpm_solver"
+            )
         visited = schedule.timesteps(num_steps, spacing)
         stride = schedule.num_train_timesteps // num_steps
         t = np.insert(visited, 1, visited[1])  # the second call is at the timestep after the first
         start, end = t.copy(), t - stride
         start[1], end[1] = t[1] + stride, t[1]  # and repeats the first step
         if start[1] >= schedule.num_train_timesteps:
-            raise UserError(f"{num_steps} PNDM steps start at t = {start[1]}, past {schedule.num_train_timesteps - 1}; use another number")
+            raise UserError(
+                f"{num_steps} PNDM steps start at t = {start[1]}, past {schedule.num_train_timesteps - 1}; use another number"
+            )
         repeats = np.arange(len(t)) == 1
         final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar64[0]
-        now, then, called = schedule.alpha_bar_at(start), schedule.alpha_bar_at(end, final), schedule.alpha_bar_at(t)
+        now, then, called = (
+            schedule.alpha_bar_at(start),
+            schedule.alpha_bar_at(end, final),
+            schedule.alpha_bar_at(t),
+        )
         weights = _WEIGHTS[np.minimum(np.arange(len(t)), 4)]
         rows = float32_rows(
             t,

@@ -3,9 +3,9 @@
     .venv/bin/python -m tests.benchmarks.sampler_quality --config=configs/digits_tshirt.py --workdir=runs/digits_tshirt
         [--images=2000] [--sets=3] [--only=ddpm:50,ddim:20] [--out=FILE.json]
 
-The workdir is one that `retrack_jax.main` made with that config; its pretrained model is sampled, all samplers from the same noise. Every set
-holds other images (indices 0.., N.., 2N..), so the spread over sets is the sampling error of FID and frequency; runs of more than 100 calls
-make one set. Seconds are for sampling alone, after compiling.
+The workdir is one that `retrack_jax.main` made with that config; its pretrained model is sampled, all samplers from the same
+noise. Every set holds other images (indices 0.., N.., 2N..), so the spread over sets is the sampling error of FID and frequency;
+runs of more than 100 calls make one set. Seconds are for sampling alone, after compiling.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from retrack_jax.stages import Stages
 from retrack_jax.workdir import Workdir
 
 ROWS = (
-    ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddpm", 50), ("ddpm", 20), ("ddim", 100), ("ddim", 50), ("ddim", 20), ("ddim", 10),
-    ("dpm_solver", 50), ("dpm_solver", 20), ("dpm_solver", 10), ("pndm", 50), ("pndm", 20),
+    ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddpm", 50), ("ddpm", 20), ("ddim", 100), ("ddim", 50), ("ddim", 20),
+    ("ddim", 10), ("dpm_solver", 50), ("dpm_solver", 20), ("dpm_solver", 10), ("pndm", 50), ("pndm", 20),
 )  # fmt: skip
 METRICS = ("frequency", "fid")
 
@@ -65,10 +65,15 @@ def markdown(rows: list[dict]) -> str:
         mean = f"{scale * statistics.mean(values):.{digits}f}"
         return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
-    lines = ["| sampler | steps | network calls | s per 1,000 images | FID | T-shirts, % |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| sampler | steps | network calls | s per 1,000 images | FID | T-shirts, % |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         fid, frequency = shown(row["fid"], 1, 2), shown(row["frequency"], 100, 2)
-        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['seconds_per_1000']:.2f} | {fid} | {frequency} |")
+        lines.append(
+            f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['seconds_per_1000']:.2f} | {fid} | {frequency} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
 """Images a second of our sampling against diffusers' DDPMPipeline: the same weights, steps and batch, float32, in turns A B A B.
 
-    .venv-parity/bin/python -m tests.benchmarks.sampling_speed [--network digits] [--images 512] [--batch 128] [--steps 50] [--rounds 5]
-        [--devices 1] [--out FILE.json]
+    .venv-parity/bin/python -m tests.benchmarks.sampling_speed [--network digits] [--images 512] [--batch 128] [--steps 50]
+        [--rounds 5] [--devices 1] [--out FILE.json]
 
-diffusers writes a pipeline with random weights into a folder and both sides load it: `DDPMPipeline.from_pretrained` in one process,
-`import_diffusers` in another. Before the clock starts both networks are compared on one input. What is timed is a user's call: from keys or
-a generator to a NumPy array of images in [0, 1].
+diffusers writes a pipeline with random weights into a folder and both sides load it: `DDPMPipeline.from_pretrained` in one
+process, `import_diffusers` in another. Before the clock starts both networks are compared on one input. What is timed is a user's
+call: from keys or a generator to a NumPy array of images in [0, 1].
 """
 
 import argparse
@@ -24,7 +24,15 @@ class PipelineWorker(Worker):
     """One side in a process of its own, driven as the workers of measure.py are."""
 
     def __init__(self, side: str, arguments: argparse.Namespace, folder: str):
-        command = [sys.executable, "-m", "tests.benchmarks.sampling_speed", "--worker", side, "--folder", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.sampling_speed",
+            "--worker",
+            side,
+            "--folder",
+            folder,
+        ]
         for name in ("images", "batch", "steps", "devices"):
             command += [f"--{name}", str(getattr(arguments, name))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

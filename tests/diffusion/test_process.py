@@ -18,9 +18,15 @@ def draw(seed, shape=(2, 3, 4, 1)):
 
 
 @settings(max_examples=30, deadline=None)
-@given(t=st.integers(0, 999), seed=st.integers(0, 2**31), kind=st.sampled_from(["epsilon", "v_prediction", "sample"]))
+@given(
+    t=st.integers(0, 999),
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["epsilon", "v_prediction", "sample"]),
+)
 def test_round_trips(t, seed, kind):
-    """x_0, eps -> x_t -> the network's output of each kind -> eps -> x_0. Float32 errors grow by 1/gamma and 1/sigma, as they must."""
+    """x_0, eps -> x_t -> the network's output of each kind -> eps -> x_0. Float32 errors grow by 1/gamma and 1/sigma, as they
+    must.
+    """
     x_0, eps = draw(seed)
     gamma_B, sigma_B = (np.full(2, table[t]) for table in (SCHEDULE.gamma, SCHEDULE.sigma))
     gamma, sigma = gamma_B[0], sigma_B[0]
@@ -53,7 +59,11 @@ def test_make_eps_fn_gives_eps_whatever_the_network_predicts(kind):
 
     def apply_fn(variables, x, t, scale, *, deterministic):
         seen.append((variables, deterministic))
-        outputs = {"epsilon": eps, "v_prediction": expand(gamma, x) * eps - expand(sigma, x) * x_0, "sample": x_0}
+        outputs = {
+            "epsilon": eps,
+            "v_prediction": expand(gamma, x) * eps - expand(sigma, x) * x_0,
+            "sample": x_0,
+        }
         return scale * outputs[kind]
 
     result = make_eps_fn(apply_fn, schedule)({"w": 1}, x_t, t, 1.0, deterministic=True)

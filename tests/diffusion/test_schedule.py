@@ -14,8 +14,9 @@ from retrack_jax.sampling import make_sampler
 
 # Scheduler files in the form of google/ddpm-cifar10-32 (an early version of diffusers) and of Stable Diffusion v1.4.
 CIFAR = {
-    "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
-    "clip_sample": True, "num_train_timesteps": 1000, "timestep_values": None, "trained_betas": None, "variance_type": "fixed_large",
+    "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear",
+    "beta_start": 0.0001, "clip_sample": True, "num_train_timesteps": 1000, "timestep_values": None, "trained_betas": None,
+    "variance_type": "fixed_large",
 }  # fmt: skip
 SD = {
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.7.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -103,9 +104,18 @@ def test_timesteps_past_the_table_are_refused():
 
 def test_files_in_published_form():
     cifar = Schedule.from_config(CIFAR)
-    assert (cifar.variance_type, cifar.clip_sample, cifar.timestep_spacing) == ("fixed_large", True, "leading")
+    assert (cifar.variance_type, cifar.clip_sample, cifar.timestep_spacing) == (
+        "fixed_large",
+        True,
+        "leading",
+    )
     sd = Schedule.from_config(SD)
-    assert (sd.clip_sample, sd.variance_type, sd.skip_prk_steps, sd.set_alpha_to_one) == (False, "fixed_small", True, False)
+    assert (sd.clip_sample, sd.variance_type, sd.skip_prk_steps, sd.set_alpha_to_one) == (
+        False,
+        "fixed_small",
+        True,
+        False,
+    )
     ancestral = make_sampler("ddpm", sd, 50)  # what the official code samples Stable Diffusion with
     assert ancestral.clip is None
     np.testing.assert_array_equal(ancestral.rows["t"], range(981, 0, -20))
@@ -113,7 +123,9 @@ def test_files_in_published_form():
 
 def test_absent_and_null_keys_take_the_defaults_of_the_class():
     assert Schedule.from_config({}).to_config() == Schedule.create().to_config()
-    dpm = Schedule.from_config({"_class_name": "DPMSolverMultistepScheduler", "variance_type": None, "lambda_min_clipped": "-inf"})
+    dpm = Schedule.from_config(
+        {"_class_name": "DPMSolverMultistepScheduler", "variance_type": None, "lambda_min_clipped": "-inf"}
+    )
     assert (dpm.timestep_spacing, dpm.clip_sample) == ("linspace", False)
     assert Schedule.from_config({"_class_name": "PNDMScheduler"}).set_alpha_to_one is False
     assert Schedule.from_config({"predict_epsilon": False}).prediction_type == "sample"
@@ -151,8 +163,18 @@ def test_what_is_not_supported_is_refused_by_name(config, message):
     [
         CIFAR,
         SD,
-        {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "timestep_spacing": "trailing", "clip_sample_range": 2.0},
-        {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun", "final_sigmas_type": "sigma_min", "solver_order": 1},
+        {
+            "_class_name": "DDIMScheduler",
+            "set_alpha_to_one": False,
+            "timestep_spacing": "trailing",
+            "clip_sample_range": 2.0,
+        },
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "solver_type": "heun",
+            "final_sigmas_type": "sigma_min",
+            "solver_order": 1,
+        },
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 77},
     ],
 )

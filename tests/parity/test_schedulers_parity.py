@@ -1,10 +1,11 @@
 """Schedules and samplers against the real diffusers, live: tables, add_noise, every step of a chain, and whole loops.
 
-The same inputs, the same noise and the same network output go to both. Tolerance: relative norm 1e-5, per step and for a whole loop.
+The same inputs, the same noise and the same network output go to both. Tolerance: relative norm 1e-5, per step and for a whole
+loop.
 
-Where t is small and steps are short diffusers' float32 arithmetic does not reach that: 1 - alpha_bar_t / alpha_bar_{t-1} is 1e-4 of two
-numbers near 1, so it carries an error of 3e-4 of itself; ours comes from float64. In those cases (`ROUNDED`) the same diffusers code runs
-with float64 tables and is matched to 1e-5, and as it is to 1e-4.
+Where t is small and steps are short diffusers' float32 arithmetic does not reach that: 1 - alpha_bar_t / alpha_bar_{t-1} is 1e-4
+of two numbers near 1, so it carries an error of 3e-4 of itself; ours comes from float64. In those cases (`ROUNDED`) the same
+diffusers code runs with float64 tables and is matched to 1e-5, and as it is to 1e-4.
 """
 
 import json
@@ -17,16 +18,17 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm
+import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm  # noqa: E402
 
-from retrack_jax.diffusion import Schedule, add_noise, make_eps_fn
-from retrack_jax.sampling import initial_noise, make_sampler, sample, step_noise
+from retrack_jax.diffusion import Schedule, add_noise, make_eps_fn  # noqa: E402
+from retrack_jax.sampling import initial_noise, make_sampler, sample, step_noise  # noqa: E402
 
 TOLERANCE = 1e-5
 SHAPE = (4, 4, 2)
 BATCH = 3
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+BETAS = [0.01 + 0.0004 * i for i in range(100)]
 CASES = {
     "ddpm": ("DDPMScheduler", "ddpm", 50, dict()),
     "ddpm-large-unclipped": ("DDPMScheduler", "ddpm", 50, dict(variance_type="fixed_large", clip_sample=False)),
@@ -38,7 +40,7 @@ CASES = {
     "ddpm-v-trailing": ("DDPMScheduler", "ddpm", 25, dict(prediction_type="v_prediction", timestep_spacing="trailing")),
     "ddpm-sample-linspace": ("DDPMScheduler", "ddpm", 30, dict(prediction_type="sample", timestep_spacing="linspace")),
     "ddpm-cosine-v": ("DDPMScheduler", "ddpm", 50, dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")),
-    "ddpm-trained-betas": ("DDPMScheduler", "ddpm", 20, dict(num_train_timesteps=100, trained_betas=[0.01 + 0.0004 * i for i in range(100)])),
+    "ddpm-trained-betas": ("DDPMScheduler", "ddpm", 20, dict(num_train_timesteps=100, trained_betas=BETAS)),
     "ddpm-trailing-uneven": ("DDPMScheduler", "ddpm", 37, dict(timestep_spacing="trailing")),
     "ddim": ("DDIMScheduler", "ddim", 50, dict()),
     "ddim-unclipped": ("DDIMScheduler", "ddim", 20, dict(clip_sample=False)),
@@ -55,7 +57,9 @@ CASES = {
     "dpm-trailing": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(timestep_spacing="trailing")),
     "dpm-heun": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, solver_type="heun")),
     "dpm-sigma-min": ("DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, final_sigmas_type="sigma_min")),
-    "dpm-sigma-min-few": ("DPMSolverMultistepScheduler", "dpm_solver", 12, dict(**SD, final_sigmas_type="sigma_min", solver_type="heun")),
+    "dpm-sigma-min-few": (
+        "DPMSolverMultistepScheduler", "dpm_solver", 12, dict(**SD, final_sigmas_type="sigma_min", solver_type="heun"),
+    ),
     "dpm-euler-at-final": (
         "DPMSolverMultistepScheduler", "dpm_solver", 25, dict(**SD, final_sigmas_type="sigma_min", euler_at_final=True),
     ),
@@ -96,11 +100,17 @@ def relative(ours, theirs):
 def feed_noise(monkeypatch, noises):
     """Makes diffusers' DDPM draw `noises` in order."""
     queue = iter(noises)
-    monkeypatch.setattr(diffusers_ddpm, "randn_tensor", lambda shape, dtype, **kwargs: torch.from_numpy(np.array(next(queue))).to(dtype))
+    monkeypatch.setattr(
+        diffusers_ddpm,
+        "randn_tensor",
+        lambda shape, dtype, **kwargs: torch.from_numpy(np.array(next(queue))).to(dtype),
+    )
 
 
 def network(schedule, xp):
-    """Returns the exact denoiser for data at ±0.7 with std 0.1, as a network of the schedule's prediction type, in NumPy or JAX."""
+    """Returns the exact denoiser for data at ±0.7 with std 0.1, as a network of the schedule's prediction type, in NumPy or
+    JAX.
+    """
     gammas, sigmas = xp.asarray(schedule.gamma), xp.asarray(schedule.sigma)
 
     def output(x, t):

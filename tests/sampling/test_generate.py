@@ -112,7 +112,12 @@ def test_resumes_at_the_missing_images(p_sample, expected, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"part-{first:09d}-4.npz" for first in (0, 4, 8)]
     log, shown = [], []
     images = make(
-        counted_images(p_sample, log), 26, 8, out_dir=tmp_path, fingerprint="a", progress=lambda done, total: shown.append((done, total))
+        counted_images(p_sample, log),
+        26,
+        8,
+        out_dir=tmp_path,
+        fingerprint="a",
+        progress=lambda done, total: shown.append((done, total)),
     )
     assert log == list(range(12, 26))  # in other batches than those that were interrupted
     assert shown == [(12, 26), (20, 26), (26, 26)]
@@ -133,7 +138,15 @@ def test_more_images_keep_the_first_ones(p_sample, expected, tmp_path):
 def test_parts_of_another_fingerprint_are_made_anew(p_sample, tmp_path):
     old = make(p_sample, 8, 4, out_dir=tmp_path, fingerprint="old")
     params = {"w": 3 * PARAMS["w"]}
-    new = generate(p_sample, params, rng=jax.random.key(5), num_images=8, batch_size=4, out_dir=tmp_path, fingerprint="new")
+    new = generate(
+        p_sample,
+        params,
+        rng=jax.random.key(5),
+        num_images=8,
+        batch_size=4,
+        out_dir=tmp_path,
+        fingerprint="new",
+    )
     assert np.abs(new - old).max() > 0.01
     with np.load(tmp_path / "part-000000000-4.npz") as part:
         assert str(part["fingerprint"]) == "new"

@@ -29,7 +29,9 @@ def test_a_model_of_one_image_gives_it_back():
 
 
 def test_gaussian_data_gives_the_known_mean_and_std():
-    """x_t of an image a at t = 250, then the exact reverse process: N(k a + (1 - gamma k) mean, ...), with k = gamma std²/(gamma² std² + sigma²)."""
+    """x_t of an image a at t = 250, then the exact reverse process: N(k a + (1 - gamma k) mean, ...), with k = gamma std²/(gamma²
+    std² + sigma²).
+    """
     mean, std, image, t = 0.2, 0.5, 0.9, 250
     gamma, sigma = float(SCHEDULE.gamma[t]), float(SCHEDULE.sigma[t])
     variance = gamma**2 * std**2 + sigma**2
@@ -56,4 +58,10 @@ def test_calls_the_network_once_a_timestep():
 
 def test_t_outside_the_schedule():
     with pytest.raises(UserError, match="injection timestep is 1000"):
-        inject(lambda x, t: x, jnp.ones((1, 2)), jax.random.split(jax.random.key(0), 1), Schedule.create(), t=1000)
+        inject(
+            lambda x, t: x,
+            jnp.ones((1, 2)),
+            jax.random.split(jax.random.key(0), 1),
+            Schedule.create(),
+            t=1000,
+        )

@@ -7,7 +7,18 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion import Schedule, expand
-from retrack_jax.sampling import DDIM, DDPM, SAMPLERS, DPMSolver, initial_noise, make_sampler, num_calls, sample, start_at, step_noise
+from retrack_jax.sampling import (
+    DDIM,
+    DDPM,
+    SAMPLERS,
+    DPMSolver,
+    initial_noise,
+    make_sampler,
+    num_calls,
+    sample,
+    start_at,
+    step_noise,
+)
 
 MEAN, STD = 0.3, 0.5
 
@@ -32,7 +43,9 @@ def sample_gaussian(schedule, sampler, count, mean=MEAN, std=STD):
 
 
 def exact_flow(x, start, end, mean=MEAN, std=STD):
-    """Returns where the probability-flow ODE takes x from alpha_bar = start to end: the map between the two Gaussian marginals."""
+    """Returns where the probability-flow ODE takes x from alpha_bar = start to end: the map between the two Gaussian
+    marginals.
+    """
     scale = np.sqrt((end * std**2 + 1 - end) / (start * std**2 + 1 - start))
     return np.sqrt(end) * mean + scale * (np.float64(x) - np.sqrt(start) * mean)
 
@@ -44,7 +57,9 @@ def standard_errors(samples, mean, std):
 
 
 def test_ddpm_on_the_full_schedule_draws_the_data_distribution():
-    """Over 1000 steps the discrete chain's own bias is below 1% of std; 4 standard errors of 32,768 values are 0.011 and 0.008."""
+    """Over 1000 steps the discrete chain's own bias is below 1% of std; 4 standard errors of 32,768 values are 0.011 and
+    0.008.
+    """
     schedule = Schedule.create(clip_sample=False)
     samples = sample_gaussian(schedule, DDPM.create(schedule), 2048)
     assert abs(samples.mean() - MEAN) < 4 * STD / np.sqrt(samples.size)
@@ -52,7 +67,9 @@ def test_ddpm_on_the_full_schedule_draws_the_data_distribution():
 
 
 def test_ddpm_fixed_large_is_exact_on_unit_gaussian_data():
-    """For N(0, 1) data the reverse variance is beta itself, so any number of steps is exact but for t = 0, which adds no noise."""
+    """For N(0, 1) data the reverse variance is beta itself, so any number of steps is exact but for t = 0, which adds no
+    noise.
+    """
     schedule = Schedule.create(clip_sample=False, variance_type="fixed_large")
     for num_steps in (10, 50):
         samples = sample_gaussian(schedule, DDPM.create(schedule, num_steps), 4096, mean=0.0, std=1.0)
@@ -104,7 +121,13 @@ def test_order_of_convergence(name, order, steps, settings):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_pndm_equals_the_algorithm_in_plain_loops(prediction_type):
     """Float64, lists and ifs, from the paper's equations, on a network that is not linear."""
-    settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False)
+    settings = dict(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
     schedule = Schedule.create(prediction_type=prediction_type, **settings)
     table, num_steps, stride = schedule.alpha_bar64, 10, 100
 
@@ -176,7 +199,11 @@ def test_calls_of_the_network_and_timesteps():
 
 def test_clipping_follows_the_schedule():
     """A network that claims x_0 = 3 everywhere: clipped samplers end within ±clip_sample_range, the others near 3."""
-    for clip_range, settings in ((1.0, {}), (0.5, {"clip_sample_range": 0.5}), (None, {"clip_sample": False})):
+    for clip_range, settings in (
+        (1.0, {}),
+        (0.5, {"clip_sample_range": 0.5}),
+        (None, {"clip_sample": False}),
+    ):
         schedule = Schedule.create(**settings)
         for name in ("ddpm", "ddim"):
             samples = sample_gaussian(schedule, make_sampler(name, schedule, 50), 4, mean=3.0, std=0.0)
@@ -192,7 +219,11 @@ def test_one_compilation_serves_schedules_and_samplers_of_one_shape():
         return sample(lambda x, t: 0.1 * x, x, rngs, sampler)
 
     x, rngs = jnp.ones((2, 3)), jax.random.split(jax.random.key(0), 2)
-    for schedule in (Schedule.create(), Schedule.create(beta_end=0.01), Schedule.create(variance_type="fixed_large")):
+    for schedule in (
+        Schedule.create(),
+        Schedule.create(beta_end=0.01),
+        Schedule.create(variance_type="fixed_large"),
+    ):
         run(DDPM.create(schedule, 10), x, rngs)
     assert len(traces) == 1
 
