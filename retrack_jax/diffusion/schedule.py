@@ -6,8 +6,8 @@
     (2) alpha_bar_t = prod_{s <= t} (1 - beta_s)
     (3) gamma_t     = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
 
-Tables are made in float64 and rounded once; diffusers multiplies in float32, which moves alpha_bar by up to 1e-6 of itself, and by
-1e-5 at the end of squaredcos_cap_v2. A schedule is read from a diffusers `scheduler_config.json` and written back as one.
+Tables are made in float64 and rounded once; diffusers multiplies in float32, which moves alpha_bar by up to 1e-6 of itself, and
+by 1e-5 at the end of squaredcos_cap_v2. A schedule is read from a diffusers `scheduler_config.json` and written back as one.
 """
 
 import functools
