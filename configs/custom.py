@@ -3,8 +3,8 @@
     python -m retrack_jax.main --config=configs/custom.py --workdir=runs/mine \\
         --config.checkpoint=MODEL_FOLDER --config.data.dir=IMAGE_FOLDER --config.targets=@forget.txt
 
-`forget.txt` has one file name a line; all of them are forgotten together. The result is `runs/mine/retrack/.../diffusers`, which
-diffusers' from_pretrained reads, and `runs/mine/report.html`. Images (JPEG, PNG, WebP, subfolders too) are scaled by their shorter
+`forget.txt` has one file name a line; all of them are forgotten together. The result, in `runs/mine/retrack/seed0-forget.txt-.../`, is
+the folder `diffusers`, which diffusers' from_pretrained reads, and `report.html`. Images (JPEG, PNG, WebP, subfolders too) are scaled by their shorter
 side to the model's size and the centre is cut.
 
 What is not given is chosen by the size and resolution S of the data (retrack_jax/recipe.py), along the official recipes:

@@ -53,7 +53,7 @@ def requirements(config: dict) -> list[Requirement]:
     """
     data = config["data"]
     needed = list(_checkpoint(config.get("checkpoint", ""), data["source"]))
-    needed += _concepts(data) if data["source"] == "concepts" else _images(data)
+    needed += _concepts(data, config["targets"]) if data["source"] == "concepts" else _images(data)
     return needed + list(_metric_weights(config["eval"]))
 
 
@@ -129,12 +129,14 @@ def _checkpoint_command(source: str, folder: Path) -> str:
     return ""
 
 
-def _unzip(url: str, inside: str, folder: Path) -> str:
-    """Downloads an archive and moves the folder `inside` it to `folder`."""
+def _unzip(url: str, inside: str, folder: Path, *more: str) -> str:
+    """Downloads an archive and moves what is in the folder `inside` it, and the files `more`, to `folder`."""
     archive, part = f"{folder}.zip", f"{folder}.part"
+    wanted = " ".join(f"'{name}'" for name in (f"{inside}/*", *more))
     return (
-        f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}' && unzip -q {archive} '{inside}/*' -d {part} "
-        f"&& find {part}/{inside} -mindepth 1 -maxdepth 1 -exec mv -t {folder} {{}} + && rm -r {part} {archive}"
+        f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}' && unzip -q {archive} {wanted} -d {part} && "
+        + "".join(f"mv {part}/{name} {folder}/ && " for name in more)
+        + f"find {part}/{inside} -mindepth 1 -maxdepth 1 -exec mv -t {folder} {{}} + && rm -r {part} {archive}"
     )
 
 
@@ -188,16 +190,21 @@ def _tfds(name: str, data_dir: Path) -> Requirement:
     return _item(f"TFDS {name}", found[0].parent, found)
 
 
-def _concepts(data: dict) -> Iterator[Requirement]:
+def _concepts(data: dict, targets) -> Iterator[Requirement]:
     folder = Path(data.get("dir", "")).expanduser()
-    command = _unzip(f"{KAGGLE}-datasets", "data/datasets/sd", folder)
-    prompts = _unzip(f"{KAGGLE}-datasets", "data/datasets", folder)
-    for name in ("original_prompts.json", "modified_prompts.json"):
-        yield _item("prompts", folder / name, _glob(folder, name), command=prompts)
-    yield _item("concepts' images", folder, _glob(folder, "*/images/*"), command=command)
+    prompts = [f"data/datasets/{kind}_prompts.json" for kind in ("original", "modified")]
+    command = _unzip(f"{KAGGLE}-datasets", "data/datasets/sd", folder, *prompts)
+    for field in ("original_prompts", "modified_prompts"):
+        path = folder / Path(data.get(field) or f"{field}.json").expanduser()
+        yield _item(f"{field.replace('_', ' ')}", path, [path] if path.is_file() else [], command=command)
+    for name in [part.strip() for target in targets for part in str(target).split(",") if part.strip()]:
+        pictures = _glob(folder / name, "images/*")
+        parts = [_glob(folder / name, file) for file in ("kmeans_labels.json", "clustering_info.json")]
+        found = sorted(pictures + sum(parts, [])) if pictures and all(parts) else []
+        yield _item(f"concept {name}", folder / name, found, command=command)
 
 
-# Metric -> the file of its feature network, and where it comes from.
+# Feature network -> its file, and where it comes from.
 _NETWORKS = {
     "inception": (
         "weights-inception-2015-12-05-6726825d.pth",
@@ -206,6 +213,10 @@ _NETWORKS = {
     "sscd": (
         "sscd_disc_mixup.torchscript.pt",
         "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+    ),
+    "CLIP RN50": (
+        "RN50.pt",
+        "https://openaipublic.azureedge.net/clip/models/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
     ),
 }
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
@@ -216,6 +227,7 @@ def _metric_weights(evaluation: dict) -> Iterator[Requirement]:
     metrics = evaluation["metrics"]
     wanted = ["inception"] if evaluation.get("features") == "inception" and set(metrics) & set(_USES_INCEPTION) else []
     wanted += ["sscd"] if any(metric.startswith("sscd") for metric in metrics) else []
+    wanted += ["CLIP RN50"] if any(metric.startswith("clip_iqa") for metric in metrics) else []
     for network in wanted:
         name, url = _NETWORKS[network]
         command = f"curl -fL --connect-timeout 10 --create-dirs -o {folder / name} '{url}'"

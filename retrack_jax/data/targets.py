@@ -109,7 +109,8 @@ def slug(spec: str) -> str:
     for part in spec.split("+") if _is_group(spec) else [spec]:
         if part.strip().startswith("@"):
             source += "\n" + "\n".join(sorted(set(_list_lines(part.strip()))))
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", spec).strip("._-")
+    shown = Path(spec).name if spec.startswith("@") else spec  # the folder of a list says nothing about the target
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", shown).strip("._-")
     common = re.fullmatch(r"(label|hf|tfds):[A-Za-z0-9_]+", spec) is not None
     if common or (plain == spec and not re.match(r"(label|hf|tfds)_", spec) and len(plain) <= _SLUG_LENGTH):
         return plain

@@ -1,0 +1,147 @@
+"""The paper's configs and custom.py from the command line, at toy size: real file formats in, every stage, a report and a model out."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from retrack_jax.checkpoints import export_diffusers, import_diffusers
+from retrack_jax.diffusion import Schedule
+from retrack_jax.main import main
+from retrack_jax.models.unet2d import UNet2D
+
+TOY = {
+    "unlearn.num_steps": 2,
+    "unlearn.batch_size": 8,
+    "unlearn.accumulation": 1,
+    "unlearn.num_neighbors": 3,
+    "unlearn.lam": 0.02,  # in all of them the same step, so that it is compiled once
+    "sampling.num_images": 8,
+    "sampling.num_steps": 2,
+    "sampling.batch_size": 8,
+    "eval.metrics": "frequency",
+    "eval.frequency_threshold": 1.0,
+    "checkpoint_every": 2,
+}
+NETWORK = {
+    "layers_per_block": 1,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs a config in a fresh workdir; returns (exit status, workdir)."""
+
+    def run(name, **fields):
+        workdir = tmp_path / "run"
+        fields = TOY | {"data.cache_dir": tmp_path / "cache"} | {key.replace("__", "."): value for key, value in fields.items()}
+        flags = [f"--config.{key}={value}" for key, value in fields.items()]
+        return main(["retrack_jax", f"--config=configs/{name}.py", f"--workdir={workdir}", *flags]), workdir
+
+    return run
+
+
+def write_checkpoint(folder, size, subfolder=""):
+    """A toy model in diffusers' layout: at the root with its scheduler, or in `unet/` beside `scheduler/`."""
+    module = UNet2D.from_config({"sample_size": size, "in_channels": 3, "out_channels": 3, **NETWORK})
+    params = module.init(jax.random.key(1), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
+    schedule = Schedule.from_config({"num_train_timesteps": 1000, "variance_type": "fixed_large"})
+    export_diffusers(folder, module, jax.device_get(params), schedule=schedule)
+    if subfolder and not (folder / subfolder).exists():
+        (folder / subfolder).mkdir()
+        (folder / "scheduler").mkdir(exist_ok=True)
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            path.rename(folder / ("scheduler" if "scheduler" in path.name else subfolder) / path.name)
+    return folder
+
+
+def check_run(workdir, slug, num_forget, num_remain):
+    run = workdir / "retrack" / f"seed0-{slug}"
+    metrics = json.loads((run / "metrics.json").read_text())
+    data = metrics["provenance"]["data"]
+    assert (data["num_forget"], data["num_remain"]) == (num_forget, num_remain)
+    assert (run / "report.html").exists() and (workdir / "summary.json").exists()
+    before, after = import_diffusers(run / "diffusers"), np.load(run / "samples.npz")["samples"]
+    assert after.shape[0] == 8 and before[0].sample_size == after.shape[1]
+    return metrics
+
+
+def test_mnist_tshirt(command, tfds_dir):
+    status, workdir = command(
+        "mnist_tshirt",
+        seeds="0",
+        data__dir=tfds_dir,
+        data__copies=6,
+        model__block_out_channels="8,8,8",
+        model__layers_per_block=1,
+        model__norm_num_groups=4,
+        pretrain__num_steps=2,
+        pretrain__batch_size=8,
+        pretrain__warmup_steps=1,
+    )
+    assert status == 0
+    metrics = check_run(workdir, "label_10", 6, 40)
+    assert metrics["config"]["unlearn"]["learning_rate"] == 5e-5
+
+
+def test_cifar10(command, tmp_path, parquet_file):
+    folder, pixels = parquet_file(np.arange(40) % 10, size=16)
+    checkpoint = write_checkpoint(tmp_path / "model", 16, "unet")
+    status, workdir = command("cifar10", data__dir=folder, checkpoint=checkpoint, targets="hf:3")
+    assert status == 0
+    metrics = check_run(workdir, "hf_3", 1, 39)
+    assert metrics["config"]["unlearn"]["learning_rate"] == 2e-5
+
+
+def test_celebahq(command, tmp_path, jpeg_folder):
+    folder, _ = jpeg_folder(12, size=16)
+    checkpoint = write_checkpoint(tmp_path / "model", 16)
+    status, workdir = command("celebahq", data__dir=folder, data__resolution=16, checkpoint=checkpoint, targets="00003.jpg,00004.jpg")
+    assert status == 0
+    check_run(workdir, "00003.jpg", 1, 11)
+    check_run(workdir, "00004.jpg", 1, 11)
+
+
+def test_custom(command, tmp_path, jpeg_folder):
+    folder, _ = jpeg_folder(8, size=20)
+    Image.new("RGB", (50, 30), (9, 99, 200)).save(folder / "wide.png")
+    (tmp_path / "forget.txt").write_text("00001.jpg\nwide.png\n")
+    checkpoint = write_checkpoint(tmp_path / "model", 16)
+    status, workdir = command("custom", data__dir=folder, checkpoint=checkpoint, targets=f"@{tmp_path / 'forget.txt'}")
+    assert status == 0
+    (run,) = (workdir / "retrack").glob("seed0-forget.txt-*")
+    metrics = check_run(workdir, run.name.removeprefix("seed0-"), 2, 7)
+    assert metrics["config"]["data"]["resolution"] == 16 and metrics["config"]["unlearn"]["learning_rate"] == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("celebahq", {}, "no config.json in checkpoints/celeba_hq/pretrained/ddpm_ema_celebahq_256"),
+        ("celebahq", {"targets": "00099.jpg"}, "no image of celebahq is named '00099.jpg'; did you mean 00009.jpg"),
+        ("celebahq", {"targets": "*.jpg"}, "is the whole set of 12 images"),
+        ("celebahq", {"unlearn__num_neighbors": 12}, "only 11 images remain"),
+        ("celebahq", {"data__dir": "nowhere"}, "no folder nowhere"),
+        ("cifar10", {"data__dir": "nowhere"}, "no train-*.parquet in nowhere"),
+        ("mnist_tshirt", {"data__dir": "nowhere"}, "tfds build mnist --data_dir=nowhere --file_format=array_record"),
+        ("custom", {}, "config.checkpoint is empty"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(command, tmp_path, jpeg_folder, capsys, name, fields, message):
+    folder, _ = jpeg_folder(12, size=16)
+    defaults = {"data__dir": folder, "targets": "00003.jpg"}
+    if name == "celebahq":
+        defaults["data__resolution"] = 16
+    if fields:
+        defaults["checkpoint"] = write_checkpoint(tmp_path / "model", 16)
+    status, _ = command(name, **(defaults | fields))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and message in errors[0]
