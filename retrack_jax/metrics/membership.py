@@ -1,0 +1,203 @@
+"""Was an image in the training set? Scores, their AUC, and the paired loss gap between two models.
+
+Equations:
+    (1)  loss score    -mean over (t, eps) of ||eps_pred(x_t, t) - eps||^2                              higher: rather a member
+    (2)  SecMI score   -||psi(phi(x_t)) - x_t||^2 at t = t_sec                                          (Duan et al. 2023)
+         phi, one DDIM step up:    x_{t+k} = gamma_{t+k} x_0' + sigma_{t+k} e,  e = eps_pred(x_t, t),  x_0' = (x_t - sigma_t e)/gamma_t
+         psi, one DDIM step down:  x_t' = gamma_t x_0'' + sigma_t e',  with e' = eps_pred(x_{t+k}, t + k)
+         x_t itself comes from the image by the steps phi from t = 0
+    (3)  AUC = P(score of a member > score of a held-out image) + P(equal)/2
+    (4)  paired gap = mean over (t, eps) of [loss under model a - loss under model b], the same (t, eps) for both
+
+An AUC means something only where members and held-out images are exchangeable: a random part of one data set. A model that never saw an
+outlier such as the T-shirt scores it 0.0, so there (4) is compared with the spread of models retrained without it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import UserError, check, check_int
+from retrack_jax.diffusion.process import add_noise, eps_to_x0
+from retrack_jax.types import PyTree, Rng
+
+
+class Auc(NamedTuple):
+    """An AUC in [0, 1] and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Gap(NamedTuple):
+    """A paired difference of losses, mean and standard error over noises, in squared units summed over pixels."""
+
+    mean: float
+    stderr: float
+
+
+def denoising_losses(
+    eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 256, batch_size: int = 256
+) -> np.ndarray:
+    """Returns ||eps_pred - eps||^2, a sum over pixels, of each image under `num_noises` draws: float64 `[N, num_noises]`.
+
+    The draws depend on `rng`, image number and draw number only: two models get the same ones. Draw j takes t from the j-th of
+    `num_noises` equal parts of [0, T), so that no draw of t alone decides a mean.
+
+    Args:
+      eps_fn: `eps_fn(params, x_t [B, H, W, C], t [B] int32) -> eps`; pass the same function object to reuse what is compiled.
+      params: its parameters.
+      schedule: the model's `Schedule`.
+      images: `[N, H, W, C]` in [-1, 1].
+      rng: decides t and eps.
+      num_noises: draws an image.
+      batch_size: pairs of image and draw a call.
+
+    Raises:
+      UserError: a loss that is not finite.
+    """
+    check_int("num_noises", num_noises, 1)
+    images = jnp.asarray(images, jnp.float32)
+    total = len(images) * num_noises
+    batch_size = min(batch_size, total)
+    losses = np.empty(total)
+    for start in range(0, total, batch_size):
+        # The last batch repeats its first pairs instead of having another shape.
+        pairs = np.arange(start, start + batch_size, dtype=np.int32) % total
+        kept = min(batch_size, total - start)
+        losses[start : start + kept] = _pair_losses(params, schedule, images, rng, pairs, eps_fn=eps_fn, num_noises=num_noises)[:kept]
+    _check_finite("loss", losses)
+    return losses.reshape(len(images), num_noises)
+
+
+@functools.partial(jax.jit, static_argnames=("eps_fn", "num_noises"))
+def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noises):
+    image_B, draw_B = pairs_B // num_noises, pairs_B % num_noises
+    x_0 = images_NHWC[image_B]
+
+    def draw(image, number):
+        time_rng, noise_rng = jax.random.split(jax.random.fold_in(jax.random.fold_in(rng, image), number))
+        return jax.random.uniform(time_rng), jax.random.normal(noise_rng, images_NHWC.shape[1:])
+
+    place_B, eps = jax.vmap(draw)(image_B, draw_B)
+    num_timesteps = len(schedule.gamma)
+    t_B = jnp.floor((draw_B.astype(jnp.float32) + place_B) * (num_timesteps / num_noises)).astype(jnp.int32)
+    t_B = jnp.minimum(t_B, num_timesteps - 1)
+    x_t = add_noise(x_0, eps, schedule.gamma[t_B], schedule.sigma[t_B])
+    return jnp.sum((eps_fn(params, x_t, t_B) - eps) ** 2, axis=(1, 2, 3))
+
+
+def loss_scores(eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, batch_size: int = 256):
+    """Returns the loss score of each image (equation 1), float64 `[N]`; arguments as in `denoising_losses`."""
+    losses = denoising_losses(eps_fn, params, schedule, images, rng, num_noises=num_noises, batch_size=batch_size)
+    return -losses.mean(axis=1)
+
+
+def secmi_scores(
+    eps_fn: Callable, params: PyTree, schedule, images, *, t_sec: int = 100, interval: int = 10, batch_size: int = 256
+) -> np.ndarray:
+    """Returns the SecMI-style score of each image (equation 2), float64 `[N]`; deterministic.
+
+    Args:
+      eps_fn, params, schedule, images: as in `denoising_losses`.
+      t_sec: the timestep of the error, a multiple of `interval`; the paper takes 100 for CIFAR-10.
+      interval: k of equation 2; the paper takes 10.
+      batch_size: images a call.
+
+    Raises:
+      UserError: timesteps outside the schedule, or a score that is not finite.
+    """
+    num_timesteps = len(schedule.gamma)
+    check_int("interval", interval, 1)
+    check_int("t_sec", t_sec, 0, num_timesteps - 1 - interval)
+    check(t_sec % interval == 0, f"t_sec is {t_sec}; it must be a multiple of interval, {interval}")
+    images = np.asarray(images, np.float32)
+    scores = np.empty(len(images))
+    for start in range(0, len(images), batch_size):
+        block = images[start : start + batch_size]
+        padded = np.concatenate([block, np.repeat(block[-1:], min(batch_size, len(images)) - len(block), axis=0)])
+        error = _t_error(params, schedule, padded, eps_fn=eps_fn, t_sec=t_sec, interval=interval)
+        scores[start : start + batch_size] = -np.asarray(error, np.float64)[: len(block)]
+    _check_finite("SecMI score", scores)
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("eps_fn", "t_sec", "interval"))
+def _t_error(params, schedule, x_0, *, eps_fn, t_sec, interval):
+    def ddim(x, start, end):
+        start_B, end_B = (jnp.full((len(x),), t, jnp.int32) for t in (start, end))
+        eps = eps_fn(params, x, start_B)
+        clean = eps_to_x0(eps, x, schedule.gamma[start_B], schedule.sigma[start_B])
+        return add_noise(clean, eps, schedule.gamma[end_B], schedule.sigma[end_B])
+
+    x_t = jax.lax.fori_loop(0, t_sec // interval, lambda i, x: ddim(x, i * interval, (i + 1) * interval), x_0)
+    back = ddim(ddim(x_t, t_sec, t_sec + interval), t_sec + interval, t_sec)
+    return jnp.sum((back - x_t) ** 2, axis=(1, 2, 3))
+
+
+def auc(members, held_out) -> float:
+    """Returns the AUC of two sets of scores (equation 3), in [0, 1]; 0.5 tells nothing apart."""
+    from scipy.stats import rankdata
+
+    members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
+    check(min(len(members), len(held_out)) > 0, f"an AUC needs images on both sides, found {len(members)} and {len(held_out)}")
+    ranks = rankdata(np.concatenate([members, held_out]))[: len(members)].sum()
+    return float((ranks - len(members) * (len(members) + 1) / 2) / (len(members) * len(held_out)))
+
+
+def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, confidence: float = 0.95) -> Auc:
+    """Returns the AUC and its bootstrap interval; both sets are drawn again with replacement.
+
+    Args:
+      members: scores of the forgotten (once trained-on) images, `[N]`.
+      held_out: scores of exchangeable images that no model saw, `[M]`.
+      seed: decides the draws.
+      num_bootstrap, confidence: draws, and the share of them that the interval holds.
+    """
+    members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
+    _check_finite("membership score", np.concatenate([members, held_out]))
+    value = auc(members, held_out)
+    order = np.random.default_rng(seed)
+    draws = [auc(order.choice(members, len(members)), order.choice(held_out, len(held_out))) for _ in range(num_bootstrap)]
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Auc(value, float(low), float(high))
+
+
+def paired_gap(losses, reference_losses) -> Gap:
+    """Returns the mean difference of paired losses (equation 4) and its standard error over draws.
+
+    Args:
+      losses, reference_losses: `denoising_losses` of two models on the same images with the same `rng`, `[N, num_noises]`.
+    """
+    losses, reference_losses = np.asarray(losses, np.float64), np.asarray(reference_losses, np.float64)
+    check(losses.shape == reference_losses.shape, f"losses {losses.shape} and {reference_losses.shape} are not of the same draws")
+    difference = np.mean(losses - reference_losses, axis=0)
+    check(len(difference) >= 2, "a paired gap needs at least 2 draws")
+    return Gap(float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference))))
+
+
+def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Returns where one more run would lie: mean +- t sqrt(1 + 1/n) std, Student's t with n - 1 degrees of freedom.
+
+    "Forgotten" = inside this interval of the values (mean loss on the forgotten images, say) of models retrained with other seeds.
+
+    Raises:
+      UserError: fewer than two values.
+    """
+    from scipy.stats import t as student
+
+    values = np.asarray(values, np.float64)
+    check(len(values) >= 2, f"the spread of retrain seeds needs at least 2 of them, found {len(values)}")
+    width = student.ppf((1 + confidence) / 2, len(values) - 1) * np.sqrt(1 + 1 / len(values)) * values.std(ddof=1)
+    return float(values.mean() - width), float(values.mean() + width)
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise UserError(f"{count} of {values.size} values of the {name} are not finite; the model has diverged")

@@ -1,0 +1,78 @@
+"""Relearning: how many steps of fine-tuning bring a forgotten image back.
+
+Two curves for a model, both also for the retrained one: fine-tuning on R only (benign; censored where nothing comes back), and on R plus
+one copy of the forgotten image. A model that forgot relearns no sooner than one that never knew. Training is passed in.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retrack_jax.checks import check, check_choice
+
+DIRECTIONS = ("rises", "falls")
+
+
+@dataclass(frozen=True)
+class RelearningCurve:
+    """The metric `values` measured after `steps` steps of fine-tuning; the first is before any, at step 0."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RelearningSteps:
+    """Steps until the metric came back, interpolated between measurements; `censored`: it had not by `steps`, the last measured."""
+
+    steps: float
+    censored: bool
+
+
+def relearning_curve(
+    train: Callable[[Any, int, int], Any], measure: Callable[[Any], float], state: Any, steps: Sequence[int]
+) -> RelearningCurve:
+    """Returns the metric along fine-tuning.
+
+    Args:
+      train: `train(state, first_step, num_steps) -> state`, pure; step numbers decide its batches, so a curve repeats itself.
+      measure: `measure(state) -> float`.
+      state: where fine-tuning starts.
+      steps: rising numbers of steps at which to measure; 0 is measured anyway.
+
+    Raises:
+      UserError: steps that do not rise, or a value that is not finite.
+    """
+    steps = tuple(int(step) for step in steps if step != 0)
+    check(len(steps) > 0 and all(a < b for a, b in zip((0, *steps), steps, strict=False)), f"steps {steps} must rise from above 0")
+    values, done = [float(measure(state))], 0
+    for step in steps:
+        state = train(state, done, step - done)
+        done = step
+        values.append(float(measure(state)))
+    check(bool(np.isfinite(values).all()), f"the relearning metric is not finite: {values}; the fine-tuned model has diverged")
+    return RelearningCurve((0, *steps), tuple(values))
+
+
+def relearning_steps(curve: RelearningCurve, threshold: float, direction: str) -> RelearningSteps:
+    """Returns how many steps it takes the curve to reach `threshold`.
+
+    Args:
+      curve: from `relearning_curve`.
+      threshold: the value that counts as "back": half the pretrained model's frequency, say.
+      direction: `rises` for a metric that grows as the image comes back (frequency, SSCD), `falls` for one that sinks (loss, NLL).
+    """
+    check_choice("direction", direction, DIRECTIONS)
+    sign = 1.0 if direction == "rises" else -1.0
+    distance = sign * (np.asarray(curve.values) - threshold)
+    back = np.flatnonzero(distance >= 0)
+    if not len(back):
+        return RelearningSteps(float(curve.steps[-1]), True)
+    first = int(back[0])
+    if first == 0:
+        return RelearningSteps(0.0, False)
+    before, after = distance[first - 1], distance[first]
+    share = -before / (after - before)
+    return RelearningSteps(float(curve.steps[first - 1] + share * (curve.steps[first] - curve.steps[first - 1])), False)
