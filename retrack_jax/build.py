@@ -28,6 +28,7 @@ def check_config(config: ConfigDict) -> None:
     check_int("config.log_every", config.log_every)
     check_int("config.checkpoint_every", config.checkpoint_every, minimum=0)
     check_choice("config.compute.dtype", config.compute.dtype, DTYPES)
+    check_int("config.schedule.num_train_timesteps", config.schedule.num_train_timesteps, minimum=2)
     for stage in ("pretrain", "unlearn"):
         _check_training(stage, config[stage])
     _check_unlearning(config.unlearn, config.schedule.num_train_timesteps)

@@ -27,6 +27,7 @@ def parse(argv: list[str]):
     from absl import flags
     from ml_collections import config_flags
 
+    argv = [_quoted(argument) for argument in argv]
     config_flag = _only(argv, "--config=")
     path, _, _ = config_flag.partition(":")
     _check_file(Path(path))
@@ -39,9 +40,9 @@ def parse(argv: list[str]):
         config.name  # a config file that fails to load raises only when it is used
     except flags.Error as error:
         raise UserError(_one_line(error)) from error
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         raise UserError(_unknown_field(argv, path, error)) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"a value given to --config does not fit: {error}") from error
     except UserError:
         raise
@@ -49,6 +50,14 @@ def parse(argv: list[str]):
         raise UserError(f"config file {path} cannot be loaded: {type(error).__name__}: {error}") from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
     return config, values.workdir or f"runs/{Path(path).stem}"
+
+
+def _quoted(argument: str) -> str:
+    """Names with commas between them as a tuple of strings: ml_collections takes `a.jpg,b.jpg` for Python that it cannot read."""
+    name, _, value = argument.partition("=")
+    if name not in ("--config.targets", "--config.eval.metrics") or value[:1] in ("", "(", "[", "'", '"'):
+        return argument
+    return f"{name}={tuple(value.split(','))!r}"
 
 
 def _only(argv: list[str], prefix: str) -> str:
@@ -66,7 +75,7 @@ def _check_file(path: Path) -> None:
     raise UserError(f"no config file {path}{hint}")
 
 
-def _unknown_field(argv: list[str], path: str, error: AttributeError) -> str:
+def _unknown_field(argv: list[str], path: str, error: Exception) -> str:
     """Says which override names no field, and the nearest that exists beside it."""
     import importlib.util
 

@@ -76,7 +76,9 @@ class PixelExperiment:
             from retrack_jax.checkpoints import import_diffusers
             from retrack_jax.checkpoints.diffusers_import import read_schedule_config
 
-            self.module, self._imported = import_diffusers(config.checkpoint)
+            self.module, imported = import_diffusers(config.checkpoint)
+            # Kept on the host: the training step donates what it is given.
+            self._imported = jax.device_get(imported)
             self.module = self.module.clone(**own)
             self.schedule = build.schedule_from(config, read_schedule_config(config.checkpoint))
         else:

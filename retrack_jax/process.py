@@ -33,10 +33,22 @@ def set_up_logs() -> None:
     """Our messages go to standard error, one line each; the libraries' only from warnings on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("retrack_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # A failed save raises, and becomes our one line; the library's own tracebacks of it would bury that.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _quiet_late_callbacks(sys.unraisablehook)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # A warning is a line for the user, not a place in our source.
     warnings.showwarning = lambda message, *place, **more: logging.getLogger(__name__).warning("%s", message)
+
+
+def _quiet_late_callbacks(show):
+    """TensorStore's callbacks may arrive after a failed save closed their event loop; the failure itself was raised already."""
+
+    def hook(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    return hook
 
 
 def catch_termination():

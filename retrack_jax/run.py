@@ -64,7 +64,6 @@ class Runner:
     def __init__(self, config: ConfigDict, workdir: Workdir, should_stop: Callable[[], bool]):
         self.config, self.workdir, self.should_stop = config, workdir, should_stop
         self._experiment = None
-        self._pretrained: Model | None = None
         self._prepared = False
         self._programs = {}
 
@@ -81,8 +80,9 @@ class Runner:
         build.check_config(config)
         folder = self.workdir.run(method, seed, slug(spec))
         plain = json.loads(config.to_json_best_effort())
-        self.workdir.claim(self.workdir.pretrained, comparable(plain, model_only=True))
-        self.workdir.claim(folder, comparable(plain))
+        claims = {self.workdir.pretrained: comparable(plain, model_only=True), folder: comparable(plain)}
+        for place, claimed in claims.items():
+            self.workdir.check_claim(place, claimed)
         mode = config.mode
         if mode == "run" and self._is_done(folder):
             return
@@ -95,10 +95,12 @@ class Runner:
             programs=self._programs,
         )
         target = self.experiment.target(spec)
+        for place, claimed in claims.items():
+            self.workdir.claim(place, claimed)
         if mode in ("run", "unlearn"):
             self._prepare_sweep()
         if mode in ("run", "pretrain"):
-            self._pretrained = self._pretrained or stages.pretrain()
+            stages.pretrain()
         if mode in ("run", "unlearn") and method != PRETRAINED:
             model = stages.unlearn(method, target, seed)
             self._export(folder, model, method, spec)
@@ -147,7 +149,7 @@ class Runner:
 
     def _existing(self, stages: Stages, method: str, target, seed: int) -> Callable[[], Model]:
         if method == PRETRAINED:
-            return lambda: self._pretrained or stages.pretrain(only_existing=True)
+            return lambda: stages.pretrain(only_existing=True)
         return lambda: stages.unlearn(method, target, seed, only_existing=True)
 
     def _sample(self, stages: Stages, folder, method: str, target, seed: int) -> None:

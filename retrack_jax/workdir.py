@@ -64,12 +64,8 @@ class Workdir:
         """The folder of one run."""
         return self.root / method / f"seed{seed}-{slug}"
 
-    def claim(self, folder: epath.Path, config: Mapping) -> None:
-        """Writes `config` to `folder/config.json`, or checks that what lies there is the same run.
-
-        Raises:
-          UserError: the folder holds a run of another config; the message says which fields differ.
-        """
+    def check_claim(self, folder: epath.Path, config: Mapping) -> None:
+        """Raises `UserError`, with the fields that differ, if `folder` holds a run of another config."""
         path = folder / "config.json"
         if path.exists():
             differing = _differences(files.read_json(path), json.loads(json.dumps(config)))
@@ -77,7 +73,11 @@ class Workdir:
                 shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
                 more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
                 raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
-        elif parallel.is_main_process():
+
+    def claim(self, folder: epath.Path, config: Mapping) -> None:
+        """Writes `config` to `folder/config.json`: only once all that it names was found, so that a mistyped command claims nothing."""
+        path = folder / "config.json"
+        if parallel.is_main_process() and not path.exists():
             files.write_json(path, config)
 
     def _check_shared(self) -> None:

@@ -2,9 +2,11 @@
 
 TINY = {
     "data.copies": 8,
-    "model.block_out_channels": (8, 16),
+    "model.block_out_channels": (8,),  # one block each way and no attention: what compiles quickest
+    "model.down_block_types": ("DownBlock2D",),
+    "model.up_block_types": ("UpBlock2D",),
+    "model.add_attention": False,
     "model.norm_num_groups": 4,
-    "model.attention_head_dim": 8,
     "pretrain.num_steps": 6,
     "pretrain.batch_size": 8,
     "pretrain.warmup_steps": 2,
