@@ -52,9 +52,11 @@ def command(tmp_path):
 def write_checkpoint(folder, size, subfolder=""):
     """A toy model in diffusers' layout: at the root with its scheduler, or in `unet/` beside `scheduler/`."""
     module = UNet2D.from_config({"sample_size": size, "in_channels": 3, "out_channels": 3, **NETWORK})
-    params = module.init(jax.random.key(1), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
+    shapes = jax.eval_shape(module.init, jax.random.key(1), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
+    numbers = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: 0.1 * numbers.standard_normal(leaf.shape, dtype=np.float32), shapes)
     schedule = Schedule.from_config({"num_train_timesteps": 1000, "variance_type": "fixed_large"})
-    export_diffusers(folder, module, jax.device_get(params), schedule=schedule)
+    export_diffusers(folder, module, params, schedule=schedule)
     if subfolder and not (folder / subfolder).exists():
         (folder / subfolder).mkdir()
         (folder / "scheduler").mkdir(exist_ok=True)
@@ -80,9 +82,9 @@ def test_mnist_tshirt(command, tfds_dir):
         seeds="0",
         data__dir=tfds_dir,
         data__copies=6,
-        model__block_out_channels="8,8,8",
-        model__layers_per_block=1,
-        model__norm_num_groups=4,
+        data__resolution=16,
+        model__sample_size=16,
+        **{f"model__{name}": value for name, value in NETWORK.items()},
         pretrain__num_steps=2,
         pretrain__batch_size=8,
         pretrain__warmup_steps=1,
