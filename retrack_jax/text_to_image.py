@@ -101,8 +101,8 @@ class TextToImageExperiment:
         return jax.tree.map(lambda leaf: leaf.astype(build.DTYPES[self.config.compute.param_dtype]), params)
 
     def all_rows(self) -> np.ndarray:
-        """Not for this experiment: concepts are what is unlearned, the model was trained on far more."""
-        raise UserError("Stable Diffusion cannot be pretrained or retrained here; choose another method than retrain")
+        """Not for this experiment: the model was trained on far more than concepts, and comes from a checkpoint."""
+        raise UserError("Stable Diffusion cannot be pretrained here; set config.checkpoint")
 
     def target(self, spec: str) -> Target:
         """Resolves a concept's name. Raises `UserError` for one that is not there, lacks a file or a prompt, or a group of concepts."""
@@ -330,6 +330,7 @@ def _thumbnails(images: np.ndarray) -> np.ndarray:
 
 
 def _check_config(config: ConfigDict) -> None:
+    check(config.method != "retrain", "Stable Diffusion cannot be pretrained or retrained here; choose another method than retrain")
     check(bool(config.checkpoint), "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)")
     check(bool(config.data.dir), "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts")
     check_choice("config.export", config.export, EXPORTS)

@@ -1,0 +1,92 @@
+"""Concept folders and prompts: every way in which one can be wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.data.concepts import list_concepts, load_concept
+from retrack_jax.data.prompts import prompts_of
+
+NAME = "red_circle"
+
+
+def load(root, name=NAME, resolution=32):
+    return load_concept(root, name, resolution=resolution, cache_dir=root.parent / "cache")
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(change(value)))
+
+
+def test_a_whole_concept(concepts):
+    concept = load(concepts)
+    assert concept.images.images.shape == (16, 32, 32, 3)
+    assert len(concept.forget) == 6 and len(concept.remain) == 10
+    assert sorted([*concept.forget, *concept.remain]) == list(range(16))
+    assert concept.memorised_name == "red_circle_004.png"
+    row = concept.images.ids.index("red_circle_004.png")
+    assert row in concept.forget
+    np.testing.assert_array_equal(concept.memorised, concept.images.images[row])
+    assert list_concepts(concepts) == ["blue_square", "red_circle"]
+
+
+def test_a_memorised_picture_without_a_label(concepts):
+    edit(concepts / NAME / "kmeans_labels.json", lambda labels: {k: v for k, v in labels.items() if "_004" not in k})
+    concept = load(concepts)
+    assert len(concept.images) == 15 and concept.memorised.shape == (32, 32, 3)
+
+
+def test_pictures_of_another_size_are_brought_to_the_resolution(concepts):
+    assert load(concepts, resolution=16).images.images.shape == (16, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "kmeans_labels.json").unlink(), "no kmeans_labels.json in"),
+        (lambda f: (f / "kmeans_labels.json").write_text("[1, 0]"), "JSON object of file name: 0 or 1"),
+        (lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "a.png": 2}), "JSON object of file name: 0 or 1"),
+        (lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "gone.png": 1}), "labels 1 of 17 pictures .* such as gone.png"),
+        (lambda f: edit(f / "kmeans_labels.json", lambda labels: dict.fromkeys(labels, 0)), "nothing to forget"),
+        (lambda f: edit(f / "kmeans_labels.json", lambda labels: dict.fromkeys(labels, 1)), "to remain"),
+        (lambda f: (f / "clustering_info.json").unlink(), "no clustering_info.json in"),
+        (lambda f: (f / "clustering_info.json").write_text("{}"), "mem_idx is None"),
+        (lambda f: (f / "clustering_info.json").write_text('{"mem_idx": 77}'), "no memorised picture .*red_circle_077.png"),
+        (lambda f: (f / "images" / "red_circle_003.png").write_bytes(b"no picture"), "red_circle_003.png"),
+    ],
+)
+def test_folders_that_are_not_whole(concepts, spoil, message):
+    spoil(concepts / NAME)
+    with pytest.raises(UserError, match=message):
+        load(concepts)
+
+
+def test_a_concept_that_is_not_there(concepts, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'red_circle'"):
+        load(concepts, "red_circel")
+    with pytest.raises(UserError, match="no folder"):
+        list_concepts(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no concept in"):
+        list_concepts(tmp_path / "empty")
+
+
+def test_prompts(concepts):
+    paths = concepts / "original_prompts.json", concepts / "modified_prompts.json"
+    pair = prompts_of(NAME, *paths)
+    assert pair.original == "A Red Circle, on a green wall!" and pair.modified.startswith("a picture")
+    for path, kind in zip(paths, ("original", "modified"), strict=True):
+        whole = path.read_text()
+        edit(path, lambda prompts: {"red_circl": "x"})
+        with pytest.raises(UserError, match=f"no {kind} prompt for the concept 'red_circle' .*did you mean 'red_circl'"):
+            prompts_of(NAME, *paths)
+        path.write_text('{"red_circle": 3}')
+        with pytest.raises(UserError, match="all strings"):
+            prompts_of(NAME, *paths)
+        path.unlink()
+        with pytest.raises(UserError, match=f"no file .*{kind}_prompts.json"):
+            prompts_of(NAME, *paths)
+        path.write_text(whole)

@@ -1,0 +1,144 @@
+"""The whole config on the tiny pipeline: encode, neighbors, unlearn, sample, evaluate, report, export; a sweep, stopped and continued."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import stable_diffusion
+from retrack_jax import text_to_image
+from retrack_jax.api import run
+from retrack_jax.checkpoints.names import TorchTensor
+from retrack_jax.checkpoints.pipeline import load_pipeline
+from retrack_jax.checkpoints.safetensors_io import write_safetensors
+from retrack_jax.checks import UserError
+from retrack_jax.evaluate.concept import METRIC_NAMES
+from tests.sd.openai_clip import openai_tensors
+from tests.sd.tiny import CONCEPTS, PIPELINE
+
+
+def tiny_config(tmp_path, method="retrack"):
+    config = stable_diffusion.get_config(method)
+    with config.unlocked():
+        config.targets = ("red_circle",)
+        config.checkpoint = str(PIPELINE)
+        config.data.dir = str(CONCEPTS)
+        config.data.cache_dir = str(tmp_path / "cache")
+        config.data.resolution = 32
+        config.unlearn.num_steps = 2
+        config.unlearn.batch_size = 8
+        config.unlearn.accumulation = 2
+        config.unlearn.num_neighbors = 3
+        config.unlearn.learning_rate = 1e-3
+        config.sampling.num_steps = 2
+        config.sampling.num_images = 4
+        config.sampling.batch_size = 4
+        config.eval.weights_dir = str(tmp_path / "weights")
+        config.compute.remat = False  # halves the time to compile
+        config.log_every = 1
+        config.export = "pipeline"
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pipeline):
+    """A run of ReTrack on two concepts, the second command after the first was done with one."""
+    tmp_path = tmp_path_factory.mktemp("sd")
+    tensors = openai_tensors(pipeline.tokenizer.eos_id + 1)
+    (tmp_path / "weights").mkdir()
+    items = [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())]
+    write_safetensors(tmp_path / "weights" / "RN50.safetensors", items)
+
+    config = tiny_config(tmp_path)
+    run(config, tmp_path / "work")
+    stamp = (tmp_path / "work" / "retrack" / "seed0-red_circle" / "samples.npz").stat().st_mtime_ns
+    with config.unlocked():
+        config.targets = ("red_circle", "blue_square")
+    summary = run(config, tmp_path / "work")
+    assert (tmp_path / "work" / "retrack" / "seed0-red_circle" / "samples.npz").stat().st_mtime_ns == stamp
+    return tmp_path, summary
+
+
+def test_files_and_metrics(finished):
+    tmp_path, summary = finished
+    assert summary["methods"]["retrack"]["runs"] == 2
+    for concept in ("red_circle", "blue_square"):
+        folder = tmp_path / "work" / "retrack" / f"seed0-{concept}"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        computed = {name for name in METRIC_NAMES if not name.startswith("sscd")}
+        assert set(metrics["unlearned"]) == set(metrics["pretrained"]) == computed
+        assert metrics["unlearned"]["clip_iqa_original"] != metrics["pretrained"]["clip_iqa_original"]
+        assert "sscd_disc_mixup" in metrics["provenance"]["absent"]["sscd_original"]
+        assert metrics["provenance"]["data"]["prompts"]["modified"].startswith("a picture of something")
+        assert metrics["steps"] == 2 and metrics["retrained"] is None
+        assert (folder / "report.html").is_file() and (folder / "samples.png").is_file()
+
+
+def test_samples_are_of_both_prompts_in_uint8_and_floats(finished):
+    tmp_path, _ = finished
+    with np.load(tmp_path / "work" / "retrack" / "seed0-red_circle" / "samples.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    assert set(arrays) == {"original", "modified", "original_float", "modified_float"}
+    assert arrays["original"].shape == (4, 32, 32, 3)
+    np.testing.assert_array_equal(arrays["original"], np.floor(255 * arrays["original_float"]))
+    assert not np.array_equal(arrays["original"], arrays["modified"])
+    with np.load(tmp_path / "work" / "pretrained" / "red_circle" / "samples.npz") as archive:
+        assert not np.array_equal(archive["original"], arrays["original"])
+        with np.load(tmp_path / "work" / "pretrained" / "blue_square" / "samples.npz") as other:
+            assert not np.array_equal(archive["original"], other["original"])
+
+
+def test_export_is_the_unlearned_pipeline(finished, pipeline):
+    tmp_path, _ = finished
+    folder = tmp_path / "work" / "retrack" / "seed0-red_circle" / "diffusers"
+    unlearned = load_pipeline(folder)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), unlearned.unet_params, pipeline.unet_params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    jax.tree.map(np.testing.assert_array_equal, unlearned.vae_params, pipeline.vae_params)
+    assert "red_circle" in (folder / "README.md").read_text() and (folder / "LICENSE").is_file()
+
+
+def test_experiment_gives_the_stages_what_they_ask(finished):
+    tmp_path, _ = finished
+    experiment = text_to_image.TextToImageExperiment(tiny_config(tmp_path))
+    red, blue = experiment.target("red_circle"), experiment.target("blue_square")
+    assert not {*red.forget, *red.remain} & {*blue.forget, *blue.remain}  # rows number the pictures of all concepts
+
+    neighbors = experiment.forget_data(red, 3, "exact")
+    assert neighbors.forget["x_0"].shape == (len(red.unique), 8, 8, 4)
+    found = neighbors.neighbors["x_0"][neighbors.neighbor_rows]
+    difference = np.linalg.norm((neighbors.forget["x_0"][:, None] - found).reshape(*found.shape[:2], -1), axis=-1)
+    np.testing.assert_allclose(difference, neighbors.distances, rtol=1e-5)
+    assert (np.diff(difference, axis=1) >= 0).all()
+    assert set(experiment.forget_data(red, 0, "exact").forget) == {"mean", "std"}  # other methods draw afresh
+
+    streamed = experiment.gather(blue.remain)(np.array([0, 2]))
+    assert set(streamed) == {"mean", "std"} and streamed["mean"].shape == (2, 8, 8, 4)
+    (embedding,) = experiment.condition(red)
+    assert embedding.shape == (1, 77, 16)
+    with pytest.raises(UserError, match="only 10 pictures of red_circle remain"):
+        experiment.forget_data(red, 11, "exact")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ("red_circle+blue_square",)}, "one run forgets one concept"),
+        ({"targets": ("red_circel",)}, "did you mean 'red_circle'"),
+        ({"checkpoint": ""}, "config.checkpoint is empty"),
+        ({"eval.metrics": ("sscd",)}, "choose one of sscd_original"),
+        ({"eval.classifier": "pickle"}, "joblib, labels"),
+        ({"data.original_prompts": "gone.json"}, "no file .*gone.json"),
+        ({"sampling.guidance_scale": -1.0}, "guidance_scale"),
+        ({"export": "all"}, "pipeline, unet, none"),
+        ({"method": "retrain"}, "cannot be pretrained or retrained"),
+    ],
+)
+def test_bad_configs(tmp_path, change, message):
+    config = tiny_config(tmp_path)
+    with config.unlocked():
+        config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "work")
