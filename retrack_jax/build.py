@@ -29,6 +29,7 @@ def check_config(config: ConfigDict) -> None:
     check_int("config.checkpoint_every", config.checkpoint_every, minimum=0)
     check_choice("config.compute.dtype", config.compute.dtype, DTYPES)
     check_int("config.schedule.num_train_timesteps", config.schedule.num_train_timesteps, minimum=2)
+    _check_sizes(config)
     for stage in ("pretrain", "unlearn"):
         _check_training(stage, config[stage])
     _check_unlearning(config.unlearn, config.schedule.num_train_timesteps)
@@ -70,6 +71,18 @@ def _check_unlearning(recipe: ConfigDict, num_timesteps: int) -> None:
     check_int("config.unlearn.forget_batch_size", recipe.forget_batch_size, minimum=0)
     if recipe.forget_batch_size:
         parallel.check_divisible("config.unlearn.forget_batch_size", recipe.forget_batch_size, recipe.accumulation)
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    for name in ("layers_per_block", "in_channels", "out_channels", "norm_num_groups"):
+        if name in config.model:
+            check_int(f"config.model.{name}", config.model[name])
+    check_int("config.data.resolution", config.data.resolution, minimum=0)
+    check_int("config.eval.grid_images", config.eval.grid_images)
+    pretrain = config.pretrain
+    check_number("config.pretrain.ema_max_decay", pretrain.ema_max_decay, 0.0, 1.0)
+    check_number("config.pretrain.ema_power", pretrain.ema_power, 0.0)
+    check_number("config.pretrain.ema_inv_gamma", pretrain.ema_inv_gamma, 0.0, above=True)
 
 
 def target_specs(config: ConfigDict) -> list[str]:

@@ -17,20 +17,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
 from retrack_jax.data.dataset import ImageSet, Rows
 from retrack_jax.data.load import load_images
 from retrack_jax.data.targets import resolve_target, slug
 from retrack_jax.diffusion.process import make_eps_fn
-from retrack_jax.evaluate.networks import feature_network
-from retrack_jax.evaluate.pixel import EVALUATORS, Subject, Task
+from retrack_jax.evaluate.networks import NETWORKS, feature_network, load_sscd
+from retrack_jax.evaluate.pixel import EVALUATORS, METRIC_NAMES, Subject, Task
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
+from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
 from retrack_jax.sampling import make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
-
 from retrack_jax.types import PyTree
+from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class PixelExperiment:
 
     def __init__(self, config: ConfigDict):
         self.config = config
+        self.check_config()
         self.images: ImageSet = load_images(config.data.to_dict())
         own = {"dtype": build.DTYPES[config.compute.dtype], "remat": config.compute.remat}
         if config.checkpoint:
@@ -118,12 +120,26 @@ class PixelExperiment:
         remain = np.setdiff1d(self.all_rows(), forget)
         check(len(remain) > 0, f"the target {spec!r} is the whole set of {len(self.images)} images; nothing would remain")
         flat = np.ascontiguousarray(self.images.images[forget]).reshape(len(forget), -1)
+        method, k = METHODS.get(self.config.method), self.config.unlearn.num_neighbors
+        if self.config.method == ALL or (method is not None and "neighbors" in method.streams):
+            check(k <= len(remain), f"config.unlearn.num_neighbors (K) is {k}, but only {len(remain)} images remain; choose a smaller K")
         _, first, copy_of = np.unique(flat, axis=0, return_index=True, return_inverse=True)
         return Target(spec, slug(spec), forget, remain, forget[first], copy_of.reshape(-1))
 
     def gather(self, rows: np.ndarray):
         """Returns `positions -> {"pixels": uint8 [b, H, W, C]}` within `rows`, for the stream of remaining images."""
         return lambda positions: {"pixels": np.ascontiguousarray(self.images.images[rows[positions]])}
+
+    def check_config(self) -> None:
+        """Raises `UserError` for values of `config.eval` that no run of this kind can use."""
+        evaluation = self.config.eval
+        for name in evaluation.metrics:
+            check_choice("config.eval.metrics", name, METRIC_NAMES)
+        check_choice("config.eval.features", evaluation.features, NETWORKS)
+        check_choice("config.eval.fid_resize", evaluation.fid_resize, RULES)
+        check_choice("config.eval.fid_reference", evaluation.fid_reference, ("remain", "all"))
+        check_number("config.eval.frequency_threshold", evaluation.frequency_threshold, 0.0)
+        check_int("config.eval.nll_probes", evaluation.nll_probes)
 
     def condition(self, target: Target) -> tuple[jax.Array, ...]:
         """Further arguments of the network, such as a prompt's embedding: none here."""
@@ -143,10 +159,6 @@ class PixelExperiment:
         forget = {"pixels": np.ascontiguousarray(self.images.images[target.unique])}
         if not num_neighbors:
             return ForgetData(forget)
-        check(
-            num_neighbors <= len(target.remain),
-            f"config.unlearn.num_neighbors (K) is {num_neighbors}, but only {len(target.remain)} images remain; choose a smaller K",
-        )
         rows, distances = cached_nearest(
             self.images, target.unique, num_neighbors, exclude=target.forget, backend=backend, cache_dir=self.cache_dir
         )
@@ -232,7 +244,10 @@ class PixelExperiment:
             cache_dir=self.cache_dir / "features",
             eps_fn=self.eps_fn,
             schedule=self.schedule,
-            features=lambda: feature_network(evaluation.features, self.images, workdir.root / "features"),
+            features=lambda: feature_network(
+                evaluation.features, self.images, workdir.root / "features", evaluation.weights_dir, evaluation.fid_resize
+            ),
+            sscd=lambda: load_sscd(evaluation.weights_dir),
             threshold=evaluation.frequency_threshold,
             nll_probes=evaluation.nll_probes,
             rng=jax.random.key(self.config.sampling.seed),

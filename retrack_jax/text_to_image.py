@@ -32,6 +32,7 @@ from retrack_jax.data.prompts import PromptPair, prompts_of
 from retrack_jax.data.targets import slug
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate import concept as metrics
+from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.results import Results, Unavailable, evaluate, is_complete, read_results
 from retrack_jax.experiment import ForgetData, Target
 from retrack_jax.neighbors.search import nearest
@@ -276,7 +277,7 @@ class TextToImageExperiment:
             concept=concept,
             centers=lambda: metrics.concept_centers(concept, evaluation.classifier),
             centers_name="the shipped kmeans_classifier.joblib" if evaluation.classifier == "joblib" else "means of the shipped labels",
-            sscd=lambda: metrics.load_sscd(evaluation.weights_dir),
+            sscd=lambda: load_sscd(evaluation.weights_dir),
             clip_iqa=lambda: self._clip_iqa,
         )
 

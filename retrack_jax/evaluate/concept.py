@@ -20,13 +20,11 @@ from retrack_jax.files import file_digest
 from retrack_jax.metrics.clip_iqa import ClipIqa, make_clip_iqa
 from retrack_jax.metrics.features.clip_image import towers_from_openai
 from retrack_jax.metrics.features.network import FeatureNetwork
-from retrack_jax.metrics.features.resnet import sscd_network
 from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate
 from retrack_jax.models.tokenizer import ClipTokenizer
 
 CLASSIFIERS = ("joblib", "labels")
 CLIP_STEM = "RN50"
-SSCD_FILE = "sscd_disc_mixup.torchscript.pt"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,17 +82,6 @@ def concept_centers(concept: Concept, classifier: str) -> np.ndarray:
         return read_centers(concept.folder / CLASSIFIER)
     except UserError as error:
         raise Unavailable(f"{error}; or refit it with --config.eval.classifier=labels") from error
-
-
-def load_sscd(weights_dir) -> FeatureNetwork:
-    """Returns SSCD's network from `weights_dir`. Raises `Unavailable` where its file is missing or damaged."""
-    path = Path(weights_dir).expanduser() / SSCD_FILE
-    if not path.is_file():
-        raise Unavailable(f"no {SSCD_FILE} in {path.parent}: SSCD's weights; --config.mode=check prints the command that gets them")
-    try:
-        return sscd_network(read_torchscript(path), file_digest(path))
-    except UserError as error:
-        raise Unavailable(f"{path}: {error}") from error
 
 
 def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> ClipIqa:
