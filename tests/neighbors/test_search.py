@@ -1,5 +1,7 @@
 """The search against a float64 oracle, for each engine: ranks, ties, duplicates, exclusions, bounded memory, bad input."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -156,3 +158,14 @@ def test_bad_input(arguments, message):
     whole = {"queries": pixels(14, 1, 9), "images": pixels(15, 40, 9), "k": 2, **arguments}
     with pytest.raises(ValueError, match=message):
         nearest(whole.pop("queries"), whole.pop("images"), whole.pop("k"), **whole)
+
+
+def test_pages_of_a_memory_map_are_given_back(tmp_path):
+    """Mapped pages that stay count as memory of the process: after a search of 48 MB, all but the last blocks must be gone."""
+    path = tmp_path / "images.pixels"
+    pixels(16, 4000, 12_288).tofile(path)
+    mapped = np.memmap(path, np.uint8, "r", shape=(4000, 64, 64, 3))
+    nearest(np.array(mapped[:2]), mapped, 3, "exact")
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    resident = sum(int(part.split("Rss:")[1].split()[0]) for part in maps) * 1024
+    assert resident < 16e6

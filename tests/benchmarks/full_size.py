@@ -1,0 +1,137 @@
+"""configs/celebahq.py and configs/cifar10.py from the command line with networks of full size on this CPU.
+
+    python -m tests.benchmarks.full_size [celebahq|cifar10 ...]
+
+Random weights in the checkpoints' real layout, synthetic images in the real format, two optimizer steps (CelebA-HQ: batch 1 x 2), the
+export, and the export read back. Prints the time of each part and the peak memory of the command.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+OLD_DDPM = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "center_input_sample": False,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "time_embedding_type": "positional",
+}
+NETWORKS = {
+    "celebahq": OLD_DDPM
+    | {
+        "sample_size": 256,
+        "block_out_channels": [128, 128, 256, 256, 512, 512],
+        "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+    },
+    "cifar10": OLD_DDPM
+    | {
+        "sample_size": 32,
+        "block_out_channels": [128, 256, 256, 256],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    },
+}
+BATCH = {"celebahq": (2, 2), "cifar10": (16, 1)}  # images a step, microbatches
+
+
+def write_checkpoint(folder: Path, name: str) -> int:
+    """Random weights: CelebA-HQ's at the root, CIFAR-10's in unet/ and scheduler/. Returns the number of parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from retrack_jax.checkpoints import export_diffusers
+    from retrack_jax.diffusion import Schedule
+    from retrack_jax.models.unet2d import UNet2D
+
+    module = UNet2D.from_config(NETWORKS[name])
+    size = NETWORKS[name]["sample_size"]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
+    numbers = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: np.float32(0.02) * numbers.standard_normal(leaf.shape, dtype=np.float32), shapes)
+    target = folder / "unet" if name == "cifar10" else folder
+    export_diffusers(target, module, params, schedule=Schedule.from_config({"num_train_timesteps": 1000}))
+    if name == "cifar10":
+        (folder / "scheduler").mkdir(exist_ok=True)
+        for path in target.glob("scheduler_config.json"):
+            path.rename(folder / "scheduler" / path.name)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def write_images(folder: Path, name: str) -> None:
+    if name == "celebahq":
+        from tests.benchmarks.neighbors import write_jpegs
+
+        folder.mkdir()
+        write_jpegs(folder, 64)
+        return
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    encoded = []
+    for image in np.random.default_rng(0).integers(0, 256, (500, 32, 32, 3), dtype=np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "png")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    folder.mkdir()
+    table = pyarrow.table({"img": encoded, "label": np.arange(500) % 10})
+    pyarrow.parquet.write_table(table, folder / "train-00000-of-00001.parquet")
+
+
+def run(name: str, root: Path) -> None:
+    from retrack_jax.checkpoints import import_diffusers
+
+    count = write_checkpoint(root / "model", name)
+    write_images(root / "images", name)
+    batch, parts = BATCH[name]
+    target = "00003.jpg" if name == "celebahq" else "hf:3"
+    command = [sys.executable, "-m", "retrack_jax.main", f"--config=configs/{name}.py", f"--workdir={root / 'run'}"]
+    command += [f"--config.checkpoint={root / 'model'}", f"--config.data.dir={root / 'images'}", f"--config.targets={target}"]
+    command += [f"--config.data.cache_dir={root / 'cache'}", "--config.mode=unlearn", "--config.unlearn.num_steps=2"]
+    command += [f"--config.unlearn.batch_size={batch}", f"--config.unlearn.accumulation={parts}"]
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    (export,) = (root / "run").glob("retrack/*/diffusers")
+    start = time.perf_counter()
+    module, params = import_diffusers(export)
+    reload = time.perf_counter() - start
+    old = import_diffusers(root / "model")[1]
+    import jax
+
+    moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (params, old)), strict=True)]
+    log = [json.loads(line) for path in (root / "run").rglob("log.jsonl") for line in path.read_text().splitlines()]
+    print(
+        f"{name}: {count / 1e6:.1f} M parameters, 2 steps of {batch} = {parts} x {batch // parts}: {seconds:.0f} s in all, peak "
+        f"{peak / 2**30:.1f} GiB; reload {reload:.1f} s, every tensor finite: {all(map(np.isfinite, moved))}, moved by at most {max(moved):.1e}"
+    )
+    print(f"  log: {log[-2:]}")
+
+
+def main(names: list[str]) -> None:
+    for name in names or NETWORKS:
+        with tempfile.TemporaryDirectory() as folder:
+            run(name, Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
