@@ -54,7 +54,7 @@ def command(arguments) -> list[str]:
     return [sys.executable, "-m", "retrack_jax.main", *map(str, arguments)]
 
 
-def run(arguments, cache, *, timeout=240, **more) -> subprocess.CompletedProcess:
+def run(arguments, cache, *, timeout=400, **more) -> subprocess.CompletedProcess:
     """Runs the command to its end."""
     return subprocess.run(
         command(arguments), cwd=ROOT, env=environment(cache, **more), capture_output=True, text=True, timeout=timeout
@@ -68,7 +68,7 @@ def succeed(arguments, cache, **more) -> subprocess.CompletedProcess:
     return done
 
 
-def run_processes(count, devices, arguments, cache, logs, *, timeout=240, **more) -> subprocess.CompletedProcess:
+def run_processes(count, devices, arguments, cache, logs, *, timeout=400, **more) -> subprocess.CompletedProcess:
     """Runs the command as `count` processes of `devices` CPU devices each, by the launch script that users have."""
     script = [
         "bash",

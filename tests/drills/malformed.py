@@ -45,9 +45,12 @@ COUNTS = """pretrain.num_steps unlearn.num_steps pretrain.batch_size unlearn.bat
 AMOUNTS = """pretrain.eps unlearn.eps pretrain.weight_decay unlearn.weight_decay pretrain.clip_norm unlearn.clip_norm
     unlearn.siss_scale unlearn.siss_share unlearn.erasediff_eta pretrain.learning_rate unlearn.learning_rate
     eval.frequency_threshold""".split()
-CHOICES = """method mode pretrain.learning_rate_schedule unlearn.learning_rate_schedule unlearn.lam_schedule
-    unlearn.neighbor_backend unlearn.retain_loss sampling.sampler eval.features eval.fid_resize eval.fid_reference compute.dtype data.source data.crop
-    schedule.beta_schedule schedule.prediction_type schedule.variance_type schedule.timestep_spacing""".split()
+CHOICES = """
+    method mode pretrain.learning_rate_schedule unlearn.learning_rate_schedule unlearn.lam_schedule
+    unlearn.neighbor_backend unlearn.retain_loss sampling.sampler eval.features eval.fid_resize
+    eval.fid_reference compute.dtype data.source data.crop schedule.beta_schedule schedule.prediction_type
+    schedule.variance_type schedule.timestep_spacing
+""".split()
 RANGES = {
     "checkpoint_every": below_one.filter(lambda n: n < 0),
     "pretrain.warmup_steps": below_one.filter(lambda n: n < 0),

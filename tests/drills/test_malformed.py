@@ -46,7 +46,7 @@ def test_two_hundred_in_process(place, capsys):
     )  # imports jax
 
     @settings(
-        max_examples=200, derandomize=True, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+        max_examples=200, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck), report_multiple_bugs=True,
     )  # fmt: skip
     @given(malformed.cases(place))
