@@ -79,9 +79,11 @@ def nll_bits_per_dim(
     _check_schedule(schedule)
     images = jnp.asarray(images, jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
-    log_p, results = _log_likelihoods(
-        params, sigma, images, rng, eps_fn=eps_fn, num_probes=num_probes, mode=mode, rtol=float(rtol), atol=float(atol)
-    )
+    # A solver that resolves 1e-5 cannot follow a network that an accelerator rounds to bfloat16 or TF32.
+    with jax.default_matmul_precision("highest"):
+        log_p, results = _log_likelihoods(
+            params, sigma, images, rng, eps_fn=eps_fn, num_probes=num_probes, mode=mode, rtol=float(rtol), atol=float(atol)
+        )
     log_p = np.asarray(log_p, np.float64)
     if not (np.asarray(results).all() and np.isfinite(log_p).all()):
         raise UserError(

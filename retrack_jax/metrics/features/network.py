@@ -37,7 +37,12 @@ class FeatureNetwork:
     pad: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "_apply", jax.jit(self.apply_fn))
+        def apply(params, batch):
+            # TPU and GPU would otherwise multiply in bfloat16 or TF32, too coarse for features that are quoted to 1e-4.
+            with jax.default_matmul_precision("highest"):
+                return self.apply_fn(params, batch)
+
+        object.__setattr__(self, "_apply", jax.jit(apply))
 
     @property
     def description(self) -> str:
