@@ -4,11 +4,11 @@
     python -m retrack_jax.main --config=configs/celebahq.py                             # ReTrack, ten runs
     python -m retrack_jax.main --config=configs/celebahq.py:siss --config.targets=10001.jpg
 
-Data: a folder of 30,000 JPEGs `00000.jpg`...; with `--config.data.format=tfds` TFDS's celeb_a_hq/256, whose names come from your own
-tar. The checkpoint is `google/ddpm-ema-celebahq-256`.
+Data: a folder of 30,000 JPEGs `00000.jpg`...; with `--config.data.format=tfds` TFDS's celeb_a_hq/256, whose names come from
+your own tar. The checkpoint is `google/ddpm-ema-celebahq-256`.
 
-Hardware: one accelerator of 24 GB (`--config.compute.remat=True` for less). Time and score to expect: not measured by us on the real
-data; the README says what was.
+Hardware: one accelerator of 24 GB (`--config.compute.remat=True` for less). Time and score to expect: not measured by us on
+the real data; the README says what was.
 """
 
 import importlib.util

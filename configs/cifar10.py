@@ -7,9 +7,9 @@
 Targets are rows of the Hugging Face parquet (`hf:10000`) or TFDS ids (`tfds:train_20000`, the same image); with
 `--config.data.format=tfds` the data come from TFDS. The checkpoint is Diff-Pruning's `ddpm_ema_cifar10`.
 
-Hardware: one accelerator of 16 GB. Drawing 10,000 images in 1000 steps, for each model, takes most of the time; `--config.sampling.sampler=ddim
---config.sampling.num_steps=50` is 20 times cheaper, and another number. Time and score to expect: not measured by us on the real
-data; the README says what was.
+Hardware: one accelerator of 16 GB. Drawing 10,000 images in 1000 steps, for each model, takes most of the time;
+`--config.sampling.sampler=ddim --config.sampling.num_steps=50` is 20 times cheaper, and another number. Time and score to
+expect: not measured by us on the real data; the README says what was.
 """
 
 import importlib.util

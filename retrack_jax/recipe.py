@@ -1,4 +1,5 @@
-"""The recipe for data that has none of its own: fields that a config leaves as None, chosen by rules from size and resolution.
+"""The recipe for data that has none of its own: fields that a config leaves as None, chosen by rules from size and
+resolution.
 
 With S the side of the images in pixels, between 32 and 256, and N images:
 
@@ -45,14 +46,19 @@ def complete(config: ConfigDict) -> ConfigDict:
         return config
     check(bool(config.checkpoint), "config.checkpoint is empty; set it to the folder of your model, as diffusers saved it")
     check(bool(config.data.dir), "config.data.dir is empty; set it to the folder of the model's training images")
-    check(any(str(target).strip() for target in config.targets), "config.targets is empty; name the images to forget: @list.txt, or a+b+c")
+    check(
+        any(str(target).strip() for target in config.targets),
+        "config.targets is empty; name the images to forget: @list.txt, or a+b+c",
+    )
     resolution = config.data.resolution or _sample_size(config.checkpoint)
     chosen = rules(len(list_images(config.data.dir)), resolution)
     config = config.copy_and_resolve_references()
     config.data.resolution = resolution
     for name in names:
         config.unlearn[name] = chosen[name]
-    log.info("chosen by the rules of retrack_jax/recipe.py: %s", {name: chosen[name] for name in names} | {"resolution": resolution})
+    log.info(
+        "chosen by the rules of retrack_jax/recipe.py: %s", {name: chosen[name] for name in names} | {"resolution": resolution}
+    )
     return config
 
 
@@ -60,7 +66,10 @@ def _sample_size(checkpoint: str) -> int:
     folder = Path(checkpoint).expanduser()
     paths = [folder / part / "config.json" for part in ("unet", "unet_ema", ".")]
     path = next((path for path in paths if path.is_file()), None)
-    check(path is not None, f"no config.json in {folder}, its unet/ or its unet_ema/; set config.checkpoint to a folder that diffusers saved")
+    check(
+        path is not None,
+        f"no config.json in {folder}, its unet/ or its unet_ema/; set config.checkpoint to a folder that diffusers saved",
+    )
     size = read_json(path).get("sample_size")
     if not isinstance(size, int):
         raise UserError(f"{path} has no sample_size that is one number ({size!r}); set config.data.resolution")

@@ -2,7 +2,8 @@
 
     pip install tensorflow-cpu tensorflow-datasets importlib_resources && python tests/make_tfds_fixtures.py
 
-TFDS's own builders of MNIST, Fashion-MNIST, CIFAR-10 and CelebA-HQ prepare them, from source files in the original formats that are
+TFDS's own builders of MNIST, Fashion-MNIST, CIFAR-10 and CelebA-HQ prepare them, from source files in the original formats
+that are
 written here: image i of MNIST and its kin has value i in its first pixel, so a test can tell rows apart.
 """
 
@@ -38,7 +39,9 @@ def write_idx(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray)
 
 
 def prepare(builder) -> None:
-    builder.download_and_prepare(file_format="array_record", download_config=tfds.download.DownloadConfig(register_checksums=False))
+    builder.download_and_prepare(
+        file_format="array_record", download_config=tfds.download.DownloadConfig(register_checksums=False)
+    )
 
 
 def mnist_like(name: str, seed: int, data_dir: Path, work: Path) -> None:

@@ -1,7 +1,7 @@
 """CIFAR-10's two orders, and the check that what was loaded is in one of them.
 
-The official code counts rows of the Hugging Face parquet, whose order follows the archive: batches 4, 3, 2, 5, 1 of 10,000 images each.
-TFDS counts through the batches 1 to 5. So `hf:10000` is `data_batch_3[0]`, and `tfds:train_20000`.
+The official code counts rows of the Hugging Face parquet, whose order follows the archive: batches 4, 3, 2, 5, 1 of 10,000
+images each. TFDS counts through the batches 1 to 5. So `hf:10000` is `data_batch_3[0]`, and `tfds:train_20000`.
 """
 
 import numpy as np
@@ -45,7 +45,7 @@ def check_order(images: ImageSet) -> ImageSet:
         found = None if images.labels is None else int(np.asarray(images.labels)[row])
         if found != label:
             raise UserError(
-                f"image {name} of {images.name} has label {found}, and in CIFAR-10 it is {label}: this is another data set or another "
-                "order, and targets would name the wrong images; download it again (config.mode=check gives the command)"
+                f"image {name} of {images.name} has label {found}, and in CIFAR-10 it is {label}: this is another data set "
+                "or another order, and targets would name the wrong images; download it again (config.mode=check gives the command)"
             )
     return images

@@ -1,7 +1,7 @@
 """Encoded images (JPEG, PNG, WebP, whatever Pillow reads) to uint8 pixels of one size, several at once.
 
-The rules, in this order: turn by the EXIF orientation; with `resolution` S, scale the shorter side to S (Lanczos) and cut the centre S x S;
-an image that is S x S already keeps its pixels as they are.
+The rules, in this order: turn by the EXIF orientation; with `resolution` S, scale the shorter side to S (Lanczos) and cut
+the centre S x S; an image that is S x S already keeps its pixels as they are.
 """
 
 import io
@@ -29,7 +29,8 @@ class DecodeOptions:
     Attributes:
       resolution: side in pixels of the square that images become; 0 keeps them as they are, and they must then agree.
       crop: `center`, or `none` to refuse an image that is not square.
-      channels: 1 or 3 converts whatever comes; 0 takes what the first image has and refuses one that differs (a grey one among RGB).
+      channels: 1 or 3 converts whatever comes; 0 takes what the first image has and refuses one that differs (a grey one
+        among RGB).
       skip_corrupt: leave out, rather than refuse, images that cannot be decoded.
     """
 
@@ -50,7 +51,8 @@ class CorruptImage(Exception):
 
 
 def decode(name: str, source: bytes | Path, options: DecodeOptions) -> np.ndarray:
-    """Returns one image, uint8 `[H, W, C]`; a palette image, or one with transparency, has 3 channels only if they are asked for.
+    """Returns one image, uint8 `[H, W, C]`; a palette image, or one with transparency, has 3 channels only if they are
+    asked for.
 
     Raises:
       CorruptImage: it cannot be decoded.
@@ -84,7 +86,9 @@ def _resized(name: str, image, options: DecodeOptions):
     if not side or image.size == (side, side):
         return image
     if options.crop == "none" and image.width != image.height:
-        raise UserError(f"image {name} is {image.width}x{image.height}, not square; set config.data.crop=center to cut its centre")
+        raise UserError(
+            f"image {name} is {image.width}x{image.height}, not square; set config.data.crop=center to cut its centre"
+        )
     scale = side / min(image.size)
     width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
     left, top = (width - side) // 2, (height - side) // 2
@@ -95,8 +99,8 @@ def _resized(name: str, image, options: DecodeOptions):
 def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOptions) -> Iterator[tuple[str, np.ndarray | str]]:
     """Yields (name, uint8 `[H, W, C]`) in the order of `items`, or (name, what is wrong with it) for a corrupt image.
 
-    Decoding runs in as many threads as there are processors (Pillow releases the interpreter while it decodes); a bounded number of
-    images is in flight, whatever `items` holds.
+    Decoding runs in as many threads as there are processors (Pillow releases the interpreter while it decodes); a bounded
+    number of images is in flight, whatever `items` holds.
 
     Raises:
       UserError: an image whose shape or number of channels differs from the first one's.

@@ -1,8 +1,9 @@
 """Images decoded once into a file of raw uint8 pixels that training, neighbors and metrics map into memory.
 
-Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, SHA-256 of the pixels), which is written last and so commits both.
-The key covers what the pixels depend on: the source files (name, size, time of change), the decoding rules and Pillow's version.
-Pixels are checked against their digest when they are loaded; a damaged or partial set is decoded again, never trusted.
+Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, SHA-256 of the pixels), which is written last and so
+commits both. The key covers what the pixels depend on: the source files (name, size, time of change), the decoding rules
+and Pillow's version. Pixels are checked against their digest when they are loaded; a damaged or partial set is decoded
+again, never trusted.
 """
 
 import fcntl
@@ -20,8 +21,8 @@ import numpy as np
 
 from retrack_jax import files
 from retrack_jax.checks import UserError
-from retrack_jax.data.decode import VERSION, DecodeOptions, decode_many
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.decode import VERSION, DecodeOptions, decode_many
 from retrack_jax.writer import progress
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def decoded_images(
       labels: called with `encoded`; the label of each image, in the same order.
 
     Raises:
-      UserError: corrupt images (unless `options.skip_corrupt`), images that do not agree, duplicate names, no space on the disk.
+      UserError: corrupt images (unless `options.skip_corrupt`), images that do not agree, duplicate names, no space on the
+        disk.
     """
     import PIL
 
@@ -150,12 +152,13 @@ def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
-            f"decoded images need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free; set config.data.cache_dir"
+            f"decoded images need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free; "
+            "set config.data.cache_dir"
         )
 
 
 def pixels_digest(path: Path, shape: tuple[int, ...]) -> str:
-    """Returns `files.array_digest` of a file of raw uint8 pixels, read without mapping it (mapped pages would count as memory)."""
+    """Returns `files.array_digest` of a file of raw uint8 pixels, read, not mapped: mapped pages count as memory."""
     sha = hashlib.sha256(f"{np.dtype(np.uint8).str}{shape}".encode())
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(_READ_BYTES)

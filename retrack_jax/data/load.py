@@ -48,8 +48,8 @@ def load_images(data: dict) -> ImageSet:
     """Returns the images that the fields of `config.data` describe.
 
     Args:
-      data: `source`; and, with defaults, `dir`, `format`, `copies`, `resolution`, `crop`, `channels`, `skip_corrupt`, `cache_dir`,
-        `split`, `tfds_name`, as configs/base.py explains them.
+      data: `source`; and, with defaults, `dir`, `format`, `copies`, `resolution`, `crop`, `channels`, `skip_corrupt`,
+        `cache_dir`, `split`, `tfds_name`, as configs/base.py explains them.
 
     Raises:
       UserError: anything that the user can mend: an unknown source, missing or damaged files, images that do not agree.

@@ -19,9 +19,9 @@ def load_mnist_tshirt(copies: int, options: DecodeOptions, *, format: str, data_
     """Returns MNIST's training images (`mnist_00000`...) and then `copies` T-shirts (`tshirt_000`..., label 10).
 
     Args:
-      format: `tfds`: the prepared sets `mnist` and `fashion_mnist` in `data_dir`. `parquet`: the folders `mnist` and `fashion_mnist` in
-        it; or, where `data_dir` itself holds the parquet file of `claserken/mnist-with-tshirt`, that set as it is (`hf:ROW`; `copies` is
-        not used).
+      format: `tfds`: the prepared sets `mnist` and `fashion_mnist` in `data_dir`. `parquet`: the folders `mnist` and
+        `fashion_mnist` in it; or, where `data_dir` itself holds the parquet file of `claserken/mnist-with-tshirt`, that set
+        as it is (`hf:ROW`; `copies` is not used).
 
     Raises:
       UserError: a set is missing, or its image 1 is not a T-shirt.
@@ -37,7 +37,9 @@ def load_mnist_tshirt(copies: int, options: DecodeOptions, *, format: str, data_
         digits = load_parquet(data_dir / "mnist", options, cache_dir=cache_dir, name="mnist")
         fashion = load_parquet(data_dir / "fashion_mnist", options, cache_dir=cache_dir, name="fashion_mnist", rows=(TSHIRT_ROW,))
     if fashion.labels is None or int(fashion.labels[0]) != _FASHION_TSHIRT or digits.labels is None:
-        raise UserError(f"training image {TSHIRT_ROW} of {data_dir}/fashion_mnist is not a T-shirt (class 0): another set, or order")
+        raise UserError(
+            f"training image {TSHIRT_ROW} of {data_dir}/fashion_mnist is not a T-shirt (class 0): another set, or order"
+        )
     ids = [f"mnist_{row:05d}" for row in range(len(digits))] + [f"tshirt_{copy:03d}" for copy in range(copies)]
     images = np.concatenate([digits.images, np.repeat(fashion.images, copies, axis=0)])
     return image_set("mnist_tshirt", images, ids, np.concatenate([digits.labels, np.full(copies, TSHIRT_LABEL)]))
@@ -46,5 +48,7 @@ def load_mnist_tshirt(copies: int, options: DecodeOptions, *, format: str, data_
 def _ready_made(data_dir: Path, options: DecodeOptions, cache_dir) -> ImageSet:
     images = load_parquet(data_dir, options, cache_dir=cache_dir, name="mnist_tshirt")
     if images.labels is None or TSHIRT_LABEL not in images.labels:
-        raise UserError(f"{data_dir} has neither folders mnist and fashion_mnist nor a parquet file with label {TSHIRT_LABEL}, the T-shirt")
+        raise UserError(
+            f"{data_dir} has neither folders mnist and fashion_mnist nor a parquet file with label {TSHIRT_LABEL}, the T-shirt"
+        )
     return images

@@ -10,7 +10,8 @@ from retrack_jax.data.dataset import ImageSet, image_set
 
 
 def load_npz(path, name: str = "npz") -> ImageSet:
-    """Returns the images in `path`: uint8 `[N, H, W, C]`, or `[N, H, W]` for grey ones. Without `ids` they are named `0`, `1`, ...
+    """Returns the images in `path`: uint8 `[N, H, W, C]`, or `[N, H, W]` for grey ones. Without `ids` they are named `0`,
+    `1`, ...
 
     Raises:
       UserError: no such file, a damaged one, no array `images`, or one of another kind or shape.
@@ -29,7 +30,10 @@ def load_npz(path, name: str = "npz") -> ImageSet:
         arrays = {"images": arrays["arr_0"]}
     check("images" in arrays, f"{path} has no array named images; it has {', '.join(arrays) or 'none'}")
     images = arrays["images"]
-    check(images.ndim in (3, 4) and len(images) > 0, f"{path}: images have shape {images.shape}; expected [N, H, W, C] with N at least 1")
+    check(
+        images.ndim in (3, 4) and len(images) > 0,
+        f"{path}: images have shape {images.shape}; expected [N, H, W, C] with N at least 1",
+    )
     check(images.dtype == np.uint8, f"{path}: images are {images.dtype}; expected uint8, 0 to 255")
     images = images[..., None] if images.ndim == 3 else images
     check(images.shape[3] in (1, 3), f"{path}: images have shape {images.shape}; expected 1 or 3 channels, last")

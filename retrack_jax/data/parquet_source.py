@@ -1,6 +1,7 @@
 """Hugging Face parquet files, as `hf download` leaves them: an image column of encoded bytes, and perhaps a label.
 
-Image `hf:ROW` is row ROW over all files of the split in the order of their names, the numbers that the official ReTrack code uses.
+Image `hf:ROW` is row ROW over all files of the split in the order of their names, the numbers that the official ReTrack
+code uses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 def parquet_files(folder, split: str = "train") -> list[Path]:
-    """Returns the parquet files of `split` in `folder` and below it, sorted: those named SPLIT-*, else all if none is named for a split.
+    """Returns the parquet files of `split` in `folder` and below it, sorted: those named SPLIT-*, else all if none is named
+    for a split.
 
     Raises:
       UserError: there is none.
@@ -31,7 +33,9 @@ def parquet_files(folder, split: str = "train") -> list[Path]:
     if found and not of_split and not any(path.name.split("-")[0] in ("train", "test", "validation") for path in found):
         of_split = found
     if not of_split:
-        raise UserError(f"no {split}-*.parquet in {folder} or below it; set config.data.dir, or see config.mode=check for the download")
+        raise UserError(
+            f"no {split}-*.parquet in {folder} or below it; set config.data.dir, or see config.mode=check for the download"
+        )
     return of_split
 
 
@@ -53,7 +57,9 @@ def load_parquet(
     total = sum(table.metadata.num_rows for table in tables)
     rows = range(total) if rows is None else rows
     if not len(rows) or rows[-1] >= total:
-        raise UserError(f"{paths[0].parent} has {total} rows of {split}; {len(rows)} rows up to {max(rows, default=0)} are needed")
+        raise UserError(
+            f"{paths[0].parent} has {total} rows of {split}; {len(rows)} rows up to {max(rows, default=0)} are needed"
+        )
     return decoded_images(
         name,
         lambda: _encoded(tables, image_column, set(rows)),

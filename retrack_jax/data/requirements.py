@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.load import CELEBAHQ_TFDS, data_folder, data_format
 from retrack_jax.data.folder_source import SUFFIXES
+from retrack_jax.data.load import CELEBAHQ_TFDS, data_folder, data_format
 from retrack_jax.data.tfds_source import find_prepared, prepare_command
 from retrack_jax.files import file_digest
 
@@ -88,7 +88,9 @@ def _item(description: str, path: Path, found: list[Path], **how) -> Requirement
         return Requirement(description=description, path=path, found=False, **how)
     sizes = [entry.stat().st_size for entry in found]
     if len(found) == 1:
-        return Requirement(description=description, path=found[0], found=True, files=1, size=sizes[0], digest=file_digest(found[0]), **how)
+        return Requirement(
+            description=description, path=found[0], found=True, files=1, size=sizes[0], digest=file_digest(found[0]), **how
+        )
     listing = "".join(f"{entry.relative_to(path)}\0{size}\n" for entry, size in zip(found, sizes, strict=True))
     digest = hashlib.sha256(listing.encode()).hexdigest()
     return Requirement(description=description, path=path, found=True, files=len(found), size=sum(sizes), digest=digest, **how)

@@ -17,8 +17,9 @@ _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
-    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; a glob (`* ? [...]`); the last part of a
-    path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is `tfds:train_20000`).
+    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; a glob (`* ? [...]`);
+    the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
+    `tfds:train_20000`).
 
     Raises:
       UserError: nothing has that name (with the nearest ones), a label that no image has, several images with that file name.
@@ -53,7 +54,9 @@ class _Names:
     def _with_label(self, text: str) -> list[int]:
         labels = self._images.labels
         check(labels is not None, f"the target is 'label:{text}', but {self._images.name} has no labels; name images instead")
-        check(re.fullmatch(r"-?\d+", text) is not None, f"the target is 'label:{text}'; a label is a whole number, such as label:7")
+        check(
+            re.fullmatch(r"-?\d+", text) is not None, f"the target is 'label:{text}'; a label is a whole number, such as label:7"
+        )
         rows = np.flatnonzero(np.asarray(labels) == int(text)).tolist()
         if not rows:
             present = np.unique(labels)
@@ -102,8 +105,10 @@ def _list_lines(spec: str) -> list[str]:
 
 
 def slug(spec: str) -> str:
-    """Returns a file name for a target: the spec itself where it can be one, else cleaned, cut and with a short hash, so that two
-    targets never share one. That of `@list.txt` changes with what the file lists."""
+    """Returns a file name for a target: the spec itself where it can be one, else cleaned, cut and with a short hash.
+
+    Two targets never share one. That of `@list.txt` changes with what the file lists.
+    """
     spec = str(spec).strip()
     source = spec
     for part in spec.split("+") if _is_group(spec) else [spec]:

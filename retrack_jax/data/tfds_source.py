@@ -1,11 +1,12 @@
 """Data sets that TensorFlow Datasets has prepared as array_record, read through `tfds.data_source` without TensorFlow.
 
-Nothing is downloaded here, so a missing set is an error at once. Names of images, which do not depend on how the set was sharded:
+Nothing is downloaded here, so a missing set is an error at once. Names of images, which do not depend on how the set was
+sharded:
 
     an `id` feature              tfds:train_20000   (CIFAR-10)
     an `image/filename` feature  10001.jpg          (CelebA-HQ: the names in the user's own tar)
-    MNIST and its kin            tfds:train_1       (the row of the original file: TFDS stores rows by the hash of their number,
-                                                     so sorting the hashes tells which record is which)
+    MNIST and its kin            tfds:train_1       (the row of the original file: TFDS stores rows by the hash of their
+                                                     number, so sorting the hashes tells which record is which)
     else                         tfds:train_0       (the position in the prepared files)
 """
 
@@ -97,7 +98,9 @@ def _open(name: str, folder: Path, split: str):
         raise
     except Exception as error:  # whatever TFDS and array_record raise for a damaged folder
         get = prepare_command(name, folder)
-        raise UserError(f"cannot read the TFDS data set in {folder} ({type(error).__name__}: {error}); prepare it again: {get}") from error
+        raise UserError(
+            f"cannot read the TFDS data set in {folder} ({type(error).__name__}: {error}); prepare it again: {get}"
+        ) from error
 
 
 def _order(name: str, split: str, source, features) -> tuple[np.ndarray, list[str]]:

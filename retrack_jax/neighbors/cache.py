@@ -1,11 +1,11 @@
 """Neighbors found once, kept, and checked before they are used again.
 
-A file holds the neighbors of one target. It is named by its key: the digest of the pixels (or latents), the space in which distances are
-taken, the queries, the excluded images, K, the engine and the version of the search. It also holds the key and a SHA-256 of its arrays; one that
-does not match, or that names impossible neighbors, is searched again, never trusted.
+A file holds the neighbors of one target. It is named by its key: the digest of the pixels (or latents), the space in which
+distances are taken, the queries, the excluded images, K, the engine and the version of the search. It also holds the key
+and a SHA-256 of its arrays; one that does not match, or that names impossible neighbors, is searched again, never trusted.
 
-For repeated deletions from one large set (`backend="scann"`), ScaNN's tree index of the whole set is kept as well: built once, loaded, and
-told at query time what to leave out.
+For repeated deletions from one large set (`backend="scann"`), ScaNN's tree index of the whole set is kept as well: built
+once, loaded, and told at query time what to leave out.
 """
 
 import importlib.metadata
@@ -63,8 +63,7 @@ def cached_nearest_of_targets(
     keys = [_key(images.digest, space, shape, rows, exclude, k, engine) for rows, exclude in targets]
     paths = [epath.Path(cache_dir) / "neighbors" / f"{files.json_digest(key)[:32]}.npz" for key in keys]
     found = [
-        _load(path, key, exclude, len(rows), shape[0], k)
-        for path, key, (rows, exclude) in zip(paths, keys, targets, strict=True)
+        _load(path, key, exclude, len(rows), shape[0], k) for path, key, (rows, exclude) in zip(paths, keys, targets, strict=True)
     ]
     missing = [i for i, result in enumerate(found) if result is None]
     if missing:
@@ -83,7 +82,8 @@ def cached_nearest_of_targets(
 
 
 def kept_index(images, cache_dir, space: str = PIXELS):
-    """Returns ScaNN's tree index of all `images` (a `ScannIndex`): the one in `cache_dir` if it is whole and theirs, else a new one.
+    """Returns ScaNN's tree index of all `images` (a `ScannIndex`): the one in `cache_dir` if it is whole and theirs,
+    else a new one.
 
     ScaNN reads and writes local folders only.
     """

@@ -82,8 +82,8 @@ def search(queries_QD: np.ndarray, images_ND: np.ndarray, k: int, exclude: Seque
     """Returns the k nearest images of each query: (indices int64 [Q, k], distances float64 [Q, k]), nearest first.
 
     Args:
-      queries_QD, images_ND: both uint8, taken as pixels in [-1, 1], or both float32. Images may be a memory map: they are read once, in
-        order, a block at a time.
+      queries_QD, images_ND: both uint8, taken as pixels in [-1, 1], or both float32. Images may be a memory map: they are
+        read once, in order, a block at a time.
       exclude: pairs (rows of queries, sorted indices of images that those queries must not find).
 
     Raises:
@@ -116,7 +116,9 @@ def _search_tile(queries_QD, images_ND, k, exclude):
             low_QN, squares_N = scores[0].astype(np.float64), scores[1]
             if not np.isfinite(squares_N).all():
                 bad = start + int(np.flatnonzero(~np.isfinite(squares_N))[0])
-                raise UserError(f"image {bad} holds values that are not finite (or too large for float32): mend it or leave it out")
+                raise UserError(
+                    f"image {bad} holds values that are not finite (or too large for float32): mend it or leave it out"
+                )
             margin_QN = error_factor * (norms_Q[:, None] + np.sqrt(squares_N.astype(np.float64))[None, :]) ** 2
             low_QN -= margin_QN
         for rows, indices in exclude:
@@ -197,7 +199,8 @@ class _Best:
     def candidates(self, low_QN, margin_QN) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of all that may enter, given scores that lie at most 2 margins below the true value.
 
-        A later image with the same distance as the k-th best loses the tie; within the margin it cannot be told yet and stays in.
+        A later image with the same distance as the k-th best loses the tie; within the margin it cannot be told yet and
+        stays in.
         """
         k = self.squares_QK.shape[1]
         below = low_QN < self.squares_QK[:, -1:]

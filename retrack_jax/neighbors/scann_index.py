@@ -1,11 +1,12 @@
 """ScaNN's two engines behind one object: brute-force scoring, and a tree with quantised distances that can be saved.
 
-ScaNN returns float32 distances and breaks ties as it likes. So more candidates than k are asked for, their distances are taken
-from differences in float64, and they are sorted by (distance, index). With brute force the answer is then certified: every image that
-was not returned lies beyond the last candidate, less the rounding error; where that does not settle the k-th place, more are asked for.
+ScaNN returns float32 distances and breaks ties as it likes. So more candidates than k are asked for, their distances are
+taken from differences in float64, and they are sorted by (distance, index). With brute force the answer is then certified:
+every image that was not returned lies beyond the last candidate, less the rounding error; where that does not settle the
+k-th place, more are asked for.
 
-The tree is approximate. How many of its leaves a query visits is chosen when it is built, by recall against the exact search on images of
-the set; the recall that was found is kept with it.
+The tree is approximate. How many of its leaves a query visits is chosen when it is built, by recall against the exact
+search on images of the set; the recall that was found is kept with it.
 """
 
 import json
@@ -151,7 +152,7 @@ class ScannIndex:
         return indices_QK, np.sqrt(squares_QK)
 
     def _search_scann(self, floats_QD, count: int):
-        """(indices, rounded squared distances) of up to `count` images a query, as two lists of arrays; all of them if it is the size."""
+        """Up to `count` images a query, all of them if it is the size: lists of indices and rounded squared distances."""
         options = {}
         if self.tree:
             leaves = num_leaves(self._size) if count == self._size else self._leaves

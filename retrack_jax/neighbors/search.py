@@ -46,14 +46,17 @@ def nearest(
       index: a `ScannIndex` of these very images to use, whatever `backend` says.
 
     Raises:
-      UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` where it is not installed.
+      UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` where it
+      is not installed.
     """
     check_choice("backend", backend, BACKENDS)
     queries_FD, images_ND = _as_rows(queries, images)
     check_int("k", int(k) if isinstance(k, np.integer) else k)
     excluded_sets, set_of_query_F = _excluded_sets(exclude, len(queries_FD), len(images_ND))
     room = len(images_ND) - max((len(indices) for indices in excluded_sets), default=0)
-    check(k <= room, f"k is {k}, but only {room} images remain to search ({len(images_ND)} less those left out); choose a smaller k")
+    check(
+        k <= room, f"k is {k}, but only {room} images remain to search ({len(images_ND)} less those left out); choose a smaller k"
+    )
     if len(queries_FD) == 0:
         return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
 
@@ -85,12 +88,15 @@ def scann_installed() -> bool:
 
 
 def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memory_budget: int = MEMORY_BUDGET) -> tuple[str, str]:
-    """Returns (`exact`, `scann brute` or `scann tree`; the reason) for a set of `shape` [N, D] and `num_queries` distinct queries."""
+    """Returns (`exact` or `scann brute`, the reason) for a set of `shape` [N, D] and `num_queries` distinct queries."""
     size, needed = shape[0], 2 * 4 * shape[0] * shape[1]
     if backend == "exact":
         return "exact", "asked for"
     if not scann_installed():
-        check(backend == "auto", "backend is 'scann', but ScaNN is not installed (its wheels are for Linux); install it or use 'exact'")
+        check(
+            backend == "auto",
+            "backend is 'scann', but ScaNN is not installed (its wheels are for Linux); install it or use 'exact'",
+        )
         return "exact", "ScaNN is not installed"
     if backend == "auto" and needed > memory_budget:
         return "exact", f"ScaNN would need {needed / 2**30:.1f} GiB of memory, more than {memory_budget / 2**30:.1f}"

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.full_size [celebahq|cifar10 ...]
 
-Random weights in the checkpoints' real layout, synthetic images in the real format, two optimizer steps (CelebA-HQ: batch 1 x 2), the
-export, and the export read back. Prints the time of each part and the peak memory of the command.
+Random weights in the checkpoints' real layout, synthetic images in the real format, two optimizer steps (CelebA-HQ: batch 1
+x 2), the export, and the export read back. Prints the time of each part and the peak memory of the command.
 """
 
 import json
@@ -118,11 +118,14 @@ def run(name: str, root: Path) -> None:
     old = import_diffusers(root / "model")[1]
     import jax
 
-    moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (params, old)), strict=True)]
+    moved = [
+        float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (params, old)), strict=True)
+    ]
     log = [json.loads(line) for path in (root / "run").rglob("log.jsonl") for line in path.read_text().splitlines()]
     print(
         f"{name}: {count / 1e6:.1f} M parameters, 2 steps of {batch} = {parts} x {batch // parts}: {seconds:.0f} s in all, peak "
-        f"{peak / 2**30:.1f} GiB; reload {reload:.1f} s, every tensor finite: {all(map(np.isfinite, moved))}, moved by at most {max(moved):.1e}"
+        f"{peak / 2**30:.1f} GiB; reload {reload:.1f} s, every tensor finite: {all(map(np.isfinite, moved))}, "
+        f"moved by at most {max(moved):.1e}"
     )
     print(f"  log: {log[-2:]}")
 

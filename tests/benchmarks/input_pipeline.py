@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.input_pipeline [NUMBER OF IMAGES]
 
-Prints the decoder's rate (256 x 256 JPEGs of CelebA-HQ's file size, into the uint8 cache), and the time that a training step of 16 images
-waits for its batch: once with a step that does nothing, which is the stream's own rate, and once behind a step of 50 ms, which is faster
-than any step of 16 such images through a network of 113.7 M parameters on one accelerator that we know of.
+Prints the decoder's rate (256 x 256 JPEGs of CelebA-HQ's file size, into the uint8 cache), and the time that a training
+step of 16 images
+waits for its batch: once with a step that does nothing, which is the stream's own rate, and once behind a step of 50 ms,
+which is faster than any step of 16 such images through a network of 113.7 M parameters on one accelerator that we know of.
 """
 
 import sys
@@ -44,7 +45,7 @@ def main(count: int) -> None:
         start = time.perf_counter()
         images = load_images({"source": "folder", "dir": folder, "cache_dir": f"{folder}/cache"})
         seconds = time.perf_counter() - start
-        print(f"decoded {count} JPEGs of {size / 1e3:.0f} kB into the cache in {seconds:.2f} s: {count / seconds:.0f} images a second")
+        print(f"decoded {count} JPEGs of {size / 1e3:.0f} kB in {seconds:.2f} s: {count / seconds:.0f} images a second")
         batches = Batches(
             gather=lambda rows: {"pixels": np.ascontiguousarray(images.images[rows])},
             num_remain=count,

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.neighbors [queries|jpeg|index|stream ...]
 
-    queries  606 queries x 60,000 x 784: one image 606 times, then distinct ones; and 1 to 3,000 distinct queries for each engine
-    jpeg     2,000 x 196,608 from JPEG files, decoding included, each side in a process of its own, whose peak memory is read
-    index    ScaNN's tree index of 60,000 x 784: build, save, load, recall@10 and speed on 1,000 queries
-    stream   30,000 x 196,608 from a memory map: peak memory and time of one pass for ten targets
+    queries  606 queries x 60,000 x 784: one image 606 times, then distinct ones; and 1 to 3,000 distinct queries for each
+    engine jpeg     2,000 x 196,608 from JPEG files, decoding included, each side in a process of its own, whose peak memory
+    is read index    ScaNN's tree index of 60,000 x 784: build, save, load, recall@10 and speed on 1,000 queries stream
+    30,000 x 196,608 from a memory map: peak memory and time of one pass for ten targets
 
-Images are scikit-learn's digits, enlarged, shifted and blended to 28 x 28 (60,000 distinct ones), and random smooth colour images.
+Images are scikit-learn's digits, enlarged, shifted and blended to 28 x 28 (60,000 distinct ones), and random smooth colour
+images.
 """
 
 import json
@@ -66,7 +67,6 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
 
 def queries_part() -> None:
     from retrack_jax.neighbors import nearest
-    from retrack_jax.neighbors.search import choose_backend
 
     images = digits(60_000)
     floats = as_floats(images)
@@ -74,12 +74,13 @@ def queries_part() -> None:
     many = digits(3000, seed=1)
     cases = [("606 x one image", np.repeat(shirt, 606, axis=0)), ("606 distinct", many[:606])]
     cases += [(f"{count} distinct", many[:count]) for count in (1, 10, 100, 1000, 3000)]
-    print("| queries x 60,000 x 784 | scikit-learn s | scann s | exact s | exact, uint8 s | times faster: scann, exact uint8 | recall |")
+    print("| queries x 60,000 x 784 | scikit-learn | scann | exact | exact, uint8 | times faster: scann, exact uint8 | recall |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, pixels in cases:
-        theirs, _, true = best_of(lambda q=as_floats(pixels): sklearn_search(q, floats))
-        scann, _, one = best_of(lambda q=as_floats(pixels): nearest(q, floats, 10, "scann")[0])
-        exact, _, two = best_of(lambda q=as_floats(pixels): nearest(q, floats, 10, "exact")[0])
+        queries = as_floats(pixels)
+        theirs, _, true = best_of(lambda q=queries: sklearn_search(q, floats))
+        scann, _, one = best_of(lambda q=queries: nearest(q, floats, 10, "scann")[0])
+        exact, _, two = best_of(lambda q=queries: nearest(q, floats, 10, "exact")[0])
         whole, first, three = best_of(lambda q=pixels: nearest(q, images, 10, "exact")[0])
         recalls = "/".join(f"{recall(found, true):.4f}" for found in (one, two, three))
         print(
@@ -87,7 +88,6 @@ def queries_part() -> None:
             f"{theirs / scann:.1f}, {theirs / whole:.1f} | {recalls} |",
             flush=True,
         )
-        print(f"  auto would take: {choose_backend('auto', images.shape, len(np.unique(pixels, axis=0)))}", flush=True)
 
 
 def write_jpegs(folder: Path, count: int, size: int = 256) -> None:
@@ -169,10 +169,11 @@ def index_part() -> None:
     brute_index = ScannIndex.build(images)
     brute, _, _ = best_of(lambda: nearest(queries, images, 10, index=brute_index))
     whole, _, _ = best_of(lambda: nearest(queries, images, 10, "exact"))
+    pays = build / max(1e-9, (min(brute, whole) - tree) / 1000)
     print(
-        f"ScaNN tree over 60,000 x 784: build {build:.1f} s, save {save:.2f} s, load {load:.2f} s; 1,000 queries {tree:.3f} s against "
-        f"{brute:.3f} s by brute force ({brute / tree:.1f} times) and {whole:.3f} s by the exact search; recall@10 {recall(found, true):.4f} "
-        f"(measured when built: {index.recall:.4f}); pays for its build after {build / max(1e-9, (min(brute, whole) - tree) / 1000):.0f} queries",
+        f"ScaNN tree over 60,000 x 784: build {build:.1f} s, save {save:.2f} s, load {load:.2f} s; 1,000 queries {tree:.3f} s "
+        f"against {brute:.3f} s by brute force ({brute / tree:.1f} times) and {whole:.3f} s by the exact search; recall@10 "
+        f"{recall(found, true):.4f} (when built {index.recall:.4f}); pays for its build after {pays:.0f} queries",
         flush=True,
     )
 
@@ -197,7 +198,9 @@ def stream_part(count: int = 30_000) -> None:
             file.write(generator.integers(0, 256, (100, 196_608), dtype=np.uint8).data)
         file.flush()
         ours = child("stream-ours", file.name, str(count))
-        print(f"{count:,} x 196,608, one pass for 10 targets: {ours['seconds']:.1f} s, peak memory {ours['peak'] / 2**30:.2f} GiB")
+        print(
+            f"{count:,} x 196,608, one pass for 10 targets: {ours['seconds']:.1f} s, peak memory {ours['peak'] / 2**30:.2f} GiB"
+        )
 
 
 PARTS = {"queries": queries_part, "jpeg": jpeg_part, "index": index_part, "stream": stream_part}

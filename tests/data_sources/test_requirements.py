@@ -100,7 +100,9 @@ def test_custom_recipe_fills_only_what_is_not_given(tmp_path, jpeg_folder):
     assert recipe.complete(chosen) is chosen and recipe.complete(config_of("cifar10")).unlearn.lam == 0.02
 
 
-@pytest.mark.parametrize(("field", "message"), [("checkpoint", "checkpoint is empty"), ("targets", "targets is empty"), ("dir", "dir is empty")])
+@pytest.mark.parametrize(
+    ("field", "message"), [("checkpoint", "checkpoint is empty"), ("targets", "targets is empty"), ("dir", "dir is empty")]
+)
 def test_custom_says_which_flag_is_missing(tmp_path, jpeg_folder, field, message):
     config = config_of("custom")
     config.checkpoint, config.targets, config.data.dir = "model", ("a",), str(jpeg_folder(2)[0])

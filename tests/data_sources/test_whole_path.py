@@ -1,4 +1,4 @@
-"""The paper's configs and custom.py from the command line, at toy size: real file formats in, every stage, a report and a model out."""
+"""The paper's configs and custom.py from the command line at toy size: real formats in, a report and a model out."""
 
 import json
 
@@ -106,7 +106,9 @@ def test_cifar10(command, tmp_path, parquet_file):
 def test_celebahq(command, tmp_path, jpeg_folder):
     folder, _ = jpeg_folder(12, size=16)
     checkpoint = write_checkpoint(tmp_path / "model", 16)
-    status, workdir = command("celebahq", data__dir=folder, data__resolution=16, checkpoint=checkpoint, targets="00003.jpg,00004.jpg")
+    status, workdir = command(
+        "celebahq", data__dir=folder, data__resolution=16, checkpoint=checkpoint, targets="00003.jpg,00004.jpg"
+    )
     assert status == 0
     check_run(workdir, "00003.jpg", 1, 11)
     check_run(workdir, "00004.jpg", 1, 11)

@@ -75,5 +75,7 @@ def test_repeated_deletions_build_one_index(images, tmp_path, monkeypatch):
         found, _ = cache.cached_nearest(image_set, rows, 5, exclude=rows, cache_dir=tmp_path, backend="scann")
         assert row not in found
     assert len(builds) == 1
-    cache.cached_nearest(SimpleNamespace(images=image_set.images, digest="two"), rows, 5, exclude=rows, cache_dir=tmp_path, backend="scann")
+    cache.cached_nearest(
+        SimpleNamespace(images=image_set.images, digest="two"), rows, 5, exclude=rows, cache_dir=tmp_path, backend="scann"
+    )
     assert len(builds) == 2

@@ -87,7 +87,9 @@ def test_k_is_all_images(backend):
 def test_excluded_images_are_not_found(backend):
     images = pixels(7, 100, 5, 5, 1)
     exclude = np.arange(0, 100, 3)
-    assert_same(nearest(images[exclude[:2]], images, 8, backend, exclude=exclude), oracle(images[exclude[:2]], images, 8, exclude))
+    assert_same(
+        nearest(images[exclude[:2]], images, 8, backend, exclude=exclude), oracle(images[exclude[:2]], images, 8, exclude)
+    )
 
 
 def test_one_exclusion_a_query():
