@@ -17,10 +17,9 @@ import numpy as np
 from etils import epath
 
 from retrack_jax import files
-from retrack_jax.neighbors.search import MEMORY_BUDGET, choose_backend, nearest
+from retrack_jax.neighbors.search import MEMORY_BUDGET, TREE_IMAGES, choose_backend, nearest
 
 VERSION = 1
-TREE_IMAGES = 10_000  # below this a tree saves nothing worth keeping: see docs/neighbors.md
 PIXELS = "pixels in [-1, 1]"
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,8 @@ from retrack_jax.neighbors import exact
 
 BACKENDS = ("auto", "scann", "exact")
 MEMORY_BUDGET = 2 << 30  # bytes that ScaNN may take; it holds the set twice as float32 while it builds
+TREE_IMAGES = 10_000  # below this a tree saves nothing: docs/neighbors.md has the measurements
+TREE_QUERIES = 20_000  # distinct ones, from which a tree pays for its build in a single search
 logger = logging.getLogger(__name__)
 
 
@@ -88,7 +90,7 @@ def scann_installed() -> bool:
 
 
 def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memory_budget: int = MEMORY_BUDGET) -> tuple[str, str]:
-    """Returns (`exact` or `scann brute`, the reason) for a set of `shape` [N, D] and `num_queries` distinct queries."""
+    """Returns (`exact`, `scann brute` or `scann tree`; the reason) for a set of `shape` [N, D] and so many distinct queries."""
     size, needed = shape[0], 2 * 4 * shape[0] * shape[1]
     if backend == "exact":
         return "exact", "asked for"
@@ -100,6 +102,8 @@ def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memor
         return "exact", "ScaNN is not installed"
     if backend == "auto" and needed > memory_budget:
         return "exact", f"ScaNN would need {needed / 2**30:.1f} GiB of memory, more than {memory_budget / 2**30:.1f}"
+    if size >= TREE_IMAGES and num_queries >= TREE_QUERIES:
+        return "scann tree", f"so many queries pay for a tree over {size} images; recall@10 is logged"
     return "scann brute", f"{size} images fit the memory, and brute force scoring is exact"
 
 

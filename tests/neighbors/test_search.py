@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrack_jax.neighbors import exact, nearest
+from retrack_jax.neighbors import exact, nearest, search
 
 ENGINES = ("exact", "scann", "auto")
 
@@ -133,6 +133,22 @@ def test_auto_keeps_to_the_memory_budget(caplog):
     with caplog.at_level("INFO", logger="retrack_jax"):
         nearest(pixels(11, 1, 9), pixels(12, 40, 9), 2, memory_budget=100)
     assert "by exact: ScaNN would need" in caplog.text
+
+
+def test_the_choice_of_an_engine():
+    def chosen(*arguments):
+        return search.choose_backend(*arguments)[0]
+
+    assert chosen("auto", (60_000, 784), 1) == chosen("scann", (60_000, 784), 1) == "scann brute"
+    assert chosen("auto", (60_000, 784), 20_000) == "scann tree" and chosen("auto", (9000, 784), 20_000) == "scann brute"
+    assert chosen("auto", (30_000, 196_608), 10) == "exact" and chosen("exact", (10, 10), 1) == "exact"
+
+
+def test_without_scann(monkeypatch):
+    monkeypatch.setattr(search, "scann_installed", lambda: False)
+    assert search.choose_backend("auto", (10, 10), 1) == ("exact", "ScaNN is not installed")
+    with pytest.raises(ValueError, match="ScaNN is not installed"):
+        nearest(pixels(0, 1, 9), pixels(1, 9, 9), 2, "scann")
 
 
 def test_memory_map(tmp_path):
