@@ -49,5 +49,7 @@ def check_features(name: str, features) -> np.ndarray:
     check(features.ndim == 2 and len(features) > 0, f"{name} have shape {features.shape}; expected [N, D] with N > 0")
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
-        raise UserError(f"{name}: {int(bad.sum())} of {len(features)} rows hold NaN or infinity, the first is row {int(bad.argmax())}")
+        raise UserError(
+            f"{name}: {int(bad.sum())} of {len(features)} rows hold NaN or infinity, the first is row {int(bad.argmax())}"
+        )
     return features

@@ -109,8 +109,8 @@ def cached_feature_stats(
 ) -> FeatureStats:
     """Returns `feature_stats`, read from `cache_dir` where they were computed before.
 
-    The key is the digest of the data, of the transform (what was done to the data before this: a crop, a choice of rows) and of the
-    network with its resize rule. A damaged file is computed again.
+    The key is the digest of the data, of the transform (what was done to the data before this: a crop, a choice of rows) and of
+    the network with its resize rule. A damaged file is computed again.
 
     Args:
       data_digest: SHA-256 of the images.

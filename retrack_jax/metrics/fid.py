@@ -4,8 +4,9 @@ Equations, with means m, covariances S (n - 1 in the denominator), and any root 
     (1)  FID = ||m_1 - m_2||^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)           (Heusel et al. 2017)
     (2)  tr (S_1 S_2)^(1/2) = sum of the singular values of F_1^T F_2
 
-The eigenvalues of S_1 S_2 are the squared singular values of F_1^T F_2, so (2) needs no square root of a non-symmetric matrix. With
-fewer images than dimensions S_1 S_2 is singular, and `sqrtm` on it returns complex or infinite values; F then simply has fewer columns.
+The eigenvalues of S_1 S_2 are the squared singular values of F_1^T F_2, so (2) needs no square root of a non-symmetric matrix.
+With fewer images than dimensions S_1 S_2 is singular, and `sqrtm` on it returns complex or infinite values; F then simply has
+fewer columns.
 """
 
 import warnings

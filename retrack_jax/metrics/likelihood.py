@@ -8,13 +8,15 @@ Equations, for D values an image, time s in [1e-5, 1], beta(s) = 0.1 + 19.9 s, T
     (5)  official:    t = floor(999 s),  std = sigma[t] of the discrete table
          continuous:  t = 1000 s - 1 as a float,  std = sqrt(1 - exp(-0.1 s - 9.95 s^2))
 
-The 7 of (4) is 8 bits a value less 1, because the data range [-1, 1] is two wide; nothing is dequantised. The official code mixes a
-continuous beta with a discrete std, so its right-hand side jumps at every t: on Gaussian data it errs by 0.0009, 0.008 and 0.084 bits
-at std 0.5, 0.1 and 0.02. That setting is the default because published numbers have it; `continuous` is smooth, and ours: its t is where
-the discrete table has the same std, so it runs from -0.99, one step before the first that the network was trained on.
+The 7 of (4) is 8 bits a value less 1, because the data range [-1, 1] is two wide; nothing is dequantised. The official code mixes
+a continuous beta with a discrete std, so its right-hand side jumps at every t: on Gaussian data it errs by 0.0009, 0.008 and
+0.084 bits at std 0.5, 0.1 and 0.02. That setting is the default because published numbers have it; `continuous` is smooth, and
+ours: its t is where the discrete table has the same std, so it runs from -0.99, one step before the first that the network was
+trained on.
 
-x and log p are one state under RK45 (Dormand-Prince), as in the official code. Each image and probe here has its own step size, so a
-number does not depend on what else is in the batch. The divergence is a `jvp`: the same value as by `vjp` at a third of the time.
+x and log p are one state under RK45 (Dormand-Prince), as in the official code. Each image and probe here has its own step size,
+so a number does not depend on what else is in the batch. The divergence is a `jvp`: the same value as by `vjp` at a third of the
+time.
 """
 
 import functools
@@ -87,7 +89,8 @@ def nll_bits_per_dim(
     log_p = np.asarray(log_p, np.float64)
     if not (np.asarray(results).all() and np.isfinite(log_p).all()):
         raise UserError(
-            f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise prediction is not finite "
+            f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise "
+            "prediction is not finite "
             "or far from smooth; look at its samples, or raise the tolerance"
         )
     bits = -log_p / (math.log(2.0) * math.prod(images.shape[1:])) + OFFSET

@@ -3,14 +3,14 @@
 Equations:
     (1)  loss score    -mean over (t, eps) of ||eps_pred(x_t, t) - eps||^2                              higher: rather a member
     (2)  SecMI score   -||psi(phi(x_t)) - x_t||^2 at t = t_sec                                          (Duan et al. 2023)
-         phi, one DDIM step up:    x_{t+k} = gamma_{t+k} x_0' + sigma_{t+k} e,  e = eps_pred(x_t, t),  x_0' = (x_t - sigma_t e)/gamma_t
-         psi, one DDIM step down:  x_t' = gamma_t x_0'' + sigma_t e',  with e' = eps_pred(x_{t+k}, t + k)
+         phi, one DDIM step up:    x_{t+k} = gamma_{t+k} x_0' + sigma_{t+k} e,  e = eps_pred(x_t, t),  x_0' = (x_t - sigma_t
+         e)/gamma_t psi, one DDIM step down:  x_t' = gamma_t x_0'' + sigma_t e',  with e' = eps_pred(x_{t+k}, t + k)
          x_t itself comes from the image by the steps phi from t = 0
     (3)  AUC = P(score of a member > score of a held-out image) + P(equal)/2
     (4)  paired gap = mean over (t, eps) of [loss under model a - loss under model b], the same (t, eps) for both
 
-An AUC means something only where members and held-out images are exchangeable: a random part of one data set. A model that never saw an
-outlier such as the T-shirt scores it 0.0, so there (4) is compared with the spread of models retrained without it.
+An AUC means something only where members and held-out images are exchangeable: a random part of one data set. A model that never
+saw an outlier such as the T-shirt scores it 0.0, so there (4) is compared with the spread of models retrained without it.
 """
 
 import functools
@@ -70,7 +70,9 @@ def denoising_losses(
         # The last batch repeats its first pairs instead of having another shape.
         pairs = np.arange(start, start + batch_size, dtype=np.int32) % total
         kept = min(batch_size, total - start)
-        losses[start : start + kept] = _pair_losses(params, schedule, images, rng, pairs, eps_fn=eps_fn, num_noises=num_noises)[:kept]
+        losses[start : start + kept] = _pair_losses(params, schedule, images, rng, pairs, eps_fn=eps_fn, num_noises=num_noises)[
+            :kept
+        ]
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
 
@@ -184,7 +186,8 @@ def paired_gap(losses, reference_losses) -> Gap:
 def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Returns where one more run would lie: mean +- t sqrt(1 + 1/n) std, Student's t with n - 1 degrees of freedom.
 
-    "Forgotten" = inside this interval of the values (mean loss on the forgotten images, say) of models retrained with other seeds.
+    "Forgotten" = inside this interval of the values (mean loss on the forgotten images, say) of models retrained with other
+    seeds.
 
     Raises:
       UserError: fewer than two values.

@@ -1,11 +1,13 @@
 """Precision and recall of samples by the manifold of nearest neighbors.
 
-Equations, for features x of samples and y of the reference, r_k(y_j) the distance from y_j to its k-th nearest other reference row:
+Equations, for features x of samples and y of the reference, r_k(y_j) the distance from y_j to its k-th nearest other reference
+row:
     (1)  precision = #{i : ||x_i - y_j|| <= r_k(y_j) for some j} / N
     (2)  recall    = #{j : ||y_j - x_i|| <= r_k(x_i) for some i} / M                  (Kynkaanniemi et al. 2019, k = 3)
 
-The paper takes VGG-16 features; ours are those of the FID network, so compare only within one network. Distances are float32 products
-of features centred on the reference mean: without the centring, the expanded square would cancel where clusters lie far from 0.
+The paper takes VGG-16 features; ours are those of the FID network, so compare only within one network. Distances are float32
+products of features centred on the reference mean: without the centring, the expanded square would cancel where clusters lie far
+from 0.
 """
 
 from dataclasses import dataclass
@@ -68,7 +70,7 @@ def _squared_distances(a: np.ndarray, a_sq: np.ndarray, b: np.ndarray, b_sq: np.
 
 
 def _radii(x: np.ndarray, x_sq: np.ndarray, k: int) -> np.ndarray:
-    """The squared distance of each row to its k-th nearest other row; a row is kept from itself by its index, not by distance 0."""
+    """The squared distance of each row to its k-th nearest other row; its index, not distance 0, keeps a row from itself."""
     radii = np.empty(len(x), np.float32)
     for start in range(0, len(x), _BLOCK):
         distance = _squared_distances(x[start : start + _BLOCK], x_sq[start : start + _BLOCK], x, x_sq)

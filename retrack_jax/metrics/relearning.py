@@ -1,7 +1,7 @@
 """Relearning: how many steps of fine-tuning bring a forgotten image back.
 
-Two curves for a model, both also for the retrained one: fine-tuning on R only (benign; censored where nothing comes back), and on R plus
-one copy of the forgotten image. A model that forgot relearns no sooner than one that never knew. Training is passed in.
+Two curves for a model, both also for the retrained one: fine-tuning on R only (benign; censored where nothing comes back), and on
+R plus one copy of the forgotten image. A model that forgot relearns no sooner than one that never knew. Training is passed in.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class RelearningCurve:
 
 @dataclass(frozen=True)
 class RelearningSteps:
-    """Steps until the metric came back, interpolated between measurements; `censored`: it had not by `steps`, the last measured."""
+    """Steps until the metric came back, interpolated; `censored`: it had not by `steps`, the last measured."""
 
     steps: float
     censored: bool
@@ -46,7 +46,9 @@ def relearning_curve(
       UserError: steps that do not rise, or a value that is not finite.
     """
     steps = tuple(int(step) for step in steps if step != 0)
-    check(len(steps) > 0 and all(a < b for a, b in zip((0, *steps), steps, strict=False)), f"steps {steps} must rise from above 0")
+    check(
+        len(steps) > 0 and all(a < b for a, b in zip((0, *steps), steps, strict=False)), f"steps {steps} must rise from above 0"
+    )
     values, done = [float(measure(state))], 0
     for step in steps:
         state = train(state, done, step - done)
@@ -62,7 +64,8 @@ def relearning_steps(curve: RelearningCurve, threshold: float, direction: str) -
     Args:
       curve: from `relearning_curve`.
       threshold: the value that counts as "back": half the pretrained model's frequency, say.
-      direction: `rises` for a metric that grows as the image comes back (frequency, SSCD), `falls` for one that sinks (loss, NLL).
+      direction: `rises` for a metric that grows as the image comes back (frequency, SSCD), `falls` for one that sinks (loss,
+      NLL).
     """
     check_choice("direction", direction, DIRECTIONS)
     sign = 1.0 if direction == "rises" else -1.0

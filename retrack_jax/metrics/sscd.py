@@ -1,14 +1,16 @@
 """SSCD: how much a generated image is a copy of the forgotten one, and a variant that does not reward ruined images.
 
-Equations, with x_0 the forgotten image, x the image that the model makes of it, f the SSCD embedding of unit length (512 numbers):
+Equations, with x_0 the forgotten image, x the image that the model makes of it, f the SSCD embedding of unit length (512
+numbers):
     (1)  SSCD     = <f(x_0), f(x)>                                                  in [-1, 1]; lower is more forgotten
     (2)  x'       = clip(x_0 + r sqrt(HWC) (x - x_0) / ||x - x_0||_2, 0, 1)         over pixels in [0, 1]
     (3)  SSCDnorm = <f(x_0), f(x')>
 
-The protocol (official code): noise x_0 to t = 250, denoise by ancestral DDPM on the full schedule (`sampling.inject`), one image, then (1).
-SSCD falls also when x is merely ruined. (2) gives every method a perturbation of one size and keeps its direction, so that (3) compares
-where the image went, not how far. SSCDnorm is the idea of arXiv 2510.17917, which has "a normalized perturbation distance" by the l2
-norm. Its exact equation was not available to us: (2) and r = 0.1 are OUR READING, and numbers are comparable only among themselves.
+The protocol (official code): noise x_0 to t = 250, denoise by ancestral DDPM on the full schedule (`sampling.inject`), one image,
+then (1). SSCD falls also when x is merely ruined. (2) gives every method a perturbation of one size and keeps its direction, so
+that (3) compares where the image went, not how far. SSCDnorm is the idea of arXiv 2510.17917, which has "a normalized
+perturbation distance" by the l2 norm. Its exact equation was not available to us: (2) and r = 0.1 are OUR READING, and numbers
+are comparable only among themselves.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ RADIUS = 0.1
 
 
 def cosine_similarity(features, targets) -> np.ndarray:
-    """Returns the cosine of each row of `features` `[N, D]` with the same row of `targets` `[N, D]`, or with its only row `[1, D]`.
+    """Returns the cosine of each row of `features` `[N, D]` with that of `targets` `[N, D]` or its only row `[1, D]`.
 
     Raises:
       UserError: NaN, or shapes that do not pair.

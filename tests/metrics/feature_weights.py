@@ -1,4 +1,4 @@
-"""Weights of the feature networks from a seed, by NumPy alone: the same arrays with and without PyTorch, and nothing to commit."""
+"""Weights of the feature networks from a seed, by NumPy alone: the same with and without PyTorch, and nothing to commit."""
 
 import zlib
 

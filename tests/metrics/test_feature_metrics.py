@@ -62,7 +62,9 @@ def test_precision_and_recall_agree_with_loops():
     def share(points, manifold, k):
         distances = [[np.linalg.norm(a.astype(np.float64) - b) for b in manifold] for a in manifold]
         radii = [sorted(d for j, d in enumerate(row) if j != i)[k - 1] for i, row in enumerate(distances)]
-        inside = [any(np.linalg.norm(p.astype(np.float64) - m) <= r for m, r in zip(manifold, radii, strict=True)) for p in points]
+        inside = [
+            any(np.linalg.norm(p.astype(np.float64) - m) <= r for m, r in zip(manifold, radii, strict=True)) for p in points
+        ]
         return np.mean(inside)
 
     result = precision_recall(x, y, k=3)
@@ -115,7 +117,9 @@ def test_one_pass_gives_every_metric_and_the_last_batch_is_not_special():
     network, calls = _network()
     images = _images(21)
     outputs = network(images)
-    np.testing.assert_allclose(outputs["features"], images.reshape(21, -1) / np.float32(255) @ network.params, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        outputs["features"], images.reshape(21, -1) / np.float32(255) @ network.params, rtol=1e-5, atol=1e-6
+    )
     calls.clear()
     samples = feature_stats(network, images)
     assert calls == [8, 8, 5]

@@ -1,4 +1,4 @@
-"""The imported feature networks against arrays recorded from PyTorch (tests/parity/record_metrics.py), and files that are not theirs."""
+"""The imported feature networks against PyTorch's recorded arrays (tests/parity/record_metrics.py), and files of others."""
 
 from pathlib import Path
 
@@ -78,10 +78,15 @@ def _to_classy(name):
     if name.startswith("backbone.fc."):
         return name.replace("backbone.fc", "embeddings.1")
     if name.startswith(("backbone.conv1", "backbone.bn1")):
-        return name.replace("backbone.conv1", "backbone.initial_block._module.0").replace("backbone.bn1", "backbone.initial_block._module.1")
+        return name.replace("backbone.conv1", "backbone.initial_block._module.0").replace(
+            "backbone.bn1", "backbone.initial_block._module.1"
+        )
     _, layer, index, *part = name.split(".")
-    place = {"conv1": "convolutional_block.0", "bn1": "convolutional_block.1", "conv2": "convolutional_block.3",
-             "bn2": "convolutional_block.4", "conv3": "convolutional_block.6", "bn3": "bn"}.get(part[0], ".".join(part[:-1]))  # fmt: skip
+    inside = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4", "conv3": "6"}
+    if part[0] == "bn3":
+        place = "bn"
+    else:
+        place = f"convolutional_block.{inside[part[0]]}" if part[0] in inside else ".".join(part[:-1])
     return f"backbone.blocks.{int(layer[-1]) - 1}.block{int(layer[-1]) - 1}-{index}.{place}.{part[-1]}"
 
 

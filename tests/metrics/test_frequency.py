@@ -25,7 +25,9 @@ def test_a_group_counts_the_nearest_of_its_images_and_copies_change_nothing():
 
 def test_uint8_and_floats_agree_up_to_rounding_of_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 2, 2, 1), dtype=np.uint8)
-    np.testing.assert_allclose(target_distances(pixels, pixels[0]), target_distances(pixels / np.float32(255), pixels[0]), atol=1e-6)
+    np.testing.assert_allclose(
+        target_distances(pixels, pixels[0]), target_distances(pixels / np.float32(255), pixels[0]), atol=1e-6
+    )
 
 
 def test_upper_bound_of_zero_hits_is_the_closed_form():

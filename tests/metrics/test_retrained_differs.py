@@ -1,7 +1,8 @@
 """Each metric tells a model retrained without the image from one that remembers it.
 
-Both models are exact: the denoiser of a mixture of narrow Gaussians around stored images, so nothing is trained and the truth is known.
-FID and its family are quality metrics here: the project takes them on samples without the forgotten image, where they must not differ.
+Both models are exact: the denoiser of a mixture of narrow Gaussians around stored images, so nothing is trained and the truth is
+known. FID and its family are quality metrics here: the project takes them on samples without the forgotten image, where they must
+not differ.
 """
 
 import jax
@@ -25,7 +26,7 @@ NUM_REMAIN, NUM_COPIES = 12, 4
 
 
 def _eps(model, x_t, t):
-    """The exact eps of the mixture of N(image, 0.1^2) with these log weights; `model` = (images [M, H, W, C], log weights [M])."""
+    """The exact eps of the mixture of N(image, 0.1^2) ; `model` = (images [M, H, W, C], log weights [M])."""
     stored, log_weights = model
     gamma = jnp.asarray(SCHEDULE.gamma)[t][:, None]
     sigma = jnp.asarray(SCHEDULE.sigma)[t][:, None]
@@ -66,7 +67,8 @@ def test_frequency(models, target):
     sampler = DDIM.create(SCHEDULE, 50)
     rngs = jax.random.split(jax.random.key(0), 200)
     share = {
-        name: np.mean(target_distances(_unit(draw(models[name], rngs)), _unit(target)) < 0.6) for name in ("pretrained", "retrained")
+        name: np.mean(target_distances(_unit(draw(models[name], rngs)), _unit(target)) < 0.6)
+        for name in ("pretrained", "retrained")
     }
     assert share["retrained"] == 0.0
     assert share["pretrained"] == pytest.approx(NUM_COPIES / (NUM_REMAIN + NUM_COPIES), abs=0.1)
@@ -74,17 +76,22 @@ def test_frequency(models, target):
 
 def test_nll(models, target, rng):
     bits = {
-        name: nll_bits_per_dim(_eps, models[name], SCHEDULE, target[None], rng, num_probes=8) for name in ("pretrained", "retrained")
+        name: nll_bits_per_dim(_eps, models[name], SCHEDULE, target[None], rng, num_probes=8)
+        for name in ("pretrained", "retrained")
     }
     difference = bits["retrained"][0][0] - bits["pretrained"][0][0]
     assert difference > 3 * np.hypot(bits["retrained"][1][0], bits["pretrained"][1][0])
 
 
 def test_sscd_and_its_normalised_variant(models, target):
-    run = jax.jit(lambda model, rngs: inject(lambda x, t: _eps(model, x, t), jnp.repeat(target[None], len(rngs), 0), rngs, SCHEDULE))
+    run = jax.jit(
+        lambda model, rngs: inject(lambda x, t: _eps(model, x, t), jnp.repeat(target[None], len(rngs), 0), rngs, SCHEDULE)
+    )
     rngs = jax.random.split(jax.random.key(1), 64)
     for metric in (sscd, sscd_norm):
-        score = {name: metric(_embed, _unit(run(models[name], rngs)), _unit(target)[None]) for name in ("pretrained", "retrained")}
+        score = {
+            name: metric(_embed, _unit(run(models[name], rngs)), _unit(target)[None]) for name in ("pretrained", "retrained")
+        }
         # In 16 pixels t = 250 leaves the image in doubt, so some of the pretrained model's images end elsewhere too.
         error = np.hypot(score["pretrained"].std(), score["retrained"].std()) / np.sqrt(len(rngs))
         assert score["pretrained"].mean() - score["retrained"].mean() > 3 * error, metric.__name__

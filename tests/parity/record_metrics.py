@@ -48,7 +48,9 @@ def main():
             resize = torch.nn.functional.interpolate
             antialiased = resize(image, size=(13, 13), mode="bilinear", align_corners=False, antialias=True)
             recorded[f"torchmetrics_{size}"] = antialiased[0, 0].numpy()
-            recorded[f"tf1_{size}"] = interpolate_bilinear_2d_like_tensorflow1x(image, size=(13, 13), align_corners=False)[0, 0].numpy()
+            recorded[f"tf1_{size}"] = interpolate_bilinear_2d_like_tensorflow1x(image, size=(13, 13), align_corners=False)[
+                0, 0
+            ].numpy()
     PATH.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(PATH, **recorded)
     print(PATH, PATH.stat().st_size, "bytes")

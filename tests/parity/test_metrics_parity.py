@@ -79,7 +79,9 @@ def test_resize_rules(rule, sides):
         theirs = torch.nn.functional.interpolate(
             _nchw(image), size=(sides[1],) * 2, mode="bilinear", align_corners=False, antialias=True
         )
-    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=6e-3)  # of 255; PyTorch computes the centres in float32
+    np.testing.assert_allclose(
+        ours, theirs.permute(0, 2, 3, 1).numpy(), atol=6e-3
+    )  # of 255; PyTorch computes the centres in float32
 
 
 @pytest.mark.parametrize(("rule", "side"), [("torchmetrics", 32), ("tf1", 32), ("torchmetrics", 320)])
@@ -90,9 +92,9 @@ def test_inception_features_and_logits(networks, rule, side):
     forward = extractor._torch_fidelity_forward if rule == "torchmetrics" else extractor.forward
     with torch.no_grad():
         features, logits = (value.numpy() for value in forward(_nchw(images)))
-    print(f"{rule} {side}: features {_relative(ours['features'], features):.1e}, logits {_relative(ours['logits'], logits):.1e} relative")
-    assert _relative(ours["features"], features) < 1e-4
-    assert _relative(ours["logits"], logits) < 1e-4
+    errors = _relative(ours["features"], features), _relative(ours["logits"], logits)
+    print(f"{rule} {side}: features {errors[0]:.1e}, logits {errors[1]:.1e} relative")
+    assert max(errors) < 1e-4
 
 
 @pytest.mark.parametrize("rule", ["torchmetrics", "tf1"])

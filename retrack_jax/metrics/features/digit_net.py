@@ -1,7 +1,7 @@
 """A small classifier of 8x8 digits, the feature network of the embedded data.
 
-No public network knows 8x8 digits, so the project trains this one on scikit-learn's: three convolutions, 64 features, ten logits. It
-never sees the T-shirt, which is not a class. Its FID is comparable only with FIDs of the same digest, which results quote.
+No public network knows 8x8 digits, so the project trains this one on scikit-learn's: three convolutions, 64 features, ten logits.
+It never sees the T-shirt, which is not a class. Its FID is comparable only with FIDs of the same digest, which results quote.
 """
 
 import flax.linen as nn

@@ -1,7 +1,8 @@
 """Inception v3 as FID has it: torch-fidelity's port of TensorFlow's `inception-2015-12-05`, 1,008 classes.
 
-It differs from torchvision's Inception v3: average pools do not count their padding, the last block's pool is a maximum (an accident of
-the TensorFlow graph that every published FID contains), there is no auxiliary head, and pixels enter as (x - 128) / 128.
+It differs from torchvision's Inception v3: average pools do not count their padding, the last block's pool is a maximum (an
+accident of the TensorFlow graph that every published FID contains), there is no auxiliary head, and pixels enter as (x - 128) /
+128.
 
 Weights: `weights-inception-2015-12-05-6726825d.pth` (or its copy `pt_inception-2015-12-05-6726825d.pth`), read by
 `checkpoints.read_torch`. Submodules carry the names of that file.
@@ -128,7 +129,7 @@ class Classifier(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Images `[B, 299, 299, 3]` in [0, 255] -> `{"features": [B, 2048], "logits": [B, 1008]}`, the pool3 features and unbiased logits."""
+    """Images `[B, 299, 299, 3]` in [0, 255] -> pool3 `features` `[B, 2048]` and `logits` `[B, 1008]` without bias."""
 
     @nn.compact
     def __call__(self, x: Array) -> dict[str, Array]:

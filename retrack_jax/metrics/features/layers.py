@@ -37,7 +37,9 @@ class BatchNorm(nn.Module):
         return x * factor + offset
 
 
-def conv(features: int, size: int | tuple[int, int], strides: int = 1, padding: int | tuple[int, int] = 0, name: str | None = None):
+def conv(
+    features: int, size: int | tuple[int, int], strides: int = 1, padding: int | tuple[int, int] = 0, name: str | None = None
+):
     """Returns a convolution without bias, with PyTorch's symmetric padding."""
     size, padding = ((value, value) if isinstance(value, int) else value for value in (size, padding))
     pads = tuple((pad, pad) for pad in padding)
@@ -53,7 +55,9 @@ def avg_pool_3x3(x: Array) -> Array:
     """Returns 3 x 3 averages at stride 1 that leave the padding out of the count, as TensorFlow's do."""
     window, pads = (1, 3, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
     total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, window, (1, 1, 1, 1), pads)
-    count = lax.reduce_window(jnp.ones((1, *x.shape[1:3], 1), x.dtype), jnp.zeros((), x.dtype), lax.add, window, (1, 1, 1, 1), pads)
+    count = lax.reduce_window(
+        jnp.ones((1, *x.shape[1:3], 1), x.dtype), jnp.zeros((), x.dtype), lax.add, window, (1, 1, 1, 1), pads
+    )
     return total / jnp.broadcast_to(count, total.shape)
 
 

@@ -5,8 +5,8 @@ Equations, for an input of n pixels, an output of m, s = n/m, output pixel i:
     (2)  torchmetrics:  c = (i + 1/2) s,  r = max(s, 1):        out_i = sum_j w_j in_j / sum_j w_j,
                         w_j = max(0, 1 - |j + 1/2 - c| / r)     (half-pixel centres; antialiased where it shrinks)
 
-(1) is what TensorFlow 1 did to the images that FID was defined on, and what torch-fidelity does; (2) is PyTorch's `interpolate` with
-`antialias=True`, which torchmetrics uses since 1.8. They give different FIDs, so a result names its rule.
+(1) is what TensorFlow 1 did to the images that FID was defined on, and what torch-fidelity does; (2) is PyTorch's `interpolate`
+with `antialias=True`, which torchmetrics uses since 1.8. They give different FIDs, so a result names its rule.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
 """ResNets with torchvision's structure and names: SSCD's ResNet-50 and the MNIST classifier's ResNet-18.
 
-    SSCD (Pizzi et al. 2022), `sscd_disc_mixup`: ResNet-50, generalised-mean pooling with p = 3, a linear layer to 512, unit length.
-        (1)  GeM(x)_c = ( mean_hw max(x_hwc, 1e-6)^3 )^(1/3)
-    MNIST: ResNet-18 for one channel, whose last map of a 28 x 28 image is 1 x 1 and goes to the linear layer without pooling.
+SSCD (Pizzi et al. 2022), `sscd_disc_mixup`: ResNet-50, generalised-mean pooling with p = 3, a linear layer to 512, unit
+length.
+    (1)  GeM(x)_c = ( mean_hw max(x_hwc, 1e-6)^3 )^(1/3)
+MNIST: ResNet-18 for one channel, whose last map of a 28 x 28 image is 1 x 1 and goes to the linear layer without pooling.
 """
 
 import functools
@@ -148,7 +149,10 @@ def sscd_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if not any(".convolutional_block." in name for name in state):
         return dict(state)
     renamed = {_classy_name(name): value for name, value in state.items()}
-    check(len(renamed) == len(state), "these weights are not of SSCD's ResNet-50: two names mean one parameter; fetch the file again")
+    check(
+        len(renamed) == len(state),
+        "these weights are not of SSCD's ResNet-50: two names mean one parameter; fetch the file again",
+    )
     return renamed
 
 
