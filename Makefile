@@ -15,7 +15,7 @@ demo: .venv/installed-$(JAX)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
 
 test: .venv/installed-$(JAX)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 drills: .venv/installed-$(JAX)
 	$(BIN)/python -m pytest tests/drills
