@@ -1,6 +1,6 @@
 """Seconds for FID, KID, inception score, precision and recall of 10,000 feature rows of 2,048 dimensions.
 
-    python tests/benchmarks/metrics_speed.py [--rows 10000] [--dim 2048]
+    python -m tests.benchmarks.metrics_speed [--rows 10000] [--dim 2048]
 
 The reach is 60 seconds in all on two cores. Features are random, with a spectrum that falls as Inception's does.
 """
