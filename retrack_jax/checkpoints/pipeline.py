@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -130,7 +131,12 @@ def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
         if (count := pipeline.tokenizer.count(prompt)) > pipeline.tokenizer.length:
             _log.warning("a prompt of %d tokens is cut to %d: %.60s", count, pipeline.tokenizer.length, prompt)
     ids = pipeline.tokenizer(prompts)
-    return pipeline.text_encoder.apply({"params": pipeline.text_params}, jnp.asarray(ids)).astype(jnp.float32)
+    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array:
+    return module.apply({"params": params}, ids_PN).astype(jnp.float32)
 
 
 def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:

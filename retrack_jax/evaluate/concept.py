@@ -21,6 +21,7 @@ from retrack_jax.metrics.clip_iqa import ClipIqa, make_clip_iqa
 from retrack_jax.metrics.features.clip_image import towers_from_openai
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate
+from retrack_jax.metrics.sscd import sscd
 from retrack_jax.models.tokenizer import ClipTokenizer
 
 CLASSIFIERS = ("joblib", "labels")
@@ -116,12 +117,8 @@ def memorised_samples(task: ConceptTask, samples: PromptSamples, kind: str) -> n
 
 def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
     network = task.sscd()
-    target = network(task.concept.memorised[None])["features"]
-    values = {}
-    for kind in KINDS:
-        found = network(samples.pixels(kind))["features"]
-        cosine = found @ target[0] / (np.linalg.norm(found, axis=1) * np.linalg.norm(target[0]))
-        values[f"sscd_{kind}"] = float(cosine.mean())
+    memorised = task.concept.memorised[None]
+    values = {f"sscd_{kind}": float(sscd(network, samples.pixels(kind), memorised).mean()) for kind in KINDS}
     note = {"features": network.description, "reference": task.concept.memorised_name, "num_samples": len(samples.pixels(KINDS[0]))}
     return _only(values, wanted), note
 

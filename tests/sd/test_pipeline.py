@@ -54,8 +54,8 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_names_without_the_old_prefix_and_position_numbers(folder, pipeline):
     """transformers 5 writes no `text_model.`; old versions wrote a buffer of positions besides."""
-    from retrack_jax.checkpoints.safetensors_io import SafetensorsFile, write_safetensors
     from retrack_jax.checkpoints.names import TorchTensor
+    from retrack_jax.checkpoints.safetensors_io import SafetensorsFile, write_safetensors
 
     path = folder / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): np.array(value) for name, value in SafetensorsFile(path).items()}
