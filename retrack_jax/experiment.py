@@ -28,7 +28,7 @@ from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_re
 from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
-from retrack_jax.sampling import make_sampler
+from retrack_jax.sampling import SAMPLERS, make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 from retrack_jax.types import PyTree
 from retrack_jax.unlearn.methods import ALL, METHODS
@@ -133,6 +133,7 @@ class PixelExperiment:
     def check_config(self) -> None:
         """Raises `UserError` for values of `config.eval` that no run of this kind can use."""
         evaluation = self.config.eval
+        check_choice("config.sampling.sampler", self.config.sampling.sampler, SAMPLERS)
         for name in evaluation.metrics:
             check_choice("config.eval.metrics", name, METRIC_NAMES)
         check_choice("config.eval.features", evaluation.features, NETWORKS)

@@ -102,6 +102,16 @@ def replicate(tree: PyTree) -> PyTree:
     return jax.device_put(tree, replicated_sharding())
 
 
+def across_processes(tree: PyTree) -> PyTree:
+    """Returns what each process holds whole, as pmap leaves it, as arrays that span all processes: what Orbax saves there."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    sharding = replicated_sharding()
+    return jax.tree.map(lambda leaf: multihost_utils.host_local_array_to_global_array(leaf, sharding.mesh, sharding.spec), tree)
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is set on any process."""
     if jax.process_count() == 1:

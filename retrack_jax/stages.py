@@ -198,7 +198,7 @@ class Stages:
 
             def advance(done: int, _: int) -> None:
                 bar.update(done - bar.n)
-                if self.should_stop() and done < total:
+                if done < total and self.should_stop():
                     raise Preempted(f"sampling stopped at image {done} of {total}")
 
             parts = folder / "samples-parts"

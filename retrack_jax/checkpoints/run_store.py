@@ -44,6 +44,7 @@ class RunStore:
         """Starts saving `state` as the checkpoint of `step`; an earlier save is finished first. All processes must call it."""
         args = self._ocp.args
         meta = {**(meta or {}), "step": step, "digest": tree_digest(state)}
+        state = parallel.across_processes(state)
         try:
             self._manager.save(step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)))
         except (OSError, ValueError, RuntimeError) as error:

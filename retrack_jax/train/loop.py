@@ -91,7 +91,10 @@ def train(
                     read_metrics()
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
-                if should_stop() and done < num_steps:
+                # One process may be told before the others, but all must save the same step. Asking them costs a round trip, so several
+                # processes ask only where the metrics are read anyway.
+                asks = jax.process_count() == 1 or writer is None or writer.due(done)
+                if asks and done < num_steps and parallel.any_process(should_stop()):
                     save(done)
                     raise Preempted(f"{name} stopped at step {done} of {num_steps}")
         finally:
