@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from retrack_jax.models import winograd
 from retrack_jax.models.conv import Conv, conv
 
 SAME = ((1, 1), (1, 1))
@@ -44,6 +45,23 @@ def assert_close(found, wanted, limit=1e-6):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("channels, features", [(64, 80), (256, 256)])
+def test_wide_convolutions_with_half_the_products(channels, features):
+    x, kernel = arrays(height=16, channels=channels, features=features)
+    x = x[:, :, :16]
+    assert winograd.pays(x.shape, kernel.shape, 1, SAME, x.dtype)
+    assert_close(conv(x, kernel, **STEP), reference(x, kernel, **STEP), limit=3e-6)
+
+    def gradients(convolve):  # linear in y, for the reference's own rounding must not enter through a cosine
+        weights = jnp.cos(reference(x, kernel, **STEP))
+        return jax.jit(jax.grad(lambda x, kernel: (weights * convolve(x, kernel, **STEP)).sum(), (0, 1)))(x, kernel)
+
+    assert_close(gradients(conv), gradients(reference), limit=3e-6)
+    products = jax.jit(partial(conv, **STEP)).lower(x, kernel).as_text().count("stablehlo.convolution")
+    assert products == 6
+    assert jax.jit(partial(conv, **STEP)).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution") == 1
 
 
 def value_and_gradients(convolve, **step):

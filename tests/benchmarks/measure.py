@@ -1,0 +1,70 @@
+"""Timing in turns: A B A B, each side in a process of its own that sleeps while the other runs, medians and their ratio.
+
+A machine's speed drifts by tens of percent within minutes, so two numbers are comparable only if taken in turns; processes of their own
+keep one library's spinning threads, caches and allocator out of the other's time.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+
+class Worker:
+    """A process that waits to be told to run once; see worker.py."""
+
+    def __init__(self, side: str, job: str, **arguments: Any):
+        spec = json.dumps({"side": side, "job": job, **arguments})
+        command = [sys.executable, "-m", "tests.benchmarks.worker", spec]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.start = self._read()
+        self.turns: list[dict] = []
+
+    def turn(self) -> None:
+        """Runs once and keeps what was measured."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.turns.append(self._read())
+
+    def close(self) -> dict[str, Any]:
+        """Ends the process and returns the medians of all turns."""
+        self._process.stdin.close()
+        self._process.wait()
+        medians = {key: statistics.median(turn[key] for turn in self.turns) for key in ("seconds", "cpu_seconds")}
+        all_seconds = [round(turn["seconds"], 4) for turn in self.turns]
+        return self.start | medians | {"all_seconds": all_seconds, "peak_bytes": self.turns[-1]["peak_bytes"]}
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with status {self._process.wait()}: {self._process.args}")
+        return json.loads(line)
+
+
+def in_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
+    """Returns `{name: medians}` after `rounds` rounds in which every worker runs once, and closes them."""
+    for _ in range(rounds):
+        for worker in workers.values():
+            worker.turn()
+    return {name: worker.close() for name, worker in workers.items()}
+
+
+def compare(job: str, rounds: int, ours: dict | None = None, theirs: dict | None = None, **arguments: Any) -> dict[str, Any]:
+    """Returns both sides' medians for one job and `ratio`, their time over ours: above 1 we are the faster."""
+    workers = {
+        "ours": Worker("ours", job, **arguments, **(ours or {})),
+        "pytorch": Worker("theirs", job, **arguments, **(theirs or {})),
+    }
+    result = in_turns(workers, rounds)
+    pairs = zip(result["pytorch"]["all_seconds"], result["ours"]["all_seconds"], strict=True)
+    return result | {
+        "ratio": result["pytorch"]["seconds"] / result["ours"]["seconds"],
+        "ratio_of_each_pair": [round(theirs / ours, 3) for theirs, ours in pairs],
+        "memory_ratio": result["pytorch"]["peak_bytes"] / result["ours"]["peak_bytes"],
+    }
+
+
+def once(side: str, job: str, rounds: int = 3, **arguments: Any) -> dict[str, Any]:
+    """Returns one side's medians, for measurements without a counterpart."""
+    return in_turns({"only": Worker(side, job, **arguments)}, rounds)["only"]

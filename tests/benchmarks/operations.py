@@ -1,0 +1,72 @@
+"""Fewer operations for the same gradient, counted by the compiler: the shared forward pass, the single target, SISS's one pass.
+
+    .venv-parity/bin/python -m tests.benchmarks.operations [--out FILE.json]
+
+FLOPs are XLA's own count of the compiled training step of the digits UNet (its convolutions are all direct). Memory is XLA's plan for
+the temporary buffers of the loss and its gradient in eps_pred, CelebA-HQ's shape: 16 images of 196,608 values, 10 neighbors.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from retrack_jax.diffusion.process import expand
+from retrack_jax.unlearn import losses
+from tests.benchmarks.ours import make_data, make_module, make_state, make_step
+
+
+def step_flops(method: str, images: int = 16) -> float:
+    """Returns the FLOPs of one compiled step on `images` images a batch."""
+    module, params = make_module("digits")
+    batch, shared = make_data("digits", images, images)
+    compiled = make_step(module, "digits", method).lower(make_state("digits", params), batch, shared, jax.random.key(1)).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+def published_loss(eps_pred, x_t, neighbors, gamma, sigma):
+    """ReTrack's loss as it is printed: K targets an image."""
+    v = (x_t[:, None] - expand(gamma, neighbors) * neighbors) / expand(sigma, neighbors)
+    p = jax.lax.stop_gradient(losses.retrack_posterior(x_t, neighbors, gamma, sigma))
+    return jnp.sum(p * jnp.sum(jnp.square(eps_pred[:, None] - v), axis=(2, 3, 4)), axis=1)
+
+
+def loss_memory(loss) -> int:
+    """Returns the bytes of temporary buffers of the mean loss and its gradient."""
+    image, vector = jax.ShapeDtypeStruct((16, 256, 256, 3), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.float32)
+    neighbors = jax.ShapeDtypeStruct((16, 10, 256, 256, 3), jnp.float32)
+    with jax.numpy_rank_promotion("allow"):
+        step = jax.jit(jax.value_and_grad(lambda *arrays: loss(*arrays).mean()))
+        return step.lower(image, image, neighbors, vector, vector).compile().memory_analysis().temp_size_in_bytes
+
+
+def operations() -> dict:
+    """Returns FLOPs by method, relative to a vanilla step on as many images, and the bytes of both forms of the loss."""
+    flops = {method: step_flops(method) for method in ("vanilla", "retrack", "siss", "siss_no_is")}
+    memory = {"single_target": loss_memory(losses.retrack), "published": loss_memory(published_loss)}
+    return {"flops": flops, "times_vanilla": {name: value / flops["vanilla"] for name, value in flops.items()}, "loss_bytes": memory}
+
+
+def table(found: dict) -> str:
+    """Returns the counts as Markdown."""
+    lines = ["| step | GFLOP | times vanilla |", "|---|---|---|"]
+    lines += [f"| {name} | {value / 1e9:.2f} | {found['times_vanilla'][name]:.2f} |" for name, value in found["flops"].items()]
+    memory = {name: value / 2**20 for name, value in found["loss_bytes"].items()}
+    loss = f"Loss and gradient: {memory['single_target']:.0f} MiB of buffers with one target, {memory['published']:.0f} MiB with K."
+    return "\n".join([*lines, "", loss])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    found = operations()
+    print(table(found))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Our training step and sampler, built as the library builds them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax import parallel
+from retrack_jax.diffusion import Schedule, make_eps_fn
+from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.sampling.ddpm import DDPM
+from retrack_jax.sampling.generate import make_sample_fn, pmap_sample_fn
+from retrack_jax.train.optimizer import make_optimizer
+from retrack_jax.train.state import TrainState, create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.types import PyTree
+from retrack_jax.unlearn.methods import get_method
+from tests.benchmarks.networks import BATCH, NETWORKS, NUM_NEIGHBORS, RECIPE, SISS_SCALE
+
+
+def make_module(network: str, dtype: str = "float32", **fields) -> tuple[UNet2D, PyTree]:
+    """Returns the module and random parameters."""
+    module = UNet2D.from_config(NETWORKS[network], dtype=jnp.dtype(dtype), **fields)
+    size, channels = module.sample_size, module.in_channels
+    x, t = jnp.zeros((1, size, size, channels)), jnp.zeros((1,), jnp.int32)
+    return module, jax.jit(module.init)(jax.random.key(0), x, t)["params"]
+
+
+def make_data(network: str, remain: int, forget: int) -> tuple[PyTree, Shared]:
+    """Returns a batch over all devices of random uint8 images, and one forgotten image with its neighbors on the devices."""
+    config, source = NETWORKS[network], np.random.default_rng(0)
+    shape = (config["sample_size"], config["sample_size"], config["in_channels"])
+
+    def pixels(count: int) -> dict:
+        return {"pixels": source.integers(0, 256, (count, *shape), np.uint8)}
+
+    batch = {
+        "remain": pixels(remain),
+        "remain_index": np.arange(remain, dtype=np.int32),
+        "forget_row": np.zeros(forget, np.int32),
+        "forget_index": np.arange(forget, dtype=np.int32),
+    }
+    rows = jnp.arange(NUM_NEIGHBORS, dtype=jnp.int32)[None]
+    shared = Shared(schedule=Schedule.create(), forget=pixels(1), neighbors=pixels(NUM_NEIGHBORS), neighbor_rows=rows)
+    return parallel.shard_batch(batch), parallel.replicate(shared)
+
+
+def make_step(module: UNet2D, network: str, method: str, accumulation: int = 1) -> Callable:
+    """Returns the compiled-on-first-use step `(state, batch, shared, rng) -> (state, metrics)`."""
+    options = {"lam": RECIPE[network][0] if method == "retrack" else 0.5, "siss_scale": SISS_SCALE[network]}
+    how = StepOptions(options=options, accumulation=accumulation, t_max=1000)
+    eps_fn = make_eps_fn(module.apply, Schedule.create())
+    return make_train_step(get_method(method), eps_fn, how)
+
+
+def make_state(network: str, params: PyTree) -> TrainState:
+    """Returns the state at step 0 with the official AdamW."""
+    tx = make_optimizer(
+        learning_rate=RECIPE[network][1], num_steps=60, b1=0.95, b2=0.999, eps=1e-8, weight_decay=1e-6, clip_norm=1.0
+    )
+    return parallel.replicate(create_state(params, tx))
+
+
+def make_training(network: str, method: str, batch: tuple[int, int] | None = None, dtype: str = "float32", **fields) -> Callable:
+    """Returns a function of no argument that takes one training step and waits for it."""
+    module, params = make_module(network, dtype, **fields)
+    data, shared = make_data(network, *(batch or BATCH[network]))
+    step, state, rng = make_step(module, network, method), make_state(network, params), parallel.replicate(jax.random.key(1))
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, data, shared, rng)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def make_sampling(network: str, num_images: int, num_steps: int, dtype: str = "float32") -> Callable:
+    """Returns a function that draws `num_images` images by ancestral DDPM in `num_steps` calls of the network."""
+    module, params = make_module(network, dtype)
+    schedule = Schedule.create()
+    eps_fn = make_eps_fn(module.apply, schedule)
+    shape = (module.sample_size, module.sample_size, module.in_channels)
+    p_sample = pmap_sample_fn(make_sample_fn(eps_fn, DDPM.create(schedule, num_steps), shape))
+    index = parallel.shard_batch(np.arange(num_images, dtype=np.int32))
+    params, rng = parallel.replicate((params, jax.random.key(1)))
+
+    def run() -> None:
+        jax.block_until_ready(p_sample(params, rng, index))
+
+    return run
+
+
+def make_matmul(size: int, dtype: str = "float32") -> Callable:
+    """Returns a function that multiplies two square matrices ten times, one after the other."""
+    a = jnp.full((size, size), 1e-3, jnp.dtype(dtype))
+    multiply = jax.jit(lambda a: a @ a)
+
+    def run() -> None:
+        for _ in range(10):
+            result = multiply(a)
+        jax.block_until_ready(result)
+
+    return run

@@ -1,0 +1,73 @@
+"""Seconds until a user sees something: import of the package, `--help`, and the first training step with a cold and a warm cache.
+
+    .venv-parity/bin/python -m tests.benchmarks.startup [--networks digits cifar10] [--out FILE.json]
+
+The first step is timed from the start of a new Python process to the end of its first ReTrack step: imports, random weights, tracing,
+and compiling or reading the cache. PyTorch's eager step is started the same way beside it. The disk's cache is warm in all of them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STEP = """
+import sys
+from tests.benchmarks.{side} import make_training
+make_training("{network}", "retrack")()
+"""
+
+
+def seconds(command: list[str], environment: dict[str, str] | None = None) -> float:
+    """Returns how long `command` takes; raises if it fails."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | (environment or {}))
+    return time.perf_counter() - start
+
+
+def first_step(network: str, rounds: int) -> dict[str, float]:
+    """Returns seconds from command to first step: ours with a cold and a warm cache, PyTorch's."""
+    ours, theirs = ([sys.executable, "-c", STEP.format(side=side, network=network)] for side in ("ours", "theirs"))
+    with tempfile.TemporaryDirectory() as cache:
+        with_cache = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", "JAX_PLATFORMS": "cpu"}
+        cold = seconds(ours, with_cache)
+        pairs = [(seconds(ours, with_cache), seconds(theirs)) for _ in range(rounds)]
+    warm, pytorch = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return {"cold_cache": cold, "warm_cache": warm, "pytorch": pytorch}
+
+
+def startup(networks: list[str], rounds: int = 3) -> dict:
+    """Returns the seconds of everything that this module measures."""
+    commands = {"import": ["-c", "import retrack_jax.api"], "help": ["-m", "retrack_jax.main", "--help"]}
+    commands = {name: [sys.executable, *command] for name, command in commands.items()}
+    found = {name: statistics.median(seconds(command) for _ in range(rounds)) for name, command in commands.items()}
+    return found | {"first_step": {network: first_step(network, rounds) for network in networks}}
+
+
+def table(found: dict) -> str:
+    """Returns the seconds as a Markdown table."""
+    lines = ["| from command to | ours, s | ours with a cold cache, s | PyTorch, s |", "|---|---|---|---|"]
+    lines += [f"| {name} | {found[name]:.2f} | | |" for name in ("import", "help")]
+    for network, row in found["first_step"].items():
+        lines.append(f"| first step, {network} | {row['warm_cache']:.1f} | {row['cold_cache']:.1f} | {row['pytorch']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", default=["digits", "cifar10"])
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    found = startup(arguments.networks)
+    print(table(found))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A training step against PyTorch's, and each side's distance from the machine's limit.
+
+    .venv-parity/bin/python -m tests.benchmarks.training [--network cifar10] [--method retrack] [--rounds 4] [--out FILE.json]
+        [--device cpu|cuda] [--variant float32|tf32|bf16|compile]
+
+The limit is a large float32 (or bf16) matrix product, measured on both sides in the same run; the better of the two counts. FLOPs of a
+step are those of the direct convolutions: three times the forward pass of all images (five for SISS, which has two backward passes), so
+a share above the direct convolution's is possible where fewer operations are made.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import Worker, compare, in_turns
+from tests.benchmarks.networks import BATCH, NETWORKS
+
+METHODS = ("retrack", "siss", "vanilla")
+PASSES = {"retrack": 3, "vanilla": 3, "siss": 5}
+# What each side is told for a variant: (ours, PyTorch's).
+VARIANTS = {
+    "float32": ({"precision": "highest"}, {}),
+    "tf32": ({"precision": "default"}, {"tf32": True}),
+    "bf16": ({"dtype": "bfloat16"}, {"bf16": True, "tf32": True, "channels_last": True}),
+    "compile": ({"dtype": "bfloat16"}, {"bf16": True, "tf32": True, "channels_last": True, "compiled": True}),
+}
+
+
+def forward_flops(network: str) -> float:
+    """Returns the FLOPs of one forward pass of one image, counted by PyTorch over its own operations."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tests.benchmarks.theirs import make_model
+
+    model, config = make_model(network), NETWORKS[network]
+    x = torch.zeros(1, config["in_channels"], config["sample_size"], config["sample_size"])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x, torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: str = "cpu", variant: str = "float32", rounds: int = 5) -> dict[str, float]:
+    """Returns FLOP/s of a square matrix product on both sides, and the better as `limit`."""
+    size = 2048 if device == "cpu" else 8192
+    sides = zip(("ours", "theirs"), VARIANTS[variant], strict=True)
+    workers = {
+        side: Worker(side, "matmul", size=size, device=device, **{k: v for k, v in more.items() if k not in ("compiled", "channels_last")})
+        for side, more in sides
+    }
+    found = in_turns(workers, rounds)
+    rates = {side: 2 * size**3 * 10 / min(result["all_seconds"]) for side, result in found.items()}
+    return rates | {"limit": max(rates.values())}
+
+
+def training(network: str, method: str, rounds: int, device: str = "cpu", variant: str = "float32", batch=None, rate=None) -> dict[str, Any]:
+    """Returns one row: medians of both sides, their ratio, memory, and each side's share of the limit."""
+    ours, theirs = VARIANTS[variant]
+    result = compare("training", rounds, ours, theirs, network=network, method=method, batch=batch, device=device)
+    images = sum(batch or BATCH[network]) if method == "retrack" else (batch or BATCH[network])[0]
+    flops = PASSES[method] * images * forward_flops(network)
+    rate = rate or matmul_rate(device, variant)
+    for side in ("ours", "pytorch"):
+        result[side]["share_of_limit"] = flops / result[side]["seconds"] / rate["limit"]
+    return {"network": network, "method": method, "images": images, "variant": variant, "flops": flops, "matmul": rate} | result
+
+
+def line(row: dict[str, Any]) -> str:
+    """Returns the row as one line of a Markdown table."""
+    ours, theirs = row["ours"], row["pytorch"]
+    return (
+        f"| {row['network']} {row['method']} {row['variant']}, {row['images']} images | {ours['seconds']:.3f} | {theirs['seconds']:.3f} "
+        f"| {row['ratio']:.2f} | {ours['share_of_limit']:.0%} | {theirs['share_of_limit']:.0%} "
+        f"| {ours['peak_bytes'] / 2**30:.2f} | {theirs['peak_bytes'] / 2**30:.2f} |"
+    )
+
+
+HEADER = (
+    "| step | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit | ours, GiB | PyTorch, GiB |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="cifar10", choices=NETWORKS)
+    parser.add_argument("--method", default="retrack", choices=METHODS)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--variant", default="float32", choices=VARIANTS)
+    parser.add_argument("--images", type=int, help="images in each of the two batches")
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    batch = (arguments.images, arguments.images) if arguments.images else None
+    row = training(arguments.network, arguments.method, arguments.rounds, arguments.device, arguments.variant, batch)
+    print(HEADER, line(row), sep="\n")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(row, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""One side of a measurement in a process of its own: `python -m tests.benchmarks.worker SPEC`, driven over stdin by measure.py.
+
+SPEC is JSON: `side` ("ours" or "theirs"), `job` (a `make_*` of that module, without the prefix) and its keyword arguments. After building
+and one first call it prints one JSON line; then for each line it reads it runs once and prints the seconds that took.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+
+# Before JAX or torch start: only what is used is allocated, so that the peak is a peak and not a reservation.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def peak_bytes(side: str, device: str) -> int:
+    """Returns the peak of the device's memory on a GPU, of the process's resident memory on CPU."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if side == "ours":
+        import jax
+
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    side, job, device = spec.pop("side"), spec.pop("job"), spec.get("device", "cpu")
+    if side == "ours":
+        import jax
+
+        spec.pop("device", None)
+        jax.config.update("jax_platforms", device)
+        jax.config.update("jax_num_cpu_devices", spec.pop("num_devices", 1))
+        if "precision" in spec:
+            jax.config.update("jax_default_matmul_precision", spec.pop("precision"))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/retrack_jax/benchmarks"))
+    start = time.perf_counter()
+    run = getattr(importlib.import_module(f"tests.benchmarks.{side}"), f"make_{job}")(**spec)
+    built = time.perf_counter()
+    run()
+    print(json.dumps({"build_seconds": built - start, "first_seconds": time.perf_counter() - built}), flush=True)
+    run()  # autotuning, allocators and caches settle in the second call
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps(seconds | {"peak_bytes": peak_bytes(side, device)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
