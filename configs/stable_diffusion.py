@@ -4,8 +4,8 @@
     python -m retrack_jax.main --config=configs/stable_diffusion.py                     # ReTrack, 48 runs
     python -m retrack_jax.main --config=configs/stable_diffusion.py:siss --config.targets=bjork_vulnicura_spotify,willy_wonka
 
-Hardware: one accelerator of 24 GB (float32 and remat; docs/stable_diffusion.md shows the arithmetic). Time and score to expect: not measured
-by us on the real model; the tests run all of this on a toy, and the networks are compared with diffusers'.
+Hardware: one accelerator of 24 GB (float32 and remat; docs/stable_diffusion.md shows the arithmetic). Time and score to
+expect: not measured by us on the real model; the tests run all of this on a toy, and the networks are compared with diffusers'.
 """
 
 import importlib.util
@@ -13,18 +13,20 @@ from pathlib import Path
 
 # The official sweep, in its order.
 CONCEPTS = (
-    "bjork_vulnicura_spotify", "daft_punk_jay_z_collaboration", "border_guards_movie", "aaron_paul_luke_skywalker_reading",
-    "ricky_gervais_slough_performance", "buddhist_ethics_talk", "no_limits_business_woman_podcast", "freddy_adu_club_transfer",
-    "insights_with_laura_powers_podcast", "george_rr_martin_wolf_sanctuary_donation", "mrs_doubtfire_sequel_titles",
-    "bloodborne_video_game", "living_in_the_light_podcast", "mother_hippo_influence", "sylvester_stallone", "danny_boyle_fx_tv_deal",
+    "bjork_vulnicura_spotify", "daft_punk_jay_z_collaboration", "border_guards_movie",
+    "aaron_paul_luke_skywalker_reading", "ricky_gervais_slough_performance", "buddhist_ethics_talk",
+    "no_limits_business_woman_podcast", "freddy_adu_club_transfer", "insights_with_laura_powers_podcast",
+    "george_rr_martin_wolf_sanctuary_donation", "mrs_doubtfire_sequel_titles", "bloodborne_video_game",
+    "living_in_the_light_podcast", "mother_hippo_influence", "sylvester_stallone", "danny_boyle_fx_tv_deal",
     "the_happy_scientist_podcast", "steve_carell_north_korea_movie_canceled", "prince_warner_brothers_album",
-    "st_vincent_apple_music_show", "anna_kendrick_essay_collection", "sound_advice_podcast", "chipotle_bag_essays_yale",
-    "charlize_theron_dark_places_trailer", "ethan_hawke_chet_baker_biopic", "grieve_cream_navy_area_rug", "netflix_att_streaming_deal",
-    "f_scott_fitzgerald_lost_story", "health_mastery_cafe_podcast", "dc_all_stars_podcast", "willy_wonka", "fractal_art_canvas",
+    "st_vincent_apple_music_show", "anna_kendrick_essay_collection", "sound_advice_podcast",
+    "chipotle_bag_essays_yale", "charlize_theron_dark_places_trailer", "ethan_hawke_chet_baker_biopic",
+    "grieve_cream_navy_area_rug", "netflix_att_streaming_deal", "f_scott_fitzgerald_lost_story",
+    "health_mastery_cafe_podcast", "dc_all_stars_podcast", "willy_wonka", "fractal_art_canvas",
     "air_conditioners_parts", "plattville_green_rug", "shaw_floors_sahara", "colbert_coffee", "chris_robinson_beer",
-    "winds_of_winter_delay", "south_park_game_review", "aretha_franklin_lawsuit", "foyer_salty_air", "bellevue_stripe_curtain",
-    "christmas_woofs_curtain", "watercolor_skull_bedding", "red_floor_pillow", "shimmering_green_kitchen", "icelandic_poppy_iphone_case",
-    "move_or_be_moved_tee",
+    "winds_of_winter_delay", "south_park_game_review", "aretha_franklin_lawsuit", "foyer_salty_air",
+    "bellevue_stripe_curtain", "christmas_woofs_curtain", "watercolor_skull_bedding", "red_floor_pillow",
+    "shimmering_green_kitchen", "icelandic_poppy_iphone_case", "move_or_be_moved_tee",
 )  # fmt: skip
 # Method -> what differs from retrack's values in config.unlearn (method.md: the official recipes).
 RECIPES = {"siss": {"siss_scale": 750.0}, "siss_no_is": {"siss_scale": 750.0}, "erasediff": {"erasediff_eta": 1e-2}}
@@ -59,14 +61,19 @@ def get_config(method=None):
 
     config.sampling.num_steps = 50
     config.sampling.num_images = 16  # of each of the two prompts
-    config.sampling.batch_size = 4  # images at once; guidance doubles it, and attention over 64 x 64 latents takes 0.5 GB of each
+    config.sampling.batch_size = (
+        4  # images at once; guidance doubles it, and attention over 64 x 64 latents takes 0.5 GB of each
+    )
     config.sampling.guidance_scale = 7.5
     config.sampling.negative_prompt = ""
 
     config.eval.metrics = (
-        "sscd_original", "sscd_modified", "clip_iqa_original", "clip_iqa_modified", "success_rate_original", "success_rate_modified",
+        "sscd_original", "sscd_modified", "clip_iqa_original", "clip_iqa_modified",
+        "success_rate_original", "success_rate_modified",
     )  # fmt: skip
-    config.eval.classifier = "joblib"  # the shipped k-means, read without unpickling; or labels: refitted from the shipped labels
+    config.eval.classifier = (
+        "joblib"  # the shipped k-means, read without unpickling; or labels: refitted from the shipped labels
+    )
     config.eval.grid_images = 32
 
     config.compute.remat = True

@@ -2,12 +2,13 @@
 
 It offers the stages what `experiment.PixelExperiment` offers them. What differs:
 
-* A target is the name of a concept, a folder of pictures with labels: 1 forgotten, 0 remaining. Rows number the pictures of all concepts
-  that were asked for, one after the other, so that rows say by themselves which concept they belong to.
-* The network denoises latents. The VAE's posterior of each picture is cached; streams draw a fresh latent at each access. ReTrack's forgotten
-  and neighbor latents are drawn once, from a fixed key, and neighbors are found among these latents.
+* A target is the name of a concept, a folder of pictures with labels: 1 forgotten, 0 remaining. Rows number the pictures
+  of all concepts that were asked for, one after the other, so that rows say by themselves which concept they belong to.
+* The network denoises latents. The VAE's posterior of each picture is cached; streams draw a fresh latent at each access.
+  ReTrack's forgotten and neighbor latents are drawn once, from a fixed key, and neighbors are found among these latents.
 * Training is conditioned on the concept's modified prompt, for every stream and method.
-* Samples are of both prompts: `original` and `modified`, image i of both from the same noise; the pretrained model's are the target's too.
+* Samples are of both prompts: `original` and `modified`, image i of both from the same noise; the pretrained model's are
+  the target's too.
 """
 
 import dataclasses
@@ -92,12 +93,17 @@ class TextToImageExperiment:
         return epath.Path(self.config.data.cache_dir).expanduser()
 
     def imported_params(self) -> PyTree:
-        """The checkpoint's parameters, on the host: training donates what it starts from, and 3.4 GB need not stay on the device."""
+        """The checkpoint's parameters, on the host: training donates what it starts from, and 3.4 GB need not stay on the
+        device."""
         return self.pipeline.unet_params
 
     def init_params(self, seed: int) -> PyTree:
         """Random parameters, in the checkpoint's structure and dtype."""
-        inputs = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,), jnp.int32), jnp.zeros((1, 1, self.module.cross_attention_dim))
+        inputs = (
+            jnp.zeros((1, *self.latent_shape)),
+            jnp.zeros((1,), jnp.int32),
+            jnp.zeros((1, 1, self.module.cross_attention_dim)),
+        )
         params = jax.jit(self.module.init)(jax.random.key(seed), *inputs)["params"]
         return jax.tree.map(lambda leaf: leaf.astype(build.DTYPES[self.config.compute.param_dtype]), params)
 
@@ -106,7 +112,8 @@ class TextToImageExperiment:
         raise UserError("Stable Diffusion cannot be pretrained here; set config.checkpoint")
 
     def target(self, spec: str) -> Target:
-        """Resolves a concept's name. Raises `UserError` for one that is not there, lacks a file or a prompt, or a group of concepts."""
+        """Resolves a concept's name. Raises `UserError` for one that is not there, lacks a file or a prompt, or a group of
+        concepts."""
         check(
             not any(sign in spec for sign in "+*?[@") and not spec.startswith("label:"),
             f"the target {spec!r} is a group; one run forgets one concept, so name concepts and separate them by commas",
@@ -124,7 +131,9 @@ class TextToImageExperiment:
             root = Path(data.dir).expanduser()
             concept = load_concept(root, name, resolution=data.resolution, cache_dir=self.cache_dir)
             # An absolute path stays as it is under `/`.
-            prompts = prompts_of(name, root / Path(data.original_prompts).expanduser(), root / Path(data.modified_prompts).expanduser())
+            prompts = prompts_of(
+                name, root / Path(data.original_prompts).expanduser(), root / Path(data.modified_prompts).expanduser()
+            )
             first_row = sum(len(member.concept.images) for member in self._members.values())
             self._members[name] = _Member(concept, prompts, first_row)
         return self._members[name]
@@ -154,7 +163,8 @@ class TextToImageExperiment:
         return self._latent_sets[concept.name]
 
     def gather(self, rows: np.ndarray):
-        """Returns `positions -> {"mean", "std"}` within `rows`: the posterior that the stream of remaining latents is drawn from."""
+        """Returns `positions -> {"mean", "std"}` within `rows`: the posterior that the stream of remaining latents is
+        drawn from."""
         member = self._member_of(rows)
         latents = self._latents(member)
         return lambda positions: latents.posterior(rows[positions] - member.first_row)
@@ -171,7 +181,8 @@ class TextToImageExperiment:
         """Nothing: each concept has pictures and neighbors of its own."""
 
     def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
-        """The forgotten latents: their posterior, or with `num_neighbors` > 0 one draw of each and of its nearest remaining latents."""
+        """The forgotten latents: their posterior, or with `num_neighbors` > 0 one draw of each and of its nearest
+        remaining latents."""
         member = self._member(target.spec)
         latents, images = self._latents(member), member.concept.images.images
         forget, remain = target.unique - member.first_row, target.remain - member.first_row
@@ -206,11 +217,14 @@ class TextToImageExperiment:
         return pmap_sample_fn(sample_fn, output="float32" if self.config.save_float else "uint8")
 
     def sample(self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress) -> dict[str, np.ndarray]:
-        """Returns the arrays of `samples.npz`: `original` and `modified` uint8 `[N, H, W, 3]`, with `config.save_float` floats too."""
+        """Returns the arrays of `samples.npz`: `original` and `modified` uint8 `[N, H, W, 3]`, with `config.save_float`
+        floats too."""
         sampling, prompts = self.config.sampling, self._member(target.spec).prompts
         arrays, total = {}, self.num_samples(target)
         for number, (kind, prompt) in enumerate(prompts.items()):
-            prompt_1ND, negative_1ND = (prompt_embeddings(self.pipeline, [text]) for text in (prompt, sampling.negative_prompt))
+            prompt_1ND, negative_1ND = (
+                prompt_embeddings(self.pipeline, [text]) for text in (prompt, sampling.negative_prompt)
+            )
             made = generate(
                 self._p_sample,
                 GuidedParams(params, self.pipeline.vae_params, prompt_1ND, negative_1ND),
@@ -229,7 +243,12 @@ class TextToImageExperiment:
 
     def sampling_digest(self, target: Target) -> str:
         """A digest of all that samples depend on beside the UNet's parameters and the prompts."""
-        settings = self.config.sampling.to_dict(), self.schedule.to_config(), self.config.save_float, self.config.data.resolution
+        settings = (
+            self.config.sampling.to_dict(),
+            self.schedule.to_config(),
+            self.config.save_float,
+            self.config.data.resolution,
+        )
         return files.json_digest([*settings, self.pipeline.vae_digest, self.config.compute.dtype])
 
     def export(self, path, params: PyTree, note: str) -> None:
@@ -276,7 +295,9 @@ class TextToImageExperiment:
         return metrics.ConceptTask(
             concept=concept,
             centers=lambda: metrics.concept_centers(concept, evaluation.classifier),
-            centers_name="the shipped kmeans_classifier.joblib" if evaluation.classifier == "joblib" else "means of the shipped labels",
+            centers_name="the shipped kmeans_classifier.joblib"
+            if evaluation.classifier == "joblib"
+            else "means of the shipped labels",
             sscd=lambda: load_sscd(evaluation.weights_dir),
             clip_iqa=lambda: self._clip_iqa,
         )
@@ -331,9 +352,18 @@ def _thumbnails(images: np.ndarray) -> np.ndarray:
 
 
 def _check_config(config: ConfigDict) -> None:
-    check(config.method != "retrain", "Stable Diffusion cannot be pretrained or retrained here; choose another method than retrain")
-    check(bool(config.checkpoint), "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)")
-    check(bool(config.data.dir), "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts")
+    check(
+        config.method != "retrain",
+        "Stable Diffusion cannot be pretrained or retrained here; choose another method than retrain",
+    )
+    check(
+        bool(config.checkpoint),
+        "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
+    )
+    check(
+        bool(config.data.dir),
+        "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts",
+    )
     check_choice("config.export", config.export, EXPORTS)
     check_choice("config.compute.param_dtype", config.compute.param_dtype, build.DTYPES)
     check_choice("config.eval.classifier", config.eval.classifier, metrics.CLASSIFIERS)

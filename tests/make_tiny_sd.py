@@ -1,9 +1,11 @@
-"""Makes tests/data/tiny_sd: a Stable Diffusion pipeline of random weights and two concepts of drawn pictures, in the official layout.
+"""Makes tests/data/tiny_sd: a Stable Diffusion pipeline of random weights and two concepts of drawn pictures, in the
+official layout.
 
     python -m tests.make_tiny_sd [FOLDER]
 
-Needs no PyTorch. Every size is a toy's (pictures 32 x 32, latents 8 x 8 x 4, 0.2 M parameters), every file is of the kind that the real
-ones are: fp16 safetensors, CLIP's vocab.json and merges.txt, a PNDM scheduler config, PNG pictures, labels, a joblib of k-means.
+Needs no PyTorch. Every size is a toy's (pictures 32 x 32, latents 8 x 8 x 4, 0.2 M parameters), every file is of the kind
+that the real ones are: fp16 safetensors, CLIP's vocab.json and merges.txt, a PNDM scheduler config, PNG pictures, labels, a
+joblib of k-means.
 The result is committed; run this again only to change it, and then record tests/data/sd_parity.npz again too.
 """
 
@@ -110,7 +112,9 @@ def make(folder: Path = FOLDER) -> None:
         "vocab_size": vocabulary,
     }
     text = ClipTextEncoder.from_config(text_config)
-    save(pipeline / "text_encoder", text_config, random_params(text, 3, jnp.zeros((1, 77), jnp.int32)), "model", "text_model.")
+    save(
+        pipeline / "text_encoder", text_config, random_params(text, 3, jnp.zeros((1, 77), jnp.int32)), "model", "text_model."
+    )
 
     for index, name in enumerate(PROMPTS):
         make_concept(folder / "concepts" / name, name, np.random.default_rng(index))
@@ -125,7 +129,9 @@ def make_tokenizer(folder: Path) -> int:
     from retrack_jax.models.tokenizer import _WORDS
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    text = (Path(__file__).parents[1] / "retrack_jax" / "sampling" / "pndm.py").read_text() + " ".join(sum(PROMPTS.values(), ()))
+    text = (Path(__file__).parents[1] / "retrack_jax" / "sampling" / "pndm.py").read_text() + " ".join(
+        sum(PROMPTS.values(), ())
+    )
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
@@ -137,7 +143,9 @@ def make_tokenizer(folder: Path) -> int:
     words += [word for word in dict.fromkeys("".join(merge) for merge in merges) if word not in words]
     words += ["<|startoftext|>", "<|endoftext|>"]
     write_json(folder / "vocab.json", {word: index for index, word in enumerate(words)})
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{first} {second}\n" for first, second in merges), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{first} {second}\n" for first, second in merges), encoding="utf-8"
+    )
 
     def token(content):
         return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
@@ -145,7 +153,9 @@ def make_tokenizer(folder: Path) -> int:
     start, end = token("<|startoftext|>"), token("<|endoftext|>")
     special = {"bos_token": start, "eos_token": end, "pad_token": "<|endoftext|>", "unk_token": end}
     write_json(folder / "special_tokens_map.json", special)
-    tagged = {role: {"__type": "AddedToken", **value} if isinstance(value, dict) else value for role, value in special.items()}
+    tagged = {
+        role: {"__type": "AddedToken", **value} if isinstance(value, dict) else value for role, value in special.items()
+    }
     config = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77, **tagged}
     write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "CLIPTokenizer"})
     return len(words)
@@ -167,7 +177,9 @@ def make_concept(folder: Path, name: str, rng: np.random.Generator) -> None:
         Image.fromarray(image).save(folder / "images" / file_name, optimize=True)
         labels[file_name] = int(memorised)
         pixels.append(image.reshape(-1).astype(np.float32))
-    means = np.stack([np.mean([p for p, label in zip(pixels, labels.values(), strict=True) if label == wanted], 0) for wanted in (0, 1)])
+    means = np.stack(
+        [np.mean([p for p, label in zip(pixels, labels.values(), strict=True) if label == wanted], 0) for wanted in (0, 1)]
+    )
     # Started at the two groups' means, so that cluster 0 is the one that is not memorised.
     joblib.dump(KMeans(2, init=means, n_init=1).fit(np.stack(pixels)), folder / "kmeans_classifier.joblib")
     write_json(folder / "kmeans_labels.json", labels)

@@ -1,6 +1,8 @@
-"""A whole Stable Diffusion folder, in and out: UNet, VAE, text encoder, tokenizer and noise schedule as diffusers lays them out.
+"""A whole Stable Diffusion folder, in and out: UNet, VAE, text encoder, tokenizer and noise schedule as diffusers lays
+them out.
 
-    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     and, carried along unread, safety_checker/ feature_extractor/
+    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     and, carried along unread, safety_checker/
+    feature_extractor/
 
 Stable Diffusion 1.x and 2.x are supported. Weights in float16 are read into float32.
 """
@@ -72,12 +74,13 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
     Args:
       path: the folder, as diffusers saves it; weights as safetensors or `.bin`, float32 or float16.
       dtype: what the networks compute in.
-      param_dtype: what the UNet's parameters are kept in. bfloat16 halves them (3.4 to 1.7 GB for Stable Diffusion 1.x), for sampling:
-        an update smaller than 1/256 of a weight is lost in it, so train in float32.
+      param_dtype: what the UNet's parameters are kept in. bfloat16 halves them (3.4 to 1.7 GB for Stable Diffusion 1.x),
+        for sampling: an update smaller than 1/256 of a weight is lost in it, so train in float32.
       remat: whether the UNet computes activations again in the backward pass.
 
     Raises:
-      UserError: a part is missing or does not fit the others, or the folder is of another kind of model (Stable Diffusion XL, say).
+      UserError: a part is missing or does not fit the others, or the folder is of another kind of model (Stable Diffusion
+        XL, say).
     """
     folder = Path(path).expanduser()
     check_pipeline(folder)
@@ -104,22 +107,34 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
         text_params=_load_text(text_encoder, folder / "text_encoder"),
         tokenizer=tokenizer,
         schedule=schedule,
-        vae_digest=json_digest([_config(folder / "vae"), file_digest(open_weights(folder / "vae")[0]), str(jnp.dtype(dtype))]),
+        vae_digest=json_digest(
+            [_config(folder / "vae"), file_digest(open_weights(folder / "vae")[0]), str(jnp.dtype(dtype))]
+        ),
     )
 
 
 def check_pipeline(folder) -> None:
     """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
     folder = Path(folder).expanduser()
-    check(folder.is_dir(), f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)")
+    check(
+        folder.is_dir(),
+        f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)",
+    )
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = index.get("_class_name", "StableDiffusionPipeline")
     if "XL" in name or (folder / "text_encoder_2").is_dir():
-        raise UserError(f"{folder} holds Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder")
-    check(name == "StableDiffusionPipeline", f"{folder} holds a {name}, which is not supported; give a Stable Diffusion 1.x or 2.x folder")
+        raise UserError(
+            f"{folder} holds Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder"
+        )
+    check(
+        name == "StableDiffusionPipeline",
+        f"{folder} holds a {name}, which is not supported; give a Stable Diffusion 1.x or 2.x folder",
+    )
     missing = [part for part in _PARTS if not (folder / part).is_dir()]
     if missing:
-        raise UserError(f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/stable_diffusion.md)")
+        raise UserError(
+            f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/stable_diffusion.md)"
+        )
 
 
 def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
@@ -140,10 +155,11 @@ def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array
 
 
 def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
-    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads: the source's parts, and the UNet `unet_params`.
+    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads: the source's parts, and the UNet
+    `unet_params`.
 
-    The source's licence files and model card are carried along, the card with `note` below: a model unlearned from Stable Diffusion is a
-    derivative, and its licence asks for that. The folder appears whole or not at all.
+    The source's licence files and model card are carried along, the card with `note` below: a model unlearned from Stable
+    Diffusion is a derivative, and its licence asks for that. The folder appears whole or not at all.
 
     Raises:
       UserError: `path` is the source or holds something else, or cannot be written.
@@ -154,7 +170,11 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
     try:
         temporary.mkdir(parents=True)
         export_diffusers(temporary / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)
-        parts = [entry for entry in sorted(source.iterdir()) if entry.is_dir() and not entry.name.startswith(".") and entry.name != "unet"]
+        parts = [
+            entry
+            for entry in sorted(source.iterdir())
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "unet"
+        ]
         for part in parts:
             shutil.copytree(part, temporary / part.name, symlinks=False)
         write_json(temporary / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
@@ -163,7 +183,9 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
             write_bytes(temporary / name, content)
         _move_into_place(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -184,8 +206,12 @@ def _model_index(source: Path, parts: set[str]) -> dict:
     if (source / "model_index.json").is_file():
         default = read_json(source / "model_index.json")
     else:
-        default["scheduler"][1] = read_json(source / "scheduler" / "scheduler_config.json").get("_class_name", "PNDMScheduler")
-    return {name: [None, None] if isinstance(value, list) and name not in parts else value for name, value in default.items()}
+        default["scheduler"][1] = read_json(source / "scheduler" / "scheduler_config.json").get(
+            "_class_name", "PNDMScheduler"
+        )
+    return {
+        name: [None, None] if isinstance(value, list) and name not in parts else value for name, value in default.items()
+    }
 
 
 def _load_text(module: ClipTextEncoder, folder: Path) -> PyTree:
@@ -223,7 +249,9 @@ def _config(folder: Path) -> dict:
     return config
 
 
-def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: ClipTextEncoder, tokenizer: ClipTokenizer) -> None:
+def _check_fit(
+    folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: ClipTextEncoder, tokenizer: ClipTokenizer
+) -> None:
     """Raises `UserError` if the parts are not of one model."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     check(scheduler.is_file(), f"no {scheduler}; it is the noise schedule that the model was trained with")
@@ -234,6 +262,12 @@ def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: Cl
         f"{vae.latent_channels}; inpainting, depth and upscaling models are not supported",
     )
     fits = unet.cross_attention_dim == text.hidden_size
-    check(fits, f"{folder}: the UNet reads prompts of {unet.cross_attention_dim} features, the text encoder gives {text.hidden_size}")
-    fits = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < text.vocab_size and tokenizer.length <= text.max_position_embeddings
+    check(
+        fits,
+        f"{folder}: the UNet reads prompts of {unet.cross_attention_dim} features, the text encoder gives {text.hidden_size}",
+    )
+    fits = (
+        max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < text.vocab_size
+        and tokenizer.length <= text.max_position_embeddings
+    )
     check(fits, f"{folder}: the tokenizer's ids or length do not fit the text encoder's {text.vocab_size} tokens")

@@ -1,9 +1,9 @@
 """A concept's folder: the pictures that a text-to-image model draws for one prompt, sorted into memorised and not.
 
-    CONCEPT/images/*.png            all pictures
-    CONCEPT/kmeans_labels.json      file name -> 1 memorised (to forget), 0 not (to remain)
-    CONCEPT/clustering_info.json    {"mem_idx": 12, ...}: images/CONCEPT_012.png is the memorised picture that SSCD compares with
-    CONCEPT/kmeans_classifier.joblib
+CONCEPT/images/*.png            all pictures
+CONCEPT/kmeans_labels.json      file name -> 1 memorised (to forget), 0 not (to remain)
+CONCEPT/clustering_info.json    {"mem_idx": 12, ...}: images/CONCEPT_012.png is memorised, SSCD compares with it
+CONCEPT/kmeans_classifier.joblib
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,8 @@ def read_labels(folder) -> dict[str, int]:
     """Returns file name -> 0 or 1 from the concept's labels file.
 
     Raises:
-      UserError: there is no such file, a label is neither 0 nor 1, a labelled picture does not exist, or one label has no picture.
+      UserError: there is no such file, a label is neither 0 nor 1, a labelled picture does not exist, or one label has no
+        picture.
     """
     folder = Path(folder)
     path = folder / LABELS
@@ -77,7 +78,10 @@ def read_labels(folder) -> dict[str, int]:
             f"{path} labels {len(missing)} of {len(labels)} pictures that are not in {folder / 'images'}, such as {missing[0]}; "
             "restore the pictures, or remove them from the file"
         )
-    for label, meaning in ((FORGET, "memorised (label 1), so there is nothing to forget"), (REMAIN, "unlike it (label 0) to remain")):
+    for label, meaning in (
+        (FORGET, "memorised (label 1), so there is nothing to forget"),
+        (REMAIN, "unlike it (label 0) to remain"),
+    ):
         check(label in labels.values(), f"{path}: no picture is {meaning}")
     return labels
 
@@ -91,7 +95,10 @@ def memorised_name(folder, name: str) -> str:
     index = info.get("mem_idx") if isinstance(info, dict) else None
     check(type(index) is int and index >= 0, f"{path}: mem_idx is {index!r}; it must be the number of the memorised picture")
     picture = f"{name}_{index:03d}.png"
-    check((folder / "images" / picture).is_file(), f"no memorised picture {folder / 'images' / picture}, which mem_idx in {path} names")
+    check(
+        (folder / "images" / picture).is_file(),
+        f"no memorised picture {folder / 'images' / picture}, which mem_idx in {path} names",
+    )
     return picture
 
 
@@ -109,7 +116,9 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
     """
     folder = Path(root).expanduser() / name
     if not (folder / "images").is_dir():
-        raise UserError(f"no concept {name!r} in {root}{suggestion(name, list_concepts(root))}; looked for {folder / 'images'}")
+        raise UserError(
+            f"no concept {name!r} in {root}{suggestion(name, list_concepts(root))}; looked for {folder / 'images'}"
+        )
     labels = read_labels(folder)
     memorised = memorised_name(folder, name)
     options = DecodeOptions(resolution=resolution, channels=3)

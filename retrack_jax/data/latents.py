@@ -1,8 +1,9 @@
 """Latents of a set of pictures: the VAE's posterior, computed once, and draws from it.
 
-A latent is mean + std * eps. The mean and std of each picture are cached in two arrays that are mapped into memory; streams of pictures
-draw a fresh latent at each access (`data.dataset.to_x_0`), while forgotten pictures and neighbors under ReTrack are drawn once. Keeping
-a single encoded latent instead would train on one draw for ever, which is not what the official code does.
+A latent is mean + std * eps. The mean and std of each picture are cached in two arrays that are mapped into memory;
+streams of pictures draw a fresh latent at each access (`data.dataset.to_x_0`), while forgotten pictures and neighbors
+under ReTrack are drawn once. Keeping a single encoded latent instead would train on one draw for ever, which is not what
+the official code does.
 """
 
 import logging
@@ -43,7 +44,8 @@ class LatentSet:
         return {"mean": np.ascontiguousarray(self.mean[rows]), "std": np.ascontiguousarray(self.std[rows])}
 
     def draw(self, rows: np.ndarray, rng: Rng) -> np.ndarray:
-        """Returns float32 `[len(rows), h, w, C]`, one draw for each row; it depends on `rng` and the row, not on which others are asked."""
+        """Returns float32 `[len(rows), h, w, C]`, one draw for each row; it depends on `rng` and the row, not on which
+        others are asked."""
         rngs = parallel.example_rngs(rng, np.asarray(rows, np.int32))
         eps = jax.vmap(lambda one: jax.random.normal(one, self.mean.shape[1:]))(rngs)
         return self.mean[rows] + self.std[rows] * np.asarray(eps)
@@ -85,14 +87,19 @@ def encode_set(
         finite = np.isfinite(mean) & np.isfinite(std)
         bad = np.flatnonzero(~finite.reshape(count, -1).all(axis=1))
         if len(bad):
-            raise UserError(f"the VAE encodes {images.ids[start + bad[0]]} to NaN or infinity; encode in float32 (config.compute.dtype)")
+            raise UserError(
+                f"the VAE encodes {images.ids[start + bad[0]]} to NaN or infinity; encode in float32 (config.compute.dtype)"
+            )
         parts.append((mean, std))
         if progress is not None:
             progress(start + count, len(images))
     mean, std = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     _write(folder, mean, std)
     found = _load(folder)
-    check(found is not None, f"{folder} does not hold what was just written to it; check the disk, or set config.data.cache_dir")
+    check(
+        found is not None,
+        f"{folder} does not hold what was just written to it; check the disk, or set config.data.cache_dir",
+    )
     return found
 
 

@@ -1,7 +1,7 @@
 """The metrics of text-to-image models: for each of a concept's two prompts SSCD, CLIP-IQA and the success rate.
 
-A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. CLIP-IQA and the classifier are given floats, SSCD
-uint8, as in the official code; where floats were not kept, the note of the metric says so.
+A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. CLIP-IQA and the classifier are
+given floats, SSCD uint8, as in the official code; where floats were not kept, the note of the metric says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,8 @@ class ConceptTask:
 
 @dataclass(frozen=True, eq=False)
 class PromptSamples:
-    """The samples of a model: `original` and `modified` uint8 `[N, H, W, 3]` and, where they were kept, `original_float`, ... in [0, 1]."""
+    """The samples of a model: `original` and `modified` uint8 `[N, H, W, 3]` and, where they were kept, `original_float`,
+    ... in [0, 1]."""
 
     arrays: dict[str, np.ndarray]
 
@@ -92,15 +93,21 @@ def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> Cli
       Unavailable: the file is missing, or is another network's, or the tokenizer is not CLIP's.
     """
     folder = Path(weights_dir).expanduser()
-    found = [folder / f"{CLIP_STEM}{ending}" for ending in (".pt", ".safetensors") if (folder / f"{CLIP_STEM}{ending}").is_file()]
+    found = [
+        folder / f"{CLIP_STEM}{ending}" for ending in (".pt", ".safetensors") if (folder / f"{CLIP_STEM}{ending}").is_file()
+    ]
     if not found:
-        raise Unavailable(f"no {CLIP_STEM}.pt in {folder}: CLIP's RN50 weights; --config.mode=check prints the command that gets it")
+        raise Unavailable(
+            f"no {CLIP_STEM}.pt in {folder}: CLIP's RN50 weights; --config.mode=check prints the command that gets it"
+        )
     try:
         towers = towers_from_openai(_read_weights(found[0]))
     except UserError as error:
         raise Unavailable(f"{found[0]}: {error}") from error
     if towers.text.vocab_size != tokenizer.eos_id + 1:
-        raise Unavailable(f"{found[0]} knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {tokenizer.eos_id + 1}")
+        raise Unavailable(
+            f"{found[0]} knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {tokenizer.eos_id + 1}"
+        )
     return make_clip_iqa(towers, tokenizer, file_digest(found[0]), batch_size)
 
 
@@ -119,14 +126,22 @@ def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
     network = task.sscd()
     memorised = task.concept.memorised[None]
     values = {f"sscd_{kind}": float(sscd(network, samples.pixels(kind), memorised).mean()) for kind in KINDS}
-    note = {"features": network.description, "reference": task.concept.memorised_name, "num_samples": len(samples.pixels(KINDS[0]))}
+    note = {
+        "features": network.description,
+        "reference": task.concept.memorised_name,
+        "num_samples": len(samples.pixels(KINDS[0])),
+    }
     return _only(values, wanted), note
 
 
 def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
     metric = task.clip_iqa()
     values = {f"clip_iqa_{kind}": float(metric(samples.floats(kind)).mean()) for kind in KINDS}
-    note = {"features": metric.network.description, "samples": samples.precision, "num_samples": len(samples.pixels(KINDS[0]))}
+    note = {
+        "features": metric.network.description,
+        "samples": samples.precision,
+        "num_samples": len(samples.pixels(KINDS[0])),
+    }
     return _only(values, wanted), note
 
 
@@ -134,7 +149,12 @@ def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[st
     centers = task.centers()
     values = {f"success_rate_{kind}": success_rate(samples.floats(kind), centers) for kind in KINDS}
     counts = {f"memorised_{kind}": int((clusters(samples.floats(kind), centers) != 0).sum()) for kind in KINDS}
-    note = {"classifier": task.centers_name, "samples": samples.precision, "num_samples": len(samples.pixels(KINDS[0])), **counts}
+    note = {
+        "classifier": task.centers_name,
+        "samples": samples.precision,
+        "num_samples": len(samples.pixels(KINDS[0])),
+        **counts,
+    }
     return _only(values, wanted), note
 
 

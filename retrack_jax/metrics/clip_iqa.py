@@ -4,7 +4,8 @@ Follows torchmetrics' default (`clip_iqa`, CLIP RN50 without positional embeddin
 1. x' = (x - mean) / std with CLIP's mean and std, x float in [0, 1]; images are not resized.
 2. f = image(x') / ‖image(x')‖; a_j = text(prompt_j) / ‖text(prompt_j)‖.
 3. score = softmax(100 [f·a_good, f·a_bad])_good. torchmetrics writes 100 where CLIP has a learnt scale, which ended there.
-Prompts are padded with id 0, not with the end token: the end token is found as the highest id, and the causal mask hides the rest.
+Prompts are padded with id 0, not with the end token: the end token is found as the highest id, and the causal mask hides
+the rest.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
 """Success rate: does a k-means classifier call every sample of a prompt "not memorised"?
 
-The official data ships the classifier as `kmeans_classifier.joblib`, a pickle, and loading a pickle can run any code that its author
-wished. `read_centers` therefore walks the pickle with a reader that can make four harmless things: dtypes, numeric scalars, plain
-arrays, and empty records that remember the attributes they are given. Anything else in the file is refused by its name and nothing is
-ever called. Only the cluster centres are taken. Where there is no such file, `centers_from_labels` refits them from the shipped labels:
-the centre of each cluster is the mean of its images, which is what k-means converges to.
+The official data ships the classifier as `kmeans_classifier.joblib`, a pickle, and loading a pickle can run any code that
+its author wished. `read_centers` therefore walks the pickle with a reader that can make four harmless things: dtypes,
+numeric scalars, plain arrays, and empty records that remember the attributes they are given. Anything else in the file is
+refused by its name and nothing is ever called. Only the cluster centres are taken. Where there is no such file,
+`centers_from_labels` refits them from the shipped labels: the centre of each cluster is the mean of its images, which is
+what k-means converges to.
 
 Equations:
 1. cluster(x) = argmin_j ‖255 x - c_j‖², x in [0, 1] flattened with channels last (the official code; floats, not rounded).
@@ -23,7 +24,12 @@ from etils import epath
 
 from retrack_jax.checks import UserError, check
 
-_MAGIC = ((b"\x1f\x8b", gzip.decompress), (b"BZh", bz2.decompress), (b"\xfd7zXZ", lzma.decompress), (b"]\x00\x00", lzma.decompress))
+_MAGIC = (
+    (b"\x1f\x8b", gzip.decompress),
+    (b"BZh", bz2.decompress),
+    (b"\xfd7zXZ", lzma.decompress),
+    (b"]\x00\x00", lzma.decompress),
+)
 _ZLIB_STARTS = (b"x\x01", b"x\x5e", b"x\x9c", b"x\xda")
 _RECORD_MODULES = ("sklearn", "numpy.random", "scipy.sparse")
 
@@ -43,17 +49,26 @@ def read_centers(path) -> np.ndarray:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is not a whole joblib file ({error}); download it again, or set the classifier to 'labels'") from error
+        raise UserError(
+            f"{path} is not a whole joblib file ({error}); download it again, or set the classifier to 'labels'"
+        ) from error
     name = getattr(record, "class_name", type(record).__name__)
-    check(name.endswith(".KMeans") or name.endswith(".MiniBatchKMeans"), f"{path} holds a {name}; expected a scikit-learn KMeans")
+    check(
+        name.endswith(".KMeans") or name.endswith(".MiniBatchKMeans"),
+        f"{path} holds a {name}; expected a scikit-learn KMeans",
+    )
     centers = vars(record).get("cluster_centers_")
-    check(isinstance(centers, np.ndarray) and centers.ndim == 2, f"{path} holds a KMeans without cluster centres; it was never fitted")
+    check(
+        isinstance(centers, np.ndarray) and centers.ndim == 2,
+        f"{path} holds a KMeans without cluster centres; it was never fitted",
+    )
     check(bool(np.isfinite(centers).all()), f"{path}: the cluster centres are not finite")
     return np.asarray(centers, np.float64)
 
 
 def centers_from_labels(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns float64 `[2, D]`: the mean of the images labelled 0, then of those labelled 1, in [0, 255]. Raises if one is empty."""
+    """Returns float64 `[2, D]`: the mean of the images labelled 0, then of those labelled 1, in [0, 255]. Raises if one is
+    empty."""
     centers = []
     for label in (0, 1):
         members = np.flatnonzero(np.asarray(labels) == label)
@@ -66,10 +81,13 @@ def centers_from_labels(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def clusters(samples: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Returns int `[N]`, the nearest centre of each sample `[N, H, W, C]` in [0, 1] (equation 1). Raises if the sizes differ."""
+    """Returns int `[N]`, the nearest centre of each sample `[N, H, W, C]` in [0, 1] (equation 1). Raises if the sizes
+    differ."""
     flat = np.asarray(samples).reshape(len(samples), -1)
     if flat.shape[1] != centers.shape[1]:
-        raise UserError(f"samples have {flat.shape[1]} values but the k-means centres {centers.shape[1]}; both must be one image size")
+        raise UserError(
+            f"samples have {flat.shape[1]} values but the k-means centres {centers.shape[1]}; both must be one image size"
+        )
     distances = [np.square(255.0 * row.astype(np.float64) - centers).sum(axis=1) for row in flat]
     return np.argmin(np.stack(distances), axis=1) if distances else np.zeros(0, np.int64)
 

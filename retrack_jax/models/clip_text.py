@@ -1,7 +1,8 @@
 """CLIP's text transformer: the text encoder of Stable Diffusion 1.x and 2.x, and the text tower of CLIP itself.
 
-Layers and parameters carry the names of transformers' `CLIPTextModel`; weights from OpenAI's own CLIP files are renamed to these when
-they are read. Padding is not masked: the causal mask keeps it from every earlier token, and Stable Diffusion attends to it on purpose.
+Layers and parameters carry the names of transformers' `CLIPTextModel`; weights from OpenAI's own CLIP files are renamed to
+these when they are read. Padding is not masked: the causal mask keeps it from every earlier token, and Stable Diffusion
+attends to it on purpose.
 """
 
 from typing import Any
@@ -16,7 +17,8 @@ from retrack_jax.types import Array
 
 # All that decides what the encoder computes; the dozens of other keys that transformers writes are of generation and training.
 _FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act layer_norm_eps"
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+    "hidden_act layer_norm_eps"
 ).split()
 
 
@@ -97,18 +99,24 @@ class ClipTextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, **overrides) -> "ClipTextEncoder":
-        """Builds the encoder that a `text_encoder/config.json` describes. Raises `UserError` for what is not supported, by name."""
+        """Builds the encoder that a `text_encoder/config.json` describes. Raises `UserError` for what is not supported, by
+        name."""
         kind = config.get("model_type", "clip_text_model")
         check(kind == "clip_text_model", f"text encoder config: model_type is {kind!r}; only clip_text_model is supported")
         masked = config.get("use_attention_mask", False)
-        check(not masked, "text encoder config: use_attention_mask is true; only encoders that attend to padding are supported")
+        check(
+            not masked, "text encoder config: use_attention_mask is true; only encoders that attend to padding are supported"
+        )
         fields = {key: config[key] for key in _FIELDS if key in config}
         module = cls(**{**fields, **overrides})
         check_choice("text encoder config: hidden_act", module.hidden_act, _ACTIVATIONS)
         for name in _FIELDS[:6]:
             check_int(f"text encoder config: {name}", getattr(module, name))
         whole = module.hidden_size % module.num_attention_heads == 0
-        check(whole, f"text encoder config: hidden_size {module.hidden_size} does not split into {module.num_attention_heads} heads")
+        check(
+            whole,
+            f"text encoder config: hidden_size {module.hidden_size} does not split into {module.num_attention_heads} heads",
+        )
         return module
 
     def setup(self):
@@ -132,7 +140,8 @@ class ClipTextEncoder(nn.Module):
         return hidden_BND
 
     def pooled(self, ids_BN: Array) -> Array:
-        """The features `[B, projection_dim]` at the end token, which in CLIP's vocabulary is the highest id (the first, if it pads)."""
+        """The features `[B, projection_dim]` at the end token, which in CLIP's vocabulary is the highest id (the first, if
+        it pads)."""
         hidden_BND = self(ids_BN)
         end_BD = jnp.take_along_axis(hidden_BND, jnp.argmax(ids_BN, axis=1)[:, None, None], axis=1)[:, 0]
         return end_BD if self.projection_dim is None else self.text_projection(end_BD)
@@ -169,5 +178,7 @@ class ClipLayers(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for index in range(self.num_layers):
-            x = ClipLayer(self.num_heads, self.features, self.activation, self.epsilon, self.dtype, name=f"layers_{index}")(x)
+            x = ClipLayer(self.num_heads, self.features, self.activation, self.epsilon, self.dtype, name=f"layers_{index}")(
+                x
+            )
         return x

@@ -10,7 +10,8 @@ from retrack_jax.types import Array
 class LayerNorm(nn.Module):
     """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis; the result in `dtype`.
 
-    Flax's own takes E[x²] - E[x]² by default, which loses the digits that parity with PyTorch needs, and mixes dtypes implicitly.
+    Flax's own takes E[x²] - E[x]² by default, which loses the digits that parity with PyTorch needs, and mixes dtypes
+    implicitly.
     """
 
     epsilon: float = 1e-5

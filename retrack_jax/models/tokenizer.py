@@ -1,14 +1,14 @@
 """Prompts to CLIP token ids, with the `tokenizers` library and the files of a Stable Diffusion pipeline.
 
-A tokenizer folder holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x checkpoint), or only `tokenizer.json` (what
-transformers 5 writes), and beside them `tokenizer_config.json` and `special_tokens_map.json`. Two habits of transformers matter for
-identical ids and are reproduced here:
+A tokenizer folder holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x checkpoint), or only
+`tokenizer.json` (what transformers 5 writes), and beside them `tokenizer_config.json` and `special_tokens_map.json`. Two
+habits of transformers matter for identical ids and are reproduced here:
 
-1. Every special token, the padding token too, is cut out of the text before anything else. Stable Diffusion 2 pads with `!`, so a `!`
-   in a prompt becomes the padding id 0 there, and not the word `!</w>` (256).
-2. A special token given as plain text is matched as it is written; one given as an object is matched as its `normalized` flag says
-   (after lower-casing if true). Where two roles share one text the last of bos, eos, unk, pad decides, and the special tokens map
-   overrides the config.
+1. Every special token, the padding token too, is cut out of the text before anything else. Stable Diffusion 2 pads with
+   `!`, so a `!` in a prompt becomes the padding id 0 there, and not the word `!</w>` (256).
+2. A special token given as plain text is matched as it is written; one given as an object is matched as its `normalized`
+   flag says (after lower-casing if true). Where two roles share one text the last of bos, eos, unk, pad decides, and the
+   special tokens map overrides the config.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,12 @@ from retrack_jax.files import read_json
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_DEFAULTS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+_DEFAULTS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +49,8 @@ class ClipTokenizer:
     backend: Any
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns int32 ids `[N, length]`: start, at most `length - 2` words' pieces, end, padding. Raises `UserError` for non-text."""
+        """Returns int32 ids `[N, length]`: start, at most `length - 2` words' pieces, end, padding. Raises `UserError` for
+        non-text."""
         if isinstance(prompts, str):
             raise UserError("prompts is one string; pass a list of prompts")
         for index, prompt in enumerate(prompts):
@@ -77,11 +83,16 @@ def load_tokenizer(path) -> ClipTokenizer:
     elif (folder / "tokenizer.json").exists():
         backend = _from_json(folder / "tokenizer.json")
     else:
-        raise UserError(f"no vocab.json with merges.txt, and no tokenizer.json, in {folder}; download the pipeline's tokenizer folder")
+        raise UserError(
+            f"no vocab.json with merges.txt, and no tokenizer.json, in {folder}; download the pipeline's tokenizer folder"
+        )
 
     ids = {role: backend.token_to_id(text[role]) for role in _ROLES}
     for role, token_id in ids.items():
-        check(token_id is not None, f"{folder}: the {role} {text[role]!r} is not in the vocabulary; use the files of one checkpoint")
+        check(
+            token_id is not None,
+            f"{folder}: the {role} {text[role]!r} is not in the vocabulary; use the files of one checkpoint",
+        )
     if backend.get_added_tokens_decoder() == {}:  # a tokenizer.json brings its own, with their flags
         _add_special(backend, special)
     return _finish(backend, ids, text, min(int(config.get("model_max_length", 77)), 77))
@@ -119,11 +130,18 @@ def _bpe(folder, unknown: str):
     lines = [line for index, line in enumerate(lines) if not (index == 0 and line.startswith("#version"))]
     merges = [tuple(line.split(" ")) for line in lines]
     for number, merge in enumerate(merges):
-        check(len(merge) == 2, f"{folder / 'merges.txt'}: entry {number + 1} is {lines[number]!r}, not two pieces; download it again")
+        check(
+            len(merge) == 2,
+            f"{folder / 'merges.txt'}: entry {number + 1} is {lines[number]!r}, not two pieces; download it again",
+        )
     try:
-        model = models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown)
+        model = models.BPE(
+            vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown
+        )
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{folder}: vocab.json and merges.txt do not belong together ({error}); take both from one checkpoint") from error
+        raise UserError(
+            f"{folder}: vocab.json and merges.txt do not belong together ({error}); take both from one checkpoint"
+        ) from error
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -1,8 +1,8 @@
 """The transformer over the pixels of a feature map that Stable Diffusion's UNet conditions through, as in diffusers.
 
-    (1) x + proj_out(blocks(proj_in(norm(x)))), pixels as tokens
-    (2) block: h += self_attention(norm1 h); h += cross_attention(norm2 h, prompt); h += geglu(norm3 h)
-    (3) geglu(h) = W_2 (a * gelu(g)),  [a, g] = W_1 h, gelu exact
+(1) x + proj_out(blocks(proj_in(norm(x)))), pixels as tokens
+(2) block: h += self_attention(norm1 h); h += cross_attention(norm2 h, prompt); h += geglu(norm3 h)
+(3) geglu(h) = W_2 (a * gelu(g)),  [a, g] = W_1 h, gelu exact
 """
 
 import flax.linen as nn
@@ -61,8 +61,8 @@ class Transformer2DModel(nn.Module):
       heads: number of heads; each has C / heads channels.
       num_layers: transformer blocks.
       norm_num_groups: groups of the first norm.
-      use_linear_projection: whether proj_in and proj_out are dense layers (Stable Diffusion 2) or 1 x 1 convolutions (1.x); they
-        compute the same and differ in the shape of their weights.
+      use_linear_projection: whether proj_in and proj_out are dense layers (Stable Diffusion 2) or 1 x 1 convolutions
+        (1.x); they compute the same and differ in the shape of their weights.
       dtype: the dtype that it computes in.
       remat: whether each block's activations are computed again in the backward pass.
     """

@@ -1,7 +1,7 @@
 """UNet2DCondition: diffusers' `UNet2DConditionModel` in Flax, for Stable Diffusion 1.x and 2.x.
 
-It shares its layers with `UNet2D` and adds blocks with cross-attention to a prompt. In these configs `attention_head_dim` is, by an old
-mistake of diffusers that checkpoints now depend on, the *number* of heads.
+It shares its layers with `UNet2D` and adds blocks with cross-attention to a prompt. In these configs `attention_head_dim`
+is, by an old mistake of diffusers that checkpoints now depend on, the *number* of heads.
 """
 
 import dataclasses
@@ -152,7 +152,9 @@ class UNet2DCondition(nn.Module):
         name = config.get("_class_name", "UNet2DConditionModel")
         check(name == "UNet2DConditionModel", f"the config is of a {name}; UNet2DCondition reads a UNet2DConditionModel")
         if config.get("addition_embed_type") == "text_time":
-            raise UserError("the config is of Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder")
+            raise UserError(
+                "the config is of Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder"
+            )
         fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", *_OWN_FIELDS}
         values = {}
         for key, value in config.items():
@@ -163,7 +165,9 @@ class UNet2DCondition(nn.Module):
             elif key in fields:
                 values[key] = tuple(value) if isinstance(value, list) else value
             else:
-                raise UserError(f"the config has an option {key!r} that UNet2DCondition does not know{suggestion(key, fields)}")
+                raise UserError(
+                    f"the config has an option {key!r} that UNet2DCondition does not know{suggestion(key, fields)}"
+                )
         module = cls(**values, **own_fields)
         module.check_options()
         return module
@@ -182,7 +186,10 @@ class UNet2DCondition(nn.Module):
         channels = self.block_out_channels
         for field, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
             types = getattr(self, field)
-            check(len(types) == len(channels), f"{field} has {len(types)} entries, block_out_channels {len(channels)}; as many are needed")
+            check(
+                len(types) == len(channels),
+                f"{field} has {len(types)} entries, block_out_channels {len(channels)}; as many are needed",
+            )
             for kind in types:
                 check_choice(f"an entry of {field}", kind, kinds)
         check_choice("mid_block_type", str(self.mid_block_type), ("UNetMidBlock2DCrossAttn", "None"))
@@ -191,7 +198,10 @@ class UNet2DCondition(nn.Module):
         check_int("cross_attention_dim", self.cross_attention_dim)
         activation(self.act_fn)
         for width, heads in zip(channels, self._per_block("attention_head_dim"), strict=True):
-            check(width % self.norm_num_groups == 0, f"norm_num_groups is {self.norm_num_groups}; it must divide {width} channels")
+            check(
+                width % self.norm_num_groups == 0,
+                f"norm_num_groups is {self.norm_num_groups}; it must divide {width} channels",
+            )
             fits = isinstance(heads, int) and heads > 0 and width % heads == 0
             check(fits, f"attention_head_dim is {heads!r}; it is the number of heads here and must divide {width} channels")
         for layers in self._per_block("transformer_layers_per_block"):
@@ -204,7 +214,8 @@ class UNet2DCondition(nn.Module):
         Args:
           x_t: `[B, H, W, in_channels]`; H and W are multiples of 2^(blocks - 1).
           t: timesteps `[B]`, int or float.
-          encoder_hidden_states: prompt embeddings `[B, M, cross_attention_dim]`, or `[1, M, cross_attention_dim]` for all alike.
+          encoder_hidden_states: prompt embeddings `[B, M, cross_attention_dim]`, or `[1, M, cross_attention_dim]` for all
+            alike.
           deterministic: False turns dropout on, which draws from the rng collection "dropout".
 
         Raises:
@@ -224,7 +235,9 @@ class UNet2DCondition(nn.Module):
         prompt = jnp.broadcast_to(encoder_hidden_states, (x_t.shape[0], *encoder_hidden_states.shape[1:])).astype(self.dtype)
         attention = [
             TransformerOptions(heads=heads, num_layers=layers, use_linear_projection=self.use_linear_projection)
-            for heads, layers in zip(self._per_block("attention_head_dim"), self._per_block("transformer_layers_per_block"), strict=True)
+            for heads, layers in zip(
+                self._per_block("attention_head_dim"), self._per_block("transformer_layers_per_block"), strict=True
+            )
         ]
         channels, last, depth = self.block_out_channels, len(self.block_out_channels) - 1, self.layers_per_block
         temb = self._time_embedding(t)
@@ -239,7 +252,12 @@ class UNet2DCondition(nn.Module):
                 x, more = block(x, temb, prompt, deterministic)
             else:
                 block = DownBlock2D(
-                    channels[i], depth, options, resampler="conv" if i < last else None, downsample_padding=padding, name=name
+                    channels[i],
+                    depth,
+                    options,
+                    resampler="conv" if i < last else None,
+                    downsample_padding=padding,
+                    name=name,
                 )
                 x, more = block(x, temb, deterministic)
             skips += more
@@ -278,11 +296,15 @@ class UNet2DCondition(nn.Module):
         check(fits, f"x_t has shape {x_t.shape}; UNet2DCondition needs [B, H, W, {self.in_channels}]")
         multiple = 2 ** (len(self.block_out_channels) - 1)
         fits = x_t.shape[1] % multiple == 0 and x_t.shape[2] % multiple == 0
-        check(fits, f"latents are {x_t.shape[1]} x {x_t.shape[2]}; with {len(self.block_out_channels)} blocks both must be multiples of {multiple}")
+        check(
+            fits,
+            f"latents are {x_t.shape[1]} x {x_t.shape[2]}; with {len(self.block_out_channels)} blocks both must be multiples of "
+            f"{multiple}",
+        )
         check(t.shape == x_t.shape[:1], f"t has shape {t.shape}; it needs one timestep for each of {x_t.shape[0]} latents")
         fits = prompt.ndim == 3 and prompt.shape[0] in (1, x_t.shape[0]) and prompt.shape[2] == self.cross_attention_dim
         check(
             fits,
-            f"encoder_hidden_states has shape {prompt.shape}; it needs [{x_t.shape[0]} or 1, tokens, {self.cross_attention_dim}]: "
-            "take UNet and text encoder from one checkpoint",
+            f"encoder_hidden_states has shape {prompt.shape}; it needs [{x_t.shape[0]} or 1, tokens, "
+            f"{self.cross_attention_dim}]: take UNet and text encoder from one checkpoint",
         )

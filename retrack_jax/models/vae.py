@@ -1,8 +1,8 @@
 """AutoencoderKL: Stable Diffusion's autoencoder between images and latents, in Flax with diffusers' names.
 
-    (1) posterior of an image: N(mean, std²),  [mean, logvar] = quant_conv(encoder(x)),  std = exp(clip(logvar, -30, 20) / 2)
-    (2) a latent is scaling_factor * z, z drawn from the posterior (or its mean); the UNet sees latents only
-    (3) x = decoder(post_quant_conv(latent / scaling_factor))
+(1) posterior of an image: N(mean, std²),  [mean, logvar] = quant_conv(encoder(x)),  std = exp(clip(logvar, -30, 20) / 2)
+(2) a latent is scaling_factor * z, z drawn from the posterior (or its mean); the UNet sees latents only
+(3) x = decoder(post_quant_conv(latent / scaling_factor))
 """
 
 import dataclasses
@@ -58,7 +58,9 @@ class Encoder(nn.Module):
         x = Conv(channels[0], 3, padding=1, dtype=options.dtype, name="conv_in")(x)
         for i, width in enumerate(channels):
             resampler = "conv" if i < len(channels) - 1 else None
-            block = DownBlock2D(width, self.layers_per_block, options, resampler=resampler, downsample_padding=0, name=f"down_blocks_{i}")
+            block = DownBlock2D(
+                width, self.layers_per_block, options, resampler=resampler, downsample_padding=0, name=f"down_blocks_{i}"
+            )
             x, _ = block(x, None, True)
         x = UNetMidBlock2D(options, self.add_attention, channels[-1], name="mid_block")(x, None, True)
         return _out(options, x, self.out_channels)
@@ -91,7 +93,8 @@ def _out(options: ResnetOptions, x: Array, features: int) -> Array:
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`. Use `apply` with method "encode" or "decode".
+    """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`. Use `apply` with method "encode" or
+    "decode".
 
     Attributes:
       scaling_factor: what latents are multiplied by (equation 2), so that they have about unit variance.
@@ -116,7 +119,8 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "AutoencoderKL":
-        """Returns the module for diffusers' `vae/config.json` as a dict. Raises `UserError` for what is not supported, by name."""
+        """Returns the module for diffusers' `vae/config.json` as a dict. Raises `UserError` for what is not supported, by
+        name."""
         name = config.get("_class_name", "AutoencoderKL")
         check(name == "AutoencoderKL", f"the config is of a {name}; only AutoencoderKL is supported")
         fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", *_OWN_FIELDS}
@@ -129,7 +133,9 @@ class AutoencoderKL(nn.Module):
             elif key in fields:
                 values[key] = tuple(value) if isinstance(value, list) else value
             else:
-                raise UserError(f"the VAE config has an option {key!r} that AutoencoderKL does not know{suggestion(key, fields)}")
+                raise UserError(
+                    f"the VAE config has an option {key!r} that AutoencoderKL does not know{suggestion(key, fields)}"
+                )
         module = cls(**values, **own_fields)
         module.check_options()
         return module
@@ -138,11 +144,17 @@ class AutoencoderKL(nn.Module):
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
         for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types = getattr(self, field)
-            check(len(types) == len(self.block_out_channels), f"the VAE's {field} has {len(types)} entries; one a block is needed")
+            check(
+                len(types) == len(self.block_out_channels),
+                f"the VAE's {field} has {len(types)} entries; one a block is needed",
+            )
             for entry in types:
                 check_choice(f"an entry of the VAE's {field}", entry, (kind,))
         for width in self.block_out_channels:
-            check(width % self.norm_num_groups == 0, f"the VAE's norm_num_groups is {self.norm_num_groups}; it must divide {width} channels")
+            check(
+                width % self.norm_num_groups == 0,
+                f"the VAE's norm_num_groups is {self.norm_num_groups}; it must divide {width} channels",
+            )
         check_int("the VAE's layers_per_block", self.layers_per_block)
         check_number("the VAE's scaling_factor", self.scaling_factor, 0, above=True)
         activation(self.act_fn)

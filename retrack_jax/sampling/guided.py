@@ -20,7 +20,8 @@ from retrack_jax.types import Array, EpsFn, PyTree, Rng
 
 
 class GuidedParams(NamedTuple):
-    """What a guided sampler is given beside keys: the parameters of both networks and the embeddings `[1, N, D]` of both prompts."""
+    """What a guided sampler is given beside keys: the parameters of both networks and the embeddings `[1, N, D]` of both
+    prompts."""
 
     unet: PyTree
     vae: PyTree

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
     python -m tests.benchmarks.sd_memory step [METHOD]     # compiles a step with and without remat; runs nothing
 
-`forward` reports the peak resident memory of the process. `step` reports XLA's buffer assignment for this backend: arguments (state and
-batch), temporaries (gradients and activations), and what of the arguments is updated in place.
+`forward` reports the peak resident memory of the process. `step` reports XLA's buffer assignment for this backend:
+arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place.
 """
 
 import resource
@@ -37,11 +37,16 @@ def forward() -> None:
     keys = jax.random.split(jax.random.key(0), len(leaves))
     # Leaf by leaf: one compiled `init` would hold every draw at once.
     params = tree.unflatten([0.02 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
-    print(f"parameters: {sum(leaf.size for leaf in leaves):,} = {sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / GB:.2f} GB, "
-          f"made in {time.perf_counter() - began:.0f} s")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / GB
+    print(
+        f"parameters: {sum(leaf.size for leaf in leaves):,} = {size:.2f} GB, "
+        f"made in {time.perf_counter() - began:.0f} s"
+    )
     began = time.perf_counter()
     y = jax.jit(unet.apply)({"params": params}, x, t, prompt).block_until_ready()
-    print(f"forward with compilation: {time.perf_counter() - began:.0f} s; output {y.shape}, finite {bool(jnp.isfinite(y).all())}")
+    print(
+        f"forward with compilation: {time.perf_counter() - began:.0f} s; output {y.shape}, finite {bool(jnp.isfinite(y).all())}"
+    )
     print(f"peak resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB:.2f} GB")
 
 
@@ -51,7 +56,9 @@ def step(method_name: str, remat: bool) -> None:
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     inputs = jnp.ones((1, *LATENT)), jnp.array([500], jnp.int32), jnp.ones(PROMPT)
     params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
-    optimizer = make_optimizer(learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
+    optimizer = make_optimizer(
+        learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0
+    )
     state = jax.eval_shape(lambda params: create_state(params, optimizer), params)
     method = get_method(method_name)
 
@@ -60,14 +67,18 @@ def step(method_name: str, remat: bool) -> None:
 
     batch, accumulation = {}, 16
     if "remain" in method.streams:
-        batch |= {name: {"mean": array(1, accumulation, *LATENT), "std": array(1, accumulation, *LATENT)} for name in ("remain",)}
+        batch |= {
+            name: {"mean": array(1, accumulation, *LATENT), "std": array(1, accumulation, *LATENT)} for name in ("remain",)
+        }
         batch["remain_index"] = array(1, accumulation, dtype=jnp.int32)
     if "forget" in method.streams:
         batch |= {name: array(1, accumulation, dtype=jnp.int32) for name in ("forget_row", "forget_index")}
     shared = Shared(schedule=schedule, condition=(array(*PROMPT),))
     if "neighbors" in method.streams:
         shared = shared.replace(
-            forget={"x_0": array(50, *LATENT)}, neighbors={"x_0": array(200, *LATENT)}, neighbor_rows=array(50, 10, dtype=jnp.int32)
+            forget={"x_0": array(50, *LATENT)},
+            neighbors={"x_0": array(200, *LATENT)},
+            neighbor_rows=array(50, 10, dtype=jnp.int32),
         )
     elif "forget" in method.streams:
         shared = shared.replace(forget={"mean": array(50, *LATENT), "std": array(50, *LATENT)})
@@ -77,8 +88,11 @@ def step(method_name: str, remat: bool) -> None:
     plan = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
     arguments, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
     total = arguments + temporaries + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    print(f"{method_name}, remat {remat}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, total {total / GB:.2f} GB "
-          f"(compiled in {time.perf_counter() - began:.0f} s for {jax.devices()[0].platform})", flush=True)
+    print(
+        f"{method_name}, remat {remat}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, "
+        f"total {total / GB:.2f} GB (compiled in {time.perf_counter() - began:.0f} s for {jax.devices()[0].platform})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

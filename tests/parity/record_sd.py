@@ -1,4 +1,5 @@
-"""Records what transformers and diffusers give for the tiny pipeline, for tests that run without PyTorch: tests/data/sd_parity.npz.
+"""Records what transformers and diffusers give for the tiny pipeline, for tests that run without PyTorch:
+tests/data/sd_parity.npz.
 
     .venv-parity/bin/python -m tests.parity.record_sd
 """
@@ -29,7 +30,9 @@ def main(folder) -> None:
     t = np.array([1, 981], np.int32)
     picture = np.asarray(Image.open(next((CONCEPTS / "red_circle" / "images").glob("*_004.png"))).convert("RGB"))
 
-    tokens = pipe.tokenizer(list(PROMPTS), max_length=77, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokens = pipe.tokenizer(
+        list(PROMPTS), max_length=77, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         chosen = [0, 7, 12]
         text = pipe.text_encoder(tokens[chosen]).last_hidden_state

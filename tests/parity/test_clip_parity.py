@@ -1,6 +1,7 @@
 """CLIP's RN50 towers and CLIP-IQA against the module that torchmetrics' CLIP-IQA runs (piq 0.8), on random weights.
 
-Needs `pip install --no-deps piq==0.8.0`: of piq only the file with CLIP is loaded, since the package itself asks for torchvision.
+Needs `pip install --no-deps piq==0.8.0`: of piq only the file with CLIP is loaded, since the package itself asks for
+torchvision.
 """
 
 import importlib.util

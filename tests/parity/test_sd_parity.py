@@ -1,4 +1,5 @@
-"""Stable Diffusion's parts against diffusers and transformers, on random weights, and the whole guided pipeline from the same latents."""
+"""Stable Diffusion's parts against diffusers and transformers, on random weights, and the whole guided pipeline from the
+same latents."""
 
 import shutil
 
@@ -60,7 +61,12 @@ def relative(ours, theirs) -> float:
 CROSS_DOWN, CROSS_UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 UNETS = {
     "sd1": {"attention_head_dim": 2, "cross_attention_dim": 12},
-    "sd2": {"attention_head_dim": [2, 4], "cross_attention_dim": 20, "use_linear_projection": True, "upcast_attention": True},
+    "sd2": {
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 20,
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
     "every option": {
         "attention_head_dim": 4,
         "cross_attention_dim": 12,
@@ -108,7 +114,9 @@ def vae_options(*channels, **options):
 VAES = {
     "sd": vae_options(8, 16, norm_num_groups=4, layers_per_block=2),
     "three levels": vae_options(8, 8, 16, norm_num_groups=8, latent_channels=3, scaling_factor=0.5),
-    "bare": vae_options(8, 16, norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False),
+    "bare": vae_options(
+        8, 16, norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False
+    ),
 }
 
 
@@ -208,7 +216,9 @@ def test_guided_sample_of_ten_steps(both, monkeypatch, sampler_name, prediction_
     module = __import__("diffusers.schedulers.scheduling_ddpm", fromlist=["randn_tensor"])
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: nchw(next(drawn)))
     prompt = "A Red Circle, on a green wall!"
-    made = theirs(prompt, num_images_per_prompt=2, latents=nchw(latents), num_inference_steps=10, guidance_scale=7.5, output_type="np")
+    made = theirs(
+        prompt, num_images_per_prompt=2, latents=nchw(latents), num_inference_steps=10, guidance_scale=7.5, output_type="np"
+    )
 
     embeddings = prompt_embeddings(ours, ["", prompt])
     eps_fn = make_eps_fn(ours.unet.apply, schedule)

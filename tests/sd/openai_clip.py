@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def openai_tensors(vocabulary: int, seed: int = 0, *, width: int = 4, features: int = 8, hidden: int = 64) -> dict[str, np.ndarray]:
+def openai_tensors(
+    vocabulary: int, seed: int = 0, *, width: int = 4, features: int = 8, hidden: int = 64
+) -> dict[str, np.ndarray]:
     """Returns random tensors: an image tower with one bottleneck a stage, a text tower of one layer with one head."""
     numbers = np.random.default_rng(seed)
 
@@ -14,7 +16,10 @@ def openai_tensors(vocabulary: int, seed: int = 0, *, width: int = 4, features: 
 
     def norm(name, channels):
         out[f"{name}.weight"], out[f"{name}.bias"] = 1 + tensor(channels), tensor(channels)
-        out[f"{name}.running_mean"], out[f"{name}.running_var"] = tensor(channels), 0.5 + numbers.random(channels).astype(np.float32)
+        out[f"{name}.running_mean"], out[f"{name}.running_var"] = (
+            tensor(channels),
+            0.5 + numbers.random(channels).astype(np.float32),
+        )
         out[f"{name}.num_batches_tracked"] = np.array(1)
 
     for index, (inputs, outputs) in enumerate([(3, width // 2), (width // 2, width // 2), (width // 2, width)], start=1):

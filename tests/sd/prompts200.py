@@ -1,4 +1,5 @@
-"""200 prompts that are hard on a tokenizer: accents, emoji, quotes, the empty prompt, more than 77 tokens, other scripts, special tokens."""
+"""200 prompts that are hard on a tokenizer: accents, emoji, quotes, the empty prompt, more than 77 tokens, other scripts,
+special tokens."""
 
 import random
 

@@ -48,8 +48,14 @@ def test_pictures_of_another_size_are_brought_to_the_resolution(concepts):
     [
         (lambda f: (f / "kmeans_labels.json").unlink(), "no kmeans_labels.json in"),
         (lambda f: (f / "kmeans_labels.json").write_text("[1, 0]"), "JSON object of file name: 0 or 1"),
-        (lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "a.png": 2}), "JSON object of file name: 0 or 1"),
-        (lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "gone.png": 1}), "labels 1 of 17 pictures .* such as gone.png"),
+        (
+            lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "a.png": 2}),
+            "JSON object of file name: 0 or 1",
+        ),
+        (
+            lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "gone.png": 1}),
+            "labels 1 of 17 pictures .* such as gone.png",
+        ),
         (lambda f: edit(f / "kmeans_labels.json", lambda labels: dict.fromkeys(labels, 0)), "nothing to forget"),
         (lambda f: edit(f / "kmeans_labels.json", lambda labels: dict.fromkeys(labels, 1)), "to remain"),
         (lambda f: (f / "clustering_info.json").unlink(), "no clustering_info.json in"),

@@ -1,4 +1,5 @@
-"""Guided sampling: diffusers' pipeline from the same latents and noise, recorded; guidance itself; images do not depend on the batch."""
+"""Guided sampling: diffusers' pipeline from the same latents and noise, recorded; guidance itself; images do not depend on
+the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,10 @@ def test_guidance_extrapolates_from_the_negative_prompt(guidance):
     x, t = jnp.ones((2, 2, 2, 1)), jnp.array([5, 9])
     prompt, negative = jnp.full((1, 3, 2), 2.0), jnp.full((1, 3, 2), 0.5)
     found = guided_eps_fn(toy_eps, jnp.float32(0.1), prompt, negative, guidance)(x, t)
-    of = {name: toy_eps(jnp.float32(0.1), x, t, jnp.broadcast_to(one, (2, 3, 2))) for name, one in (("prompt", prompt), ("negative", negative))}
+    of = {
+        name: toy_eps(jnp.float32(0.1), x, t, jnp.broadcast_to(one, (2, 3, 2)))
+        for name, one in (("prompt", prompt), ("negative", negative))
+    }
     # As diffusers: a scale of at most 1 asks the prompt alone.
     weight = max(guidance, 1.0)
     np.testing.assert_allclose(found, of["negative"] + weight * (of["prompt"] - of["negative"]), rtol=1e-6)

@@ -58,7 +58,13 @@ SD_VAE = {
     "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-SD14_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "vocab_size": 49408}
+SD14_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+}
 
 
 def relative(ours, theirs) -> float:
@@ -185,7 +191,11 @@ def test_refused_vae_options(change, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"hidden_act": "relu"}, "choose one of quick_gelu, gelu"), ({"num_attention_heads": 7}, "7 heads"), ({"model_type": "t5"}, "t5")],
+    [
+        ({"hidden_act": "relu"}, "choose one of quick_gelu, gelu"),
+        ({"num_attention_heads": 7}, "7 heads"),
+        ({"model_type": "t5"}, "t5"),
+    ],
 )
 def test_refused_text_encoder_options(change, message):
     with pytest.raises(UserError, match=message):

@@ -27,7 +27,10 @@ def test_half_precision_files_become_float32(pipeline):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"), "Stable Diffusion XL, which is not supported"),
+        (
+            lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+            "Stable Diffusion XL, which is not supported",
+        ),
         (lambda f: (f / "text_encoder_2").mkdir(), "Stable Diffusion XL, which is not supported"),
         (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not supported"),
         (lambda f: shutil.rmtree(f / "vae"), "has no vae folder"),
@@ -60,7 +63,9 @@ def test_names_without_the_old_prefix_and_position_numbers(folder, pipeline):
     path = folder / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): np.array(value) for name, value in SafetensorsFile(path).items()}
     tensors["embeddings.position_ids"] = np.arange(77)[None]
-    items = [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())]
+    items = [
+        TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())
+    ]
     write_safetensors(path, items)
     jax.tree.map(np.testing.assert_array_equal, load_pipeline(folder).text_params, pipeline.text_params)
 

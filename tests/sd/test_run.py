@@ -63,12 +63,16 @@ def finished(tmp_path_factory, pipeline):
     tmp_path = tmp_path_factory.mktemp("sd")
     tensors = openai_tensors(pipeline.tokenizer.eos_id + 1)
     (tmp_path / "weights").mkdir()
-    items = [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())]
+    items = [
+        TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())
+    ]
     write_safetensors(tmp_path / "weights" / "RN50.safetensors", items)
 
     config = tiny_config(tmp_path)
     summary = run(config, tmp_path / "work")
-    (tmp_path / "work" / "retrack" / "seed0-red_circle" / "checkpoints").rename(tmp_path / "gone")  # needed for any stage but none
+    (tmp_path / "work" / "retrack" / "seed0-red_circle" / "checkpoints").rename(
+        tmp_path / "gone"
+    )  # needed for any stage but none
     assert run(config, tmp_path / "work") == summary
     return tmp_path, summary
 

@@ -1,8 +1,8 @@
 """CLIP's RN50 image tower in Flax, with its attention pool, and the reading of OpenAI's weights for both towers.
 
-It differs from the usual ResNet-50: a stem of three convolutions and an average pool, strides done by average pools before 1 x 1
-convolutions, and attention pooling by one query, the mean token. CLIP-IQA leaves the positional embedding of that pool out, so that
-any image size is embedded without resizing; the weights hold one, and it is read and dropped by name.
+It differs from the usual ResNet-50: a stem of three convolutions and an average pool, strides done by average pools before
+1 x 1 convolutions, and attention pooling by one query, the mean token. CLIP-IQA leaves the positional embedding of that
+pool out, so that any image size is embedded without resizing; the weights hold one, and it is read and dropped by name.
 """
 
 from dataclasses import dataclass
@@ -172,7 +172,13 @@ def _text_params(module: ClipTextEncoder, weights: dict[str, np.ndarray]) -> PyT
     return params
 
 
-_TEXT_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "out_proj": "attn.out_proj"}
+_TEXT_LAYERS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "fc1": "mlp.c_fc",
+    "fc2": "mlp.c_proj",
+    "out_proj": "attn.out_proj",
+}
 
 
 def _text_source(path: list[str]) -> tuple[str, Any]:
