@@ -7,7 +7,8 @@
 XLA on CPU has a quick path for convolutions in its canonical layout only (images NHWC, kernels HWIO). JAX's own gradients use
 other layouts: outside a loop XLA rewrites them, inside `lax.scan` or `while_loop` it does not, and they run up to 150 times
 slower (jax issue 12868). So (2) and (3) are written here in the canonical layout, and wide 3 x 3 convolutions take half the
-multiplications by winograd.py. All of that for CPU only and chosen at lowering: TPU and GPU keep XLA's convolution and JAX's gradients.
+multiplications by winograd.py. All of that for CPU only and chosen at lowering: TPU and GPU keep XLA's convolution and
+JAX's gradients.
 
 The convolution is a primitive, bilinear in x and K, rather than a `custom_vjp`: that would refuse forward mode, which the
 likelihood needs for its divergence. The tangent of (1) is (1) itself, so forward mode is as quick as the value.

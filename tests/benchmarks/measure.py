@@ -1,7 +1,7 @@
 """Timing in turns: A B A B, each side in a process of its own that sleeps while the other runs, medians and their ratio.
 
-A machine's speed drifts by tens of percent within minutes, so two numbers are comparable only if taken in turns; processes of their own
-keep one library's spinning threads, caches and allocator out of the other's time.
+A machine's speed drifts by tens of percent within minutes, so two numbers are comparable only if taken in turns;
+processes of their own keep one library's spinning threads, caches and allocator out of the other's time.
 """
 
 import json

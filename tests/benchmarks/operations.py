@@ -2,8 +2,9 @@
 
     .venv-parity/bin/python -m tests.benchmarks.operations [--out FILE.json]
 
-FLOPs are XLA's own count of the compiled training step of the digits UNet (its convolutions are all direct). Memory is XLA's plan for
-the temporary buffers of the loss and its gradient in eps_pred, CelebA-HQ's shape: 16 images of 196,608 values, 10 neighbors.
+FLOPs are XLA's own count of the compiled training step of the digits UNet (its convolutions are all direct). Memory is
+XLA's plan for the temporary buffers of the loss and its gradient in eps_pred, CelebA-HQ's shape: 16 images of 196,608
+values, 10 neighbors.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def operations() -> dict:
     """Returns FLOPs by method, relative to a vanilla step on as many images, and the bytes of both forms of the loss."""
     flops = {method: step_flops(method) for method in ("vanilla", "retrack", "siss", "siss_no_is")}
     memory = {"single_target": loss_memory(losses.retrack), "published": loss_memory(published_loss)}
-    return {"flops": flops, "times_vanilla": {name: value / flops["vanilla"] for name, value in flops.items()}, "loss_bytes": memory}
+    relative = {name: value / flops["vanilla"] for name, value in flops.items()}
+    return {"flops": flops, "times_vanilla": relative, "loss_bytes": memory}
 
 
 def table(found: dict) -> str:
@@ -54,7 +56,8 @@ def table(found: dict) -> str:
     lines = ["| step | GFLOP | times vanilla |", "|---|---|---|"]
     lines += [f"| {name} | {value / 1e9:.2f} | {found['times_vanilla'][name]:.2f} |" for name, value in found["flops"].items()]
     memory = {name: value / 2**20 for name, value in found["loss_bytes"].items()}
-    loss = f"Loss and gradient: {memory['single_target']:.0f} MiB of buffers with one target, {memory['published']:.0f} MiB with K."
+    one, all_ = memory["single_target"], memory["published"]
+    loss = f"Loss and gradient: {one:.0f} MiB of buffers with one target, {all_:.0f} MiB with K."
     return "\n".join([*lines, "", loss])
 
 

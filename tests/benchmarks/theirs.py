@@ -1,7 +1,9 @@
-"""The same step and sampler in PyTorch, as the official code runs them: diffusers' `UNet2DModel`, eager, one fused forward pass.
+"""The same step and sampler in PyTorch, as the official code runs them: diffusers' `UNet2DModel`, eager, one fused
+forward pass.
 
-Where the official code is slower for no gain of its own (a K times larger target, SISS's two forward passes, a synchronisation in each
-step) the quicker equivalent is written here, so that the ratio measures the frameworks and not an old mistake.
+Where the official code is slower for no gain of its own (a K times larger target, SISS's two forward passes, a
+synchronisation in each step) the quicker equivalent is written here, so that the ratio measures the frameworks and not
+an old mistake.
 """
 
 from collections.abc import Callable
@@ -119,8 +121,6 @@ def make_sampling(network: str, num_images: int, num_steps: int, device: str = "
         x.clamp(-1, 1).cpu()
 
     return run
-
-
 
 
 def make_matmul(size: int, device: str = "cpu", bf16: bool = False, tf32: bool = False) -> Callable:

@@ -3,9 +3,9 @@
     .venv-parity/bin/python -m tests.benchmarks.training [--network cifar10] [--method retrack] [--rounds 4] [--out FILE.json]
         [--device cpu|cuda] [--variant float32|tf32|bf16|compile]
 
-The limit is a large float32 (or bf16) matrix product, measured on both sides in the same run; the better of the two counts. FLOPs of a
-step are those of the direct convolutions: three times the forward pass of all images (five for SISS, which has two backward passes), so
-a share above the direct convolution's is possible where fewer operations are made.
+The limit is a large float32 (or bf16) matrix product, measured on both sides in the same run; the better of the two
+counts. FLOPs of a step are those of the direct convolutions: three times the forward pass of all images (five for SISS,
+which has two backward passes), so a share above the direct convolution's is possible where fewer operations are made.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from tests.benchmarks.networks import BATCH, NETWORKS
 
 METHODS = ("retrack", "siss", "vanilla")
 PASSES = {"retrack": 3, "vanilla": 3, "siss": 5}
+MATMUL_OPTIONS = {"precision", "dtype", "bf16", "tf32"}
 # What each side is told for a variant: (ours, PyTorch's).
 VARIANTS = {
     "float32": ({"precision": "highest"}, {}),
@@ -46,7 +47,7 @@ def matmul_rate(device: str = "cpu", variant: str = "float32", rounds: int = 5) 
     size = 2048 if device == "cpu" else 8192
     sides = zip(("ours", "theirs"), VARIANTS[variant], strict=True)
     workers = {
-        side: Worker(side, "matmul", size=size, device=device, **{k: v for k, v in more.items() if k not in ("compiled", "channels_last")})
+        side: Worker(side, "matmul", size=size, device=device, **{key: more[key] for key in more.keys() & MATMUL_OPTIONS})
         for side, more in sides
     }
     found = in_turns(workers, rounds)
@@ -54,7 +55,9 @@ def matmul_rate(device: str = "cpu", variant: str = "float32", rounds: int = 5) 
     return rates | {"limit": max(rates.values())}
 
 
-def training(network: str, method: str, rounds: int, device: str = "cpu", variant: str = "float32", batch=None, rate=None) -> dict[str, Any]:
+def training(
+    network: str, method: str, rounds: int, device: str = "cpu", variant: str = "float32", batch=None, rate=None
+) -> dict[str, Any]:
     """Returns one row: medians of both sides, their ratio, memory, and each side's share of the limit."""
     ours, theirs = VARIANTS[variant]
     result = compare("training", rounds, ours, theirs, network=network, method=method, batch=batch, device=device)
@@ -70,14 +73,16 @@ def line(row: dict[str, Any]) -> str:
     """Returns the row as one line of a Markdown table."""
     ours, theirs = row["ours"], row["pytorch"]
     return (
-        f"| {row['network']} {row['method']} {row['variant']}, {row['images']} images | {ours['seconds']:.3f} | {theirs['seconds']:.3f} "
-        f"| {row['ratio']:.2f} | {ours['share_of_limit']:.0%} | {theirs['share_of_limit']:.0%} "
-        f"| {ours['peak_bytes'] / 2**30:.2f} | {theirs['peak_bytes'] / 2**30:.2f} |"
+        f"| {row['network']} {row['method']} {row['variant']}, {row['images']} images "
+        f"| {ours['seconds']:.3f} | {theirs['seconds']:.3f} | {row['ratio']:.2f} "
+        f"| {ours['share_of_limit']:.0%} | {theirs['share_of_limit']:.0%} |"
+        f" {ours['peak_bytes'] / 2**30:.2f} | {theirs['peak_bytes'] / 2**30:.2f} |"
     )
 
 
 HEADER = (
-    "| step | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit | ours, GiB | PyTorch, GiB |\n|---|---|---|---|---|---|---|---|"
+    "| step | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit | ours, GiB | PyTorch, GiB |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 

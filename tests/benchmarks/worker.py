@@ -1,7 +1,8 @@
 """One side of a measurement in a process of its own: `python -m tests.benchmarks.worker SPEC`, driven over stdin by measure.py.
 
-SPEC is JSON: `side` ("ours" or "theirs"), `job` (a `make_*` of that module, without the prefix) and its keyword arguments. After building
-and one first call it prints one JSON line; then for each line it reads it runs once and prints the seconds that took.
+SPEC is JSON: `side` ("ours" or "theirs"), `job` (a `make_*` of that module, without the prefix) and its keyword
+arguments. After building and one first call it prints one JSON line; then for each line it reads it runs once and prints
+the seconds that took.
 """
 
 import importlib
