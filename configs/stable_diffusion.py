@@ -4,7 +4,7 @@
     python -m retrack_jax.main --config=configs/stable_diffusion.py                     # ReTrack, 48 runs
     python -m retrack_jax.main --config=configs/stable_diffusion.py:siss --config.targets=bjork_vulnicura_spotify,willy_wonka
 
-Hardware: one accelerator of 24 GB (float32 and remat; docs/stable_diffusion.md shows the arithmetic). Time and score to
+Hardware: one accelerator of 24 GB for ReTrack, on paper (docs/stable_diffusion.md has the arithmetic). Time and score to
 expect: not measured by us on the real model; the tests run all of this on a toy, and the networks are compared with diffusers'.
 """
 

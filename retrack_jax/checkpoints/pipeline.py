@@ -162,8 +162,9 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
     Diffusion is a derivative, and its licence asks for that. The folder appears whole or not at all.
 
     Raises:
-      UserError: `path` is the source or holds something else, or cannot be written.
+      UserError: `path` is the source or holds something else, is not local, or cannot be written.
     """
+    check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
     path, source = Path(path), pipeline.path
     _check_replaceable(path, source)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,18 +1,25 @@
 """Stable Diffusion v1.4 at full size: the memory of one forward pass, and of a training step as the compiler plans it.
 
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
+    python -m tests.benchmarks.sd_memory residuals         # what the backward pass keeps, with and without remat; seconds
     python -m tests.benchmarks.sd_memory step [METHOD]     # compiles a step with and without remat; runs nothing
 
-`forward` reports the peak resident memory of the process. `step` reports XLA's buffer assignment for this backend:
+`forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the backward pass
+for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for this backend:
 arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place.
 """
 
+import contextlib
+import io
+import math
+import re
 import resource
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
@@ -48,6 +55,25 @@ def forward() -> None:
         f"forward with compilation: {time.perf_counter() - began:.0f} s; output {y.shape}, finite {bool(jnp.isfinite(y).all())}"
     )
     print(f"peak resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB:.2f} GB")
+
+
+def residuals(remat: bool) -> None:
+    """Adds up the arrays that the gradient keeps from the forward pass, parameters left out."""
+    unet = UNet2DCondition.from_config(SD14_UNET, remat=remat)
+    inputs = jnp.ones((2, *LATENT)), jnp.array([500, 3], jnp.int32), jnp.ones(PROMPT)
+    params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+
+    def loss(params, *inputs):
+        return jnp.square(unet.apply({"params": params}, *inputs)).sum()
+
+    listing = io.StringIO()
+    with contextlib.redirect_stdout(listing):
+        ad_checkpoint.print_saved_residuals(loss, params, *inputs)
+    total = 0
+    for line in listing.getvalue().splitlines():
+        if found := re.match(r"([a-z]+)(\d+)\[([\d,]*)\] (?!from the argument)", line):
+            total += int(found[2]) // 8 * math.prod(int(side) for side in found[3].split(",") if side)
+    print(f"remat {remat}: {total / GB:.2f} GB kept for the backward pass of two latents")
 
 
 def step(method_name: str, remat: bool) -> None:
@@ -98,6 +124,9 @@ def step(method_name: str, remat: bool) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["forward"]:
         forward()
+    elif sys.argv[1:2] == ["residuals"]:
+        for remat in (True, False):
+            residuals(remat)
     elif sys.argv[1:2] == ["step"]:
         for remat in (True, False):
             step((sys.argv[2:3] or ["retrack"])[0], remat)

@@ -95,6 +95,8 @@ def test_export_leaves_other_folders_alone(tmp_path, pipeline, folder):
     (tmp_path / "mine" / "work.txt").write_text("keep")
     with pytest.raises(UserError, match="no export of retrack_jax"):
         export_pipeline(tmp_path / "mine", pipeline, pipeline.unet_params)
+    with pytest.raises(UserError, match="no local folder"):
+        export_pipeline("gs://bucket/mine", pipeline, pipeline.unet_params)
     with pytest.raises(UserError, match="came from"):
         export_pipeline(folder, load_pipeline(folder), pipeline.unet_params)
     assert (tmp_path / "mine" / "work.txt").read_text() == "keep"
