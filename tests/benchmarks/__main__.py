@@ -1,9 +1,10 @@
 """All benchmarks in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--device cuda] [--out
 results/...]`.
 
-Prints a table and one line of JSON, which is also written to FOLDER/benchmarks_cpu.json, and writes plots to
-docs/images. On a CPU it takes some ten minutes. Run it on a machine that does nothing else. `--device cuda` measures the
-training step in float32, TF32, bf16 and against `torch.compile`, and sampling, on one GPU.
+Prints tables, which replace those in docs/performance.md, and one line of JSON, which is also written to
+FOLDER/benchmarks_cpu.json, and writes plots to docs/images. On a CPU it takes some ten minutes. Run it on a machine that
+does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and
+sampling, on one GPU.
 """
 
 import argparse
@@ -26,6 +27,7 @@ CPU_STEPS = (
     ("cifar10", "vanilla", 3),
     ("celebahq", "retrack", 2),
 )
+BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 GPU_BATCH = {"digits": (64, 64), "cifar10": (64, 64), "celebahq": (4, 4)}
 
 
@@ -41,38 +43,54 @@ def machine() -> dict:
     }
 
 
-def on_cpu(images: Path) -> dict:
-    """Measures everything on CPU; prints each table as it is made."""
+def say(lines: list[str], *more: str) -> None:
+    """Prints lines of a table as they are made, and keeps them for the document."""
+    for text in more:
+        print(text, flush=True)
+        lines.append(text)
+
+
+def write_document(document: Path, lines: list[str], found: dict) -> None:
+    """Puts the tables between the two marks of `document`."""
+    before, rest = document.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if name != "load")
+    load = f"Measured on {about}; load average {found['machine']['load'][0]:.1f} at the start, {found['minutes']:.0f} minutes."
+    document.write_text("\n".join([before + BEGIN, load, "", *lines, END + after]))
+
+
+def on_cpu(images: Path, lines: list[str]) -> dict:
+    """Measures everything on CPU; adds to `lines` each table as it is made."""
     rate = training.matmul_rate()
-    print(training.HEADER, flush=True)
+    say(lines, f"Matrix product: {rate['limit'] / 1e9:.0f} GFLOP/s.", "", training.HEADER)
     steps = []
     for network, method, rounds in CPU_STEPS:
         steps.append(training.training(network, method, rounds, rate=rate))
-        print(training.line(steps[-1]), flush=True)
+        say(lines, training.line(steps[-1]))
     sampling = {
         network: compare("sampling", 3, network=network, num_images=images_drawn, num_steps=num_steps)
         for network, images_drawn, num_steps in (("digits", 64, 50), ("cifar10", 8, 3))
     }
-    print("\n| sampling | ours, s | PyTorch, s | ratio |\n|---|---|---|---|")
+    say(lines, "", "| sampling | ours, s | PyTorch, s | ratio |", "|---|---|---|---|")
     for network, row in sampling.items():
-        print(f"| {network} | {row['ours']['seconds']:.2f} | {row['pytorch']['seconds']:.2f} | {row['ratio']:.2f} |")
+        say(lines, f"| {network} | {row['ours']['seconds']:.2f} | {row['pytorch']['seconds']:.2f} | {row['ratio']:.2f} |")
     start = startup.startup(["digits", "cifar10"], rounds=2)
-    print("", startup.table(start), "", sep="\n", flush=True)
+    say(lines, "", startup.table(start), "")
     counted = operations.operations()
-    print(operations.table(counted), flush=True)
+    say(lines, operations.table(counted))
     grown = scaling.scaling(images, list(scaling.PARTS))
     return {"steps": steps, "sampling": sampling, "startup": start, "operations": counted, "scaling": grown}
 
 
-def on_gpu() -> dict:
+def on_gpu(lines: list[str]) -> dict:
     """Measures training steps in every precision, and sampling, on one GPU."""
     steps = []
-    print(training.HEADER, flush=True)
+    say(lines, training.HEADER)
     for variant in training.VARIANTS:
         rate = training.matmul_rate("cuda", variant)
         for network, batch in GPU_BATCH.items():
             steps.append(training.training(network, "retrack", 5, "cuda", variant, batch, rate))
-            print(training.line(steps[-1]), flush=True)
+            say(lines, training.line(steps[-1]))
     jobs = {
         "float32": ({"precision": "highest"}, {}),
         "bf16": ({"dtype": "bfloat16"}, {"bf16": True}),
@@ -81,7 +99,8 @@ def on_gpu() -> dict:
     same = {"network": "cifar10", "num_images": 256, "num_steps": 50, "device": "cuda"}
     sampling = {name: compare("sampling", 3, *sides, **same) for name, sides in jobs.items()}
     for name, row in sampling.items():
-        print(f"sampling {name}: ours {256 / row['ours']['seconds']:.1f} images/s, PyTorch {256 / row['pytorch']['seconds']:.1f}")
+        ours, theirs = (256 / row[side]["seconds"] for side in ("ours", "pytorch"))
+        say(lines, "", f"Sampling {name}: ours {ours:.1f} images/s, PyTorch {theirs:.1f}.")
     return {"steps": steps, "sampling": sampling}
 
 
@@ -90,13 +109,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", default="runs/benchmarks", metavar="FOLDER")
     parser.add_argument("--images", default="docs/images", metavar="FOLDER")
+    parser.add_argument("--document", default="docs/performance.md", help="whose tables are replaced; empty: none")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     start = time.perf_counter()
-    found = {"machine": machine()} | (on_cpu(Path(arguments.images)) if arguments.device == "cpu" else on_gpu())
+    lines: list[str] = []
+    about = {"machine": machine()}
+    found = about | (on_cpu(Path(arguments.images), lines) if arguments.device == "cpu" else on_gpu(lines))
     found["minutes"] = (time.perf_counter() - start) / 60
+    if arguments.document:
+        write_document(Path(arguments.document), lines, found)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found)
