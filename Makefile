@@ -21,7 +21,7 @@ drills: .venv/installed-$(JAX)
 	$(BIN)/python -m pytest tests/drills
 
 parity: .venv-parity/installed
-	$(PARITY)/python -m pytest tests/parity
+	$(PARITY)/python -m pytest tests/parity -n auto --dist loadfile
 
 bench: .venv-parity/installed
 	$(PARITY)/python -m tests.benchmarks
@@ -37,7 +37,7 @@ bench: .venv-parity/installed
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
 	$(PARITY)/python -m pip install $(QUIET_PIP) torch==2.13.0
 	$(PARITY)/python -m pip install $(QUIET_PIP) -r requirements.txt -r tests/parity/requirements.txt
-	$(PARITY)/python -m pip install $(QUIET_PIP) --no-deps torch-fidelity
+	$(PARITY)/python -m pip install $(QUIET_PIP) --no-deps torch-fidelity==0.4.0 piq==0.8.0
 	touch $@
 
 clean:
