@@ -120,6 +120,7 @@ def get_config() -> ConfigDict:
     evaluation.fid_reference = "remain"  # or all: every training image
     evaluation.frequency_threshold = 0.0  # L2 in [0, 1] pixels to the forgotten image, below which a sample counts as one
     evaluation.nll_probes = 1  # Rademacher probes of the divergence
+    evaluation.mark_name = "forgotten image"  # what the report calls what is forgotten
     evaluation.grid_images = 64  # samples shown in samples.png
 
     config.compute = compute = ConfigDict()

@@ -41,6 +41,7 @@ def get_config(method=None):
 
     config.unlearn.siss_scale = 5.0
     config.sampling.num_images = 50_000
+    config.eval.mark_name = "T-shirt"
     config.eval.metrics = ("frequency", "fid", "inception_score", "nll_bits_per_dim")
     config.eval.frequency_threshold = 10.0  # L2 in [0, 1] pixels; the nearest digit is at 11.49
     return base.with_method(config, method, recipes={"siss": {"lam": 0.5}, "siss_no_is": {"lam": 0.5}})

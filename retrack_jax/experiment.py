@@ -277,7 +277,12 @@ class PixelExperiment:
         recipe = self.config.unlearn
         few = dataclasses.replace(target, unique=target.unique[:8])  # a page shows some of a large group
         data = self.forget_data(few, recipe.num_neighbors, recipe.neighbor_backend)
-        return {"forgotten": data.forget["pixels"], "neighbors": data.neighbor_images, "distances": data.distances}
+        return {
+            "mark_name": self.config.eval.mark_name,
+            "forgotten": data.forget["pixels"],
+            "neighbors": data.neighbor_images,
+            "distances": data.distances,
+        }
 
     def _check_shapes(self) -> None:
         height, width, channels = self.image_shape
