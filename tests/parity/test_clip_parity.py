@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-if importlib.util.find_spec("piq") is None:
-    pytest.skip("piq is not installed", allow_module_level=True)
 
 from retrack_jax.checkpoints.torch_reader import read_torchscript  # noqa: E402
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids  # noqa: E402
