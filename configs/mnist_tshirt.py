@@ -24,6 +24,7 @@ def get_config(method=None):
     config.seeds = tuple(range(10))
     config.log_every = 10
     config.checkpoint_every = 1000
+    config.save_float = True  # frequency and the inception scores take floats in the official code
 
     config.data.source = "mnist_tshirt"
     config.data.copies = 606  # 1% of the set
@@ -42,7 +43,8 @@ def get_config(method=None):
     config.unlearn.siss_scale = 5.0
     config.sampling.num_images = 50_000
     config.eval.mark_name = "T-shirt"
-    config.eval.metrics = ("frequency", "fid", "inception_score", "nll_bits_per_dim")
+    config.eval.metrics = ("frequency", "fid", "inception_score", "inception_score_official", "nll_bits_per_dim")
+    config.eval.score_network = "mnist_resnet"  # behind the inception scores; or features: the network behind fid
     config.eval.frequency_threshold = 10.0  # L2 in [0, 1] pixels; the nearest digit is at 11.49
     return base.with_method(config, method, recipes={"siss": {"lam": 0.5}, "siss_no_is": {"lam": 0.5}})
 

@@ -22,8 +22,8 @@ from retrack_jax.data.dataset import ImageSet, Rows
 from retrack_jax.data.load import load_images
 from retrack_jax.data.targets import resolve_target, slug
 from retrack_jax.diffusion.process import make_eps_fn
-from retrack_jax.evaluate.networks import NETWORKS, feature_network, load_sscd
-from retrack_jax.evaluate.pixel import EVALUATORS, METRIC_NAMES, Subject, Task
+from retrack_jax.evaluate.networks import FEATURES, NETWORKS, check_score_network, feature_network, load_sscd, score_network
+from retrack_jax.evaluate.pixel import METRIC_NAMES, Subject, Task, evaluators
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.metrics.frequency import target_distances
@@ -229,8 +229,10 @@ class PixelExperiment:
         """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed."""
         if is_complete(path, self.config.eval.metrics):
             return read_results(path)
-        subject = Subject(model().params, arrays["samples"], arrays.get("samples_float"))
-        return evaluate(EVALUATORS, self.config.eval.metrics, self.task(target, workdir), subject, path)
+        pictures = epath.Path(path).parent / f"sscd-{target.slug}.npz"
+        subject = Subject(model().params, arrays["samples"], arrays.get("samples_float"), pictures)
+        task = self.task(target, workdir)
+        return evaluate(evaluators(task), self.config.eval.metrics, task, subject, path)
 
     def task(self, target: Target, workdir) -> Task:
         """What models are evaluated against."""
@@ -249,6 +251,7 @@ class PixelExperiment:
                 evaluation.features, self.images, workdir.root / "features", evaluation.weights_dir, evaluation.fid_resize
             ),
             sscd=lambda: load_sscd(evaluation.weights_dir),
+            classifier=score_network(evaluation.get("score_network", FEATURES), evaluation.weights_dir),
             threshold=evaluation.frequency_threshold,
             nll_probes=evaluation.nll_probes,
             rng=jax.random.key(self.config.sampling.seed),
@@ -286,6 +289,8 @@ class PixelExperiment:
 
     def _check_shapes(self) -> None:
         height, width, channels = self.image_shape
+        evaluation = self.config.eval
+        check_score_network(evaluation.get("score_network", FEATURES), evaluation.metrics, self.image_shape)
         if channels != self.module.in_channels:
             raise UserError(
                 f"the images of {self.images.name} have {channels} channels and the network takes {self.module.in_channels}; "

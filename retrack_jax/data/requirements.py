@@ -142,6 +142,13 @@ def _unzip(url: str, inside: str, folder: Path, *more: str) -> str:
     )
 
 
+def _unzip_file(url: str, inside: str, folder: Path) -> str:
+    """Downloads an archive and takes the file `inside` it to `folder`."""
+    archive = folder / "archive.zip"
+    get = f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}'"
+    return f"{get} && unzip -q -j -o {archive} '{inside}' -d {folder} && rm {archive}"
+
+
 def _images(data: dict) -> Iterator[Requirement]:
     source = data["source"]
     format = data_format(source, data.get("format", ""))
@@ -222,15 +229,23 @@ _NETWORKS = {
     ),
 }
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
+_CLASS_SCORES = ("inception_score", "inception_score_official")
+_MNIST_FILE = "mnist.pt"
 
 
 def _metric_weights(evaluation: dict) -> Iterator[Requirement]:
     folder = Path(evaluation["weights_dir"]).expanduser()
-    metrics = evaluation["metrics"]
-    wanted = ["inception"] if evaluation.get("features") == "inception" and set(metrics) & set(_USES_INCEPTION) else []
+    metrics = set(evaluation["metrics"])
+    classifier = evaluation.get("score_network") == "mnist_resnet" and metrics & set(_CLASS_SCORES)
+    by_features = metrics & set(_USES_INCEPTION) - (set(_CLASS_SCORES) if classifier else set())
+    wanted = ["inception"] if evaluation.get("features") == "inception" and by_features else []
     wanted += ["sscd"] if any(metric.startswith("sscd") for metric in metrics) else []
     wanted += ["CLIP RN50"] if any(metric.startswith("clip_iqa") for metric in metrics) else []
     for network in wanted:
         name, url = _NETWORKS[network]
         command = f"curl -fL --connect-timeout 10 --create-dirs -o {folder / name} '{url}'"
         yield _item(f"feature network {network}", folder / name, _glob(folder, name), command=command)
+    if classifier:
+        command = _unzip_file(f"{KAGGLE}-checkpoints", f"checkpoints/classifiers/{_MNIST_FILE}", folder)
+        found = _glob(folder, _MNIST_FILE)
+        yield _item("classifier MNIST ResNet-18", folder / _MNIST_FILE, found, command=command)

@@ -1,23 +1,32 @@
-"""Which feature network the config names, and where its weights come from."""
+"""Which feature networks the config names, and where their weights come from.
 
+One run can use several: MNIST's FID is Inception's, its inception scores are a digit classifier's.
+"""
+
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints.torch_reader import read_torch, read_torchscript
-from retrack_jax.checks import UserError, check_choice
+from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.digits import TSHIRT_LABEL
+from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Unavailable
 from retrack_jax.files import file_digest
 from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.network import FeatureNetwork
-from retrack_jax.metrics.features.resnet import sscd_network
+from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
 
 NETWORKS = ("digits", "inception")
+FEATURES, MNIST_RESNET = "features", "mnist_resnet"
+SCORE_NETWORKS = (FEATURES, MNIST_RESNET)
 SSCD_FILE = "sscd_disc_mixup.torchscript.pt"
+MNIST_FILE = "mnist.pt"
+MNIST_SHAPE = (28, 28, 1)
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +54,43 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
 def load_sscd(weights_dir) -> FeatureNetwork:
     """Returns SSCD's network from `weights_dir`. Raises `Unavailable` where its file is missing or damaged."""
     return _from_file(weights_dir, SSCD_FILE, lambda path: sscd_network(read_torchscript(path), file_digest(path)))
+
+
+def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | None:
+    """Returns `official -> FeatureNetwork` behind the inception scores; None where they are of the network behind fid.
+
+    The function raises `Unavailable` where the weights are missing or damaged.
+
+    Args:
+      name: `config.eval.score_network`: `features`, or `mnist_resnet`, the classifier of the official MNIST experiment.
+      weights_dir: where its file lies.
+    """
+    check_choice("config.eval.score_network", name, SCORE_NETWORKS)
+    return None if name == FEATURES else functools.partial(load_mnist_resnet, weights_dir)
+
+
+def load_mnist_resnet(weights_dir, official: bool = False) -> FeatureNetwork:
+    """Returns the MNIST ResNet-18 from `weights_dir`, `official`: in training mode. Raises `Unavailable` where its file is
+    missing or damaged, or of another network."""
+    return _from_file(
+        weights_dir, MNIST_FILE, lambda path: mnist_resnet_network(read_torch(path), file_digest(path), official=official)
+    )
+
+
+def check_score_network(name: str, wanted: Sequence[str], image_shape: tuple[int, ...]) -> None:
+    """Raises `UserError` if the inception scores that are wanted cannot be of images `(H, W, C)` or of the network `name`."""
+    check_choice("config.eval.score_network", name, SCORE_NETWORKS)
+    own = name == MNIST_RESNET
+    check(
+        own or OFFICIAL not in wanted,
+        f"config.eval.metrics has {OFFICIAL}, which only the MNIST classifier gives; use configs/mnist_tshirt.py, where "
+        "config.eval.score_network is mnist_resnet, or leave that metric out",
+    )
+    check(
+        not own or tuple(image_shape) == MNIST_SHAPE or not {"inception_score", OFFICIAL} & set(wanted),
+        f"config.eval.score_network is mnist_resnet, which takes images of {MNIST_SHAPE}, and these are {tuple(image_shape)}; "
+        "set it to features",
+    )
 
 
 def _from_file(weights_dir, name: str, load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:

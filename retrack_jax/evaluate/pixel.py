@@ -3,67 +3,23 @@
 One `Evaluator` a family; adding a metric is one function and one row of `EVALUATORS`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import functools
+from collections.abc import Sequence
 
-import jax
 import numpy as np
-from etils import epath
 
-from retrack_jax.data.dataset import Rows, pixels_to_model
-from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.data.dataset import pixels_to_model
+from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
+from retrack_jax.evaluate.restored import T, keep_pictures, restore
+from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
 from retrack_jax.evaluate.results import Evaluator
+from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats
-from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
-from retrack_jax.metrics.membership import denoising_losses
 from retrack_jax.metrics.sscd import sscd, sscd_norm
-from retrack_jax.sampling.inject import inject
-from retrack_jax.types import PyTree, Rng
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """What every model of a run is evaluated against.
-
-    Attributes:
-      forgotten: the distinct forgotten images, uint8 `[F, H, W, C]`.
-      reference: the real images that samples are compared with, uint8 `[N, H, W, C]`; reference_digest and reference_name say which.
-      cache_dir: where the features of the reference are kept.
-      eps_fn, schedule: the network and its schedule.
-      features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights.
-      threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
-      nll_probes: Rademacher probes of the likelihood's divergence.
-      rng: the key of the likelihood's probes.
-    """
-
-    forgotten: np.ndarray
-    reference: np.ndarray | Rows
-    reference_digest: str
-    reference_name: str
-    cache_dir: epath.Path
-    eps_fn: Callable
-    schedule: Schedule
-    features: Callable[[], FeatureNetwork]
-    sscd: Callable[[], FeatureNetwork]
-    threshold: float
-    nll_probes: int
-    rng: Rng
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A model that is evaluated: its parameters, and its samples as uint8 and, where they were kept, as floats in [0, 1]."""
-
-    params: PyTree
-    samples: np.ndarray
-    samples_float: np.ndarray | None = None
-
-    @property
-    def finest(self) -> np.ndarray:
-        """The samples as precisely as they were kept."""
-        return self.samples if self.samples_float is None else self.samples_float
+from retrack_jax.types import PyTree
 
 
 def forgotten_samples(task: Task, subject: Subject) -> np.ndarray:
@@ -107,37 +63,40 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
     return {"nll_bits_per_dim": float(np.mean(bits))}, note
 
 
+def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str]):
+    return class_score(name, task.classifier, subject.finest[~forgotten_samples(task, subject)])
+
+
 def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     network = task.sscd()
-    drawn = injected(task, subject.params)
-    measures = {"sscd": sscd, "sscd_norm": sscd_norm}
-    values = {name: float(np.mean(measures[name](network, drawn, task.forgotten))) for name in wanted}
-    return values, {"features": network.description, "num_images": len(drawn), "injected_at_t": 250, "sampler": "ddpm, full schedule"}
-
-
-def injected(task: Task, params: PyTree) -> np.ndarray:
-    """Returns what the model makes of each forgotten image noised to t = 250, floats in [0, 1] `[F, H, W, C]`, one at a time."""
-
-    @jax.jit
-    def one(params, x_0, rng):
-        return inject(lambda x, t: task.eps_fn(params, x, t), x_0[None], rng[None], task.schedule)[0]
-
-    rngs = jax.random.split(task.rng, len(task.forgotten))
-    made = [np.asarray(one(params, x_0, rng)) for x_0, rng in zip(pixels_to_model(task.forgotten), rngs, strict=True)]
-    return np.clip(np.stack(made) / 2 + 0.5, 0.0, 1.0)
-
-
-def _forget_loss(task: Task, subject: Subject, wanted: Sequence[str]):
-    found = denoising_losses(task.eps_fn, subject.params, task.schedule, pixels_to_model(task.forgotten), task.rng)
-    note = {"num_images": len(found), "num_noises": found.shape[1], "noises": "the same for every model, so differences are paired"}
-    return {"forget_loss": float(found.mean())}, note
+    given, made = restore(task.eps_fn, subject.params, task.schedule, task.forgotten, task.rng)
+    scores = {"sscd": sscd(network, made, task.forgotten)}
+    if "sscd_norm" in wanted:
+        scores["sscd_norm"] = sscd_norm(network, made, task.forgotten)
+    if subject.pictures is not None:
+        keep_pictures(subject.pictures, task.forgotten, given, made, scores["sscd"])
+    note = {"features": network.description, "num_images": len(made), "injected_at_t": T, "sampler": "ddpm, full schedule"}
+    return {name: float(np.mean(scores[name])) for name in wanted}, note
 
 
 EVALUATORS = (
     Evaluator(names=("frequency",), compute=_frequency),
     Evaluator(names=FEATURE_METRICS, compute=_features),
     Evaluator(names=("nll_bits_per_dim",), compute=_nll),
-    Evaluator(names=("forget_loss",), compute=_forget_loss),
+    Evaluator(names=("forget_loss",), compute=forget_loss),
+    Evaluator(names=("label_share",), compute=label_share),
+    Evaluator(names=("membership_auc", "membership_auc_secmi"), compute=membership),
+    Evaluator(names=("relearning_steps", "relearning_steps_remain"), compute=relearning),
     Evaluator(names=("sscd", "sscd_norm"), compute=_sscd),
 )
-METRIC_NAMES = tuple(name for evaluator in EVALUATORS for name in evaluator.names)
+METRIC_NAMES = (*(name for evaluator in EVALUATORS for name in evaluator.names), OFFICIAL)
+_CLASS_SCORES = ("inception_score", OFFICIAL)
+
+
+def evaluators(task: Task) -> tuple[Evaluator, ...]:
+    """Returns `EVALUATORS`; for a task with a classifier the inception scores are that one's, and not of `task.features`."""
+    if task.classifier is None:
+        return EVALUATORS
+    others = tuple(name for name in FEATURE_METRICS if name not in _CLASS_SCORES)
+    kept = [dataclasses.replace(one, names=others) if one.compute is _features else one for one in EVALUATORS]
+    return (*kept, *(Evaluator(names=(name,), compute=functools.partial(_class_score, name)) for name in _CLASS_SCORES))

@@ -27,8 +27,12 @@ def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int =
     Raises:
       UserError: `t` outside the schedule.
     """
+    return sample(eps_fn, noised(x_0, rngs, schedule, t=t), rngs, start_at(DDPM.create(schedule), t))
+
+
+def noised(x_0: Array, rngs: Rng, schedule: Schedule, *, t: int = 250) -> Array:
+    """Returns `x_0` [B, ...] noised to `t`, what `inject` starts from. Arguments and errors are those of `inject`."""
     check_int("the injection timestep", t, 0, schedule.num_train_timesteps - 1)
     batch = x_0.shape[0]
     gamma_B, sigma_B = (jnp.full((batch,), table[t], x_0.dtype) for table in (schedule.gamma, schedule.sigma))
-    x_t = add_noise(x_0, initial_noise(rngs, x_0.shape[1:]), gamma_B, sigma_B)
-    return sample(eps_fn, x_t, rngs, start_at(DDPM.create(schedule), t))
+    return add_noise(x_0, initial_noise(rngs, x_0.shape[1:]), gamma_B, sigma_B)
