@@ -228,6 +228,12 @@ _NETWORKS = {
         "https://openaipublic.azureedge.net/clip/models/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
     ),
 }
+# Other files of the same weights that do as well.
+_ALSO = {
+    "inception": (),
+    "sscd": ("sscd_disc_mixup.torchvision.pt", "sscd_disc_mixup.classy.pt"),
+    "CLIP RN50": ("RN50.safetensors",),
+}
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
 _MNIST_FILE = "mnist.pt"
@@ -244,7 +250,8 @@ def _metric_weights(evaluation: dict) -> Iterator[Requirement]:
     for network in wanted:
         name, url = _NETWORKS[network]
         command = f"curl -fL --connect-timeout 10 --create-dirs -o {folder / name} '{url}'"
-        yield _item(f"feature network {network}", folder / name, _glob(folder, name), command=command)
+        found = next((files for kind in (name, *_ALSO[network]) if (files := _glob(folder, kind))), [])
+        yield _item(f"feature network {network}", folder / name, found, command=command)
     if classifier:
         command = _unzip_file(f"{KAGGLE}-checkpoints", f"checkpoints/classifiers/{_MNIST_FILE}", folder)
         found = _glob(folder, _MNIST_FILE)

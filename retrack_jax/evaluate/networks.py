@@ -24,7 +24,8 @@ from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_netwo
 NETWORKS = ("digits", "inception")
 FEATURES, MNIST_RESNET = "features", "mnist_resnet"
 SCORE_NETWORKS = (FEATURES, MNIST_RESNET)
-SSCD_FILE = "sscd_disc_mixup.torchscript.pt"
+# Three files of the same weights; the first is what config.mode=check gets.
+SSCD_FILES = tuple(f"sscd_disc_mixup.{kind}.pt" for kind in ("torchscript", "torchvision", "classy"))
 MNIST_FILE = "mnist.pt"
 MNIST_SHAPE = (28, 28, 1)
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
     """Returns the network that `config.eval.features` names.
 
     Args:
-      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`, kept in `folder`.
+      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`, kept
+        in `folder`.
       images: the training images, with labels.
       folder: where a network trained here is kept.
       weights_dir: where downloaded weights lie.
@@ -47,13 +49,19 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
     if name == "digits":
         return _digits(images, folder)
     return _from_file(
-        weights_dir, INCEPTION_FILE, lambda path: inception_network(read_torch(path), file_digest(path), resize=resize)
+        weights_dir, (INCEPTION_FILE,), lambda path: inception_network(read_torch(path), file_digest(path), resize=resize)
     )
 
 
 def load_sscd(weights_dir) -> FeatureNetwork:
-    """Returns SSCD's network from `weights_dir`. Raises `Unavailable` where its file is missing or damaged."""
-    return _from_file(weights_dir, SSCD_FILE, lambda path: sscd_network(read_torchscript(path), file_digest(path)))
+    """Returns SSCD's network from `weights_dir`: the TorchScript archive, or the state dict with torchvision's or Classy
+    Vision's names. Raises `Unavailable` where none is there, or it is damaged, or of another network."""
+
+    def load(path: Path) -> FeatureNetwork:
+        read = read_torchscript if path.name == SSCD_FILES[0] else read_torch
+        return sscd_network(read(path), file_digest(path))
+
+    return _from_file(weights_dir, SSCD_FILES, load)
 
 
 def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | None:
@@ -73,7 +81,7 @@ def load_mnist_resnet(weights_dir, official: bool = False) -> FeatureNetwork:
     """Returns the MNIST ResNet-18 from `weights_dir`, `official`: in training mode. Raises `Unavailable` where its file is
     missing or damaged, or of another network."""
     return _from_file(
-        weights_dir, MNIST_FILE, lambda path: mnist_resnet_network(read_torch(path), file_digest(path), official=official)
+        weights_dir, (MNIST_FILE,), lambda path: mnist_resnet_network(read_torch(path), file_digest(path), official=official)
     )
 
 
@@ -93,10 +101,11 @@ def check_score_network(name: str, wanted: Sequence[str], image_shape: tuple[int
     )
 
 
-def _from_file(weights_dir, name: str, load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
-    path = Path(weights_dir).expanduser() / name
-    if not path.is_file():
-        raise Unavailable(f"no {name} in {path.parent}; --config.mode=check prints the command that gets it")
+def _from_file(weights_dir, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
+    folder = Path(weights_dir).expanduser()
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise Unavailable(f"no {' or '.join(names)} in {folder}; --config.mode=check prints the command that gets it")
     try:
         return load(path)
     except UserError as error:

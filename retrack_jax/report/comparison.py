@@ -12,8 +12,9 @@ from retrack_jax.files import read_json, write_text
 from retrack_jax.report import grids
 from retrack_jax.report.catalogue import METHODS, describe, method_label
 from retrack_jax.report.charts import Point, close_up, scatter
-from retrack_jax.report.html import absent_list, dash, neighbor_strips, provenance_table
+from retrack_jax.report.html import absent_list, dash, provenance_table
 from retrack_jax.report.page import escape, figure, page, section, standalone_svg
+from retrack_jax.report.strips import neighbor_strips
 from retrack_jax.report.tables import arrow, comparison_cell, comparison_columns, method_order, seconds_text, signed
 
 _COLUMNS = 16  # samples of a method in one row

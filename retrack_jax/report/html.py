@@ -1,6 +1,7 @@
 """The page of one run: `report.html`, a single file that needs nothing else, and `samples.png` beside it.
 
-It reads what the run wrote (`metrics.json`, `log.jsonl`, `samples.npz`) and takes the few arrays that are in no file of the run.
+It reads what the run wrote (`metrics.json`, `log.jsonl`, `samples.npz`, `sscd-TARGET.npz`) and takes the few arrays that are in
+no file of the run.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from retrack_jax.report.catalogue import describe, method_label
 from retrack_jax.report.charts import curves
 from retrack_jax.report.page import details, escape, facts, figure, page, section
 from retrack_jax.report.stored import first_images
+from retrack_jax.report.strips import neighbor_strips, restored_strips
 from retrack_jax.report.tables import before_after_rows
 from retrack_jax.writer import read_log
 
@@ -72,6 +74,7 @@ def run_report(
         section("Samples before and after", *samples),
         section(f"Where the pretrained model drew the {mark_name}", *drawn),
         section(f"The {mark_name} and its neighbors", neighbor_strips(forgotten, neighbors, distances, mark_name)),
+        section(f"What each model restores of the {mark_name}", restored_strips(run_dir, mark_name, label)),
         section("All metrics", _metrics_table(metrics), absent_list((metrics.get("provenance") or {}).get("absent"))),
         section("Unlearning curves", _panels(curves(read_log(run_dir / "log.jsonl")))),
         section("Pretraining curves", _panels(curves(read_log(run_dir.parent.parent / "pretrained" / "log.jsonl")))),
@@ -160,34 +163,6 @@ def _grid(images, mask, title, mark_name, whole_mask=None) -> str:
         "" if mask is None else f", {int(np.sum(mask))} outlined as the {mark_name}"
     )
     return figure(grids.data_uri(picture, photo=not small), alt, title=title, caption=caption, pixels=small)
-
-
-def neighbor_strips(forgotten, neighbors, distances, mark_name, rows: int = 8) -> str:
-    """Returns the forgotten images, each followed by its neighbors and their distances, as HTML lists."""
-    if forgotten is None:
-        return ""
-    parts = []
-    for row in range(min(rows, len(forgotten))):
-        items = [_tile(forgotten[row], f"the {mark_name}", "forgotten", "first")]
-        for k, image in enumerate(neighbors[row] if neighbors is not None else ()):
-            distance = "" if distances is None else f"{float(distances[row][k]):.2f}"
-            items.append(_tile(image, f"neighbor {k + 1}" + (f" at distance {distance}" if distance else ""), distance))
-        parts.append(f'<ul class="strip">{"".join(items)}</ul>')
-    count = 0 if neighbors is None else neighbors.shape[1]
-    note = (
-        f"The {count} nearest remaining images, nearest first" + (", with their distance." if distances is not None else ".")
-        if count
-        else ""
-    )
-    more = f" The first {rows} of {len(forgotten)} forgotten images." if len(forgotten) > rows else ""
-    return (f"<p>{note}{more}</p>" if note or more else "") + "".join(parts)
-
-
-def _tile(image, alt, caption, kind="") -> str:
-    tile = grids.resize(image[None], 64, 160)[0]
-    photo = max(image.shape[:2]) > 64
-    css = "" if photo else ' class="pixels"'
-    return f'<li class="{kind}"><img{css} src="{grids.data_uri(tile, photo=photo)}" alt="{escape(alt)}">{escape(caption)}</li>'
 
 
 def _metrics_table(metrics) -> str:

@@ -208,3 +208,18 @@ def test_scatter_pairs_leave_out_what_has_no_direction():
     assert pairs[0] == ("sscd", "fid") and ("sscd", "kid") in pairs
     assert not any("membership" in name for pair in pairs for name in pair)
     assert ("success_rate_original", "clip_iqa_modified") not in pairs
+
+
+def test_run_page_shows_what_each_model_restores(run_dir):
+    before, after = (dict(forgotten=IMAGES[:1], noised=IMAGES[1:2], restored=IMAGES[k : k + 1]) for k in (2, 3))
+    write_npz(run_dir.parent.parent / "pretrained" / "sscd-x.npz", **before, sscd=np.array([0.9871]))
+    pictures = Page(run_report(run_dir).read_text())
+    assert "What each model restores" in pictures.text and "before: SSCD 0.987" in pictures.text
+    assert "after ReTrack: SSCD" not in pictures.text
+    write_npz(run_dir / "sscd-x.npz", **after, sscd=np.array([0.25]))
+    whole = Page(run_report(run_dir).read_text())
+    assert "before: SSCD 0.987" in whole.text and "after ReTrack: SSCD 0.250" in whole.text
+    assert whole.alts.count("restored after ReTrack, SSCD 0.250") == 1 and len(whole.links) == len(pictures.links) + 1
+    (run_dir / "sscd-x.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="sscd-x.npz is damaged .* delete it"):
+        run_report(run_dir)

@@ -94,13 +94,13 @@ class MnistResNet(nn.Module):
         return {"features": features, "logits": nn.Dense(10, name="fc")(features)}
 
 
-def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: int = 16) -> FeatureNetwork:
+def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: int = 4) -> FeatureNetwork:
     """Returns SSCD's network of these weights, with the official transform (Pillow, shorter side to 288, ImageNet mean and std).
 
     Args:
       state: the weights by name, from `sscd_disc_mixup.torchscript.pt`, or its `.torchvision.pt` or `.classy.pt`.
       digest: SHA-256 of the file.
-      batch_size: images a call.
+      batch_size: images a call; few, because the metric embeds one image or sixteen, and a batch is filled up.
 
     Raises:
       UserError: the weights are not this network's.
