@@ -44,13 +44,33 @@ class GroupNorm(nn.Module):
         return y_BNC.reshape(x.shape).astype(self.dtype)
 
 
+class KeyProjection(nn.Module):
+    """`nn.Dense` for the keys: the bias is a parameter, for diffusers has one, but is not added.
+
+    It would add q b to every logit of a row of the softmax alike, which cancels. Its true gradient is 0; left to rounding, that
+    gradient is noise, which AdamW turns into steps of its own size, other ones for each layout of devices.
+    """
+
+    features: int
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, y: Array) -> Array:
+        """Maps `[B, M, D]` to `[B, M, features]`."""
+        kernel = self.param("kernel", nn.linear.default_kernel_init, (y.shape[-1], self.features), jnp.float32)
+        if self.use_bias:
+            self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return jnp.matmul(y.astype(self.dtype), kernel.astype(self.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head attention over the pixels of `[B, H, W, C]` or the tokens of `[B, N, C]`; the result has the shape of the input.
 
     Attributes:
       heads: number of heads; the inner width is heads * dim_head, whatever C is.
       dim_head: channels per head.
-      bias: whether to_q, to_k and to_v have a bias (to_out_0 has one always).
+      bias: whether to_q, to_k and to_v have a bias (to_out_0 has one always); to_k's changes nothing (see `KeyProjection`).
       norm_num_groups: groups of the group norm before it, or None for no norm.
       eps: the epsilon of that norm.
       residual_connection: whether the input is added to the result.
@@ -78,7 +98,8 @@ class Attention(nn.Module):
         inner = self.heads * self.dim_head
 
         def project(name: str, y: Array) -> Array:
-            y = nn.Dense(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y)
+            layer = KeyProjection if name == "to_k" else nn.Dense
+            y = layer(inner, use_bias=self.bias, dtype=self.dtype, name=name)(y)
             return y.reshape(batch, y.shape[1], self.heads, self.dim_head)
 
         query, key, value = project("to_q", hidden_BNC), project("to_k", context), project("to_v", context)

@@ -256,6 +256,18 @@ def test_attention_to_a_context_of_another_width(rng):
 
 
 @pytest.mark.parametrize("norm", ["default", "scale_shift"])
+def test_the_bias_of_the_keys_has_a_gradient_of_exactly_zero(rng):
+    """It cancels in the softmax. Rounding noise in its place would move it by AdamW's whole rate, differently for each layout."""
+    attention = Attention(heads=2, dim_head=4, bias=True)
+    x = jax.random.normal(rng, (2, 3, 3, 8))
+    params = attention.init(rng, x)["params"]
+    grads = jax.jit(jax.grad(lambda p: jnp.square(attention.apply({"params": p}, x)).sum()))(params)
+    assert params["to_k"]["bias"].shape == (8,)
+    for name in ("to_q", "to_k", "to_v"):
+        for part in ("kernel", "bias"):
+            assert bool((grads[name][part] == 0).all()) == ((name, part) == ("to_k", "bias")), (name, part)
+
+
 def test_resnet_gradients_equal_finite_differences(norm, rng):
     module = ResnetBlock2D(4, groups=2, time_embedding_norm=norm)
     x, temb = jax.random.normal(rng, (1, 2, 2, 2)), jax.random.normal(rng, (1, 3))
