@@ -131,6 +131,7 @@ def get_config() -> ConfigDict:
 
 def with_method(config: ConfigDict, method: str | None, recipes: dict[str, dict] | None = None) -> ConfigDict:
     """Returns `config` with `method` chosen and locked: an override of a field that does not exist then fails with the nearest name.
+    compute.shard_ema = False  # while pretraining each device keeps its share of the moving average, not all of it
 
     Args:
       config: the fields.

@@ -83,7 +83,8 @@ class Stages:
 
     def _from_scratch(self, folder: epath.Path, rows: np.ndarray, seed: int, name: str, only_existing: bool) -> Model:
         recipe, experiment = self.config.pretrain, self.experiment
-        how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout)
+        shard_ema = self.config.compute.shard_ema
+        how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout, shard_ema)
         program = self._program("from scratch", METHODS["vanilla"], recipe, how, build.ema_decay_from(recipe))
 
         def make_state():
@@ -183,6 +184,7 @@ class Stages:
                     writer=writer,
                     should_stop=self.should_stop,
                     seconds_before=seconds,
+                    shard_ema=self.config.compute.shard_ema,
                 )
         return Model(state.eval_params, num_steps, seconds)
 

@@ -38,6 +38,7 @@ def train(
     writer: Writer | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     seconds_before: float = 0.0,
+    shard_ema: bool = False,
 ) -> tuple[TrainState, float]:
     """Trains from `state.step` to `num_steps` and returns the last state and the seconds that all of it took.
 
@@ -53,12 +54,16 @@ def train(
       writer: where scalars go, as `NAME_loss` and so on.
       should_stop: asked after every step; true saves and raises `Preempted`.
       seconds_before: what the steps before `state.step` took; checkpoints carry the sum, so that a resumed run reports all of it.
+      shard_ema: whether the moving average lies spread over the devices meanwhile, as `p_step` must then expect it (step.py
+        `StepOptions`). It is saved and returned whole, so another number of devices can go on from there.
 
     Raises:
       UserError: a metric is not finite; it names the metric and the step. What was saved before stays.
       Preempted: `should_stop` said so.
     """
     start = saved = int(state.step)
+    if shard_ema:
+        state = state.spread_ema()
     began = time.perf_counter()
     unread: list[tuple[int, PyTree]] = []
 
@@ -74,7 +79,7 @@ def train(
         read_metrics()
         if store is not None and step != saved:
             # The finished model needs no optimizer: what is kept of a run is a third of its state.
-            tree = model_tree(state) if step == num_steps else state_tree(state)
+            tree = model_tree(state) if step == num_steps else state_tree(state.whole())
             store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step
 
@@ -91,8 +96,8 @@ def train(
                     read_metrics()
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
-                # One process may be told before the others, but all must save the same step. Asking them costs a round trip, so several
-                # processes ask only where the metrics are read anyway.
+                # One process may be told before the others, but all must save the same step. Asking them costs a round trip, so
+                # several processes ask only where the metrics are read anyway.
                 asks = jax.process_count() == 1 or writer is None or writer.due(done)
                 if asks and done < num_steps and parallel.any_process(should_stop()):
                     save(done)
@@ -103,7 +108,7 @@ def train(
     seconds = seconds_before + time.perf_counter() - began
     if store is not None:
         store.wait()
-    return state, seconds
+    return state.whole(), seconds
 
 
 def state_tree(state: TrainState) -> dict:

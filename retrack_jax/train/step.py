@@ -57,6 +57,7 @@ class StepOptions:
       t_min, t_max: timesteps are drawn from [t_min, t_max).
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
+      shard_ema: whether the state's moving average is spread over the devices (`TrainState.spread_ema`).
     """
 
     options: Mapping[str, float] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class StepOptions:
     t_max: int
     distill: bool = False
     dropout: bool = False
+    shard_ema: bool = False
 
 
 def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Callable:
@@ -76,9 +78,9 @@ def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Calla
       eps_fn: `(params, x_t, t, *condition, **kwargs) -> eps_pred`.
       how: how the step runs.
 
-    The step takes a batch with a device axis: `remain` as `to_x_0` takes it and `remain_index` `[D, b]`, the examples' global indices in
-    the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and `forget_index`. `rng` is the run's base key. It donates the state.
-    Metrics are float32 scalars, means over the batch of sums over pixels.
+    The step takes a batch with a device axis: `remain` as `to_x_0` takes it and `remain_index` `[D, b]`, the examples' global
+    indices in the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and `forget_index`. `rng` is the run's base key. It
+    donates the state. Metrics are float32 scalars, means over the batch of sums over pixels.
     """
 
     def step(state: TrainState, batch: PyTree, shared: Shared, rng: Rng):
@@ -117,7 +119,25 @@ def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Calla
         metrics = {**logs, "grad_norm": optax.tree.norm(grad)}
         return state.apply_gradients(grad), metrics
 
+    if how.shard_ema:
+        return _with_spread_ema(step)
     return parallel.pmap(step, in_axes=(None, 0, None, None), donate_argnums=(0,))
+
+
+def _with_spread_ema(step: Callable) -> Callable:
+    """Maps `step` with the one part of the state that has a device axis passed by itself."""
+
+    def split_step(rest: TrainState, ema: PyTree, batch: PyTree, shared: Shared, rng: Rng):
+        state, metrics = step(rest.replace(ema_params=ema), batch, shared, rng)
+        return state.replace(ema_params=None), state.ema_params, metrics
+
+    p_step = parallel.pmap(split_step, in_axes=(None, 0, 0, None, None), out_axes=(None, 0, None), donate_argnums=(0, 1))
+
+    def whole_step(state: TrainState, batch: PyTree, shared: Shared, rng: Rng):
+        rest, ema, metrics = p_step(state.replace(ema_params=None), state.ema_params, batch, shared, rng)
+        return rest.replace(ema_params=ema), metrics
+
+    return whole_step
 
 
 def _close(eps_fn, params, condition, dropout: bool = False, step_rng: Rng | None = None, microbatch: PyTree | None = None):
