@@ -18,6 +18,7 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.data.folder_source import list_images
 from retrack_jax.files import read_json
 
+_FROM_CHECKPOINT = ("cifar10", "celebahq")  # sources of configs that have no pretraining recipe
 log = logging.getLogger(__name__)
 
 
@@ -35,30 +36,44 @@ def rules(num_images: int, resolution: int) -> dict[str, float | int]:
     }
 
 
+def open_fields(config: ConfigDict) -> list[str]:
+    """Returns the fields of `rules` that the config leaves to it, and `resolution` where that is left to the model."""
+    names = [name for name in rules(1, 32) if config.unlearn[name] is None]
+    return names + (["resolution"] if config.data.resolution is None else [])
+
+
+def unset(config: ConfigDict) -> dict[str, str]:
+    """Returns what the user must still set: field -> what to set it to."""
+    chosen_by_rules = bool(open_fields(config))
+    missing = {}
+    if not config.checkpoint and chosen_by_rules:
+        missing["config.checkpoint"] = "set it to the folder of your model, as diffusers saved it"
+    elif not config.checkpoint and config.data.source in _FROM_CHECKPOINT:
+        missing["config.checkpoint"] = f"{config.data.source} has no pretraining recipe; set it to a folder that diffusers saved"
+    if not config.data.dir and chosen_by_rules:
+        missing["config.data.dir"] = "set it to the folder of the model's training images"
+    if not any(str(target).strip() for target in config.targets):
+        missing["config.targets"] = "name the images to forget: @list.txt, or a+b+c"
+    return missing
+
+
 def complete(config: ConfigDict) -> ConfigDict:
     """Returns `config` with every None of `data.resolution` and of the fields of `rules` chosen; itself if there is none.
 
     Raises:
-      UserError: no checkpoint, no images, or no target is given; the message names the flag.
+      UserError: something of `unset`, or the model or the images are not where the config says.
     """
-    names = [name for name in rules(1, 32) if config.unlearn[name] is None]
-    if not names and config.data.resolution is not None:
+    for field, advice in unset(config).items():
+        raise UserError(f"{field} is empty; {advice}")
+    names = open_fields(config)
+    if not names:
         return config
-    check(bool(config.checkpoint), "config.checkpoint is empty; set it to the folder of your model, as diffusers saved it")
-    check(bool(config.data.dir), "config.data.dir is empty; set it to the folder of the model's training images")
-    check(
-        any(str(target).strip() for target in config.targets),
-        "config.targets is empty; name the images to forget: @list.txt, or a+b+c",
-    )
     resolution = config.data.resolution or _sample_size(config.checkpoint)
-    chosen = rules(len(list_images(config.data.dir)), resolution)
+    chosen = rules(len(list_images(config.data.dir)), resolution) | {"resolution": resolution}
     config = config.copy_and_resolve_references()
-    config.data.resolution = resolution
     for name in names:
-        config.unlearn[name] = chosen[name]
-    log.info(
-        "chosen by the rules of retrack_jax/recipe.py: %s", {name: chosen[name] for name in names} | {"resolution": resolution}
-    )
+        (config.data if name == "resolution" else config.unlearn)[name] = chosen[name]
+    log.info("chosen by the rules of retrack_jax/recipe.py: %s", {name: chosen[name] for name in names})
     return config
 
 

@@ -33,13 +33,11 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     Raises:
       UserError: something that the user can mend.
     """
+    if config.mode == "check":
+        check_needs(config)
+        return {}
     config = recipe.complete(config)
     build.check_config(config)
-    if config.mode == "check":
-        from retrack_jax.data.requirements import print_requirements
-
-        print_requirements(config.to_dict())
-        return {}
     workdir = Workdir(workdir)
     runner = Runner(config, workdir, should_stop)
     for method in methods_of(config):
@@ -47,6 +45,17 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
             for seed in config.seeds:
                 runner.run_one(method, spec, seed)
     return runner.finish()
+
+
+def check_needs(config: ConfigDict) -> None:
+    """Lists what the config needs, found or missing, then checks its values, as far as they do not hang on what is missing."""
+    from retrack_jax.data.requirements import print_requirements
+
+    needed = print_requirements(config.to_dict(), recipe.unset(config))
+    if all(item.found or item.optional for item in needed):
+        config = recipe.complete(config)
+    if not recipe.open_fields(config):
+        build.check_config(config)
 
 
 def methods_of(config: ConfigDict) -> list[str]:

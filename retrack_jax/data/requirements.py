@@ -1,21 +1,26 @@
-"""What a config needs on disk: each file found (size, digest) or missing, and the command that gets it.
+"""What a config needs: each file found (size, digest) or missing, with the command that gets it; settings, and names to forget.
 
 Nothing is downloaded here. `launch/download.sh` runs the commands that this prints.
 """
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.folder_source import SUFFIXES
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.downloads import ALSO, KAGGLE, NETWORKS, checkpoint_command, unzip, unzip_file
+from retrack_jax.data.folder_source import SUFFIXES, list_images
 from retrack_jax.data.load import CELEBAHQ_TFDS, data_folder, data_format
+from retrack_jax.data.targets import resolve_target
 from retrack_jax.data.tfds_source import find_prepared, prepare_command
 from retrack_jax.files import file_digest
 
-KAGGLE = "https://www.kaggle.com/api/v1/datasets/download/kenhas/data-unlearning-in-diffusion-models"
 _WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin", "pytorch_model*.bin")
 GET = "get it: "  # what launch/download.sh looks for
 
@@ -33,6 +38,7 @@ class Requirement:
       digest: SHA-256 of the file; of names and sizes where it is many files.
       command: the shell command that gets it; empty where `advice` says what to do instead.
       advice: what to do, in words.
+      optional: whether only some metrics need it, which are left out without it.
     """
 
     description: str
@@ -43,30 +49,41 @@ class Requirement:
     digest: str = ""
     command: str = ""
     advice: str = ""
+    optional: bool = False
 
 
-def requirements(config: dict) -> list[Requirement]:
-    """Returns what a config (as `ConfigDict.to_dict()` gives it) needs beside this package.
+def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) -> list[Requirement]:
+    """Returns what a config needs beside this package.
+
+    Args:
+      config: as `ConfigDict.to_dict()` gives it.
+      unset: the fields that must still be set, each with what to do about it; they head the list.
 
     Raises:
       UserError: the config names no source that exists.
     """
-    data = config["data"]
-    needed = list(_checkpoint(config.get("checkpoint", ""), data["source"]))
-    needed += _concepts(data, config["targets"]) if data["source"] == "concepts" else _images(data)
+    data, specs = config["data"], _specs(config["targets"])
+    needed = [Requirement(description="setting", path=Path(name), found=False, advice=todo) for name, todo in unset.items()]
+    needed += _checkpoint(config.get("checkpoint", ""), data["source"])
+    if data["source"] == "concepts":
+        needed += _concepts(data, specs)
+    else:
+        needed += () if "config.data.dir" in unset else _images(data)
+        needed += _targets(data, specs)
     return needed + list(_metric_weights(config["eval"]))
 
 
-def print_requirements(config: dict, file=None) -> list[Requirement]:
-    """Prints `requirements(config)`, one line each and the command under what is missing; returns them."""
+def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({}), file=None) -> list[Requirement]:
+    """Prints `requirements(config, unset)`, one line each and under what is missing the command or advice; returns them."""
     file = file or sys.stdout
-    needed = requirements(config)
+    needed = requirements(config, unset)
     for item in needed:
         if item.found:
             many = f"{item.files} files, " if item.files > 1 else ""
             print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})", file=file)
         else:
-            print(f"missing  {item.description}: {item.path}", file=file)
+            metrics = " (its metrics are left out without it)" if item.optional else ""
+            print(f"missing  {item.description}{metrics}: {item.path}", file=file)
             print(f"         {GET}{item.command}" if item.command else f"         {item.advice}", file=file)
     missing = sum(not item.found for item in needed)
     if not needed:
@@ -104,7 +121,7 @@ def _checkpoint(checkpoint: str, source: str) -> Iterator[Requirement]:
     if not checkpoint:
         return
     folder = Path(checkpoint).expanduser()
-    how = {"command": _checkpoint_command(source, folder), "advice": "set config.checkpoint to a folder that diffusers saved"}
+    how = {"command": checkpoint_command(source, folder), "advice": "set config.checkpoint to a folder that diffusers saved"}
     parts = ("unet", "vae", "text_encoder") if source == "concepts" else ("unet", "unet_ema", ".")
     present = [part for part in parts if (folder / part / "config.json").is_file()]
     for part in parts if source == "concepts" else present[:1] or (".",):
@@ -116,37 +133,6 @@ def _checkpoint(checkpoint: str, source: str) -> Iterator[Requirement]:
     if source == "concepts":
         for name in ("vocab.json", "merges.txt"):
             yield _item("tokenizer", folder / "tokenizer" / name, _glob(folder / "tokenizer", name), **how)
-
-
-def _checkpoint_command(source: str, folder: Path) -> str:
-    if source == "celebahq":
-        return f"hf download google/ddpm-ema-celebahq-256 --local-dir {folder}"
-    if source == "concepts":
-        return f"hf download CompVis/stable-diffusion-v1-4 --local-dir {folder}"
-    if source == "cifar10":
-        archive = "https://github.com/VainF/Diff-Pruning/releases/download/v0.0.1/ddpm_ema_cifar10.zip"
-        return _unzip(archive, "ddpm_ema_cifar10", folder)
-    if source == "mnist_tshirt":
-        return _unzip(f"{KAGGLE}-checkpoints", "checkpoints/mnist-tshirt/base/checkpoint-117500", folder)
-    return ""
-
-
-def _unzip(url: str, inside: str, folder: Path, *more: str) -> str:
-    """Downloads an archive and moves what is in the folder `inside` it, and the files `more`, to `folder`."""
-    archive, part = f"{folder}.zip", f"{folder}.part"
-    wanted = " ".join(f"'{name}'" for name in (f"{inside}/*", *more))
-    return (
-        f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}' && unzip -q {archive} {wanted} -d {part} && "
-        + "".join(f"mv {part}/{name} {folder}/ && " for name in more)
-        + f"find {part}/{inside} -mindepth 1 -maxdepth 1 -exec mv -t {folder} {{}} + && rm -r {part} {archive}"
-    )
-
-
-def _unzip_file(url: str, inside: str, folder: Path) -> str:
-    """Downloads an archive and takes the file `inside` it to `folder`."""
-    archive = folder / "archive.zip"
-    get = f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}'"
-    return f"{get} && unzip -q -j -o {archive} '{inside}' -d {folder} && rm {archive}"
 
 
 def _images(data: dict) -> Iterator[Requirement]:
@@ -167,7 +153,7 @@ def _images(data: dict) -> Iterator[Requirement]:
     elif format == "npz":
         yield _item("images", folder, [folder] if folder.is_file() else [], advice=advice)
     elif format == "folder":
-        command = _unzip(f"{KAGGLE}-datasets", "data/datasets/celeba_hq_256", folder) if source == "celebahq" else ""
+        command = unzip(f"{KAGGLE}-datasets", "data/datasets/celeba_hq_256", folder) if source == "celebahq" else ""
         found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
         yield _item("images", folder, sorted(found), command=command, advice=advice)
     elif source == "mnist_tshirt" and not _glob(folder, "*.parquet", "data/*.parquet"):
@@ -199,41 +185,52 @@ def _tfds(name: str, data_dir: Path) -> Requirement:
     return _item(f"TFDS {name}", found[0].parent, found)
 
 
-def _concepts(data: dict, targets) -> Iterator[Requirement]:
+def _specs(targets) -> list[str]:
+    return [part.strip() for target in targets for part in str(target).split(",") if part.strip()]
+
+
+def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
+    """The lists that targets name; and each target that is not there, where names are known without decoding (a folder)."""
+    lists = {part for spec in specs for part in _parts(spec) if part.startswith("@")}
+    found = {name: Path(name[1:]).expanduser().is_file() for name in sorted(lists)}
+    for name, here in found.items():
+        path = Path(name[1:]).expanduser()
+        yield _item("list of targets", path, [path] if here else [], advice="write one name a line into it")
+    if not data.get("dir") or data_format(data["source"], data.get("format", "")) != "folder":
+        return
+    try:
+        names = list_images(data["dir"])
+    except UserError:  # the images are on the list as missing
+        return
+    nothing = np.broadcast_to(np.uint8(0), (len(names), 1, 1, 1))
+    images = ImageSet(images=nothing, ids=tuple(names), labels=None, digest="", name=data["source"])
+    for spec in (spec for spec in specs if all(found.get(part, True) for part in _parts(spec))):
+        try:
+            resolve_target(spec, images)
+        except UserError as error:
+            yield Requirement(description="target", path=Path(spec), found=False, advice=str(error))
+
+
+def _parts(spec: str) -> list[str]:
+    """The members of a group; a list file may have a + in its own name."""
+    whole = spec.startswith("@") and Path(spec[1:]).expanduser().is_file()
+    return [spec] if whole else [part.strip() for part in spec.split("+")]
+
+
+def _concepts(data: dict, specs: list[str]) -> Iterator[Requirement]:
     folder = Path(data.get("dir", "")).expanduser()
     prompts = [f"data/datasets/{kind}_prompts.json" for kind in ("original", "modified")]
-    command = _unzip(f"{KAGGLE}-datasets", "data/datasets/sd", folder, *prompts)
+    command = unzip(f"{KAGGLE}-datasets", "data/datasets/sd", folder, *prompts)
     for field in ("original_prompts", "modified_prompts"):
         path = folder / Path(data.get(field) or f"{field}.json").expanduser()
         yield _item(f"{field.replace('_', ' ')}", path, [path] if path.is_file() else [], command=command)
-    for name in [part.strip() for target in targets for part in str(target).split(",") if part.strip()]:
+    for name in specs:
         pictures = _glob(folder / name, "images/*")
         parts = [_glob(folder / name, file) for file in ("kmeans_labels.json", "clustering_info.json")]
         found = sorted(pictures + sum(parts, [])) if pictures and all(parts) else []
         yield _item(f"concept {name}", folder / name, found, command=command)
 
 
-# Feature network -> its file, and where it comes from.
-_NETWORKS = {
-    "inception": (
-        "weights-inception-2015-12-05-6726825d.pth",
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-    ),
-    "sscd": (
-        "sscd_disc_mixup.torchscript.pt",
-        "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
-    ),
-    "CLIP RN50": (
-        "RN50.pt",
-        "https://openaipublic.azureedge.net/clip/models/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
-    ),
-}
-# Other files of the same weights that do as well.
-_ALSO = {
-    "inception": (),
-    "sscd": ("sscd_disc_mixup.torchvision.pt", "sscd_disc_mixup.classy.pt"),
-    "CLIP RN50": ("RN50.safetensors",),
-}
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
 _MNIST_FILE = "mnist.pt"
@@ -248,11 +245,11 @@ def _metric_weights(evaluation: dict) -> Iterator[Requirement]:
     wanted += ["sscd"] if any(metric.startswith("sscd") for metric in metrics) else []
     wanted += ["CLIP RN50"] if any(metric.startswith("clip_iqa") for metric in metrics) else []
     for network in wanted:
-        name, url = _NETWORKS[network]
+        name, url = NETWORKS[network]
         command = f"curl -fL --connect-timeout 10 --create-dirs -o {folder / name} '{url}'"
-        found = next((files for kind in (name, *_ALSO[network]) if (files := _glob(folder, kind))), [])
-        yield _item(f"feature network {network}", folder / name, found, command=command)
+        found = next((files for kind in (name, *ALSO[network]) if (files := _glob(folder, kind))), [])
+        yield _item(f"feature network {network}", folder / name, found, command=command, optional=True)
     if classifier:
-        command = _unzip_file(f"{KAGGLE}-checkpoints", f"checkpoints/classifiers/{_MNIST_FILE}", folder)
+        command = unzip_file(f"{KAGGLE}-checkpoints", f"checkpoints/classifiers/{_MNIST_FILE}", folder)
         found = _glob(folder, _MNIST_FILE)
-        yield _item("classifier MNIST ResNet-18", folder / _MNIST_FILE, found, command=command)
+        yield _item("classifier MNIST ResNet-18", folder / _MNIST_FILE, found, command=command, optional=True)

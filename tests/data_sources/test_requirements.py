@@ -10,6 +10,7 @@ import pytest
 from retrack_jax import recipe
 from retrack_jax.checks import UserError
 from retrack_jax.data.requirements import print_requirements, requirements
+from retrack_jax.main import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -23,7 +24,7 @@ def config_of(name):
 
 def printed(config) -> str:
     file = io.StringIO()
-    print_requirements(config.to_dict(), file)
+    print_requirements(config.to_dict(), recipe.unset(config), file)
     return file.getvalue()
 
 
@@ -112,3 +113,71 @@ def test_custom_says_which_flag_is_missing(tmp_path, jpeg_folder, field, message
         config[field] = type(config[field])()
     with pytest.raises(UserError, match=message):
         recipe.complete(config)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "celebahq"])
+def test_configs_without_a_pretraining_recipe_need_a_checkpoint(name):
+    config = config_of(name)
+    config.checkpoint = ""
+    with pytest.raises(UserError, match=f"config.checkpoint is empty; {name} has no pretraining recipe"):
+        recipe.complete(config)
+    assert "missing  setting: config.checkpoint\n" in printed(config)
+
+
+class TestCommand:
+    """config.mode=check as a newcomer types it."""
+
+    def check(self, name="custom", **fields):
+        flags = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
+        return main(["retrack_jax", f"--config={CONFIGS / name}.py", "--config.mode=check", *flags])
+
+    def custom(self, tmp_path, jpeg_folder, **fields):
+        folder, _ = jpeg_folder(4)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text('{"sample_size": 16}')
+        (tmp_path / "model" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+        return self.check(**({"checkpoint": tmp_path / "model", "data__dir": folder, "targets": "00001.jpg"} | fields))
+
+    @pytest.mark.parametrize("name", ["custom", "celebahq", "cifar10", "mnist_tshirt", "digits_tshirt"])
+    def test_nothing_set_and_nothing_there_is_a_list_and_no_error(self, name, capsys):
+        assert self.check(name) == 0
+        out, err = capsys.readouterr()
+        assert "error" not in err and out.splitlines()[-1].endswith(("missing", "are made here"))
+
+    def test_custom_names_the_three_flags(self, capsys):
+        assert self.check() == 0
+        lines = capsys.readouterr().out.splitlines()
+        for field in ("config.checkpoint", "config.data.dir", "config.targets"):
+            assert lines[lines.index(f"missing  setting: {field}") + 1].startswith("         ")
+
+    def test_all_there(self, tmp_path, jpeg_folder, capsys):
+        assert self.custom(tmp_path, jpeg_folder) == 0
+        missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
+        assert len(missing) == 2 and all("feature network" in line and "left out" in line for line in missing)
+
+    @pytest.mark.parametrize(
+        ("target", "shown"),
+        [
+            ("00001.jpeg", "did you mean 00001.jpg"),
+            ("00001.jpg+00009.jpg", "no image of folder is named '00009.jpg'"),
+            ("q*", "matches 'q*'"),
+            ("label:3", "has no labels"),
+            ("*", "is the whole set of 4 images"),
+            ("@forget.txt", "missing  list of targets: forget.txt"),
+        ],
+    )
+    def test_a_mistyped_target_is_missing(self, tmp_path, jpeg_folder, capsys, target, shown):
+        assert self.custom(tmp_path, jpeg_folder, targets=target) == 0
+        out = capsys.readouterr().out
+        assert shown in out and out.splitlines()[-1].endswith("3 missing")
+
+    def test_a_list_is_found_with_its_digest(self, tmp_path, jpeg_folder, capsys):
+        (tmp_path / "a+b.txt").write_text("00001.jpg\n00003.jpg\n")
+        assert self.custom(tmp_path, jpeg_folder, targets="@a+b.txt") == 0
+        assert "found    list of targets: a+b.txt (20 B, sha256" in capsys.readouterr().out
+
+    def test_values_are_checked_too(self, tmp_path, jpeg_folder, capsys):
+        assert self.custom(tmp_path, jpeg_folder, unlearn__lam="1.5") == 2
+        assert "error: config.unlearn.lam" in capsys.readouterr().err
+        assert self.check("celebahq", unlearn__lam="1.5") == 2
+        assert "error: config.unlearn.lam" in capsys.readouterr().err
