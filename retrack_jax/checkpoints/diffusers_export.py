@@ -41,8 +41,8 @@ def export_diffusers(
       UserError: `path` is `source` or holds something else, or cannot be written; or there is no `source`.
     """
     path = epath.Path(path)
-    _check_replaceable(path, source)
-    files: dict[str, Any] = {"README.md": _card(source, note)} | _licences(source)
+    check_replaceable(path, source)
+    files: dict[str, Any] = {"README.md": model_card(source, note)} | licences(source)
     config = module.to_config()
     if schedule is not None:
         scheduler = {"_class_name": "DDPMScheduler"} | (schedule if isinstance(schedule, dict) else schedule.to_config())
@@ -61,7 +61,7 @@ def export_diffusers(
     folder = Path(path).with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write_folder(folder, files, params, table)
-        _move_into_place(folder, Path(path))
+        move_into_place(folder, Path(path))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
     finally:
@@ -76,7 +76,7 @@ def _write_folder(folder, files: dict[str, Any], params: PyTree, table: RenameTa
         writers[type(content)](folder / name, content)
 
 
-def _move_into_place(folder: Path, path: Path) -> None:
+def move_into_place(folder: Path, path: Path) -> None:
     """Renames `folder` to `path`; what is there steps aside and comes back if that fails."""
     if not path.exists():
         folder.rename(path)
@@ -91,7 +91,8 @@ def _move_into_place(folder: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_replaceable(path, source) -> None:
+def check_replaceable(path, source) -> None:
+    """Raises `UserError` unless an export may go to `path`: nothing is there, or an earlier export, and it is not `source`."""
     if source is not None and not Path(source).is_dir():
         raise UserError(f"no folder {source}, where the model should have come from")
     if source is not None and Path(source).resolve() == Path(path).resolve():
@@ -114,7 +115,8 @@ def _source_folders(source) -> list[Path]:
     return [source, parent] if (parent / "model_index.json").is_file() else [source]
 
 
-def _licences(source) -> dict[str, bytes]:
+def licences(source) -> dict[str, bytes]:
+    """Returns file name -> content of the licence files that came with the model in the folder `source`; none for None."""
     found: dict[str, bytes] = {}
     for folder in _source_folders(source):
         for file in sorted(folder.iterdir()):
@@ -123,7 +125,8 @@ def _licences(source) -> dict[str, bytes]:
     return found
 
 
-def _card(source, note: str | None) -> str:
+def model_card(source, note: str | None) -> str:
+    """Returns the text of an export's README.md: the card of `source`, if any, and below a heading of ours the `note`."""
     cards = [folder / "README.md" for folder in _source_folders(source)]
     text = next((card.read_text() for card in cards if card.is_file()), "# Model card\n")
     return f"{text.rstrip()}\n\n{_HEADING}\n\n{note or 'No note was given on how this model differs from its source.'}\n"

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checkpoints.diffusers_export import _card, _check_replaceable, _licences, _move_into_place, export_diffusers
+from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licences, model_card, move_into_place
 from retrack_jax.checkpoints.diffusers_import import load_params, open_weights, read_schedule_config
 from retrack_jax.checkpoints.names import RenameTable, from_torch
 from retrack_jax.checks import UserError, check
@@ -166,7 +166,7 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
     """
     check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
     path, source = Path(path), pipeline.path
-    _check_replaceable(path, source)
+    check_replaceable(path, source)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -179,10 +179,10 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
         for part in parts:
             shutil.copytree(part, temporary / part.name, symlinks=False)
         write_json(temporary / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
-        write_text(temporary / "README.md", _card(source, note))
-        for name, content in _licences(source).items():
+        write_text(temporary / "README.md", model_card(source, note))
+        for name, content in licences(source).items():
             write_bytes(temporary / name, content)
-        _move_into_place(temporary, path)
+        move_into_place(temporary, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
