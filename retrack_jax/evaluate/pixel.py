@@ -11,15 +11,14 @@ import numpy as np
 
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
-from retrack_jax.evaluate.restored import T, keep_pictures, restore
 from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
+from retrack_jax.evaluate.restored import T, keep_pictures, restore
 from retrack_jax.evaluate.results import Evaluator
 from retrack_jax.evaluate.task import Subject, Task
-from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats
+from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats, too_few
 from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
 from retrack_jax.metrics.sscd import sscd, sscd_norm
-from retrack_jax.types import PyTree
 
 
 def forgotten_samples(task: Task, subject: Subject) -> np.ndarray:
@@ -42,15 +41,18 @@ def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def _features(task: Task, subject: Subject, wanted: Sequence[str]):
-    network = task.features()
     kept = subject.samples[~forgotten_samples(task, subject)]
     left_out = len(subject.samples) - len(kept)
-    if len(kept) < 2:
-        return {}, {"why": "fewer than two samples are left beside the forgotten image"}
+    few = too_few(wanted, len(kept), len(task.reference))
+    wanted = [name for name in wanted if name not in few]
+    why = {"why": "; ".join(few.values()) + f" ({left_out} samples are the forgotten image)"} if few else {}
+    if not wanted:
+        return {}, why
+    network = task.features()
     reference = cached_feature_stats(network, task.reference, task.reference_digest, task.cache_dir)
     values, note = evaluate_features(feature_stats(network, kept), reference, wanted)
     about = {"features_digest": network.digest, "reference": task.reference_name}
-    return values, {**note, **about, "left_out": f"{left_out} samples that are the forgotten image"}
+    return values, {**note, **about, **why, "left_out": f"{left_out} samples that are the forgotten image"}
 
 
 def _nll(task: Task, subject: Subject, wanted: Sequence[str]):

@@ -1,5 +1,6 @@
 """FID, KID, inception score, precision and recall from one pass over a feature network, and the reference set's cache."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from retrack_jax.metrics.precision_recall import precision_recall
 
 FEATURE_METRICS = ("fid", "kid", "inception_score", "precision", "recall")
 MAX_ROWS = 10_000  # KID, precision and recall take at most so many rows of a set; FID takes all.
+# Images without which a metric is not defined: on each side, of the inception score samples alone (its ten splits).
+FEWEST = {"fid": 2, "kid": 2, "inception_score": 10, "precision": 4, "recall": 4}
 _CACHE_VERSION = 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +60,16 @@ def stats_of(features, logits=None, network: str = "given features") -> FeatureS
     return FeatureStats(network, moments, rows, None if logits is None else np.asarray(logits, np.float32))
 
 
+def too_few(wanted: Sequence[str], num_samples: int, num_reference: int) -> dict[str, str]:
+    """Returns metric -> why it is not defined, for those of `wanted` that need more images than there are."""
+    reasons = {}
+    for name in wanted:
+        fewest = num_samples if name == "inception_score" else min(num_samples, num_reference)
+        if fewest < FEWEST[name]:
+            reasons[name] = f"{name} needs at least {FEWEST[name]} images, found {fewest}"
+    return reasons
+
+
 def evaluate_features(
     samples: FeatureStats, reference: FeatureStats, wanted: Sequence[str] = FEATURE_METRICS, *, seed: int = 0
 ) -> tuple[dict[str, float], dict]:
@@ -80,6 +94,7 @@ def evaluate_features(
         warning = unstable_reason(samples.moments.count, reference.moments.count, len(samples.moments.mean))
         if warning:
             notes["fid_warning"] = warning
+            log.warning("%s", warning)
     if "kid" in wanted:
         result = kid(samples.rows, reference.rows, seed=seed)
         values["kid"] = result.mean

@@ -7,7 +7,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.metrics import feature_metrics
-from retrack_jax.metrics.feature_metrics import cached_feature_stats, evaluate_features, feature_stats, stats_of
+from retrack_jax.metrics.feature_metrics import cached_feature_stats, evaluate_features, feature_stats, stats_of, too_few
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb, unit_grey
 from retrack_jax.metrics.inception_score import inception_score, split_scores
 from retrack_jax.metrics.kid import kid
@@ -196,3 +196,18 @@ def test_refuses():
 def test_grey_images_become_three_equal_channels():
     grey = _images(2)
     np.testing.assert_array_equal(to_rgb(grey), np.concatenate([grey] * 3, axis=-1))
+
+
+def test_says_which_metrics_so_few_images_do_not_define(caplog):
+    assert too_few(feature_metrics.FEATURE_METRICS, 10, 4) == {}
+    reasons = too_few(feature_metrics.FEATURE_METRICS, 9, 3)
+    assert set(reasons) == {"inception_score", "precision", "recall"} and reasons["recall"].endswith("4 images, found 3")
+    for count in (9, 10):  # the bounds are those of the metrics themselves
+        stats = stats_of(_normal(count, 4), _normal(count, 3))
+        defined = [name for name in feature_metrics.FEATURE_METRICS if name not in too_few([name], count, count)]
+        assert set(evaluate_features(stats, stats, defined)[0]) == set(defined)
+    for count in (2, 4):
+        stats = stats_of(_normal(count, 4))
+        defined = [name for name in ("fid", "kid", "precision") if name not in too_few([name], count, count)]
+        assert set(evaluate_features(stats, stats, defined)[0]) == set(defined)
+    assert "FID from 2 images" in caplog.text  # the number, where the run is followed
