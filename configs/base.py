@@ -126,12 +126,12 @@ def get_config() -> ConfigDict:
     config.compute = compute = ConfigDict()
     compute.dtype = "float32"  # or bfloat16: the network computes in it, weights stay float32
     compute.remat = False  # compute activations again in the backward pass, to save memory
+    compute.shard_ema = False  # while pretraining each device keeps its share of the moving average, not all of it
     return config
 
 
 def with_method(config: ConfigDict, method: str | None, recipes: dict[str, dict] | None = None) -> ConfigDict:
     """Returns `config` with `method` chosen and locked: an override of a field that does not exist then fails with the nearest name.
-    compute.shard_ema = False  # while pretraining each device keeps its share of the moving average, not all of it
 
     Args:
       config: the fields.

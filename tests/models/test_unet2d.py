@@ -244,18 +244,6 @@ def test_attention_equals_loops_over_heads(rng):
     assert relative(jax.jit(module.apply)({"params": params}, x), expected) < 1e-6
 
 
-def test_attention_to_a_context_of_another_width(rng):
-    module = Attention(heads=2, dim_head=4)
-    x, context = jax.random.normal(rng, (2, 6, 8)), jax.random.normal(rng, (2, 5, 3))
-    params = jax.jit(module.init)(rng, x, context)["params"]
-    assert params["to_k"]["kernel"].shape == (3, 8) and "bias" not in params["to_q"]
-    apply = jax.jit(module.apply)
-    order = jnp.asarray([4, 2, 0, 1, 3])  # attention does not know the order of its context
-    y, permuted = apply({"params": params}, x, context), apply({"params": params}, x, context[:, order])
-    np.testing.assert_allclose(permuted, y, atol=1e-6)
-
-
-@pytest.mark.parametrize("norm", ["default", "scale_shift"])
 def test_the_bias_of_the_keys_has_a_gradient_of_exactly_zero(rng):
     """It cancels in the softmax. Rounding noise in its place would move it by AdamW's whole rate, differently for each layout."""
     attention = Attention(heads=2, dim_head=4, bias=True)
@@ -268,6 +256,18 @@ def test_the_bias_of_the_keys_has_a_gradient_of_exactly_zero(rng):
             assert bool((grads[name][part] == 0).all()) == ((name, part) == ("to_k", "bias")), (name, part)
 
 
+def test_attention_to_a_context_of_another_width(rng):
+    module = Attention(heads=2, dim_head=4)
+    x, context = jax.random.normal(rng, (2, 6, 8)), jax.random.normal(rng, (2, 5, 3))
+    params = jax.jit(module.init)(rng, x, context)["params"]
+    assert params["to_k"]["kernel"].shape == (3, 8) and "bias" not in params["to_q"]
+    apply = jax.jit(module.apply)
+    order = jnp.asarray([4, 2, 0, 1, 3])  # attention does not know the order of its context
+    y, permuted = apply({"params": params}, x, context), apply({"params": params}, x, context[:, order])
+    np.testing.assert_allclose(permuted, y, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["default", "scale_shift"])
 def test_resnet_gradients_equal_finite_differences(norm, rng):
     module = ResnetBlock2D(4, groups=2, time_embedding_norm=norm)
     x, temb = jax.random.normal(rng, (1, 2, 2, 2)), jax.random.normal(rng, (1, 3))
