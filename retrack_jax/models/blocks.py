@@ -28,6 +28,19 @@ class ResnetOptions:
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
+    @classmethod
+    def of(cls, unet) -> "ResnetOptions":
+        """Returns what the fields of a UNet say, by diffusers' names."""
+        return cls(
+            groups=unet.norm_num_groups,
+            eps=unet.norm_eps,
+            act_fn=unet.act_fn,
+            time_scale_shift=unet.resnet_time_scale_shift,
+            dropout=unet.dropout,
+            dtype=unet.dtype,
+            remat=unet.remat,
+        )
+
     def resnet(self, out_channels: int, name: str, **fields) -> ResnetBlock2D:
         """Returns a residual block with these options; under `remat` its activations are computed again in the backward pass."""
         block = nn.remat(ResnetBlock2D, static_argnums=(3,)) if self.remat else ResnetBlock2D

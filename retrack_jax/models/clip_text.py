@@ -5,6 +5,7 @@ these when they are read. Padding is not masked: the causal mask keeps it from e
 attends to it on purpose.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -61,20 +62,29 @@ class ClipMlp(nn.Module):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipLayerOptions:
+    """What all layers of one encoder have in common; the names are those of transformers' `CLIPTextConfig`."""
+
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    dtype: Any = jnp.float32
+
+
 class ClipLayer(nn.Module):
     """A pre-norm transformer layer."""
 
-    num_heads: int
-    features: int
-    activation: str
-    epsilon: float
-    dtype: Any = jnp.float32
+    options: ClipLayerOptions
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = {"epsilon": self.epsilon, "dtype": self.dtype}
-        x = x + ClipAttention(self.num_heads, self.dtype, name="self_attn")(LayerNorm(**norm, name="layer_norm1")(x))
-        mlp = ClipMlp(self.features, self.activation, self.dtype, name="mlp")
+        options = self.options
+        norm = {"epsilon": options.layer_norm_eps, "dtype": options.dtype}
+        attention = ClipAttention(options.num_attention_heads, options.dtype, name="self_attn")
+        mlp = ClipMlp(options.intermediate_size, options.hidden_act, options.dtype, name="mlp")
+        x = x + attention(LayerNorm(**norm, name="layer_norm1")(x))
         return x + mlp(LayerNorm(**norm, name="layer_norm2")(x))
 
 
@@ -121,14 +131,9 @@ class ClipTextEncoder(nn.Module):
 
     def setup(self):
         self.embeddings = ClipEmbeddings(self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype)
-        self.encoder = ClipLayers(
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.hidden_act,
-            self.layer_norm_eps,
-            self.dtype,
-        )
+        names = [field.name for field in dataclasses.fields(ClipLayerOptions)]
+        options = ClipLayerOptions(**{name: getattr(self, name) for name in names})
+        self.encoder = ClipLayers(self.num_hidden_layers, options)
         self.final_layer_norm = LayerNorm(self.layer_norm_eps, self.dtype)
         if self.projection_dim is not None:
             self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
@@ -169,16 +174,10 @@ class ClipLayers(nn.Module):
     """The stack of transformer layers."""
 
     num_layers: int
-    num_heads: int
-    features: int
-    activation: str
-    epsilon: float
-    dtype: Any = jnp.float32
+    options: ClipLayerOptions
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for index in range(self.num_layers):
-            x = ClipLayer(self.num_heads, self.features, self.activation, self.epsilon, self.dtype, name=f"layers_{index}")(
-                x
-            )
+            x = ClipLayer(self.options, name=f"layers_{index}")(x)
         return x

@@ -1,15 +1,16 @@
 """UNet2D: diffusers' `UNet2DModel` in Flax, with its field and submodule names, for images as `[B, H, W, C]`."""
 
-import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from retrack_jax.checks import UserError, check, check_choice, suggestion
+from retrack_jax.checks import check, check_choice
 from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D, UpBlock2D
+from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import GaussianFourierProjection, TimestepEmbedding, activation, timestep_embedding
 from retrack_jax.types import Array
@@ -27,10 +28,9 @@ _UP_BLOCKS = {
 }
 # Written by diffusers' EMAModel into the config of an averaged model; they describe the averaging, not the network.
 _EMA_KEYS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-# Options of UNet2DModel that must be absent or null.
-_REFUSED_KEYS = ("class_embed_type", "num_class_embeds")
-# Fields of the Flax module that are no part of diffusers' config.
-_OWN_FIELDS = ("dtype", "remat")
+_FORMAT = ConfigFormat(
+    class_name="UNet2DModel", fixed={"class_embed_type": None, "num_class_embeds": None}, passed_over=_EMA_KEYS
+)
 
 
 class UNet2D(nn.Module):
@@ -77,37 +77,23 @@ class UNet2D(nn.Module):
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "UNet2D":
         """Returns the module for diffusers' `config.json` as a dict; `own_fields` sets `dtype` and `remat`.
 
-        Keys that start with an underscore and those of an averaged model (EMA) are passed over; absent keys take the defaults,
-        which diffusers has never changed for this model.
+        Keys that start with an underscore and those of an averaged model (EMA) are passed over. Absent keys take the defaults,
+        which are those of every version of diffusers, but for one: until 0.17 the middle attention of a `scale_shift` network
+        had a group norm, and no option for it.
 
         Raises:
           UserError: the config is another class's, or has an unknown key, or an option that is not supported.
         """
-        name = config.get("_class_name", "UNet2DModel")
-        check(name == "UNet2DModel", f"the config is of a {name}; UNet2D reads a UNet2DModel")
-        fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", *_OWN_FIELDS}
-        values = {}
-        for key, value in config.items():
-            if key.startswith("_") or key in _EMA_KEYS:
-                continue
-            if key in _REFUSED_KEYS:
-                check(value is None, f"the config's {key} is {value!r}: class embeddings are not supported, it must be null")
-                continue
-            if key not in fields:
-                raise UserError(f"the config has an option {key!r} that UNet2D does not know{suggestion(key, fields)}")
-            values[key] = tuple(value) if isinstance(value, list) else value
+        values = _FORMAT.read(cls, config)
+        if values.get("resnet_time_scale_shift") == "scale_shift" and _before_0_17(config):
+            values.setdefault("attn_norm_num_groups", values.get("norm_num_groups", cls.norm_num_groups))
         module = cls(**values, **own_fields)
         module.check_options()
         return module
 
     def to_config(self) -> dict[str, Any]:
         """Returns diffusers' `config.json` of this network, every option spelled out."""
-        config: dict[str, Any] = {"_class_name": "UNet2DModel"}
-        for field in dataclasses.fields(self):
-            if field.name not in ("parent", "name", *_OWN_FIELDS):
-                value = getattr(self, field.name)
-                config[field.name] = list(value) if isinstance(value, (tuple, list)) else value
-        return config | dict.fromkeys(_REFUSED_KEYS)
+        return _FORMAT.write(self)
 
     def check_options(self) -> None:
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
@@ -122,14 +108,7 @@ class UNet2D(nn.Module):
         check_choice("upsample_type", self.upsample_type, ("conv", "resnet"))
         check_choice("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         activation(self.act_fn)
-        for field, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-            types = getattr(self, field)
-            check(
-                len(types) == len(self.block_out_channels),
-                f"{field} has {len(types)} entries, block_out_channels {len(self.block_out_channels)}; they must be as many",
-            )
-            for kind in types:
-                check_choice(f"an entry of {field}", _plain(kind), kinds)
+        check_block_types(self, plain=_plain, down_block_types=_DOWN_BLOCKS, up_block_types=_UP_BLOCKS)
         groups, widths = self.norm_num_groups, self.block_out_channels
         check(
             isinstance(groups, int) and groups > 0 and all(channels % groups == 0 for channels in widths),
@@ -163,15 +142,7 @@ class UNet2D(nn.Module):
         """
         self.check_options()
         self._check_shapes(x_t, t)
-        options = ResnetOptions(
-            groups=self.norm_num_groups,
-            eps=self.norm_eps,
-            act_fn=self.act_fn,
-            time_scale_shift=self.resnet_time_scale_shift,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        options = ResnetOptions.of(self)
         channels, head_dim, last = self.block_out_channels, self.attention_head_dim, len(self.block_out_channels) - 1
         temb = self._time_embedding(t)
         x = 2.0 * x_t - 1.0 if self.center_input_sample else x_t
@@ -228,3 +199,8 @@ class UNet2D(nn.Module):
 def _plain(block_type: str) -> str:
     """Drops the `UNetRes` that some early configs put before a block type."""
     return str(block_type).removeprefix("UNetRes")
+
+
+def _before_0_17(config: Mapping[str, Any]) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    return version is not None and tuple(map(int, version.groups())) < (0, 17)

@@ -11,16 +11,16 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from retrack_jax.checks import UserError, check, check_choice, check_int, suggestion
+from retrack_jax.checks import UserError, check, check_choice, check_int
 from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UpBlock2D
+from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import TimestepEmbedding, activation, timestep_embedding
 from retrack_jax.models.resnet import Downsample2D, Upsample2D
 from retrack_jax.models.transformer2d import Transformer2DModel
 from retrack_jax.types import Array
 
-_OWN_FIELDS = ("dtype", "remat")
 # Options of UNet2DConditionModel that are supported at one value only, that of every Stable Diffusion 1.x and 2.x checkpoint.
 _FIXED = {
     "addition_embed_type": None, "addition_time_embed_dim": None, "attention_type": "default", "class_embed_type": None,
@@ -31,8 +31,9 @@ _FIXED = {
     "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
     "time_embedding_type": "positional", "timestep_post_act": None,
 }  # fmt: skip
-# Read and passed over: of use only beside an option above, or a precision that is always kept here (logits in float32).
+# Passed over: of use only beside an option above, or a precision that is always kept here (logits in float32).
 _PASSED_OVER = ("addition_embed_type_num_heads", "upcast_attention", "attention_upcast")
+_FORMAT = ConfigFormat(class_name="UNet2DConditionModel", fixed=_FIXED, passed_over=_PASSED_OVER)
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
@@ -149,49 +150,22 @@ class UNet2DCondition(nn.Module):
         Raises:
           UserError: the config is another class's or SDXL's, or has an unknown key, or an option that is not supported.
         """
-        name = config.get("_class_name", "UNet2DConditionModel")
-        check(name == "UNet2DConditionModel", f"the config is of a {name}; UNet2DCondition reads a UNet2DConditionModel")
         if config.get("addition_embed_type") == "text_time":
             raise UserError(
                 "the config is of Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder"
             )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", *_OWN_FIELDS}
-        values = {}
-        for key, value in config.items():
-            if key.startswith("_") or key in _PASSED_OVER:
-                continue
-            if key in _FIXED:
-                check(value == _FIXED[key], f"the config's {key} is {value!r}; only {_FIXED[key]!r} is supported")
-            elif key in fields:
-                values[key] = tuple(value) if isinstance(value, list) else value
-            else:
-                raise UserError(
-                    f"the config has an option {key!r} that UNet2DCondition does not know{suggestion(key, fields)}"
-                )
-        module = cls(**values, **own_fields)
+        module = cls(**_FORMAT.read(cls, config), **own_fields)
         module.check_options()
         return module
 
     def to_config(self) -> dict[str, Any]:
         """Returns diffusers' `config.json` of this network, every option spelled out."""
-        config: dict[str, Any] = {"_class_name": "UNet2DConditionModel"}
-        for field in dataclasses.fields(self):
-            if field.name not in ("parent", "name", *_OWN_FIELDS):
-                value = getattr(self, field.name)
-                config[field.name] = list(value) if isinstance(value, (tuple, list)) else value
-        return config | _FIXED
+        return _FORMAT.write(self)
 
     def check_options(self) -> None:
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
         channels = self.block_out_channels
-        for field, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-            types = getattr(self, field)
-            check(
-                len(types) == len(channels),
-                f"{field} has {len(types)} entries, block_out_channels {len(channels)}; as many are needed",
-            )
-            for kind in types:
-                check_choice(f"an entry of {field}", kind, kinds)
+        check_block_types(self, down_block_types=_DOWN_BLOCKS, up_block_types=_UP_BLOCKS)
         check_choice("mid_block_type", str(self.mid_block_type), ("UNetMidBlock2DCrossAttn", "None"))
         check_choice("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check_int("layers_per_block", self.layers_per_block)
@@ -223,15 +197,7 @@ class UNet2DCondition(nn.Module):
         """
         self.check_options()
         self._check_shapes(x_t, t, encoder_hidden_states)
-        options = ResnetOptions(
-            groups=self.norm_num_groups,
-            eps=self.norm_eps,
-            act_fn=self.act_fn,
-            time_scale_shift=self.resnet_time_scale_shift,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        options = ResnetOptions.of(self)
         prompt = jnp.broadcast_to(encoder_hidden_states, (x_t.shape[0], *encoder_hidden_states.shape[1:])).astype(self.dtype)
         attention = [
             TransformerOptions(heads=heads, num_layers=layers, use_linear_projection=self.use_linear_projection)

@@ -5,26 +5,26 @@
 (3) x = decoder(post_quant_conv(latent / scaling_factor))
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from retrack_jax.checks import UserError, check, check_choice, check_int, check_number, suggestion
+from retrack_jax.checks import check, check_int, check_number
 from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D
+from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import activation
 from retrack_jax.models.resnet import Upsample2D
 from retrack_jax.types import Array
 
-_OWN_FIELDS = ("dtype",)
-# Supported at one value only.
-_FIXED = {"latents_mean": None, "latents_std": None, "shift_factor": None}
-# Advice on precision, which is the user's choice here.
-_PASSED_OVER = ("force_upcast",)
+_FORMAT = ConfigFormat(
+    class_name="AutoencoderKL",
+    fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
+    passed_over=("force_upcast",),  # advice on precision, which is the user's choice here
+)
 _EPS = 1e-6
 
 
@@ -43,14 +43,18 @@ class UpDecoderBlock2D(nn.Module):
         return Upsample2D(self.out_channels, self.options.dtype, name="upsamplers_0")(x) if self.upsample else x
 
 
-class Encoder(nn.Module):
-    """Images to the features that `quant_conv` reads; each level halves the size, the last does not."""
+class _Half(nn.Module):
+    """What the two halves of the autoencoder have in common."""
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     out_channels: int
     options: ResnetOptions
     add_attention: bool
+
+
+class Encoder(_Half):
+    """Images to the features that `quant_conv` reads; each level halves the size, the last does not."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -66,14 +70,8 @@ class Encoder(nn.Module):
         return _out(options, x, self.out_channels)
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Latents to images; each level doubles the size, the last does not."""
-
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    out_channels: int
-    options: ResnetOptions
-    add_attention: bool
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
@@ -121,35 +119,13 @@ class AutoencoderKL(nn.Module):
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "AutoencoderKL":
         """Returns the module for diffusers' `vae/config.json` as a dict. Raises `UserError` for what is not supported, by
         name."""
-        name = config.get("_class_name", "AutoencoderKL")
-        check(name == "AutoencoderKL", f"the config is of a {name}; only AutoencoderKL is supported")
-        fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", *_OWN_FIELDS}
-        values = {}
-        for key, value in config.items():
-            if key.startswith("_") or key in _PASSED_OVER:
-                continue
-            if key in _FIXED:
-                check(value == _FIXED[key], f"the VAE config's {key} is {value!r}; only {_FIXED[key]!r} is supported")
-            elif key in fields:
-                values[key] = tuple(value) if isinstance(value, list) else value
-            else:
-                raise UserError(
-                    f"the VAE config has an option {key!r} that AutoencoderKL does not know{suggestion(key, fields)}"
-                )
-        module = cls(**values, **own_fields)
+        module = cls(**_FORMAT.read(cls, config), **own_fields)
         module.check_options()
         return module
 
     def check_options(self) -> None:
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
-        for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            types = getattr(self, field)
-            check(
-                len(types) == len(self.block_out_channels),
-                f"the VAE's {field} has {len(types)} entries; one a block is needed",
-            )
-            for entry in types:
-                check_choice(f"an entry of the VAE's {field}", entry, (kind,))
+        check_block_types(self, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",))
         for width in self.block_out_channels:
             check(
                 width % self.norm_num_groups == 0,

@@ -134,6 +134,18 @@ def test_passes_over_the_keys_of_an_average_and_private_ones():
     assert UNet2D.from_config(TINY | extra) == UNet2D(**TINY)
 
 
+def test_absent_keys_take_the_defaults_of_the_version_that_wrote_the_config():
+    first = {"_diffusers_version": "0.0.4", "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
+    module = UNet2D.from_config(first)
+    assert module == UNet2D(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    assert (module.attention_head_dim, module.downsample_padding, module.flip_sin_to_cos) == (8, 1, True)
+    assert UNet2D.from_config(first | {"attention_head_dim": None}).attention_head_dim is None  # one head
+    shifting = TINY | {"resnet_time_scale_shift": "scale_shift", "down_block_types": ["DownBlock2D", "DownBlock2D"]}
+    for version, groups in (("0.16.1", 2), ("0.17.0", None), ("0.40.0.dev0", None), (None, None)):
+        assert UNet2D.from_config(shifting | {"_diffusers_version": version}).attn_norm_num_groups == groups, version
+    assert UNet2D.from_config(shifting | {"_diffusers_version": "0.16.1", "attn_norm_num_groups": 4}).attn_norm_num_groups == 4
+
+
 def test_refuses_shapes_that_do_not_fit(tiny):
     module, params, x_t, t = tiny
     for bad_x, bad_t, words in (

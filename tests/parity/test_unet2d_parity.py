@@ -1,6 +1,7 @@
 """UNet2D and its checkpoints against the installed PyTorch diffusers: random configs, counts, defaults, round trips."""
 
 import inspect
+import json
 import random
 
 import diffusers
@@ -119,6 +120,26 @@ def test_output_within_1e_5_and_round_trip_bit_exact(seed, tmp_path):
     again, params_again = import_diffusers(tmp_path / "again")
     assert again == module
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, params_again))
+
+
+def test_scale_shift_network_of_before_0_17(tmp_path):
+    """Until then its middle attention had a group norm that no option tells of; diffusers has had one for it since 0.22."""
+    torch.manual_seed(0)
+    widths = dict(block_out_channels=(8, 16), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    model = diffusers.UNet2DModel(
+        sample_size=8, norm_num_groups=4, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4, **widths
+    ).eval()
+    torch.nn.init.normal_(model.mid_block.attentions[0].group_norm.weight)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["attn_norm_num_groups"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.14.0"}))
+    module, params = import_diffusers(tmp_path)
+    x_t, t = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32), np.asarray([0, 999], np.int32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(x_t.transpose(0, 3, 1, 2)), torch.from_numpy(t)).sample.numpy().transpose(0, 2, 3, 1)
+    ours = np.asarray(jax.jit(module.apply)({"params": params}, jnp.asarray(x_t), jnp.asarray(t)))
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
 def test_the_pipeline_loads_an_export_with_its_schedule(tmp_path):

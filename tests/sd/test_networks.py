@@ -160,14 +160,14 @@ def test_remat_reaches_every_block_of_the_unet(pipeline, recorded):
     ("change", "message"),
     [
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL, which is not supported"),
-        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only None"),
+        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only null"),
         ({"num_attention_heads": 8}, "num_attention_heads"),
         ({"crossattention_dim": 5}, "did you mean 'cross_attention_dim'"),
         ({"down_block_types": ["DownBlock2D"]}, "down_block_types has 1 entries"),
         ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
         ({"attention_head_dim": 7}, "number of heads here and must divide"),
         ({"attention_head_dim": [5, 10]}, "attention_head_dim has 2 entries"),
-        ({"_class_name": "UNet2DModel"}, "reads a UNet2DConditionModel"),
+        ({"_class_name": "UNet2DModel"}, "only UNet2DConditionModel"),
     ],
 )
 def test_refused_unet_options(change, message):
