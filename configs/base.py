@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.method = "retrack"  # or siss siss_no_is erasediff neggrad vanilla retrain pretrained, or all
     config.mode = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
     config.seeds = (0,)  # each seed x target is one run
-    config.targets = ("",)  # a name, a+b+c, @list.txt, a glob, label:7; commas separate runs
+    config.targets = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
     config.checkpoint = ""  # a diffusers folder with the pretrained model; empty: pretrain here
     config.log_every = 1  # steps
     config.checkpoint_every = 100  # steps; unlearning and pretraining also save at their end
@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     data.resolution = 0  # pixels; 0: as they are
     data.channels = 0  # 1 or 3 converts; 0: as they are
     data.crop = "center"  # how an image of another shape becomes square: center, or none to refuse it
+    data.held_out = 0.0  # share of the images, drawn at random, that no model trains on; membership needs it
     data.skip_corrupt = False  # leave out images that cannot be decoded, rather than refuse to run
     data.cache_dir = "~/.cache/retrack_jax"  # decoded images and neighbors
 
@@ -120,6 +121,10 @@ def get_config() -> ConfigDict:
     evaluation.fid_reference = "remain"  # or all: every training image
     evaluation.frequency_threshold = 0.0  # L2 in [0, 1] pixels to the forgotten image, below which a sample counts as one
     evaluation.nll_probes = 1  # Rademacher probes of the divergence
+    evaluation.relearning = relearning = ConfigDict()  # fine-tuning until the forgotten image is back, for relearning_steps
+    relearning.steps = (10, 20, 40, 80, 160)  # where the curve is measured; its last step censors it
+    relearning.learning_rate = 1e-4
+    relearning.batch_size = 64
     evaluation.mark_name = "forgotten image"  # what the report calls what is forgotten
     evaluation.grid_images = 64  # samples shown in samples.png
 

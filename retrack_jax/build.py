@@ -122,6 +122,20 @@ def optimizer_from(recipe: ConfigDict) -> optax.GradientTransformation:
     )
 
 
+def relearning_optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer of the relearning curves: the model's own recipe at a constant rate, `config.eval.relearning`'s."""
+    recipe = config.pretrain
+    return make_optimizer(
+        learning_rate=config.eval.relearning.learning_rate,
+        num_steps=1,
+        b1=recipe.b1,
+        b2=recipe.b2,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+    )
+
+
 def ema_decay_from(recipe: ConfigDict):
     """Returns `step -> decay` of `config.pretrain`, or None where it keeps no moving average."""
     if not recipe.ema_max_decay:

@@ -16,15 +16,18 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from retrack_jax import build, files
+from retrack_jax import build, files, parallel
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
 from retrack_jax.data.dataset import ImageSet, Rows
+from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import load_images
-from retrack_jax.data.targets import resolve_target, slug
+from retrack_jax.data.targets import is_random, resolve_target, slug
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate.networks import FEATURES, NETWORKS, check_score_network, feature_network, load_sscd, score_network
-from retrack_jax.evaluate.pixel import METRIC_NAMES, Subject, Task, evaluators
+from retrack_jax.evaluate.pixel import METRIC_NAMES, evaluators
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
+from retrack_jax.evaluate.task import Subject, Task
+from retrack_jax.finetune import make_finetune
 from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
@@ -72,7 +75,8 @@ class PixelExperiment:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.check_config()
-        self.images: ImageSet = load_images(config.data.to_dict())
+        images: ImageSet = load_images(config.data.to_dict())
+        self.images, self.held_out = split_held_out(images, config.data.held_out)
         own = {"dtype": build.DTYPES[config.compute.dtype], "remat": config.compute.remat}
         if config.checkpoint:
             from retrack_jax.checkpoints import import_diffusers
@@ -141,6 +145,9 @@ class PixelExperiment:
         check_choice("config.eval.fid_reference", evaluation.fid_reference, ("remain", "all"))
         check_number("config.eval.frequency_threshold", evaluation.frequency_threshold, 0.0)
         check_int("config.eval.nll_probes", evaluation.nll_probes)
+        check_number("config.eval.relearning.learning_rate", evaluation.relearning.learning_rate, 0.0, above=True)
+        check_int("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
+        parallel.check_divisible("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
 
     def condition(self, target: Target) -> tuple[jax.Array, ...]:
         """Further arguments of the network, such as a prompt's embedding: none here."""
@@ -225,17 +232,17 @@ class PixelExperiment:
         """How samples were drawn, for provenance."""
         return self.config.sampling.to_dict()
 
-    def evaluate(self, target: Target, model: Callable, arrays: dict[str, np.ndarray], path, workdir) -> Results:
+    def evaluate(self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir) -> Results:
         """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed."""
         if is_complete(path, self.config.eval.metrics):
             return read_results(path)
         pictures = epath.Path(path).parent / f"sscd-{target.slug}.npz"
         subject = Subject(model().params, arrays["samples"], arrays.get("samples_float"), pictures)
-        task = self.task(target, workdir)
+        task = self.task(target, workdir, pretrained)
         return evaluate(evaluators(task), self.config.eval.metrics, task, subject, path)
 
-    def task(self, target: Target, workdir) -> Task:
-        """What models are evaluated against."""
+    def task(self, target: Target, workdir, pretrained: Callable) -> Task:
+        """What models are evaluated against; `pretrained` returns the model before unlearning."""
         evaluation = self.config.eval
         everything = evaluation.fid_reference == "all"
         rows = self.all_rows() if everything else target.remain
@@ -252,10 +259,35 @@ class PixelExperiment:
             ),
             sscd=lambda: load_sscd(evaluation.weights_dir),
             classifier=score_network(evaluation.get("score_network", FEATURES), evaluation.weights_dir),
+            held_out=self.held_out.images if self.held_out is not None and is_random(target.spec) else None,
+            label=self._label_of(target),
+            finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten),
+            relearning=tuple(evaluation.relearning.steps),
+            pretrained=lambda: pretrained().params,
             threshold=evaluation.frequency_threshold,
             nll_probes=evaluation.nll_probes,
             rng=jax.random.key(self.config.sampling.seed),
         )
+
+    def _label_of(self, target: Target) -> int | None:
+        """The label that all forgotten images and no remaining one have, or None."""
+        if self.images.labels is None:
+            return None
+        labels = np.unique(self.images.labels[target.forget])
+        alone = len(labels) == 1 and labels[0] not in self.images.labels[target.remain]
+        return int(labels[0]) if alone else None
+
+    def _finetune(self, params: PyTree, target: Target, with_forgotten: bool):
+        rows = np.concatenate([target.remain, target.unique]) if with_forgotten else target.remain
+        return self._make_finetune(params, self.gather(rows), len(rows))
+
+    @cached_property
+    def _make_finetune(self) -> Callable:
+        recipe = self.config.eval.relearning
+        how = build.pretrain_options_from(self.config.pretrain, self.num_timesteps, self.has_dropout)
+        how = dataclasses.replace(how, accumulation=1)
+        optimizer = build.relearning_optimizer_from(self.config)
+        return make_finetune(self.eps_fn, self.schedule, how, optimizer, recipe.batch_size)
 
     def pictures(self, target: Target, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict:
         """The arrays that the report of a run shows."""

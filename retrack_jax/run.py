@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -93,7 +93,7 @@ class Runner:
         for place, claimed in claims.items():
             self.workdir.check_claim(place, claimed)
         mode = config.mode
-        if mode == "run" and self._is_done(folder):
+        if mode == "run" and self._is_done(folder, config.eval.metrics):
             return
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
         stages = Stages(
@@ -143,11 +143,12 @@ class Runner:
             self._print(runs, summary)
         return summary
 
-    def _is_done(self, folder) -> bool:
+    def _is_done(self, folder, wanted: Sequence[str]) -> bool:
         if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
             return False
-        # A metric that was absent, for want of a weights file say, is worth another try.
-        return not files.read_json(folder / "metrics.json")["provenance"]["absent"]
+        # A metric that was absent, for want of a weights file say, is worth another try; one may also be asked for later.
+        metrics = files.read_json(folder / "metrics.json")
+        return not metrics["provenance"]["absent"] and set(wanted) <= set(metrics["unlearned"])
 
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
         path = folder / "diffusers"
@@ -198,7 +199,12 @@ class Runner:
         """The metrics of one model, computed as far as the file `name` in its folder does not hold them."""
         arrays = read_samples_or_explain(folder)
         return self.experiment.evaluate(
-            target, self._existing(stages, method, target, seed), arrays, folder / name, self.workdir
+            target,
+            self._existing(stages, method, target, seed),
+            self._existing(stages, PRETRAINED, target, seed),
+            arrays,
+            folder / name,
+            self.workdir,
         )
 
     def _retrained_values(self, target, seed: int) -> dict | None:

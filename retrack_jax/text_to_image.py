@@ -12,11 +12,8 @@ It offers the stages what `experiment.PixelExperiment` offers them. What differs
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,38 +21,22 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from retrack_jax import build, files, parallel
+from retrack_jax import build, files
 from retrack_jax.checkpoints.pipeline import export_pipeline, load_pipeline, prompt_embeddings
-from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
-from retrack_jax.data.concepts import Concept, load_concept
-from retrack_jax.data.latents import LatentSet, encode_set
-from retrack_jax.data.prompts import PromptPair, prompts_of
+from retrack_jax.checks import UserError, check
+from retrack_jax.data.concept_members import ConceptMembers
 from retrack_jax.data.targets import slug
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate import concept as metrics
 from retrack_jax.evaluate.networks import load_sscd
-from retrack_jax.evaluate.results import Results, Unavailable, evaluate, is_complete, read_results
+from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.experiment import ForgetData, Target
 from retrack_jax.neighbors.search import nearest
-from retrack_jax.sampling import make_sampler
-from retrack_jax.sampling.generate import generate, pmap_sample_fn
-from retrack_jax.sampling.guided import GuidedParams, make_guided_sample_fn
+from retrack_jax.prompt_sampler import PromptSampler
+from retrack_jax.report.grids import thumbnails
+from retrack_jax.text_to_image_config import check_text_to_image
 from retrack_jax.types import PyTree
 from retrack_jax.workdir import Workdir
-from retrack_jax.writer import progress as progress_bar
-
-log = logging.getLogger(__name__)
-EXPORTS = ("pipeline", "unet", "none")
-_THUMBNAIL = 128  # pixels a side of pictures in reports
-
-
-@dataclass(frozen=True, eq=False)
-class _Member:
-    """A concept that was asked for: its pictures, prompts and the number of its first row."""
-
-    concept: Concept
-    prompts: PromptPair
-    first_row: int
 
 
 class TextToImageExperiment:
@@ -63,7 +44,7 @@ class TextToImageExperiment:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        _check_config(config)
+        check_text_to_image(config)
         pipeline = load_pipeline(
             config.checkpoint,
             dtype=build.DTYPES[config.compute.dtype],
@@ -74,8 +55,17 @@ class TextToImageExperiment:
         self.module, self.schedule = self.pipeline.unet, self.pipeline.schedule
         self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
         self.has_dropout = self.module.dropout > 0
-        self._members: dict[str, _Member] = {}
-        self._latent_sets: dict[str, LatentSet] = {}
+        encode = jax.jit(lambda params, x: self.pipeline.vae.apply({"params": params}, x, method="encode"))
+        self._members = ConceptMembers(
+            config.data.dir,
+            original_prompts=config.data.original_prompts,
+            modified_prompts=config.data.modified_prompts,
+            resolution=config.data.resolution,
+            cache_dir=self.cache_dir,
+            encode=lambda x: encode(self.pipeline.vae_params, x),
+            vae_digest=self.pipeline.vae_digest,
+            batch_size=config.data.encode_batch_size,
+        )
 
     @property
     def num_timesteps(self) -> int:
@@ -93,18 +83,13 @@ class TextToImageExperiment:
         return epath.Path(self.config.data.cache_dir).expanduser()
 
     def imported_params(self) -> PyTree:
-        """The checkpoint's parameters, on the host: training donates what it starts from, and 3.4 GB need not stay on the
-        device."""
+        """The checkpoint's parameters, on the host: training donates what it is given, and 3.4 GB need not stay on the device."""
         return self.pipeline.unet_params
 
     def init_params(self, seed: int) -> PyTree:
         """Random parameters, in the checkpoint's structure and dtype."""
-        inputs = (
-            jnp.zeros((1, *self.latent_shape)),
-            jnp.zeros((1,), jnp.int32),
-            jnp.zeros((1, 1, self.module.cross_attention_dim)),
-        )
-        params = jax.jit(self.module.init)(jax.random.key(seed), *inputs)["params"]
+        latent, t, prompt = (1, *self.latent_shape), jnp.zeros((1,), jnp.int32), (1, 1, self.module.cross_attention_dim)
+        params = jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros(latent), t, jnp.zeros(prompt))["params"]
         return jax.tree.map(lambda leaf: leaf.astype(build.DTYPES[self.config.compute.param_dtype]), params)
 
     def all_rows(self) -> np.ndarray:
@@ -112,66 +97,27 @@ class TextToImageExperiment:
         raise UserError("Stable Diffusion cannot be pretrained here; set config.checkpoint")
 
     def target(self, spec: str) -> Target:
-        """Resolves a concept's name. Raises `UserError` for one that is not there, lacks a file or a prompt, or a group of
-        concepts."""
+        """Resolves a concept's name. Raises `UserError` for one that is not there, lacks a file or a prompt, or a group."""
         check(
             not any(sign in spec for sign in "+*?[@") and not spec.startswith("label:"),
             f"the target {spec!r} is a group; one run forgets one concept, so name concepts and separate them by commas",
         )
-        member = self._member(spec)
+        member = self._members[spec]
         rows = np.arange(len(member.concept.images)) + member.first_row
         forget, remain = rows[member.concept.forget], rows[member.concept.remain]
         flat = np.ascontiguousarray(member.concept.images.images[member.concept.forget]).reshape(len(forget), -1)
         _, first, copy_of = np.unique(flat, axis=0, return_index=True, return_inverse=True)
         return Target(spec, slug(spec), forget, remain, forget[first], copy_of.reshape(-1))
 
-    def _member(self, name: str) -> _Member:
-        if name not in self._members:
-            data = self.config.data
-            root = Path(data.dir).expanduser()
-            concept = load_concept(root, name, resolution=data.resolution, cache_dir=self.cache_dir)
-            # An absolute path stays as it is under `/`.
-            prompts = prompts_of(
-                name, root / Path(data.original_prompts).expanduser(), root / Path(data.modified_prompts).expanduser()
-            )
-            first_row = sum(len(member.concept.images) for member in self._members.values())
-            self._members[name] = _Member(concept, prompts, first_row)
-        return self._members[name]
-
-    def _member_of(self, rows: np.ndarray) -> _Member:
-        """The concept that `rows` belong to; never of two."""
-        for member in self._members.values():
-            if member.first_row <= rows[0] < member.first_row + len(member.concept.images):
-                return member
-        raise ValueError(f"row {rows[0]} belongs to no concept")
-
-    def _latents(self, member: _Member) -> LatentSet:
-        """The posterior of each picture of a concept, encoded by the VAE at first use."""
-        concept, batch_size = member.concept, self.config.data.encode_batch_size
-        if concept.name not in self._latent_sets:
-            encode = jax.jit(lambda params, x: self.pipeline.vae.apply({"params": params}, x, method="encode"))
-            main = parallel.is_main_process()
-            with progress_bar([], f"encode {concept.name}", total=len(concept.images), is_main=main, unit="img") as bar:
-                self._latent_sets[concept.name] = encode_set(
-                    lambda x: encode(self.pipeline.vae_params, x),
-                    concept.images,
-                    vae_digest=self.pipeline.vae_digest,
-                    cache_dir=self.cache_dir,
-                    batch_size=batch_size,
-                    progress=lambda done, total: bar.update(done - bar.n),
-                )
-        return self._latent_sets[concept.name]
-
     def gather(self, rows: np.ndarray):
-        """Returns `positions -> {"mean", "std"}` within `rows`: the posterior that the stream of remaining latents is
-        drawn from."""
-        member = self._member_of(rows)
-        latents = self._latents(member)
+        """Returns `positions -> {"mean", "std"}` within `rows`: what the stream of remaining latents is drawn from."""
+        member = self._members.of(rows)
+        latents = self._members.latents(member)
         return lambda positions: latents.posterior(rows[positions] - member.first_row)
 
     def condition(self, target: Target) -> tuple[jax.Array, ...]:
         """The embedding of the modified prompt, `[1, N, D]`."""
-        return (prompt_embeddings(self.pipeline, [self._member(target.spec).prompts.modified]),)
+        return (prompt_embeddings(self.pipeline, [self._members[target.spec].prompts.modified]),)
 
     def pretrained_folder(self, workdir: Workdir, target: Target) -> epath.Path:
         """Where the pretrained model's samples and metrics for this concept's prompts lie."""
@@ -181,10 +127,9 @@ class TextToImageExperiment:
         """Nothing: each concept has pictures and neighbors of its own."""
 
     def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
-        """The forgotten latents: their posterior, or with `num_neighbors` > 0 one draw of each and of its nearest
-        remaining latents."""
-        member = self._member(target.spec)
-        latents, images = self._latents(member), member.concept.images.images
+        """The forgotten latents: their posterior, or with `num_neighbors` > 0 one draw of each and of its nearest neighbors."""
+        member = self._members[target.spec]
+        latents, images = self._members.latents(member), member.concept.images.images
         forget, remain = target.unique - member.first_row, target.remain - member.first_row
         if not num_neighbors:
             return ForgetData(latents.posterior(forget))
@@ -198,57 +143,25 @@ class TextToImageExperiment:
         found, distances = nearest(forget_x_0, remain_x_0, num_neighbors, backend)
         distinct, positions = np.unique(found, return_inverse=True)
         positions = positions.reshape(found.shape).astype(np.int32)
-        pictures = _thumbnails(images[remain[distinct]])[positions]
+        pictures = thumbnails(images[remain[distinct]])[positions]
         return ForgetData({"x_0": forget_x_0}, {"x_0": remain_x_0[distinct]}, positions, pictures, distances)
 
     def num_samples(self, target: Target) -> int:
         """How many images `sample` makes, of both prompts together."""
-        return 2 * self.config.sampling.num_images
+        return self._sampler.total
 
     @cached_property
-    def _p_sample(self):
-        sampling, pipeline = self.config.sampling, self.pipeline
-        sampler = make_sampler(sampling.sampler, self.schedule, sampling.num_steps)
+    def _sampler(self) -> PromptSampler:
+        output = "float32" if self.config.save_float else "uint8"
+        return PromptSampler(self.pipeline, self.eps_fn, self.latent_shape, output, **self.config.sampling.to_dict())
 
-        def decode(params: PyTree, latents: jax.Array) -> jax.Array:
-            return pipeline.vae.apply({"params": params}, latents, method="decode")
-
-        sample_fn = make_guided_sample_fn(self.eps_fn, decode, sampler, self.latent_shape, guidance=sampling.guidance_scale)
-        return pmap_sample_fn(sample_fn, output="float32" if self.config.save_float else "uint8")
-
-    def sample(self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress) -> dict[str, np.ndarray]:
-        """Returns the arrays of `samples.npz`: `original` and `modified` uint8 `[N, H, W, 3]`, with `config.save_float`
-        floats too."""
-        sampling, prompts = self.config.sampling, self._member(target.spec).prompts
-        arrays, total = {}, self.num_samples(target)
-        for number, (kind, prompt) in enumerate(prompts.items()):
-            prompt_1ND, negative_1ND = (
-                prompt_embeddings(self.pipeline, [text]) for text in (prompt, sampling.negative_prompt)
-            )
-            made = generate(
-                self._p_sample,
-                GuidedParams(params, self.pipeline.vae_params, prompt_1ND, negative_1ND),
-                rng=jax.random.key(sampling.seed),
-                num_images=sampling.num_images,
-                batch_size=sampling.batch_size,
-                out_dir=epath.Path(out_dir) / kind,
-                fingerprint=files.json_digest([fingerprint, prompt]),
-                progress=lambda done, _, number=number: progress(number * sampling.num_images + done, total),
-            )
-            if made.dtype == np.uint8:
-                arrays[kind] = made
-            else:
-                arrays |= {kind: np.floor(255.0 * made).astype(np.uint8), f"{kind}_float": made}
-        return arrays
+    def sample(self, target: Target, params: PyTree, **how) -> dict[str, np.ndarray]:
+        """Returns the arrays of `samples.npz`; see `PromptSampler.sample`."""
+        return self._sampler.sample(self._members[target.spec].prompts, params, **how)
 
     def sampling_digest(self, target: Target) -> str:
         """A digest of all that samples depend on beside the UNet's parameters and the prompts."""
-        settings = (
-            self.config.sampling.to_dict(),
-            self.schedule.to_config(),
-            self.config.save_float,
-            self.config.data.resolution,
-        )
+        settings = self.config.sampling.to_dict(), self.schedule.to_config(), self.config.save_float, self.config.data.resolution
         return files.json_digest([*settings, self.pipeline.vae_digest, self.config.compute.dtype])
 
     def export(self, path, params: PyTree, note: str) -> None:
@@ -266,7 +179,7 @@ class TextToImageExperiment:
 
     def describe_data(self, target: Target) -> dict:
         """What was remembered and forgotten, for provenance."""
-        member = self._member(target.spec)
+        member = self._members[target.spec]
         return {
             "name": target.spec,
             "digest": member.concept.images.digest,
@@ -282,7 +195,9 @@ class TextToImageExperiment:
         """How samples were drawn, for provenance."""
         return self.config.sampling.to_dict()
 
-    def evaluate(self, target: Target, model: Callable, arrays: dict[str, np.ndarray], path, workdir: Workdir) -> Results:
+    def evaluate(
+        self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir: Workdir
+    ) -> Results:
         """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed. They need its samples alone."""
         wanted = self.config.eval.metrics
         if is_complete(path, wanted):
@@ -291,16 +206,19 @@ class TextToImageExperiment:
 
     def task(self, target: Target) -> metrics.ConceptTask:
         """What models are evaluated against."""
-        concept, evaluation = self._member(target.spec).concept, self.config.eval
+        concept, evaluation = self._members[target.spec].concept, self.config.eval
         return metrics.ConceptTask(
             concept=concept,
             centers=lambda: metrics.concept_centers(concept, evaluation.classifier),
-            centers_name="the shipped kmeans_classifier.joblib"
-            if evaluation.classifier == "joblib"
-            else "means of the shipped labels",
-            sscd=lambda: load_sscd(evaluation.weights_dir),
+            centers_name=metrics.CLASSIFIERS[evaluation.classifier],
+            sscd=lambda: self._sscd,
             clip_iqa=lambda: self._clip_iqa,
         )
+
+    # Each network is read and compiled once for the whole sweep.
+    @cached_property
+    def _sscd(self):
+        return load_sscd(self.config.eval.weights_dir)
 
     @cached_property
     def _clip_iqa(self):
@@ -321,55 +239,15 @@ class TextToImageExperiment:
         return {"samples": images, "marked": marked, **self._neighbor_pictures(target)}
 
     def _marks(self, target: Target, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Which samples the classifier calls memorised; None where there is no classifier."""
-        task, samples = self.task(target), metrics.PromptSamples(arrays)
-        try:
-            return {kind: metrics.memorised_samples(task, samples, kind) for kind in metrics.KINDS}
-        except Unavailable:
-            return None
+        return metrics.memorised_of_both(self.task(target), metrics.PromptSamples(arrays))
 
     def _neighbor_pictures(self, target: Target) -> dict:
-        recipe, member = self.config.unlearn, self._member(target.spec)
+        recipe, member = self.config.unlearn, self._members[target.spec]
         data = self.forget_data(target, min(recipe.num_neighbors, len(target.remain)), recipe.neighbor_backend)
         few = slice(8)  # a page shows some of many
-        forgotten = _thumbnails(member.concept.images.images[target.unique[few] - member.first_row])
+        forgotten = thumbnails(member.concept.images.images[target.unique[few] - member.first_row])
         return {"forgotten": forgotten, "neighbors": data.neighbor_images[few], "distances": data.distances[few]}
 
 
 def _small(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {kind: _thumbnails(arrays[kind]) for kind in metrics.KINDS}
-
-
-def _thumbnails(images: np.ndarray) -> np.ndarray:
-    """Returns images of at most about 128 pixels a side, by means over squares; smaller ones are left as they are."""
-    factor = max(1, images.shape[1] // _THUMBNAIL)
-    if factor == 1:
-        return np.ascontiguousarray(images)
-    count, height, width, channels = images.shape
-    height, width = height // factor, width // factor
-    squares = images[:, : height * factor, : width * factor].reshape(count, height, factor, width, factor, channels)
-    return squares.mean(axis=(2, 4)).astype(np.uint8)
-
-
-def _check_config(config: ConfigDict) -> None:
-    check(
-        config.method != "retrain",
-        "Stable Diffusion cannot be pretrained or retrained here; choose another method than retrain",
-    )
-    check(
-        bool(config.checkpoint),
-        "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
-    )
-    check(
-        bool(config.data.dir),
-        "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts",
-    )
-    check_choice("config.export", config.export, EXPORTS)
-    check_choice("config.compute.param_dtype", config.compute.param_dtype, build.DTYPES)
-    check_choice("config.eval.classifier", config.eval.classifier, metrics.CLASSIFIERS)
-    check_number("config.sampling.guidance_scale", config.sampling.guidance_scale, 0.0)
-    check_int("config.data.encode_batch_size", config.data.encode_batch_size)
-    check_int("config.data.resolution", config.data.resolution)
-    check_int("config.data.latent_seed", config.data.latent_seed, minimum=0)
-    for name in config.eval.metrics:
-        check_choice("config.eval.metrics", name, metrics.METRIC_NAMES)
+    return {kind: thumbnails(arrays[kind]) for kind in metrics.KINDS}

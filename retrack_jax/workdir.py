@@ -19,9 +19,10 @@ from retrack_jax.checks import UserError, check
 
 PRETRAINED, RETRAINED = "pretrained", "retrained"
 
-# Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save.
+# Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, and
+# which metrics to compute, for each is kept by itself.
 _FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes"}
-_FREE_NESTED = {"data.cache_dir", "data.dir", "eval.weights_dir"}
+_FREE_NESTED = {"data.cache_dir", "data.dir", "eval.weights_dir", "eval.metrics"}
 
 
 class Workdir:
@@ -116,6 +117,7 @@ def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str
         before, now = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             found += _differences(before, now, f"{prefix}{name}.")
-        elif before != now:
+        # An option that is newer than the workdir is off by default, and off it changes nothing.
+        elif before != now and not (name not in old and not now):
             found.append((prefix + name, before, now))
     return found

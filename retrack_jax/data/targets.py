@@ -1,7 +1,8 @@
-"""What to forget, by stable names: a name, `a+b+c`, `@list.txt`, a glob, `label:7`."""
+"""What to forget, by stable names: a name, `a+b+c`, `@list.txt`, a glob, `label:7`, `random:0.05`."""
 
 import fnmatch
 import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from retrack_jax.checks import UserError, check, nearest_names
 from retrack_jax.data.cifar10 import other_name
 from retrack_jax.data.dataset import ImageSet
 
+_RANDOM, _RANDOM_SEED = "random:", 0x0F05
 _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 
 
 def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
-    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; a glob (`* ? [...]`);
+    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; `random:SHARE`; a glob (`* ? [...]`);
     the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
     `tfds:train_20000`).
 
@@ -45,6 +47,8 @@ class _Names:
             return [row for line in _list_lines(spec) for row in self.rows(line)]
         if spec.startswith("label:"):
             return self._with_label(spec.removeprefix("label:"))
+        if is_random(spec):
+            return self._random_share(spec.removeprefix(_RANDOM))
         if any(sign in spec for sign in "*?["):
             found = fnmatch.filter(self._images.ids, spec)
             check(bool(found), f"no image of {self._images.name} matches {spec!r}; names look like {self._examples()}")
@@ -64,6 +68,15 @@ class _Names:
             raise UserError(f"no image of {self._images.name} has label {text}; its labels are {shown}")
         return rows
 
+    def _random_share(self, text: str) -> list[int]:
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        count = round(share * len(self._images)) if 0.0 < share < 1.0 else 0
+        check(count > 0, f"the target is 'random:{text}'; give the share of {len(self._images)} images to forget, such as random:0.05")
+        return np.random.default_rng(_RANDOM_SEED).permutation(len(self._images))[:count].tolist()
+
     def _by_other_name(self, name: str) -> int:
         ending = [row for known, row in self._row_of.items() if known.endswith("/" + name)]
         if len(ending) > 1:
@@ -81,6 +94,11 @@ class _Names:
     def _examples(self) -> str:
         ids = self._images.ids
         return ", ".join(dict.fromkeys((ids[0], ids[len(ids) // 2], ids[-1])))
+
+
+def is_random(spec: str) -> bool:
+    """Whether `spec` asks for a random share of the images: the same ones for every seed and method."""
+    return spec.strip().startswith(_RANDOM)
 
 
 def _is_group(spec: str) -> bool:
@@ -116,7 +134,7 @@ def slug(spec: str) -> str:
             source += "\n" + "\n".join(sorted(set(_list_lines(part.strip()))))
     shown = Path(spec).name if spec.startswith("@") else spec  # the folder of a list says nothing about the target
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", shown).strip("._-")
-    common = re.fullmatch(r"(label|hf|tfds):[A-Za-z0-9_]+", spec) is not None
-    if common or (plain == spec and not re.match(r"(label|hf|tfds)_", spec) and len(plain) <= _SLUG_LENGTH):
+    common = re.fullmatch(r"(label|hf|tfds|random):[A-Za-z0-9_.]+", spec) is not None
+    if common or (plain == spec and not re.match(r"(label|hf|tfds|random)_", spec) and len(plain) <= _SLUG_LENGTH):
         return plain
     return f"{plain[:_SLUG_LENGTH]}-{hashlib.sha256(source.encode()).hexdigest()[:8]}".strip("-")

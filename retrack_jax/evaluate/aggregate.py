@@ -3,15 +3,21 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
+from retrack_jax.metrics.membership import prediction_interval
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
 
 def summarize(runs: Sequence[Mapping]) -> dict:
     """Returns `summary.json` for the `metrics.json` dicts of all runs.
 
-    `{"methods": {METHOD: {"runs", "metrics": {NAME: {"mean", "std", "runs"}}, "gap_to_retrain", "unlearn_seconds"}}, "absent", "provenance"}`.
+    `{"methods": {METHOD: {"runs", "metrics": {NAME: {"mean", "std", "runs"}}, "gap_to_retrain", "forgotten", "relearning",
+    "unlearn_seconds"}}, "absent", "provenance"}`.
     The standard deviation is the sample's (n - 1), None for one run. The gap is to the retrained model of the same run.
+    `forgotten` says for how many runs the loss on the forgotten images lies where one more retrained model's would, with 95%
+    confidence: `{"inside", "runs", "intervals": {TARGET: [low, high]}}`; None where fewer than two models were retrained.
+    `relearning` has the mean curves: `{NAME: {"steps", "values", "threshold"}}`.
     """
+    intervals = _retrained_intervals(runs)
     methods: dict[str, dict] = {}
     # Every run carries the pretrained model's metrics; one entry a target is enough, for seeds share it.
     pretrained = list({run["target"]: run["pretrained"] for run in runs}.values())
@@ -24,10 +30,42 @@ def summarize(runs: Sequence[Mapping]) -> dict:
                 "runs": len(mine),
                 "metrics": _spread([run["unlearned"] for run in mine]),
                 "gap_to_retrain": _spread(gaps),
+                "forgotten": None if method == "retrain" else _verdict(mine, intervals),
+                "relearning": _curves(mine),
                 "unlearn_seconds": _statistics([run["unlearn_seconds"] for run in mine]),
             }
     absent = {name: why for run in runs for name, why in run["provenance"].get("absent", {}).items()}
     return {"methods": methods, "absent": absent, "provenance": runs[0]["provenance"] if runs else {}}
+
+
+def _retrained_intervals(runs: Sequence[Mapping]) -> dict[str, tuple[float, float]]:
+    """Target -> where the loss on it of one more retrained model would lie."""
+    losses: dict[str, list[float]] = {}
+    for run in runs:
+        if run["method"] == "retrain" and "forget_loss" in run["unlearned"]:
+            losses.setdefault(run["target"], []).append(run["unlearned"]["forget_loss"])
+    return {target: prediction_interval(values) for target, values in losses.items() if len(values) > 1}
+
+
+def _verdict(runs: Sequence[Mapping], intervals: Mapping[str, tuple[float, float]]) -> dict | None:
+    judged = [run for run in runs if run["target"] in intervals and "forget_loss" in run["unlearned"]]
+    if not judged:
+        return None
+    bounds = {run["target"]: list(intervals[run["target"]]) for run in judged}
+    inside = [low <= run["unlearned"]["forget_loss"] <= high for run in judged for low, high in [bounds[run["target"]]]]
+    return {"inside": sum(inside), "runs": len(inside), "intervals": bounds}
+
+
+def _curves(runs: Sequence[Mapping]) -> dict[str, dict]:
+    """The mean relearning curves of a method's runs."""
+    found = {}
+    for name in ("relearning_steps", "relearning_steps_remain"):
+        notes = [run["provenance"].get("metrics", {}).get(name) for run in runs]
+        notes = [note for note in notes if note]
+        if notes:
+            values = [statistics.fmean(column) for column in zip(*(note[name]["values"] for note in notes), strict=True)]
+            found[name] = {"steps": notes[0][name]["steps"], "values": values, "threshold": notes[0]["threshold"]}
+    return found
 
 
 def _gap(values: Mapping, gold: Mapping) -> dict:

@@ -24,7 +24,8 @@ from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_cente
 from retrack_jax.metrics.sscd import sscd
 from retrack_jax.models.tokenizer import ClipTokenizer
 
-CLASSIFIERS = ("joblib", "labels")
+# config.eval.classifier -> where its centres come from.
+CLASSIFIERS = {"joblib": "the shipped kmeans_classifier.joblib", "labels": "means of the shipped labels"}
 CLIP_STEM = "RN50"
 
 
@@ -120,6 +121,14 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
 def memorised_samples(task: ConceptTask, samples: PromptSamples, kind: str) -> np.ndarray:
     """Returns bool `[N]`: which samples of one prompt the classifier calls memorised."""
     return clusters(samples.floats(kind), task.centers()) != 0
+
+
+def memorised_of_both(task: ConceptTask, samples: PromptSamples) -> dict[str, np.ndarray] | None:
+    """Returns `memorised_samples` of each prompt; None where there is no classifier."""
+    try:
+        return {kind: memorised_samples(task, samples, kind) for kind in KINDS}
+    except Unavailable:
+        return None
 
 
 def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):

@@ -1,7 +1,7 @@
 """Metric values with what they were computed from, kept in one JSON file a model and filled in metric by metric.
 
-Evaluation can be stopped at any metric and goes on at the next. A metric that could not be computed is recorded with the reason and
-tried again by the next command.
+Evaluation can be stopped at any metric and goes on at the next. A metric that could not be computed is recorded with the reason
+and tried again by the next command.
 """
 
 from collections.abc import Callable, Mapping, Sequence

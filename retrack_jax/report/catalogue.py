@@ -126,7 +126,7 @@ _METRICS = (
         label="SSCD, normalised",
         better="lower",
         about="forgetting",
-        meaning="SSCD relative to the pretrained model's.",
+        meaning="SSCD after the difference from the forgotten image is scaled to one size: only its direction counts.",
     ),
     Metric(
         name="clip_iqa",
@@ -147,13 +147,40 @@ _METRICS = (
     Metric(
         name="membership_auc",
         label="Membership AUC",
-        meaning="How well an attack tells forgotten from held-out images; 0.5 is chance, and retrain is the measure.",
+        meaning="How well an attack by the loss tells forgotten from held-out images; 0.5 is chance, and retrain is the measure.",
+    ),
+    Metric(
+        name="membership_auc_secmi",
+        label="Membership AUC (SecMI)",
+        meaning="The same for an attack by the error of a DDIM step there and back.",
+    ),
+    Metric(
+        name="forget_loss",
+        label="Loss on forgotten",
+        meaning="Denoising loss on the forgotten images under the same noises for every model; retrain is the measure.",
+        digits=2,
+    ),
+    Metric(
+        name="label_share",
+        label="Label share",
+        better="lower",
+        about="forgetting",
+        style="percent",
+        digits=2,
+        meaning="Share of samples that the classifier takes for the forgotten label.",
     ),
     Metric(
         name="relearning_steps",
         label="Relearning steps",
         style="count",
-        meaning="Steps of fine-tuning until the forgotten image is drawn again; retrain is the measure.",
+        meaning="Steps of fine-tuning on the remaining images and one copy of each forgotten one, until the loss on the "
+        "forgotten is at most twice the pretrained model's; a curve that never gets there counts its last step.",
+    ),
+    Metric(
+        name="relearning_steps_remain",
+        label="Relearning steps, R only",
+        style="count",
+        meaning="The same on the remaining images alone.",
     ),
 )
 METRICS = {metric.name: metric for metric in _METRICS}

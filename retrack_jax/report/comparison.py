@@ -14,6 +14,7 @@ from retrack_jax.report.catalogue import METHODS, describe, method_label
 from retrack_jax.report.charts import Point, close_up, scatter
 from retrack_jax.report.html import absent_list, dash, provenance_table
 from retrack_jax.report.page import escape, figure, page, section, standalone_svg
+from retrack_jax.report.relearning import relearning_section
 from retrack_jax.report.strips import neighbor_strips
 from retrack_jax.report.tables import arrow, comparison_cell, comparison_columns, method_order, seconds_text, signed
 
@@ -59,7 +60,8 @@ def comparison_report(
         f'<p class="lead">{_lead(summary)}</p>',
         section("Results", _table(summary), _table_note(summary), absent_list(summary.get("absent"))),
         section("Unlearning strength against quality", _charts(charts)),
-        section("Distance to the retrained model", _gap_table(summary)),
+        section("Distance to the retrained model", _gap_table(summary), _verdict(summary)),
+        section("Relearning", relearning_section(summary)),
         section("Samples of every method, from the same noise", _samples(samples or {}, marked or {}, mark_name)),
         section(f"The {mark_name} and its neighbors", neighbor_strips(forgotten, neighbors, distances, mark_name)),
         section("The methods", _methods(summary)),
@@ -158,6 +160,21 @@ def _gap_table(summary) -> str:
     return (
         f"<p>Mean minus the mean of <em>retrain</em>, the model that never saw the data: 0 is the goal.{note}</p>"
         + _html_table(["Method", *(describe(name).label for name in names)], rows)
+    )
+
+
+def _verdict(summary) -> str:
+    """For how many runs the loss on the forgotten images is one that a retrained model would have."""
+    judged = {m: summary["methods"][m].get("forgotten") for m in method_order(summary["methods"])}
+    judged = {method: found for method, found in judged.items() if found}
+    if not judged:
+        return ""
+    intervals = next(iter(judged.values()))["intervals"]
+    shown = "; ".join(f"{escape(target)}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items())
+    counts = ", ".join(f"{method_label(m)} {found['inside']} of {found['runs']}" for m, found in judged.items())
+    return (
+        "<p><strong>Forgotten</strong> by the paired loss: under the same noises, the loss on the forgotten images lies where that "
+        f"of one more retrained model would, with 95% confidence ({shown}). Runs for which it does: {counts}.</p>"
     )
 
 

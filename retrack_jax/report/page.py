@@ -27,6 +27,7 @@ _CHART = """
 .chart .title { font-size: 14px; font-weight: 600; fill: var(--ink); } .chart .note { font-size: 12px; }
 .chart .line, .chart .raw { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 .chart .raw { stroke-width: 1; opacity: .32; } .chart .dot { fill: var(--accent); }
+.chart .of-method { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
 .chart .gold { stroke: var(--m-retrain); stroke-dasharray: 5 5; opacity: .5; }
 .chart .error { fill: none; stroke-width: 1.6; opacity: .75; stroke: var(--c, var(--soft)); }
 .chart .point { fill: var(--c, var(--soft)); stroke: var(--paper); stroke-width: 1.5; }

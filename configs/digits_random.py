@@ -1,0 +1,33 @@
+"""Digits, membership: forget a random 5% of the digits, with as many held out to compare with. Embedded data, no download.
+
+    python -m retrack_jax.main --config=configs/digits_random.py            # ReTrack, seed 0
+    python -m retrack_jax.main --config=configs/digits_random.py:all --config.seeds=0
+
+Hardware: any CPU; two cores are enough. Time and scores: README.md, measured. Forgotten and held-out digits are exchangeable, so the
+AUC of an attack that tells them apart means something here: 0.5 is chance, and the retrained model's own AUC is the measure.
+"""
+
+import importlib.util
+from pathlib import Path
+
+
+def get_config(method=None):
+    base = _load("base")
+    config = _load("digits_tshirt").get_config()
+    config.unlock()
+    config.name = "digits_random"
+    config.targets = ("random:0.05",)
+    config.data.copies = 0
+    config.data.held_out = 0.05
+    config.eval.metrics = ("membership_auc", "membership_auc_secmi", "fid", "kid", "forget_loss")
+    config.eval.frequency_threshold = 0.0  # ordinary digits: a sample that resembles one of them says nothing
+    config.eval.mark_name = "forgotten digit"
+    return base.with_method(config, method, recipes=config.recipes.to_dict())
+
+
+def _load(name):
+    # Config files are loaded by path, so that a copy of one outside this folder works as long as the others lie beside it.
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,80 @@
+"""What a model still knows of the forgotten images: its loss on them, membership, relearning, the forgotten class.
+
+The retrained model is the measure of each. A lower loss than its own remembers; a much higher one marks the image, which is no
+better than remembering it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retrack_jax.data.dataset import pixels_to_model
+from retrack_jax.evaluate.task import Subject, Task
+from retrack_jax.metrics.membership import denoising_losses, loss_scores, membership_auc, secmi_scores
+from retrack_jax.metrics.relearning import relearning_curve, relearning_steps
+
+# An image is back when the loss on it is at most this many times the loss of the model before unlearning.
+BACK = 2.0
+
+
+def forget_loss(task: Task, subject: Subject, wanted: Sequence[str]):
+    """The denoising loss on the forgotten images, mean over 256 noises and all of them, in squared units summed over pixels."""
+    found = _losses(task, subject.params)
+    note = {"num_images": len(found), "num_noises": found.shape[1], "noises": "the same for every model: differences are paired"}
+    return {"forget_loss": float(found.mean())}, note
+
+
+def label_share(task: Task, subject: Subject, wanted: Sequence[str]):
+    """The share of samples that the feature network's classifier takes for the forgotten label."""
+    if task.label is None:
+        return {}, {"why": "the target is not the whole of one label"}
+    network = task.features()
+    taken = np.argmax(network(subject.samples)["logits"], axis=1)
+    note = {"label": task.label, "num_samples": len(taken), "features": network.description, "features_digest": network.digest}
+    return {"label_share": float(np.mean(taken == task.label))}, note
+
+
+def membership(task: Task, subject: Subject, wanted: Sequence[str]):
+    """The AUC of two attacks that tell forgotten from held-out images, each with its 95% bootstrap interval."""
+    if task.held_out is None:
+        return {}, {"why": "it needs a random:SHARE target and as many held-out images (config.data.held_out) to compare with"}
+    sides = pixels_to_model(task.forgotten), pixels_to_model(task.held_out)
+    attacks = {
+        # Each side's noise is drawn by its own image numbers, so the two share draws; that only pairs them.
+        "membership_auc": lambda images: loss_scores(task.eps_fn, subject.params, task.schedule, images, task.rng),
+        "membership_auc_secmi": lambda images: secmi_scores(task.eps_fn, subject.params, task.schedule, images),
+    }
+    values, note = {}, {"forgotten": len(sides[0]), "held_out": len(sides[1])}
+    for name in wanted:
+        found = membership_auc(*(attacks[name](images) for images in sides), seed=0)
+        values[name] = found.value
+        note[f"{name}_95"] = [found.low, found.high]
+    return values, note
+
+
+def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
+    """Steps of fine-tuning until the loss on the forgotten images is at most `BACK` times the pretrained model's.
+
+    On the remaining images alone (`relearning_steps_remain`) and on these plus one copy of each forgotten image
+    (`relearning_steps`). A curve that never gets there counts its last step and is marked as censored.
+    """
+    # Along a curve a group needs no 256 noises an image: its images average them.
+    num_noises = min(256, max(16, 4096 // len(task.forgotten)))
+
+    def loss(params) -> float:
+        return float(_losses(task, params, num_noises).mean())
+
+    threshold = BACK * loss(task.pretrained())
+    values, note = {}, {"measured": f"forget_loss under {num_noises} noises", "threshold": threshold}
+    for name in wanted:
+        state, train = task.finetune(subject.params, name == "relearning_steps")
+        curve = relearning_curve(train, lambda state: loss(state.params), state, task.relearning)
+        found = relearning_steps(curve, threshold, "falls")
+        values[name] = found.steps
+        note[name] = {"steps": list(curve.steps), "values": list(curve.values), "censored": found.censored}
+    return values, note
+
+
+def _losses(task: Task, params, num_noises: int = 256) -> np.ndarray:
+    images = pixels_to_model(task.forgotten)
+    return denoising_losses(task.eps_fn, params, task.schedule, images, task.rng, num_noises=num_noises)

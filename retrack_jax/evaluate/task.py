@@ -1,0 +1,72 @@
+"""What image models are evaluated against, and the model that is evaluated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from etils import epath
+
+from retrack_jax.data.dataset import Rows
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.metrics.features.network import FeatureNetwork
+from retrack_jax.types import PyTree, Rng
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What every model of a run is evaluated against.
+
+    Attributes:
+      forgotten: the distinct forgotten images, uint8 `[F, H, W, C]`.
+      reference: the real images that samples are compared with, uint8 `[N, H, W, C]`.
+      reference_digest, reference_name: say which these are.
+      cache_dir: where the features of the reference are kept.
+      eps_fn, schedule: the network and its schedule.
+      features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights.
+      classifier: `official -> FeatureNetwork` behind the inception scores, alike; None: they are of `features`.
+      held_out: images that no model trained on and that the forgotten ones can be exchanged with, uint8 `[M, H, W, C]`, or None.
+      label: the label that all forgotten images and no other have, or None.
+      finetune: `(params, with_forgotten) -> (state, train)` for the relearning curves; see evaluate/memory.py.
+      relearning: at which steps these curves are measured.
+      pretrained: `() -> params` of the model before unlearning.
+      threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
+      nll_probes: Rademacher probes of the likelihood's divergence.
+      rng: the key of the likelihood's probes.
+    """
+
+    forgotten: np.ndarray
+    reference: np.ndarray | Rows
+    reference_digest: str
+    reference_name: str
+    cache_dir: epath.Path
+    eps_fn: Callable
+    schedule: Schedule
+    features: Callable[[], FeatureNetwork]
+    sscd: Callable[[], FeatureNetwork]
+    held_out: np.ndarray | None
+    label: int | None
+    finetune: Callable
+    relearning: tuple[int, ...]
+    pretrained: Callable[[], PyTree]
+    threshold: float
+    nll_probes: int
+    rng: Rng
+    classifier: Callable[[bool], FeatureNetwork] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model that is evaluated: its parameters, and its samples as uint8 and, where they were kept, as floats in [0, 1].
+
+    `pictures` is where what it restores of the forgotten images is kept for the report; None keeps nothing.
+    """
+
+    params: PyTree
+    samples: np.ndarray
+    samples_float: np.ndarray | None = None
+    pictures: epath.Path | None = None
+
+    @property
+    def finest(self) -> np.ndarray:
+        """The samples as precisely as they were kept."""
+        return self.samples if self.samples_float is None else self.samples_float

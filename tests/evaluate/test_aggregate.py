@@ -1,0 +1,46 @@
+"""summary.json: spreads, gaps to the retrained model, and the verdict."""
+
+import pytest
+
+from retrack_jax.evaluate.aggregate import summarize
+from retrack_jax.metrics.membership import prediction_interval
+
+
+def run(method, seed, loss, retrained=None):
+    return {
+        "method": method,
+        "seed": seed,
+        "target": "label:10",
+        "unlearn_seconds": 1.0,
+        "pretrained": {"forget_loss": 2.0},
+        "unlearned": {"forget_loss": loss},
+        "retrained": None if retrained is None else {"forget_loss": retrained},
+        "provenance": {},
+    }
+
+
+def test_forgotten_is_inside_the_spread_of_retrained_seeds():
+    losses = (40.0, 42.0, 44.0)
+    runs = [run("retrain", seed, loss, loss) for seed, loss in enumerate(losses)]
+    low, high = prediction_interval(losses)
+    runs += [run("retrack", 0, low + 0.1, 40.0), run("retrack", 1, high + 0.1, 42.0), run("neggrad", 0, 2.0 * high, 40.0)]
+    methods = summarize(runs)["methods"]
+    assert methods["retrack"]["forgotten"] == {"inside": 1, "runs": 2, "intervals": {"label:10": [low, high]}}
+    assert methods["neggrad"]["forgotten"]["inside"] == 0
+    assert methods["retrain"]["forgotten"] is None and methods["pretrained"]["runs"] == 1
+    assert methods["retrack"]["gap_to_retrain"]["forget_loss"]["mean"] == pytest.approx((low + high + 0.2) / 2 - 41.0)
+
+
+def test_relearning_curves_are_averaged_over_runs():
+    runs = []
+    for seed, shift in enumerate((0.0, 2.0)):
+        runs.append(run("retrack", seed, 40.0))
+        curve = {"steps": [0, 10], "values": [40.0 + shift, 8.0 + shift], "censored": True}
+        runs[-1]["provenance"] = {"metrics": {"relearning_steps": {"threshold": 5.0, "relearning_steps": curve}}}
+    found = summarize(runs)["methods"]["retrack"]["relearning"]
+    assert found == {"relearning_steps": {"steps": [0, 10], "values": [41.0, 9.0], "threshold": 5.0}}
+
+
+def test_one_retrained_model_has_no_spread_to_be_inside_of():
+    summary = summarize([run("retrain", 0, 40.0, 40.0), run("retrack", 0, 41.0, 40.0)])
+    assert summary["methods"]["retrack"]["forgotten"] is None
