@@ -40,6 +40,17 @@ def resize(images, smallest: int, largest: int) -> np.ndarray:
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
+def thumbnails(images: np.ndarray, largest: int = 128) -> np.ndarray:
+    """Returns images of at most about `largest` pixels a side, by means over squares; smaller ones are left as they are."""
+    factor = max(1, images.shape[1] // largest)
+    if factor == 1:
+        return np.ascontiguousarray(images)
+    count, height, width, channels = images.shape
+    height, width = height // factor, width // factor
+    squares = images[:, : height * factor, : width * factor].reshape(count, height, factor, width, factor, channels)
+    return squares.mean(axis=(2, 4)).astype(np.uint8)
+
+
 def grid(images, *, columns: int, marked=None, smallest: int = 48, largest: int = 256) -> np.ndarray:
     """Returns one RGBA picture, uint8 `[H', W', 4]`, of `images` in rows of `columns`, transparent between them.
 

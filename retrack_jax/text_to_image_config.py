@@ -1,0 +1,34 @@
+"""What a config of Stable Diffusion must hold, told before anything is loaded."""
+
+from ml_collections import ConfigDict
+
+from retrack_jax.build import DTYPES
+from retrack_jax.checks import check, check_choice, check_int, check_number
+from retrack_jax.evaluate.concept import CLASSIFIERS, METRIC_NAMES
+
+EXPORTS = ("pipeline", "unet", "none")
+
+
+def check_text_to_image(config: ConfigDict) -> None:
+    """Raises `UserError`, naming the field, for values that no run of this kind can use."""
+    check(
+        config.method != "retrain",
+        "Stable Diffusion cannot be pretrained or retrained here; choose another method than retrain",
+    )
+    check(
+        bool(config.checkpoint),
+        "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
+    )
+    check(
+        bool(config.data.dir),
+        "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts",
+    )
+    check_choice("config.export", config.export, EXPORTS)
+    check_choice("config.compute.param_dtype", config.compute.param_dtype, DTYPES)
+    check_choice("config.eval.classifier", config.eval.classifier, CLASSIFIERS)
+    check_number("config.sampling.guidance_scale", config.sampling.guidance_scale, 0.0)
+    check_int("config.data.encode_batch_size", config.data.encode_batch_size)
+    check_int("config.data.resolution", config.data.resolution)
+    check_int("config.data.latent_seed", config.data.latent_seed, minimum=0)
+    for name in config.eval.metrics:
+        check_choice("config.eval.metrics", name, METRIC_NAMES)
