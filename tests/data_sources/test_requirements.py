@@ -50,6 +50,26 @@ def test_missing_files_come_with_their_commands(name, commands):
     assert not any(line.startswith("found") and "weights-" not in line for line in text.splitlines())
 
 
+def test_mnist_needs_two_networks_and_files_of_the_same_weights_do_as_well(tmp_path):
+    config = config_of("mnist_tshirt")
+    config.eval.weights_dir = str(tmp_path / "weights")
+    lines = printed(config).splitlines()
+    (row,) = [row for row, line in enumerate(lines) if line.startswith("missing  classifier MNIST ResNet-18")]
+    assert "data-unlearning-in-diffusion-models-checkpoints" in lines[row + 1] and "classifiers/mnist.pt" in lines[row + 1]
+    assert any("feature network inception" in line for line in lines)
+    config.eval.score_network = "features"
+    assert "mnist.pt" not in printed(config)
+    config.eval.metrics, config.eval.score_network = ("inception_score",), "mnist_resnet"
+    assert "feature network inception" not in printed(config)
+
+    (tmp_path / "weights").mkdir()
+    for name in ("mnist.pt", "sscd_disc_mixup.classy.pt"):
+        (tmp_path / "weights" / name).write_bytes(b"weights")
+    config.eval.metrics = ("inception_score", "sscd")
+    text = printed(config)
+    assert "found    classifier MNIST ResNet-18" in text and "found    feature network sscd" in text
+
+
 def test_digits_need_nothing():
     assert printed(config_of("digits_tshirt")) == "nothing is needed: data and model are made here\n"
 
