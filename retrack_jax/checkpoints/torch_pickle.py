@@ -1,81 +1,18 @@
 """A pickle machine that can build tensors and nothing else.
 
 Python's own unpickler calls whatever a file names. This one walks the opcodes with `pickletools.genops`, which executes nothing,
-and acts on the few that `torch.save` and TorchScript write. A class or function in the stream is looked up in a table of ours and
-is never imported; what is not in the table is refused by name. So the worst that a hostile file can do is to be refused.
+and acts on the few that `torch.save` and TorchScript write. A class or function in the stream is looked up in the tables of
+`torch_values` and is never imported; what is not there is refused by name. So the worst that a hostile file can do is to be
+refused.
 """
 
-import dataclasses
 import pickletools
-from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
+from retrack_jax.checkpoints.torch_values import FUNCTIONS, Global, Record, is_known, is_script, make_storage
 from retrack_jax.checks import UserError
 
-_DTYPES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
 _MAX_OPCODES = 20_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """A block of `numel` values that tensors view; its bytes are elsewhere in the file, under `key`."""
-
-    key: str
-    dtype: np.dtype
-    numel: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A strided view of a storage: offset, shape and strides in elements. It fits inside the storage."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def span(self) -> int:
-        """Elements from the first to the last one, inclusive; 0 if there are none."""
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)) if self.numel else 0
-
-
-@dataclasses.dataclass
-class Record:
-    """An object of a TorchScript class, opaque: its class name and its attributes."""
-
-    class_name: str
-    state: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Global:
-    """A class or function that the stream names; nothing is imported for it."""
-
-    module: str
-    name: str
 
 
 class _Mark:
@@ -245,25 +182,24 @@ class _Machine:
         self._push_global(module, name)
 
     def _push_global(self, module: str, name: str) -> None:
-        known = (module, name) in _FUNCTIONS or _is_storage(module, name) or _is_script(module, name)
-        if not known:
+        if not is_known(module, name):
             raise self.refuse(f"{module}.{name}")
-        self.push(_Global(module, name))
+        self.push(Global(module, name))
 
     def reduce_(self, _):
         args, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Global) or not isinstance(args, tuple):
+        if not isinstance(function, Global) or not isinstance(args, tuple):
             raise self.refuse("a call of what is no function")
-        if _is_script(function.module, function.name):
+        if is_script(function.module):
             self.push(Record(f"{function.module}.{function.name}", args))
             return
-        if (function.module, function.name) not in _FUNCTIONS:
+        if (function.module, function.name) not in FUNCTIONS:
             raise self.refuse(f"a call of {function.module}.{function.name}")
-        self.push(_FUNCTIONS[function.module, function.name](*args))
+        self.push(FUNCTIONS[function.module, function.name](*args))
 
     def newobj_(self, _):
         args, cls = self.stack.pop(), self.stack.pop()
-        if not isinstance(cls, _Global) or not _is_script(cls.module, cls.name):
+        if not isinstance(cls, Global) or not is_script(cls.module):
             raise self.refuse(f"an object of {cls}")
         self.push(Record(f"{cls.module}.{cls.name}", args))
 
@@ -277,51 +213,7 @@ class _Machine:
 
     def binpersid_(self, _):
         tag, kind, key, _, numel, *view = self.stack.pop()
-        if tag != "storage" or not isinstance(kind, _Global) or kind.name not in _DTYPES or any(view):
+        storage = make_storage(kind, key, numel) if tag == "storage" and not any(view) else None
+        if storage is None:
             raise self.refuse(f"a storage of {kind}, {view}")
-        if not isinstance(key, str) or not _is_count(numel):
-            raise ValueError(f"a storage with key {key!r} and {numel!r} values")
-        self.push(Storage(key, np.dtype(_DTYPES[kind.name]), numel))
-
-
-def _is_storage(module: str, name: str) -> bool:
-    return module == "torch" and name in _DTYPES
-
-
-def _is_script(module: str, name: str) -> bool:
-    return module == "__torch__" or module.startswith("__torch__.")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
-
-
-def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_) -> Tensor:
-    shape, strides = tuple(shape), tuple(strides)
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, Storage) or len(shape) != len(strides) or not all(_is_count(value) for value in numbers):
-        raise ValueError(f"a tensor of shape {shape}, strides {strides}")
-    tensor = Tensor(storage, offset, shape, strides)
-    if tensor.numel > storage.numel or offset + tensor.span > storage.numel:
-        raise ValueError(f"a tensor of shape {shape} claims more than the {storage.numel} values of its storage")
-    return tensor
-
-
-def _first(value: Any, *_) -> Any:
-    return value
-
-
-# The only calls that a file can ask for; none reaches outside this module.
-_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): lambda items=(): dict(items),
-    ("torch", "Size"): lambda items=(): tuple(items),
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch.jit._pickle", "build_intlist"): _first,
-    ("torch.jit._pickle", "build_doublelist"): _first,
-    ("torch.jit._pickle", "build_boollist"): _first,
-    ("torch.jit._pickle", "build_tensorlist"): _first,
-    ("torch.jit._pickle", "restore_type_tag"): _first,
-}
+        self.push(storage)

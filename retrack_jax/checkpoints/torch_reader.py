@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrack_jax.checkpoints import torch_pickle
-from retrack_jax.checkpoints.torch_pickle import Record, Tensor
+from retrack_jax.checkpoints.torch_values import Record, Tensor
 from retrack_jax.checks import UserError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

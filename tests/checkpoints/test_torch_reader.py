@@ -239,6 +239,24 @@ def test_a_path_that_leaves_the_zip_is_refused(tmp_path, name):
         read_torch(path)
 
 
+@pytest.mark.parametrize("name", ["data.pkl", "data/0"])
+def test_a_directory_that_lies_about_a_records_size_is_refused_in_little_memory(tmp_path, name):
+    claimed = 1 << 30
+    path = zip_file(tmp_path / "file.bin", dict_of(w=tensor((claimed // 4,), (1,), numel=claimed // 4)))
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(f"archive/{name}".encode()) - 46  # the directory is last, and a name stands 46 bytes into its entry
+    assert data[entry : entry + 4] == b"PK\x01\x02"
+    struct.pack_into("<II", data, entry + 20, claimed, claimed)
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=f"ends within its record archive/{name}"):
+            read_torch(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
