@@ -82,8 +82,8 @@ def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType
             many = f"{item.files} files, " if item.files > 1 else ""
             print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})", file=file)
         else:
-            metrics = " (its metrics are left out without it)" if item.optional else ""
-            print(f"missing  {item.description}{metrics}: {item.path}", file=file)
+            metrics = " (without it its metrics are left out)" if item.optional else ""
+            print(f"missing  {item.description}: {item.path}{metrics}", file=file)
             print(f"         {GET}{item.command}" if item.command else f"         {item.advice}", file=file)
     missing = sum(not item.found for item in needed)
     if not needed:
