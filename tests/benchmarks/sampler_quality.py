@@ -20,11 +20,12 @@ import jax
 import numpy as np
 
 from retrack_jax import command_line, recipe
-from retrack_jax.evaluate.pixel import EVALUATORS, Subject
+from retrack_jax.evaluate.pixel import EVALUATORS
 from retrack_jax.evaluate.results import evaluate
+from retrack_jax.evaluate.task import Subject
 from retrack_jax.experiment import PixelExperiment
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
-from retrack_jax.stages import Stages
+from retrack_jax.stages import Model, Stages
 from retrack_jax.workdir import Workdir
 
 ROWS = (
@@ -41,7 +42,7 @@ def measure(experiment: PixelExperiment, workdir: Workdir, params, name: str, nu
     p_sample = pmap_sample_fn(make_sample_fn(experiment.eps_fn, sampler, experiment.image_shape), output="float32")
     options = dict(rng=jax.random.key(config.sampling.seed), batch_size=config.sampling.batch_size)
     generate(p_sample, params, num_images=config.sampling.batch_size, **options)  # compiles
-    task = experiment.task(experiment.target(config.targets[0]), workdir)
+    task = experiment.task(experiment.target(config.targets[0]), workdir, lambda: Model(params, 0, 0.0))
     calls, seconds, values = num_calls(sampler), [], {metric: [] for metric in METRICS}
     for index in range(sets if calls <= 100 else 1):
         start = time.perf_counter()
