@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
 
 
 def with_method(config: ConfigDict, method: str | None, recipes: dict[str, dict] | None = None) -> ConfigDict:
-    """Returns `config` with `method` chosen and locked: an override of a field that does not exist then fails with the nearest name.
+    """Returns `config` with `method` chosen and locked: an override of a field that does not exist fails with the nearest name.
 
     Args:
       config: the fields.

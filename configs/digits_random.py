@@ -3,8 +3,8 @@
     python -m retrack_jax.main --config=configs/digits_random.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_random.py:all --config.seeds=0
 
-Hardware: any CPU; two cores are enough. Time and scores: README.md, measured. Forgotten and held-out digits are exchangeable, so the
-AUC of an attack that tells them apart means something here: 0.5 is chance, and the retrained model's own AUC is the measure.
+Hardware: any CPU; two cores are enough. Time and scores: README.md, measured. Forgotten and held-out digits are exchangeable, so
+the AUC of an attack that tells them apart means something here: 0.5 is chance, and the retrained model's own AUC is the measure.
 """
 
 import importlib.util

@@ -79,14 +79,16 @@ def unlearn(
       apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`.
       params: the pretrained parameters; they are left as they are.
       schedule: the noise schedule; its `prediction_type` says what the network predicts.
-      remain, forget: images `[R, ...]` and `[F, ...]`, float32 in the space that the network denoises ([-1, 1] for pixels), or uint8.
+      remain, forget: images `[R, ...]` and `[F, ...]`, float32 in the space that the network denoises ([-1, 1] for pixels), or
+        uint8.
       method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.
       rng: decides the data order and all noise.
       **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
         method's own, such as `lam`. `dropout=True` trains with the network's dropout on.
 
     Raises:
-      UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not divide.
+      UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not
+      divide.
     """
     entry = get_method(method)
     check(not entry.from_scratch, f"method {method!r} trains from random weights; use train.loop for it")
@@ -104,7 +106,8 @@ def unlearn(
     forget_size = (chosen["forget_batch_size"] or chosen["batch_size"]) if "forget" in entry.streams else 0
     for name, size in (("batch_size", chosen["batch_size"]), ("forget_batch_size", forget_size)):
         parallel.check_divisible(name, size, chosen["accumulation"])
-    check(not entry.paired or forget_size == chosen["batch_size"], f"method {method!r} needs forget_batch_size equal to batch_size")
+    fits = not entry.paired or forget_size == chosen["batch_size"]
+    check(fits, f"method {method!r} needs forget_batch_size equal to batch_size")
 
     remain, forget = np.asarray(remain), np.asarray(forget)
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")

@@ -37,7 +37,7 @@ def parse(argv: list[str]):
     try:
         rest = values(argv, known_only=False)
         config = values.config
-        config.name  # a config file that fails to load raises only when it is used
+        _ = config.name  # a config file that fails to load raises only when it is used
     except flags.Error as error:
         raise UserError(_one_line(error)) from error
     except (AttributeError, KeyError) as error:

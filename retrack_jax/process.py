@@ -81,7 +81,8 @@ def join_processes() -> None:
             count, index = int(os.environ["RETRACK_PROCESSES"]), int(os.environ["RETRACK_PROCESS"])
         except (KeyError, ValueError) as error:
             raise UserError(
-                "RETRACK_COORDINATOR is set, so RETRACK_PROCESSES (how many) and RETRACK_PROCESS (which, from 0) must be whole numbers"
+                "RETRACK_COORDINATOR is set, so RETRACK_PROCESSES (how many) and RETRACK_PROCESS (which, from 0) must be "
+                "whole numbers"
             ) from error
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -102,6 +103,8 @@ def warn_of_idle_accelerator() -> None:
         return
     log = logging.getLogger(__name__)
     if os.path.exists("/dev/nvidia0"):
-        log.warning('an NVIDIA GPU is present but jax runs on the CPU; install it with `pip install -e ".[cuda]"` or `make demo JAX=cuda`')
+        how = 'install it with `pip install -e ".[cuda]"` or `make demo JAX=cuda`'
+        log.warning("an NVIDIA GPU is present but jax runs on the CPU; %s", how)
     elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
-        log.warning('a TPU seems to be present but jax runs on the CPU; install it with `pip install -e ".[tpu]"` or `make demo JAX=tpu`')
+        how = 'install it with `pip install -e ".[tpu]"` or `make demo JAX=tpu`'
+        log.warning("a TPU seems to be present but jax runs on the CPU; %s", how)

@@ -76,7 +76,7 @@ class Workdir:
                 raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
 
     def claim(self, folder: epath.Path, config: Mapping) -> None:
-        """Writes `config` to `folder/config.json`: only once all that it names was found, so that a mistyped command claims nothing."""
+        """Writes `config` to `folder/config.json`: only once all that it names was found: a mistyped command claims nothing."""
         path = folder / "config.json"
         if parallel.is_main_process() and not path.exists():
             files.write_json(path, config)
@@ -97,7 +97,8 @@ class Workdir:
         if parallel.is_main_process():
             path.unlink(missing_ok=True)
         if not agree:
-            raise UserError(f"--workdir {self.root} is not shared by all processes; give a folder on a shared disk or a gs:// address")
+            hint = "give a folder on a shared disk or a gs:// address"
+            raise UserError(f"--workdir {self.root} is not shared by all processes; {hint}")
 
 
 def comparable(config: Mapping, *, model_only: bool = False) -> dict:

@@ -1,6 +1,6 @@
 """This project's own checkpoints: Orbax keeps them, and a digest of the values says whether they can be trusted.
 
-The digest is taken from the arrays before they are saved and stored in the checkpoint's metadata; after a restore it is computed again.
+The digest is taken from the arrays before they are saved and stored in the checkpoint's metadata; a restore computes it again.
 Whatever happened to any file in between, wrong weights are never used: the checkpoint before is, or the run says why not.
 """
 
@@ -62,12 +62,13 @@ class RunStore:
         return self._manager.latest_step()
 
     def restore(self, like: Callable[[int], PyTree]) -> tuple[PyTree, dict] | None:
-        """Returns the newest checkpoint that is whole, as (state replicated over all devices, meta), or None if there is none yet.
+        """Returns the newest checkpoint that is whole, as (state replicated over all devices, meta), or None if there is none.
 
         A damaged one is deleted with a warning that names it and the one used in its place.
 
         Args:
-          like: `step -> tree` of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes that were saved at that step.
+          like: `step -> tree` of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes that were saved at that
+            step.
 
         Raises:
           UserError: there are checkpoints, but not one of them is whole.
@@ -79,7 +80,10 @@ class RunStore:
             if problem is None:
                 for bad_step, bad_problem in damaged:
                     log.warning(
-                        "checkpoint %s is damaged (%s); using %s", self.directory / str(bad_step), bad_problem, self.directory / str(step)
+                        "checkpoint %s is damaged (%s); using %s",
+                        self.directory / str(bad_step),
+                        bad_problem,
+                        self.directory / str(step),
                     )
                     self._delete(bad_step)
                 return found

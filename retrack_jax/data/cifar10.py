@@ -46,6 +46,7 @@ def check_order(images: ImageSet) -> ImageSet:
         if found != label:
             raise UserError(
                 f"image {name} of {images.name} has label {found}, and in CIFAR-10 it is {label}: this is another data set "
-                "or another order, and targets would name the wrong images; download it again (config.mode=check gives the command)"
+                "or another order, and targets would name the wrong images; download it again "
+                "(config.mode=check gives the command)"
             )
     return images

@@ -1,7 +1,7 @@
 """What every source of images returns, and the conversions between pixels and what networks see.
 
 Images stay uint8, in memory or in a memory map; only a batch at a time becomes float. A float32 round trip through [-1, 1] with
-floor loses one level on 63 of 256 values, so metrics take their real images from the uint8 array and never through the model's space.
+floor loses one level on 63 of 256 values, so metrics take real images from the uint8 array and never through the model's space.
 """
 
 from collections.abc import Sequence
@@ -81,8 +81,8 @@ def to_x_0(data: dict, rngs) -> jnp.ndarray:
     """Returns clean images `[B, H, W, C]` in the network's space from what a stream carries.
 
     Args:
-      data: `pixels` (uint8), or `x_0` (already in the network's space), or `mean` and `std` of a latent posterior, which is drawn from
-        afresh at each access.
+      data: `pixels` (uint8), or `x_0` (already in the network's space), or `mean` and `std` of a latent posterior, which is drawn
+        from afresh at each access.
       rngs: `[B]` keys, used by the posterior alone.
     """
     if "pixels" in data:

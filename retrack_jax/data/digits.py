@@ -10,7 +10,7 @@ from retrack_jax.data.dataset import ImageSet, image_set
 
 TSHIRT_LABEL = 10
 
-# Sixteen levels, as in the digits: a collar, short sleeves, a shaded body. No digit is nearer than L2 3 in [0, 1] pixels (tested).
+# Sixteen levels, as in the digits: a collar, short sleeves, a shaded body. No digit is nearer than L2 3 in [0, 1] (tested).
 _TSHIRT = """
  0 12 10  2  2 10 12  0
 14 16 16 12 12 16 16 14

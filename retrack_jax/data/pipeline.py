@@ -1,7 +1,7 @@
 """Seeded batches, addressed by step: a resumed run sees the batches that it would have seen.
 
-The order is a function of (seed, stream, epoch) and nothing else, so there is no iterator to save. Each process takes its own rows of
-the global batch. Batches are made ahead in a thread.
+The order is a function of (seed, stream, epoch) and nothing else, so there is no iterator to save. Each process takes its own
+rows of the global batch. Batches are made ahead in a thread.
 """
 
 import queue
@@ -45,10 +45,11 @@ class Batches:
     """Makes this process's part of the global batch of any step.
 
     Attributes:
-      gather: `rows -> {name: array [b, ...]}`, reads remaining images in the form that `data.dataset.to_x_0` takes; None where the
-        method has no remain stream.
+      gather: `rows -> {name: array [b, ...]}`, reads remaining images in the form that `data.dataset.to_x_0` takes; None where
+        the method has no remain stream.
       num_remain: remaining images.
-      forget_rows: int `[F]`, for each forgotten image its row of what train/step.py holds on the device (copies share one), or None.
+      forget_rows: int `[F]`, for each forgotten image its row of what train/step.py holds on the device (copies share one), or
+        None.
       remain_size, forget_size: global batch sizes; 0 leaves the stream out.
       seed: decides the order of both streams.
     """
@@ -78,7 +79,7 @@ class Batches:
 
 
 def prefetch(make: Callable[[int], PyTree], start: int, stop: int, depth: int = 2) -> Iterator[PyTree]:
-    """Yields `make(step)` for each step of `range(start, stop)`, made up to `depth` ahead in a thread; its errors are raised here."""
+    """Yields `make(step)` for each step of `range(start, stop)`, made up to `depth` ahead in a thread, whose errors it raises."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stopping = threading.Event()
 

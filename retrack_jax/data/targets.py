@@ -19,8 +19,8 @@ _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
-    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; `random:SHARE`; a glob (`* ? [...]`);
-    the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
+    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; `random:SHARE`; a glob
+    (`* ? [...]`); the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
     `tfds:train_20000`).
 
     Raises:
@@ -74,7 +74,8 @@ class _Names:
         except ValueError:
             share = math.nan
         count = round(share * len(self._images)) if 0.0 < share < 1.0 else 0
-        check(count > 0, f"the target is 'random:{text}'; give the share of {len(self._images)} images to forget, such as random:0.05")
+        total = len(self._images)
+        check(count > 0, f"the target is 'random:{text}'; give the share of {total} images to forget, such as random:0.05")
         return np.random.default_rng(_RANDOM_SEED).permutation(len(self._images))[:count].tolist()
 
     def _by_other_name(self, name: str) -> int:

@@ -1,7 +1,7 @@
 """How a main and a correction gradient become one.
 
-Both gradients are already accumulated over microbatches and averaged over devices: a norm and an inner product do not commute with an
-average, so combining any earlier gives another answer. Trees go in, one tree comes out.
+Both gradients are already accumulated over microbatches and averaged over devices: a norm and an inner product do not commute
+with an average, so combining any earlier gives another answer. Trees go in, one tree comes out.
 
   (1) erasediff   g = g_R + max(eta - <g_R, g_c>/||g_c||^2, 0) g_c
   (2) siss        g = g_main - (s/||g_corr||) g_corr
@@ -30,7 +30,7 @@ def siss(main: PyTree, correction: PyTree, scale: float | Array) -> PyTree:
 
 
 def siss_auto(main: PyTree, correction: PyTree, share: float | Array) -> PyTree:
-    """Returns (2) with s = `share` times the norm of the main gradient, which estimates the vanilla gradient (SISS suggests 0.1)."""
+    """Returns (2) with s = `share` times the norm of the main gradient, which estimates the vanilla gradient (SISS: 0.1)."""
     return siss(main, correction, share * optax.tree.norm(main))
 
 

@@ -15,14 +15,15 @@ With gamma = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t), r = gamma / sigma
 
 (1), (3) and (5): ReTrack (arXiv 2509.13007); (4): SISS (arXiv 2503.01034), both with the notation of types.py.
 
-Squared norms of size D are never subtracted from each other. Differences of them are taken as inner products, which is exact where
-the difference is small: with v_0 as the reference,
+Squared norms of size D are never subtracted from each other. Differences of them are taken as inner products, which is exact
+where the difference is small: with v_0 as the reference,
 
   (6) log p_k - log p_0 = -(||v_k||^2 - ||v_0||^2)/2 = -(r/2) <a_0 - a_k, v_k + v_0>
 
 and (5) splits into one weighted target and a spread that does not depend on the network, so the gradient needs one target, not K:
 
-  (7) sum_k p_k ||e - v_k||^2 = ||e - v_bar||^2 + r^2 sum_k p_k ||a_k - a_bar||^2,  v_bar = (x_t - gamma a_bar)/sigma,  a_bar = sum_k p_k a_k
+  (7) sum_k p_k ||e - v_k||^2 = ||e - v_bar||^2 + r^2 sum_k p_k ||a_k - a_bar||^2,  v_bar = (x_t - gamma a_bar)/sigma,
+      a_bar = sum_k p_k a_k
 """
 
 import jax
@@ -31,8 +32,8 @@ import jax.numpy as jnp
 from retrack_jax.diffusion.process import expand
 from retrack_jax.types import Array
 
-# Weights of (4) are at most 1/lambda and 1/(1-lambda), except at lambda 0 or 1 for points that the mixture never draws, where they are
-# unbounded. Cutting them at e^60 keeps their product with a squared norm finite in float32.
+# Weights of (4) are at most 1/lambda and 1/(1-lambda), except at lambda 0 or 1 for points that the mixture never draws, where
+# they are unbounded. Cutting them at e^60 keeps their product with a squared norm finite in float32.
 _MAX_LOG_WEIGHT = 60.0
 
 

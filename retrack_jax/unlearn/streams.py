@@ -1,7 +1,8 @@
 """What a method is given at each step: clean images with a key each, and how to noise and predict them.
 
-A `Stream` holds a batch of clean images; every example has its own key, made from its global index in the batch, so that the draws are
-the same on one device and on four. A `Context` turns streams into noisy points and predictions; its forward pass is fused.
+A `Stream` holds a batch of clean images; every example has its own key, made from its global index in the batch, so that the
+draws are the same on one device and on four. A `Context` turns streams into noisy points and predictions; its forward pass is
+fused.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.tune_methods --workdir=runs/digits_tshirt --out=runs/tuning
 
-The rule, fixed before the first run: of the rates that leave a frequency below 0.15% (else of those with the lowest frequency), the one
-with the lowest FID. `--workdir` is a finished digits run, whose pretrained model and samples are used.
+The rule, fixed before the first run: of the rates that leave a frequency below 0.15% (else of those with the lowest frequency),
+the one with the lowest FID. `--workdir` is a finished digits run, whose pretrained model and samples are used.
 """
 
 import argparse

@@ -8,7 +8,13 @@ import pytest
 from retrack_jax.main import main
 from tests.tiny import flags
 
-FEW = {"data.copies": 0, "data.held_out": 0.01, "targets": "random:0.01", "eval.relearning.steps": (1, 2), "eval.relearning.batch_size": 8}
+FEW = {
+    "data.copies": 0,
+    "data.held_out": 0.01,
+    "targets": "random:0.01",
+    "eval.relearning.steps": (1, 2),
+    "eval.relearning.batch_size": 8,
+}
 
 
 def metrics_of(workdir, config, run, **more):

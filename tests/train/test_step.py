@@ -1,4 +1,4 @@
-"""The training step: one device equals four, four microbatches equal one batch, one trace, one forward pass where one is enough."""
+"""The training step: one device equals four, four microbatches one batch; one trace; one forward pass where one is enough."""
 
 import dataclasses
 

@@ -35,7 +35,8 @@ def streams(method, rng, size=8):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_finite_terms_and_gradients(name, rng):
     method = METHODS[name]
-    assert (method.combine is None) == (method.terms(context(toys.params(), method.options), *streams(method, rng)).correction is None)
+    terms = method.terms(context(toys.params(), method.options), *streams(method, rng))
+    assert (method.combine is None) == (terms.correction is None)
 
     def main(params):
         return method.terms(context(params, method.options), *streams(method, rng)).main
@@ -92,18 +93,19 @@ def test_siss_in_one_pass_agrees_in_expectation_with_two(rng):
             def value(vector):
                 rngs = example_rngs(draw_rng, jnp.arange(size))
                 there = context(unravel(vector), {"lam": 0.5}, t_min=500)
-                found = METHODS[name].terms(there, Stream(remain_x, rngs), Stream(forget_x, example_rngs(draw_rng, size + jnp.arange(size))))
+                forget_rngs = example_rngs(draw_rng, size + jnp.arange(size))
+                found = METHODS[name].terms(there, Stream(remain_x, rngs), Stream(forget_x, forget_rngs))
                 return getattr(found, which)
 
             return jax.grad(value)(flat)
 
         return jnp.stack([directions @ term("main"), directions @ term("correction")])
 
-    gradients = {
-        name: np.asarray(jax.jit(jax.vmap(lambda k, name=name: projected(name, k)))(jax.random.split(jax.random.key(seed), draws)))
-        for name, seed in (("siss", 1), ("siss_no_is", 2))
-    }
-    one, two = gradients["siss"], gradients["siss_no_is"]
+    def drawn(name, seed):
+        keys = jax.random.split(jax.random.key(seed), draws)
+        return np.asarray(jax.jit(jax.vmap(lambda key: projected(name, key)))(keys))
+
+    one, two = drawn("siss", 1), drawn("siss_no_is", 2)
     error = np.sqrt(one.var(0) / draws + two.var(0) / draws)
     difference = np.abs(one.mean(0) - two.mean(0))
     assert (difference <= 4 * error).all(), difference / error
