@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,20 @@ def environment(cache, **more) -> dict[str, str]:
     }  # fmt: skip
 
 
+def patience(seconds: float) -> float:
+    """Returns how long to wait for what should take `seconds`: longer where other work crowds this machine's cores."""
+    return seconds * max(1.0, 2.0 * os.getloadavg()[0] / os.cpu_count())
+
+
+def wait_for_log(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Waits until the log at `path` has a record; asserts that the process still runs then."""
+    deadline = time.monotonic() + patience(seconds)
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, f"it ended with status {process.returncode} before the moment to stop it"
+    assert path.exists() and path.stat().st_size, f"no record in {path} after {patience(seconds):.0f} s"
+
+
 def command(arguments) -> list[str]:
     """Returns the command line that runs this interpreter on `arguments`."""
     return [sys.executable, "-m", "retrack_jax.main", *map(str, arguments)]
@@ -57,7 +73,8 @@ def command(arguments) -> list[str]:
 def run(arguments, cache, *, timeout=400, **more) -> subprocess.CompletedProcess:
     """Runs the command to its end."""
     return subprocess.run(
-        command(arguments), cwd=ROOT, env=environment(cache, **more), capture_output=True, text=True, timeout=timeout
+        command(arguments), cwd=ROOT, env=environment(cache, **more), capture_output=True, text=True,
+        timeout=patience(timeout),
     )
 
 
@@ -80,9 +97,14 @@ def run_processes(count, devices, arguments, cache, logs, *, timeout=400, **more
         str(count),
     ]
     env = environment(cache, PYTHON=sys.executable, GRACE_SECONDS=10, **more)
-    return subprocess.run(
-        [*script, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*script, *map(str, arguments)], cwd=ROOT, env=env, start_new_session=True, **pipes)
+    try:
+        out, errors = process.communicate(timeout=patience(timeout))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the script alone would leave its processes behind
+        raise
+    return subprocess.CompletedProcess(script, process.returncode, out, errors)
 
 
 def in_parallel(*calls):

@@ -212,7 +212,7 @@ def test_limit_on_file_size_acts_like_a_full_disk(finished, cache, copy_of):
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=cli.patience(240),
     )
     assert done.returncode == 2, (done.returncode, done.stderr[-4000:])
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the processes meet before the imports below make a
 from retrack_jax import parallel
 from retrack_jax.checks import UserError
 from retrack_jax.sampling import generate, pmap_sample_fn
+from tests.drills import cli
 from tests.sampling.test_generate import PARAMS, SAMPLE_FN
 
 NUM_IMAGES = 22
@@ -42,7 +43,7 @@ def run_two(folders, tmp_path):
         port = free.getsockname()[1]
     results = [tmp_path / f"result{index}.npy" for index in range(2)]
     processes = [start(index, port, folder, results[index]) for index, folder in enumerate(folders)]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=cli.patience(300))[1] for process in processes]
     images = [np.load(result) if result.exists() else None for result in results]
     return [process.returncode for process in processes], images, errors
 

@@ -63,11 +63,9 @@ def test_sigterm_saves_and_exits_with_75(when, cache, tmp_path):
     )
     process = start(tmp_path / "work", cache, **long)
     log = tmp_path / "work" / when / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    cli.wait_for_log(log, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=cli.patience(60))
     assert process.returncode == 75, errors[-3000:]
     last = errors.strip().splitlines()[-1]
     assert last.startswith("preempted: ") and "Traceback" not in errors
@@ -81,9 +79,7 @@ def test_a_sweep_restarts_at_the_run_that_was_cut(finished, cache, tmp_path):
     sweep = dict(seeds="0,1", unlearn__num_steps=40)
     process = start(tmp_path / "work", cache, **sweep)
     log = tmp_path / "work" / "retrack" / "seed1-label_10" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    cli.wait_for_log(log, process)
     process.kill()
     process.communicate()
     first = tmp_path / "work" / "retrack" / "seed0-label_10"

@@ -32,11 +32,6 @@ def own_signals_and_cache(cache):
     del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
-def limit() -> float:
-    """Returns the seconds within which a mistake must be told: ten, more where other work crowds this machine's cores."""
-    return LIMIT_SECONDS * max(1.0, 2.0 * os.getloadavg()[0] / os.cpu_count())
-
-
 def check_one_line(errors: str, what: str) -> None:
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and errors.strip().splitlines()[-1] == lines[0], f"{what}: {errors[-2000:]}"
@@ -75,7 +70,7 @@ def test_two_hundred_in_process(place, capsys):
             assert any(part.rstrip("s") in errors for part in [*parts, value]), (
                 f"{what}: the message does not name the field: {errors[-500:]}"
             )
-        assert took < limit(), f"{what}: took {took:.1f} s"
+        assert took < cli.patience(LIMIT_SECONDS), f"{what}: took {took:.1f} s"
         seen[re.sub(r"[^a-z. ]", "", what)] = took
 
     check()
@@ -102,7 +97,7 @@ def test_ten_through_a_real_process(what, flags, cache, tmp_path):
     done = cli.run(flags(tmp_path / "work"), cache, timeout=60)
     assert done.returncode == 2 and done.stdout == "", (done.returncode, done.stderr[-2000:])
     check_one_line(done.stderr, what)
-    assert time.monotonic() - began < limit()
+    assert time.monotonic() - began < cli.patience(LIMIT_SECONDS)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@
 The norms are method.md's: float32 sums in another order move AdamW, so trees are compared by norm, not element by element.
 """
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -104,21 +108,14 @@ def test_another_device_count_restores_the_checkpoint(finished, cache, tmp_path)
 
 def test_sigterm_on_two_processes_saves_once(cache, tmp_path):
     """Both get the signal, at slightly different steps of theirs; they save the same step and both exit with 75."""
-    import os
-    import signal
-    import subprocess
-    import sys
-
     script = ["bash", str(cli.ROOT / "launch" / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2"]
     arguments = cli.flags(tmp_path / "work", pretrain__num_steps=2000, checkpoint_every=0)
     env = cli.environment(cache, PYTHON=sys.executable, GRACE_SECONDS=15)
     process = subprocess.Popen([*script, *arguments], cwd=cli.ROOT, env=env, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "work" / "pretrained" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    cli.wait_for_log(log, process)
     os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=cli.patience(60))
     assert process.returncode == 75, errors[-3000:]
     other = (tmp_path / "logs" / "process1.log").read_text()
     assert "preempted: " in errors and "preempted: " in other and "Traceback" not in errors + other
@@ -134,11 +131,9 @@ def test_a_workdir_that_is_not_shared_is_refused(cache, tmp_path):
     )
     stand_in.chmod(0o755)
     script = ["bash", str(cli.ROOT / "launch" / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2"]
-    import subprocess
-
     env = cli.environment(cache, PYTHON=stand_in, GRACE_SECONDS=10)
     done = subprocess.run(
-        [*script, *cli.flags("WORKDIR")], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=120
+        [*script, *cli.flags("WORKDIR")], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=cli.patience(120)
     )
     both = done.stderr + (tmp_path / "logs" / "process1.log").read_text()
     assert done.returncode == 2 and both.count("error: ") == 2 and "not shared" in both and "Traceback" not in both
