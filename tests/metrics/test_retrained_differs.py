@@ -13,7 +13,7 @@ import pytest
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
-from retrack_jax.metrics.membership import denoising_losses, paired_gap
+from retrack_jax.metrics.membership import denoising_losses, loss_scores, membership_auc, paired_gap, secmi_scores
 from retrack_jax.metrics.relearning import relearning_curve, relearning_steps
 from retrack_jax.metrics.sscd import sscd, sscd_norm
 from retrack_jax.sampling.ddim import DDIM
@@ -101,6 +101,24 @@ def test_paired_loss_gap(models, target, rng):
     losses = {name: denoising_losses(_eps, models[name], SCHEDULE, target[None], rng) for name in ("pretrained", "retrained")}
     gap = paired_gap(losses["pretrained"], losses["retrained"])
     assert gap.mean < -5 * gap.stderr
+
+
+def test_membership_auc(rng):
+    """Members and held-out images are drawn alike: only a model that saw the members tells them apart."""
+    drawn = np.random.default_rng(9).uniform(-0.9, 0.9, (36, 4, 4, 1)).astype(np.float32)
+    remain, members, held_out = drawn[:12], drawn[12:24], drawn[24:]
+    models = {
+        "pretrained": (np.concatenate([remain, members]), np.zeros(24, np.float32)),
+        "retrained": (remain, np.zeros(12, np.float32)),
+    }
+    attacks = {
+        "loss": lambda model, x: loss_scores(_eps, model, SCHEDULE, x, rng, num_noises=16),
+        "secmi": lambda model, x: secmi_scores(_eps, model, SCHEDULE, x, t_sec=50),
+    }
+    for attack, score in attacks.items():
+        found = {name: membership_auc(score(model, members), score(model, held_out), seed=0) for name, model in models.items()}
+        assert found["pretrained"].low > 0.9, attack
+        assert found["retrained"].low < 0.5 < found["retrained"].high < found["pretrained"].low, attack
 
 
 def test_relearning(models, target, rng):
