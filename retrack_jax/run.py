@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel, recipe
 from retrack_jax.checks import check
-from retrack_jax.data.targets import slug
+from retrack_jax.data.targets import described, slug
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.evaluate.results import Results
 from retrack_jax.experiment import PixelExperiment
@@ -153,7 +153,7 @@ class Runner:
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
         path = folder / "diffusers"
         if parallel.is_main_process() and not path.exists():
-            note = f"Unlearned by {method} in {model.steps} steps; forgotten: {spec}."
+            note = f"Unlearned by {method} in {model.steps} steps; forgotten: {described(spec)}."
             self.experiment.export(path, model.params, note)
         parallel.barrier("exported")
 

@@ -13,6 +13,7 @@ from retrack_jax.data.cifar10 import other_name
 from retrack_jax.data.dataset import ImageSet
 
 _RANDOM, _RANDOM_SEED = "random:", 0x0F05
+_SHOWN = 8  # names of a list that `described` spells out
 _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 
 
@@ -121,6 +122,18 @@ def _list_lines(spec: str) -> list[str]:
     lines = [line for line in lines if line and not line.startswith("@")]
     check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name a line")
     return lines
+
+
+def described(spec: str) -> str:
+    """Returns a target in words for others to read: a list by its file's name and the first eight names in it, not its path."""
+    parts = []
+    for part in spec.split("+") if _is_group(spec) else [spec]:
+        if part.strip().startswith("@"):
+            names = _list_lines(part.strip())
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            part = f"{Path(part.strip()[1:]).name} ({', '.join(names[:_SHOWN])}{more})"
+        parts.append(part.strip())
+    return " + ".join(parts)
 
 
 def slug(spec: str) -> str:

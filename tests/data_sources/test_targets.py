@@ -5,7 +5,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import image_set
-from retrack_jax.data.targets import resolve_target, slug
+from retrack_jax.data.targets import described, resolve_target, slug
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,14 @@ def test_slug():
     assert len(set(slugs)) == len(specs)
     for found in slugs:
         assert found and len(found) <= 100 and set(found) <= set("-._") | set(map(chr, range(48, 123))) and found[0] not in ".-"
+
+
+def test_described_names_what_a_list_holds_and_no_folder(tmp_path):
+    path = tmp_path / "forget.txt"
+    path.write_text("\n".join(f"{row}.jpg" for row in range(10)))
+    assert described(f"@{path}") == "forget.txt (0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg, 6.jpg, 7.jpg and 2 more)"
+    path.write_text("b.jpg\na.jpg\n")
+    assert described(f"c.jpg+@{path}") == "c.jpg + forget.txt (b.jpg, a.jpg)" and described("label:7") == "label:7"
 
 
 def test_slug_of_a_list_follows_its_content(tmp_path):
