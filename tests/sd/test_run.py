@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import stable_diffusion
 from retrack_jax import text_to_image
 from retrack_jax.api import run
 from retrack_jax.checkpoints.names import TorchTensor
@@ -27,34 +26,10 @@ from retrack_jax.evaluate.concept import (
 )
 from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.results import Unavailable, evaluate
+from tests.metrics.feature_weights import random_state, sscd_shapes
 from tests.sd.openai_clip import openai_tensors
-from tests.sd.tiny import CONCEPTS, PIPELINE
-
-COMPUTED = tuple(name for name in METRIC_NAMES if not name.startswith("sscd"))
-
-
-def tiny_config(tmp_path, method="retrack"):
-    config = stable_diffusion.get_config(method)
-    with config.unlocked():
-        config.targets = ("red_circle",)
-        config.checkpoint = str(PIPELINE)
-        config.data.dir = str(CONCEPTS)
-        config.data.cache_dir = str(tmp_path / "cache")
-        config.data.resolution = 32
-        config.unlearn.num_steps = 2
-        config.unlearn.batch_size = 4
-        config.unlearn.accumulation = 1  # microbatches are tested in tests/train; here they double the time to compile
-        config.unlearn.num_neighbors = 3
-        config.unlearn.learning_rate = 1e-3
-        config.sampling.num_steps = 2
-        config.sampling.num_images = 4
-        config.sampling.batch_size = 4
-        config.eval.weights_dir = str(tmp_path / "weights")
-        config.eval.metrics = COMPUTED  # SSCD's network is of one size, 25 M parameters
-        config.compute.remat = False  # halves the time to compile
-        config.log_every = 1
-        config.export = "pipeline"
-    return config
+from tests.sd.tiny import CONCEPTS, tiny_config
+from tests.torch_files import save_state
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +42,7 @@ def finished(tmp_path_factory, pipeline):
         TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())
     ]
     write_safetensors(tmp_path / "weights" / "RN50.safetensors", items)
+    save_state(tmp_path / "weights" / "sscd_disc_mixup.torchvision.pt", random_state(sscd_shapes()))  # the real layout
 
     config = tiny_config(tmp_path)
     summary = run(config, tmp_path / "work")
@@ -82,8 +58,10 @@ def test_files_and_metrics(finished):
     assert summary["methods"]["retrack"]["runs"] == 1
     folder = tmp_path / "work" / "retrack" / "seed0-red_circle"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["unlearned"]) == set(metrics["pretrained"]) == set(COMPUTED)
-    assert metrics["unlearned"]["clip_iqa_original"] != metrics["pretrained"]["clip_iqa_original"]
+    assert set(metrics["unlearned"]) == set(metrics["pretrained"]) == set(METRIC_NAMES)
+    for name in ("clip_iqa_original", "sscd_original", "sscd_modified"):
+        assert metrics["unlearned"][name] != metrics["pretrained"][name] and -1 <= metrics["unlearned"][name] <= 1
+    assert "sscd_disc_mixup" in metrics["provenance"]["metrics"]["sscd_original"]["features"]
     assert metrics["provenance"]["data"]["prompts"]["modified"].startswith("a picture of something")
     assert metrics["steps"] == 2 and metrics["retrained"] is None
     assert (folder / "report.html").is_file() and (folder / "samples.png").is_file()
@@ -153,7 +131,7 @@ def test_metrics_of_samples_with_a_known_answer(tmp_path):
 
 
 def test_a_metric_without_its_files_is_unavailable_and_says_what_to_do(tmp_path, pipeline):
-    with pytest.raises(Unavailable, match="no sscd_disc_mixup.torchscript.pt in .*mode=check"):
+    with pytest.raises(Unavailable, match="no sscd_disc_mixup.torchscript.pt or .* in .*mode=check"):
         load_sscd(tmp_path)
     with pytest.raises(Unavailable, match="no RN50.pt in .*mode=check"):
         load_clip_iqa(tmp_path, pipeline.tokenizer, 4)
