@@ -39,7 +39,7 @@ def get_config(method=None):
     config.checkpoint_every = 250
     config.log_every = 10
 
-    # ReTrack's recipe for MNIST T-Shirt at this model's size (the prototype's rate).
+    # ReTrack's recipe for MNIST T-Shirt at this model's size.
     config.unlearn.num_steps = 50
     config.unlearn.batch_size = 64
     config.unlearn.learning_rate = 1e-4
@@ -53,9 +53,13 @@ def get_config(method=None):
     config.eval.mark_name = "T-shirt"
     # No digit is nearer to the T-shirt than 3.5, memorised samples lie below 0.6; halfway, in favour of finding one.
     config.eval.frequency_threshold = 2.0
-    # The official values for MNIST T-Shirt; every method takes the rate above.
+    # Lambda and s are the official values for MNIST T-Shirt. The rates are what one grid chose for each method
+    # (tests/benchmarks/tune_methods.py: 5e-5, 1e-4 and 2e-4 on seed 100); ReTrack, SISS and vanilla stay at the one above.
     mixture = {"lam": 0.5, "siss_scale": 5.0}
-    return base.with_method(config, method, recipes={"siss": mixture, "siss_no_is": mixture})
+    slow = {"learning_rate": 5e-5}
+    return base.with_method(
+        config, method, recipes={"siss": mixture, "siss_no_is": mixture, "erasediff": slow, "neggrad": slow}
+    )
 
 
 def _base():
