@@ -108,6 +108,13 @@ _METRICS = (
         meaning="Share of reference images that lie among the samples.",
     ),
     Metric(
+        name="forget_loss",
+        label="Loss on forgotten",
+        about="forgetting",
+        meaning="Denoising loss on the forgotten images under the same noises for every model; retrain is the measure.",
+        digits=2,
+    ),
+    Metric(
         name="nll_bits_per_dim",
         label="NLL (bits/dim)",
         better="higher",
@@ -153,12 +160,6 @@ _METRICS = (
         name="membership_auc_secmi",
         label="Membership AUC (SecMI)",
         meaning="The same for an attack by the error of a DDIM step there and back.",
-    ),
-    Metric(
-        name="forget_loss",
-        label="Loss on forgotten",
-        meaning="Denoising loss on the forgotten images under the same noises for every model; retrain is the measure.",
-        digits=2,
     ),
     Metric(
         name="label_share",

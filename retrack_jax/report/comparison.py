@@ -78,7 +78,8 @@ def scatter_points(summary: Mapping, most: int = 4) -> list[tuple[tuple[str, str
     A pair needs two methods that have both metrics. Metrics whose direction is unknown are in no pair.
     """
     names = comparison_columns(summary)
-    strength = [name for name in names if describe(name).about == "forgetting"]
+    # A frequency that is 0 for nearly every method tells none from another; it goes last.
+    strength = sorted((name for name in names if describe(name).about == "forgetting"), key=lambda name: _tied(summary, name))
     quality = [name for name in names if describe(name).about == "quality"]
     pairs = [(x, y) for y in quality for x in strength if _same_prompt(x, y)]
     charts = []
@@ -93,6 +94,12 @@ def scatter_points(summary: Mapping, most: int = 4) -> list[tuple[tuple[str, str
         if len(points) > 1:
             charts.append(((x, y), points))
     return charts
+
+
+def _tied(summary: Mapping, name: str) -> bool:
+    """Whether most methods have the same value of a metric as another."""
+    means = [e["metrics"][name]["mean"] for m, e in summary["methods"].items() if m != "pretrained" and name in e["metrics"]]
+    return len(set(means)) <= len(means) / 2
 
 
 def _same_prompt(x: str, y: str) -> bool:
