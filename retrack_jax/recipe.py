@@ -18,7 +18,7 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.data.folder_source import list_images
 from retrack_jax.files import read_json
 
-_FROM_CHECKPOINT = ("cifar10", "celebahq")  # sources of configs that have no pretraining recipe
+_FROM_CHECKPOINT = ("cifar10", "celebahq", "concepts")  # sources of configs that have no pretraining recipe
 log = logging.getLogger(__name__)
 
 

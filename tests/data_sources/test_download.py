@@ -24,6 +24,10 @@ def download(tmp_path):
     client = tmp_path / "bin" / "hf"
     client.write_text(HF)
     client.chmod(0o755)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
 
     def run(endpoint):
         calls = tmp_path / "calls"
@@ -34,7 +38,8 @@ def download(tmp_path):
             "CALLS": str(calls),
             "no_proxy": "127.0.0.1",
         }
-        flags = [f"--config.data.dir={tmp_path / 'data'}", "--config.checkpoint=", "--config.eval.metrics=nll_bits_per_dim"]
+        fields = {"data.dir": tmp_path / "data", "checkpoint": model, "eval.metrics": "nll_bits_per_dim"}
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
         start = time.monotonic()
         done = subprocess.run(
             ["bash", "launch/download.sh", "configs/cifar10.py", *flags], env=environment, capture_output=True, text=True
@@ -54,7 +59,7 @@ def test_commands_run_and_the_list_is_printed_again(download, tmp_path):
         server.shutdown()
     assert status == 0, output
     assert calls == [f"download uoft-cs/cifar10 --repo-type=dataset --local-dir {tmp_path / 'data'}"]
-    assert "0 found, 1 missing" in output and "1 found, 0 missing" in output
+    assert "2 found, 1 missing" in output and "3 found, 0 missing" in output
 
 
 def test_without_a_network_it_fails_in_seconds(download):
