@@ -18,7 +18,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises `UserError`, naming the field, the value and the choices, for whatever can be told wrong before anything is loaded."""
+    """Raises `UserError`, naming field, value and choices, for whatever can be told wrong before anything is loaded."""
     check_choice("config.method", config.method, (*METHODS, PRETRAINED, ALL))
     check_choice("config.mode", config.mode, MODES)
     check(len(config.seeds) > 0, "config.seeds is empty; give at least one, such as --config.seeds=0")

@@ -1,13 +1,12 @@
 """An experiment: the images, the network and how both meet, built once from the config and used by every stage.
 
-This one is for images in pixels. Stages ask it for what they need and never look at the config's data or model themselves, so that an
-experiment in another space (text_to_image.py) is another class with the same methods.
+This one is for images in pixels. Stages ask it for what they need and never look at the config's data or model themselves, so that
+an experiment in another space (text_to_image.py) is another class with the same methods.
 """
 
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import jax
@@ -21,7 +20,8 @@ from retrack_jax.checks import UserError, check, check_choice, check_int, check_
 from retrack_jax.data.dataset import ImageSet, Rows
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import load_images
-from retrack_jax.data.targets import is_random, resolve_target, slug
+from retrack_jax.data.target import ForgetData, Target, make_target
+from retrack_jax.data.targets import is_random, resolve_target
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate.networks import FEATURES, NETWORKS, check_score_network, feature_network, load_sscd, score_network
 from retrack_jax.evaluate.pixel import METRIC_NAMES, evaluators
@@ -38,35 +38,6 @@ from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """What one run forgets: rows of the image set.
-
-    Attributes:
-      spec: as the user wrote it; slug: its name in paths.
-      forget, remain: int rows; together the whole set.
-      unique: rows of the distinct forgotten images; copy_of `[F]`: for each forgotten row, which of them it is.
-    """
-
-    spec: str
-    slug: str
-    forget: np.ndarray
-    remain: np.ndarray
-    unique: np.ndarray
-    copy_of: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class ForgetData:
-    """What the training step holds on the device about a target (see train/step.py `Shared`), and what the report shows."""
-
-    forget: PyTree
-    neighbors: PyTree | None = None
-    neighbor_rows: np.ndarray | None = None
-    neighbor_images: np.ndarray | None = None  # uint8 [F, K, H, W, C]
-    distances: np.ndarray | None = None
 
 
 class PixelExperiment:
@@ -119,16 +90,15 @@ class PixelExperiment:
         return np.arange(len(self.images))
 
     def target(self, spec: str) -> Target:
-        """Resolves what the user asked to forget. Raises `UserError` for a name that is not there, or a target that is everything."""
+        """Resolves what the user asked to forget. Raises `UserError` for a name that is not there, or for everything at once."""
         forget = resolve_target(spec, self.images)
         remain = np.setdiff1d(self.all_rows(), forget)
         check(len(remain) > 0, f"the target {spec!r} is the whole set of {len(self.images)} images; nothing would remain")
-        flat = np.ascontiguousarray(self.images.images[forget]).reshape(len(forget), -1)
         method, k = METHODS.get(self.config.method), self.config.unlearn.num_neighbors
         if self.config.method == ALL or (method is not None and "neighbors" in method.streams):
-            check(k <= len(remain), f"config.unlearn.num_neighbors (K) is {k}, but only {len(remain)} images remain; choose a smaller K")
-        _, first, copy_of = np.unique(flat, axis=0, return_index=True, return_inverse=True)
-        return Target(spec, slug(spec), forget, remain, forget[first], copy_of.reshape(-1))
+            few = f"config.unlearn.num_neighbors (K) is {k}, but only {len(remain)} images remain; choose a smaller K"
+            check(k <= len(remain), few)
+        return make_target(spec, forget, remain, self.images.images[forget])
 
     def gather(self, rows: np.ndarray):
         """Returns `positions -> {"pixels": uint8 [b, H, W, C]}` within `rows`, for the stream of remaining images."""
@@ -232,7 +202,9 @@ class PixelExperiment:
         """How samples were drawn, for provenance."""
         return self.config.sampling.to_dict()
 
-    def evaluate(self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir) -> Results:
+    def evaluate(
+        self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir
+    ) -> Results:
         """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed."""
         if is_complete(path, self.config.eval.metrics):
             return read_results(path)

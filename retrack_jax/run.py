@@ -122,7 +122,8 @@ class Runner:
 
     def _prepare_sweep(self) -> None:
         specs, recipe = build.target_specs(self.config), self.config.unlearn
-        if self._prepared or len(specs) == 1 or not any(name in METHODS and "neighbors" in METHODS[name].streams for name in methods_of(self.config)):
+        methods = [METHODS[name] for name in methods_of(self.config) if name in METHODS]
+        if self._prepared or len(specs) == 1 or not any("neighbors" in method.streams for method in methods):
             return
         targets = [self.experiment.target(spec) for spec in specs]
         self.experiment.prepare_targets(targets, recipe.num_neighbors, recipe.neighbor_backend)

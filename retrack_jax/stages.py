@@ -18,7 +18,8 @@ from retrack_jax import build, files, parallel
 from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.data.pipeline import Batches
-from retrack_jax.experiment import PixelExperiment, Target
+from retrack_jax.data.target import Target
+from retrack_jax.experiment import PixelExperiment
 from retrack_jax.train.loop import Preempted, restore, train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -59,7 +60,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Everything that the stages share: config, experiment, workdir, the flag that a preemption sets, and what is compiled already."""
+    """What the stages share: config, experiment, workdir, the flag that a preemption sets, and what is compiled already."""
 
     config: ConfigDict
     experiment: PixelExperiment
@@ -143,7 +144,9 @@ class Stages:
         folder = self.workdir.run(method_name, seed, target.slug)
         return self._train(folder, make_state, make_work, seed, recipe.num_steps, "unlearn", only_existing)
 
-    def _program(self, name: str, method: Method, recipe: ConfigDict, how: StepOptions, ema_decay: Callable | None = None) -> Program:
+    def _program(
+        self, name: str, method: Method, recipe: ConfigDict, how: StepOptions, ema_decay: Callable | None = None
+    ) -> Program:
         if name not in self.programs:
             step = make_train_step(method, self.experiment.eps_fn, how)
             self.programs[name] = Program(build.optimizer_from(recipe), ema_decay, step)
@@ -162,9 +165,8 @@ class Stages:
         with RunStore(folder / "checkpoints") as store:
             if only_existing and store.latest_step() != num_steps:
                 stage = "pretrain" if name == "pretrain" else "unlearn"
-                raise UserError(
-                    f"{folder} has no finished model; run --config.mode={stage} first, or leave config.mode out to run every stage"
-                )
+                mend = f"run --config.mode={stage} first, or leave config.mode out to run every stage"
+                raise UserError(f"{folder} has no finished model; {mend}")
             state, seconds = restore(make_state, num_steps, store)
             if not isinstance(state, TrainState):
                 return Model(state, num_steps, seconds)

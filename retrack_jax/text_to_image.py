@@ -25,12 +25,11 @@ from retrack_jax import build, files
 from retrack_jax.checkpoints.pipeline import export_pipeline, load_pipeline, prompt_embeddings
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.concept_members import ConceptMembers
-from retrack_jax.data.targets import slug
+from retrack_jax.data.target import ForgetData, Target, make_target
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate import concept as metrics
 from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
-from retrack_jax.experiment import ForgetData, Target
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.prompt_sampler import PromptSampler
 from retrack_jax.report.grids import thumbnails
@@ -105,9 +104,7 @@ class TextToImageExperiment:
         member = self._members[spec]
         rows = np.arange(len(member.concept.images)) + member.first_row
         forget, remain = rows[member.concept.forget], rows[member.concept.remain]
-        flat = np.ascontiguousarray(member.concept.images.images[member.concept.forget]).reshape(len(forget), -1)
-        _, first, copy_of = np.unique(flat, axis=0, return_index=True, return_inverse=True)
-        return Target(spec, slug(spec), forget, remain, forget[first], copy_of.reshape(-1))
+        return make_target(spec, forget, remain, member.concept.images.images[member.concept.forget])
 
     def gather(self, rows: np.ndarray):
         """Returns `positions -> {"mean", "std"}` within `rows`: what the stream of remaining latents is drawn from."""
