@@ -1,7 +1,7 @@
 """An experiment: the images, the network and how both meet, built once from the config and used by every stage.
 
-This one is for images in pixels. Stages ask it for what they need and never look at the config's data or model themselves, so that
-an experiment in another space (text_to_image.py) is another class with the same methods.
+This one is for images in pixels. Stages ask it for what they need and never look at the config's data or model themselves, so
+that an experiment in another space (text_to_image.py) is another class with the same methods.
 """
 
 import dataclasses
