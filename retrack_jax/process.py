@@ -75,6 +75,8 @@ def join_processes() -> None:
 
     if jax.distributed.is_initialized():
         return
+    # jax's preemption service would take SIGTERM over from `catch_termination`: several processes would never hear of it.
+    jax.config.update("jax_enable_preemption_service", False)
     coordinator = os.environ.get("RETRACK_COORDINATOR")
     if coordinator:
         try:
