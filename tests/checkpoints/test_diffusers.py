@@ -100,6 +100,16 @@ def test_a_lone_variant_is_read(model):
     assert equal(import_diffusers(model)[1], expected)
 
 
+def test_a_sharded_bin_is_read(tmp_path):
+    _, expected = import_diffusers(DATA / "old_pipeline")
+    shard, index = "diffusion_pytorch_model-00001-of-00001.bin", "diffusion_pytorch_model.bin.index.json"
+    names = read_torch(DATA / "old_pipeline" / "diffusion_pytorch_model.bin")
+    shutil.copy(DATA / "old_pipeline" / "config.json", tmp_path)
+    shutil.copy(DATA / "old_pipeline" / "diffusion_pytorch_model.bin", tmp_path / shard)
+    (tmp_path / index).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    assert equal(import_diffusers(tmp_path)[1], expected)
+
+
 def test_own_fields_reach_the_module():
     module, params = import_diffusers(DATA / "safetensors", dtype=jnp.bfloat16, remat=True)
     assert module.remat and module.dtype == jnp.bfloat16 and params["conv_in"]["bias"].dtype == jnp.float32

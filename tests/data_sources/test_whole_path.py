@@ -1,5 +1,6 @@
 """The paper's configs and custom.py from the command line at toy size: real formats in, a report and a model out."""
 
+import importlib
 import json
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrack_jax.checkpoints import export_diffusers, import_diffusers
+from retrack_jax import recipe
+from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.diffusion import Schedule
+from retrack_jax.experiment import PixelExperiment
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
 
@@ -49,26 +52,33 @@ def command(tmp_path):
     return run
 
 
-def write_checkpoint(folder, size, subfolder=""):
-    """A toy model in diffusers' layout: at the root with its scheduler, or in `unet/` beside `scheduler/`."""
+def write_checkpoint(folder, size, subfolder="", prediction_type="epsilon"):
+    """A toy model in diffusers' layout, with a licence: at the root with its scheduler, or in `unet/` beside `scheduler/`."""
     module = UNet2D.from_config({"sample_size": size, "in_channels": 3, "out_channels": 3, **NETWORK})
     shapes = jax.eval_shape(module.init, jax.random.key(1), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
     numbers = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: 0.1 * numbers.standard_normal(leaf.shape, dtype=np.float32), shapes)
-    schedule = Schedule.from_config({"num_train_timesteps": 1000, "variance_type": "fixed_large"})
+    schedule = Schedule.from_config(
+        {"num_train_timesteps": 1000, "variance_type": "fixed_large", "prediction_type": prediction_type}
+    )
     export_diffusers(folder, module, params, schedule=schedule)
     if subfolder and not (folder / subfolder).exists():
         (folder / subfolder).mkdir()
         (folder / "scheduler").mkdir(exist_ok=True)
         for path in [path for path in folder.iterdir() if path.is_file()]:
             path.rename(folder / ("scheduler" if "scheduler" in path.name else subfolder) / path.name)
+    (folder / "LICENSE").write_text("the terms of the toy")
     return folder
 
 
-def check_run(workdir, slug, num_forget, num_remain):
+def check_run(workdir, slug, num_forget, num_remain, forgotten=None):
     run = workdir / "retrack" / f"seed0-{slug}"
     metrics = json.loads((run / "metrics.json").read_text())
     data = metrics["provenance"]["data"]
+    card = (run / "diffusers" / "README.md").read_text()
+    assert f"Unlearned by retrack in 2 steps; forgotten: {forgotten or metrics['target']}." in card
+    if metrics["config"]["checkpoint"]:
+        assert (run / "diffusers" / "LICENSE").read_text() == "the terms of the toy"
     assert (data["num_forget"], data["num_remain"]) == (num_forget, num_remain)
     assert (run / "report.html").exists() and (workdir / "summary.json").exists()
     before, after = import_diffusers(run / "diffusers"), np.load(run / "samples.npz")["samples"]
@@ -118,12 +128,36 @@ def test_custom(command, tmp_path, jpeg_folder):
     folder, _ = jpeg_folder(8, size=20)
     Image.new("RGB", (50, 30), (9, 99, 200)).save(folder / "wide.png")
     (tmp_path / "forget.txt").write_text("00001.jpg\nwide.png\n")
-    checkpoint = write_checkpoint(tmp_path / "model", 16)
+    checkpoint = write_checkpoint(tmp_path / "model", 16, prediction_type="v_prediction")
     status, workdir = command("custom", data__dir=folder, checkpoint=checkpoint, targets=f"@{tmp_path / 'forget.txt'}")
     assert status == 0
     (run,) = (workdir / "retrack").glob("seed0-forget.txt-*")
-    metrics = check_run(workdir, run.name.removeprefix("seed0-"), 2, 7)
+    forgotten = "forget.txt (00001.jpg, wide.png)"
+    metrics = check_run(workdir, run.name.removeprefix("seed0-"), 2, 7, forgotten)
     assert metrics["config"]["data"]["resolution"] == 16 and metrics["config"]["unlearn"]["learning_rate"] == 2e-5
+    assert read_schedule_config(run / "diffusers")["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_what_losses_see_of_a_checkpoint_is_eps(tmp_path, jpeg_folder, prediction_type):
+    """All stages take their network from `experiment.eps_fn`; the formulas are those of diffusers' `step`."""
+    folder, _ = jpeg_folder(4, size=16)
+    config = importlib.import_module("configs.custom").get_config()
+    config.data.dir, config.data.cache_dir, config.targets = str(folder), str(tmp_path / "cache"), ("00001.jpg",)
+    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16, prediction_type=prediction_type))
+    experiment = PixelExperiment(recipe.complete(config))
+    params, t = experiment.imported_params(), jnp.array([3, 700], jnp.int32)
+    x_t = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    output = np.float64(jax.jit(experiment.module.apply)({"params": params}, x_t, t))
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[[3, 700], None, None, None]
+    gamma, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    expected = {
+        "epsilon": output,
+        "v_prediction": gamma * output + sigma * x_t,
+        "sample": (x_t - gamma * output) / sigma,
+    }[prediction_type]
+    found = np.float64(jax.jit(experiment.eps_fn)(params, x_t, t))
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(
