@@ -14,7 +14,10 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 PRETRAIN_STEPS, UNLEARN_STEPS = 8, 6
 TINY = {
-    "model.block_out_channels": "8,16",
+    "model.block_out_channels": "(8,)",
+    "model.down_block_types": "('DownBlock2D',)",
+    "model.up_block_types": "('UpBlock2D',)",
+    "model.add_attention": "False",
     "model.norm_num_groups": "4",
     "pretrain.num_steps": PRETRAIN_STEPS,
     "pretrain.batch_size": 16,
@@ -29,6 +32,13 @@ TINY = {
     "checkpoint_every": 2,
     "log_every": 1,
 }
+# What makes it two blocks wide with attention in the inner one; as changes to `flags`.
+ATTENTION = {
+    "model__block_out_channels": "8,16",
+    "model__down_block_types": "('DownBlock2D','AttnDownBlock2D')",
+    "model__up_block_types": "('AttnUpBlock2D','UpBlock2D')",
+    "model__add_attention": "True",
+}
 
 
 def flags(workdir, method="retrack", **changes) -> list[str]:
@@ -39,7 +49,10 @@ def flags(workdir, method="retrack", **changes) -> list[str]:
 
 
 def environment(cache, **more) -> dict[str, str]:
-    """Returns the environment of a command that keeps its caches in `cache`, with nothing of this process's devices."""
+    """Returns the environment of a command that keeps its caches in `cache`, with nothing of this process's devices.
+
+    The compiler is told to hurry: the drills are about runs, not about quick programs, and most of their time is compilation.
+    """
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -47,6 +60,7 @@ def environment(cache, **more) -> dict[str, str]:
     }
     return {
         **clean, "HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"), "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
-"""One cache for all drills of a session, and one undisturbed run to compare with."""
+"""One cache for all drills, and one undisturbed run of each session to compare with."""
 
+import os
 import shutil
 
 import pytest
@@ -9,8 +10,11 @@ from tests.drills import cli
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Compiled programs and neighbors, shared by all commands of the drills, never the user's own."""
-    return tmp_path_factory.mktemp("cache")
+    """Compiled programs and neighbors, shared by all commands of the drills, those of other workers too, never the user's own."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ RANGES = {
 
 
 def _with(workdir, **changes):
-    return cli.flags(workdir, **{name.replace(".", "__"): value for name, value in changes.items()})
+    return cli.flags(workdir, **{**cli.ATTENTION, **{name.replace(".", "__"): value for name, value in changes.items()}})
 
 
 def _set(workdir, field, value):
@@ -118,7 +118,7 @@ def field_values(workdir):
 
 def flag_mistakes(workdir):
     """Flags, fields, files and methods that do not exist."""
-    base = cli.flags(workdir)
+    base = cli.flags(workdir, **cli.ATTENTION)
     letters = st.sampled_from("qxz7")
     typos = st.builds(_typo, st.sampled_from(sorted(FIELDS)), st.integers(0, 99), letters).filter(
         lambda name: name not in FIELDS

@@ -41,8 +41,16 @@ def params(folder, part="params"):
     return {name: leaf for name, leaf in cli.last_state(folder).items() if name.startswith(f"['{part}']")}
 
 
+@pytest.fixture(scope="module")
+def attentive(cache, tmp_path_factory):
+    """The workdir of a pretrained model with attention."""
+    workdir = tmp_path_factory.mktemp("attentive") / "work"
+    cli.succeed(cli.flags(workdir, mode="pretrain", **cli.ATTENTION), cache)
+    return workdir
+
+
 @pytest.mark.parametrize("method", ["retrack", "siss"])
-def test_one_by_four_equals_two_by_two_equals_accumulation(method, finished, cache, tmp_path):
+def test_one_by_four_equals_two_by_two_equals_accumulation(method, attentive, cache, tmp_path):
     """From one pretrained model: 1 process x 4 devices, 2 x 2, 1 x 1 with 4 microbatches, 5 steps each."""
     layouts = {
         "one_by_four": lambda arguments: cli.run_processes(1, 4, arguments, cache, tmp_path / "logs14"),
@@ -53,16 +61,13 @@ def test_one_by_four_equals_two_by_two_equals_accumulation(method, finished, cac
     for name, launch in layouts.items():
         workdir = tmp_path / name
         workdir.mkdir()
-        shutil.copytree(finished / "pretrained", workdir / "pretrained")
-        done = launch(cli.flags(workdir, method, mode="unlearn", unlearn__num_steps=STEPS))
+        shutil.copytree(attentive / "pretrained", workdir / "pretrained")
+        done = launch(cli.flags(workdir, method, mode="unlearn", unlearn__num_steps=STEPS, **cli.ATTENTION))
         logs = "".join(path.read_text()[-3000:] for path in tmp_path.glob("logs22/*"))
         assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}\n{logs}"
         assert cli.checkpoint_steps(workdir / method / "seed0-label_10")[-1] == STEPS
         runs[name] = params(workdir / method / "seed0-label_10")
-    start = params(finished / "pretrained", "ema_params")
-    start = {name.replace("ema_params", "params"): leaf for name, leaf in start.items()} or params(
-        finished / "pretrained"
-    )
+    start = params(attentive / "pretrained")
     for name in ("two_by_two", "accumulated"):
         whole, relative = distances(runs["one_by_four"], runs[name], start)
         where = largest(runs["one_by_four"], runs[name])
