@@ -59,7 +59,10 @@ def check_block_types(module, *, plain=str, **kinds) -> None:
 
     `plain` maps an entry to the name that is looked up.
     """
-    blocks = len(module.block_out_channels)
+    widths = module.block_out_channels
+    whole = isinstance(widths, (tuple, list)) and all(isinstance(width, int) and width > 0 for width in widths)
+    check(whole, f"block_out_channels is {widths!r}; it must be a list of whole numbers above 0")
+    blocks = len(widths)
     for field, allowed in kinds.items():
         types = getattr(module, field)
         check(len(types) == blocks, f"{field} has {len(types)} entries, block_out_channels {blocks}; they must be as many")
