@@ -18,7 +18,7 @@ test: .venv/installed-$(JAX)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 drills: .venv/installed-$(JAX)
-	$(BIN)/python -m pytest tests/drills
+	$(BIN)/python -m pytest tests/drills -n 2 --dist loadfile
 
 parity: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/parity -n auto --dist loadfile
