@@ -46,6 +46,9 @@ def get_config(method=None):
     config.unlearn.lam = 0.005
     config.unlearn.num_neighbors = 10
 
+    # XLA runs convolutions as narrow as these on one core; two devices use two, whatever else the machine has.
+    config.compute.cpu_devices = 2
+
     config.sampling.num_images = 2000
     config.sampling.batch_size = 500
     config.eval.metrics = ("frequency", "fid", "kid", "precision", "recall", "nll_bits_per_dim", "forget_loss")

@@ -8,7 +8,7 @@ import warnings
 
 from ml_collections import ConfigDict
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, check_int
 
 
 def run_command(config: ConfigDict, workdir: str) -> int:
@@ -17,7 +17,7 @@ def run_command(config: ConfigDict, workdir: str) -> int:
 
     set_up_logs()
     stop = catch_termination()
-    set_up_jax()
+    set_up_jax(config.compute.cpu_devices)
     from retrack_jax.run import run
     from retrack_jax.train.loop import Preempted
 
@@ -58,15 +58,38 @@ def catch_termination():
     return lambda: bool(arrived)
 
 
-def set_up_jax() -> None:
-    """Joins the other processes, warns of an idle accelerator, and keeps compiled programs in the user's cache folder."""
+def set_up_jax(cpu_devices: int = 1) -> None:
+    """Joins the other processes, warns of an idle accelerator, and keeps compiled programs in the user's cache folder.
+
+    Args:
+      cpu_devices: devices that the CPU counts as, where the environment does not say (`JAX_NUM_CPU_DEVICES`, `XLA_FLAGS`).
+    """
     import jax
+
+    check_int("config.compute.cpu_devices", cpu_devices, 1)
+    split_cpu(cpu_devices)
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser("~/.cache/retrack_jax/xla")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     join_processes()
     warn_of_idle_accelerator()
+
+
+def split_cpu(count: int) -> None:
+    """Makes the CPU `count` devices, for XLA runs narrow convolutions on one core whatever the number of cores.
+
+    Not where the environment says how many, nor where jax has started already, as in a notebook.
+    """
+    import jax
+
+    said = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count == 1 or said:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        logging.getLogger(__name__).info("jax has started already: config.compute.cpu_devices=%d has no effect", count)
 
 
 def join_processes() -> None:

@@ -22,7 +22,7 @@ PRETRAINED, RETRAINED = "pretrained", "retrained"
 # Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, and
 # which metrics to compute, for each is kept by itself.
 _FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes"}
-_FREE_NESTED = {"data.cache_dir", "data.dir", "eval.weights_dir", "eval.metrics"}
+_FREE_NESTED = {"data.cache_dir", "data.dir", "eval.weights_dir", "eval.metrics", "compute.cpu_devices"}
 
 
 class Workdir:

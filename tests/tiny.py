@@ -19,6 +19,7 @@ TINY = {
     "checkpoint_every": 2,
     "log_every": 1,
     "eval.metrics": ("frequency",),
+    "compute.cpu_devices": 4,  # as tests/conftest.py has it
 }
 
 

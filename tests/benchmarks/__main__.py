@@ -17,15 +17,16 @@ from pathlib import Path
 from tests.benchmarks import operations, scaling, startup, training
 from tests.benchmarks.measure import compare
 
-# Network, method, rounds: as many as ten minutes hold.
+# Network, method, rounds, CPU devices of ours.
 CPU_STEPS = (
-    ("digits", "retrack", 15),
-    ("digits", "siss", 15),
-    ("digits", "vanilla", 15),
-    ("cifar10", "retrack", 5),
-    ("cifar10", "siss", 3),
-    ("cifar10", "vanilla", 3),
-    ("celebahq", "retrack", 2),
+    ("digits", "retrack", 15, 2),
+    ("digits", "siss", 15, 2),
+    ("digits", "vanilla", 15, 2),
+    ("cifar10", "retrack", 5, 2),
+    ("cifar10", "retrack", 3, 1),
+    ("cifar10", "siss", 3, 2),
+    ("cifar10", "vanilla", 3, 2),
+    ("celebahq", "retrack", 1, 1),
 )
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 GPU_BATCH = {"digits": (64, 64), "cifar10": (64, 64), "celebahq": (4, 4)}
@@ -64,11 +65,11 @@ def on_cpu(images: Path, lines: list[str]) -> dict:
     rate = training.matmul_rate()
     say(lines, f"Matrix product: {rate['limit'] / 1e9:.0f} GFLOP/s.", "", training.HEADER)
     steps = []
-    for network, method, rounds in CPU_STEPS:
-        steps.append(training.training(network, method, rounds, rate=rate))
+    for network, method, rounds, devices in CPU_STEPS:
+        steps.append(training.training(network, method, rounds, rate=rate, devices=devices))
         say(lines, training.line(steps[-1]))
     sampling = {
-        network: compare("sampling", 3, network=network, num_images=images_drawn, num_steps=num_steps)
+        network: compare("sampling", 3, {"num_devices": 2}, network=network, num_images=images_drawn, num_steps=num_steps)
         for network, images_drawn, num_steps in (("digits", 64, 50), ("cifar10", 8, 3))
     }
     say(lines, "", "| sampling | ours, s | PyTorch, s | ratio |", "|---|---|---|---|")

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
     set_up_logs()
-    set_up_jax()
+    set_up_jax(get_config().compute.cpu_devices)
     found = {}
     for size in map(int, options.sizes.split(",")):
         folder = Path(options.out) / str(size)

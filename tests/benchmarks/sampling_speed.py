@@ -1,7 +1,7 @@
 """Images a second of our sampling against diffusers' DDPMPipeline: the same weights, steps and batch, float32, in turns A B A B.
 
     .venv-parity/bin/python -m tests.benchmarks.sampling_speed [--network digits] [--images 512] [--batch 128] [--steps 50]
-        [--rounds 5] [--devices 1] [--out FILE.json]
+        [--rounds 5] [--devices 2] [--out FILE.json]
 
 diffusers writes a pipeline with random weights into a folder and both sides load it: `DDPMPipeline.from_pretrained` in one
 process, `import_diffusers` in another. Before the clock starts both networks are compared on one input. What is timed is a user's
@@ -151,7 +151,7 @@ def main(arguments: argparse.Namespace) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="digits", choices=NETWORKS)
-    for name, default in (("images", 512), ("batch", 128), ("steps", 50), ("rounds", 5), ("devices", 1)):
+    for name, default in (("images", 512), ("batch", 128), ("steps", 50), ("rounds", 5), ("devices", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

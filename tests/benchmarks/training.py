@@ -1,7 +1,7 @@
 """A training step against PyTorch's, and each side's distance from the machine's limit.
 
     .venv-parity/bin/python -m tests.benchmarks.training [--network cifar10] [--method retrack] [--rounds 4] [--out FILE.json]
-        [--device cpu|cuda] [--variant float32|tf32|bf16|compile]
+        [--device cpu|cuda] [--devices 2] [--variant float32|tf32|bf16|compile]
 
 The limit is a large float32 (or bf16) matrix product, measured on both sides in the same run; the better of the two
 counts. FLOPs of a step are those of the direct convolutions: three times the forward pass of all images (five for SISS,
@@ -56,24 +56,29 @@ def matmul_rate(device: str = "cpu", variant: str = "float32", rounds: int = 5) 
 
 
 def training(
-    network: str, method: str, rounds: int, device: str = "cpu", variant: str = "float32", batch=None, rate=None
+    network: str, method: str, rounds: int, device: str = "cpu", variant: str = "float32", batch=None, rate=None, devices=1
 ) -> dict[str, Any]:
-    """Returns one row: medians of both sides, their ratio, memory, and each side's share of the limit."""
+    """Returns one row: medians of both sides, their ratio, memory, and each side's share of the limit.
+
+    `devices` is ours alone: what jax's CPU counts as, so that two halves of a batch use two cores.
+    """
     ours, theirs = VARIANTS[variant]
+    ours = ours | {"num_devices": devices} if device == "cpu" else ours
     result = compare("training", rounds, ours, theirs, network=network, method=method, batch=batch, device=device)
     images = sum(batch or BATCH[network]) if method == "retrack" else (batch or BATCH[network])[0]
     flops = PASSES[method] * images * forward_flops(network)
     rate = rate or matmul_rate(device, variant)
     for side in ("ours", "pytorch"):
         result[side]["share_of_limit"] = flops / result[side]["seconds"] / rate["limit"]
-    return {"network": network, "method": method, "images": images, "variant": variant, "flops": flops, "matmul": rate} | result
+    about = {"network": network, "method": method, "images": images, "variant": variant, "devices": devices}
+    return about | {"flops": flops, "matmul": rate} | result
 
 
 def line(row: dict[str, Any]) -> str:
     """Returns the row as one line of a Markdown table."""
     ours, theirs = row["ours"], row["pytorch"]
     return (
-        f"| {row['network']} {row['method']} {row['variant']}, {row['images']} images "
+        f"| {row['network']} {row['method']} {row['variant']}, {row['images']} images, ours on {row['devices']} "
         f"| {ours['seconds']:.3f} | {theirs['seconds']:.3f} | {row['ratio']:.2f} "
         f"| {ours['share_of_limit']:.0%} | {theirs['share_of_limit']:.0%} |"
         f" {ours['peak_bytes'] / 2**30:.2f} | {theirs['peak_bytes'] / 2**30:.2f} |"
@@ -81,7 +86,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 HEADER = (
-    "| step | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit | ours, GiB | PyTorch, GiB |\n"
+    "| step, and CPU devices | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit | ours, GiB | PyTorch, GiB |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -94,10 +99,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--variant", default="float32", choices=VARIANTS)
     parser.add_argument("--images", type=int, help="images in each of the two batches")
+    parser.add_argument("--devices", type=int, default=1, help="what the CPU counts as for ours")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     batch = (arguments.images, arguments.images) if arguments.images else None
-    row = training(arguments.network, arguments.method, arguments.rounds, arguments.device, arguments.variant, batch)
+    names = ("network", "method", "rounds", "device", "variant", "devices")
+    row = training(**{name: getattr(arguments, name) for name in names}, batch=batch)
     print(HEADER, line(row), sep="\n")
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(row, indent=2) + "\n")

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     set_up_logs()
-    set_up_jax()
+    set_up_jax(get_config().compute.cpu_devices)
     table = {}
     for method in METHODS:
         for rate in RATES:

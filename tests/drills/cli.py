@@ -60,7 +60,7 @@ def environment(cache, **more) -> dict[str, str]:
     }
     return {
         **clean, "HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
     }  # fmt: skip
 
