@@ -135,7 +135,7 @@ def close_up(points: Sequence[Point]) -> list[Point]:
 def _axis(values, stds, start, stop, metric: Metric) -> Scale:
     ends = [value + sign * (std or 0.0) for value, std in zip(values, stds, strict=True) for sign in (-1, 1)]
     # An error bar that reaches below zero must not take a logarithmic axis away from a metric that is positive.
-    log = min(values) > 0 and max(values) / min(values) > 30 and metric.style != "percent"
+    log = min(values) > 0 and max(values) / min(values) > 10 and metric.style != "percent"
     if log:
         ends = [end if end > 0 else value for end, value in zip(ends, [v for v in values for _ in (0, 1)], strict=True)]
     return fitted(ends, start, stop, pad=0.08, log=log)
