@@ -33,8 +33,9 @@ def set_up_logs() -> None:
     """Our messages go to standard error, one line each; the libraries' only from warnings on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("retrack_jax").setLevel(logging.INFO)
-    # A failed save raises, and becomes our one line; the library's own tracebacks of it would bury that.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # A failed save raises, and becomes our one line; the library's own tracebacks of it, and of its other tasks, would bury that.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _quiet_late_callbacks(sys.unraisablehook)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # A warning is a line for the user, not a place in our source.

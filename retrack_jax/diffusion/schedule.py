@@ -156,8 +156,10 @@ class Schedule:
         class's defaults; null stands for absent.
 
         Raises:
-          UserError: a scheduler, an option or a key that is not supported, by name.
+          UserError: a scheduler, an option or a key that is not supported, by name; None, which a model without one has.
         """
+        if config is None:
+            raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
         config = {key: value for key, value in dict(config).items() if value is not None}
         class_name = config.get("_class_name", "DDPMScheduler")
         settings = {}

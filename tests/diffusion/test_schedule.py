@@ -202,3 +202,8 @@ def test_is_a_pytree_for_jit_and_pmap():
     index = jnp.arange(jax.local_device_count())
     gammas = jax.pmap(lambda schedule, t: schedule.gamma[t], in_axes=(None, 0))(Schedule.create(), index)
     np.testing.assert_array_equal(gammas, Schedule.create().gamma[: len(index)])
+
+
+def test_a_model_without_a_scheduler_is_told_what_to_do():
+    with pytest.raises(UserError, match="Schedule.create"):
+        Schedule.from_config(None)
