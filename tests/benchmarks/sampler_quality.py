@@ -24,6 +24,7 @@ from retrack_jax.evaluate.pixel import EVALUATORS
 from retrack_jax.evaluate.results import evaluate
 from retrack_jax.evaluate.task import Subject
 from retrack_jax.experiment import PixelExperiment
+from retrack_jax.process import set_up_jax
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
 from retrack_jax.stages import Model, Stages
 from retrack_jax.workdir import Workdir
@@ -86,9 +87,10 @@ def main() -> None:
     parser.add_argument("--out", default="")
     arguments, rest = parser.parse_known_args()
     config, workdir = command_line.parse([sys.argv[0], *rest])
+    set_up_jax(config.compute.cpu_devices)
     config, workdir = recipe.complete(config), Workdir(workdir)
     experiment = PixelExperiment(config)
-    stages = Stages(config=config, experiment=experiment, workdir=workdir, should_stop=lambda: False)
+    stages = Stages(config=config, experiment=experiment, workdir=workdir, should_stop=lambda: False, programs={})
     params = stages.pretrain(only_existing=True).params
     wanted = [tuple(row.split(":")) for row in arguments.only.split(",")] if arguments.only else ROWS
     rows = []
