@@ -115,6 +115,10 @@ class PixelExperiment:
         check_choice("config.eval.fid_reference", evaluation.fid_reference, ("remain", "all"))
         check_number("config.eval.frequency_threshold", evaluation.frequency_threshold, 0.0)
         check_int("config.eval.nll_probes", evaluation.nll_probes)
+        steps = evaluation.relearning.steps
+        rise = all(isinstance(b, int) and a < b for a, b in zip((0, *steps), steps, strict=False))
+        wrong = f"config.eval.relearning.steps is {tuple(steps)}; give whole numbers that rise from above 0"
+        check(rise and len(steps) > 0, wrong)
         check_number("config.eval.relearning.learning_rate", evaluation.relearning.learning_rate, 0.0, above=True)
         check_int("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
         parallel.check_divisible("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
