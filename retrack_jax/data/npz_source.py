@@ -1,6 +1,5 @@
 """Arrays on disk: an `.npz` with `images` (and perhaps `labels`, `ids`), or an `.npy`, which is mapped into memory."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ def load_npz(path, name: str = "npz") -> ImageSet:
         else:
             with np.load(path) as archive:
                 arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and NumPy each have their own
         raise UserError(f"{path} is not a readable .npz or .npy file ({error})") from error
     if list(arrays) == ["arr_0"]:
         arrays = {"images": arrays["arr_0"]}
@@ -38,10 +37,10 @@ def load_npz(path, name: str = "npz") -> ImageSet:
     images = images[..., None] if images.ndim == 3 else images
     check(images.shape[3] in (1, 3), f"{path}: images have shape {images.shape}; expected 1 or 3 channels, last")
     labels = arrays.get("labels")
-    ids = [str(value) for value in arrays["ids"]] if "ids" in arrays else [str(row) for row in range(len(images))]
+    ids = [str(value) for value in arrays["ids"].reshape(-1)] if "ids" in arrays else [str(row) for row in range(len(images))]
     for key, values in (("labels", labels), ("ids", ids)):
-        if values is not None and len(values) != len(images):
-            raise UserError(f"{path}: {len(images)} images but {len(values)} {key}")
+        if values is not None and np.shape(values)[:1] != (len(images),):
+            raise UserError(f"{path}: {len(images)} images but {np.size(values)} {key}")
     if labels is not None:
         whole = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1
         check(whole, f"{path}: labels are {labels.dtype} {labels.shape}; expected integers [N]")

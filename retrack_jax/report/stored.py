@@ -32,6 +32,6 @@ def first_images(path, count: int) -> dict[str, np.ndarray]:
                     rows = min(count, shape[0])
                     data = stream.read(rows * int(np.prod(shape[1:])))
                     arrays[member.removesuffix(".npy")] = np.frombuffer(data, np.uint8).reshape(rows, *shape[1:])
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # zipfile, zlib and NumPy each have their own
         raise UserError(f"{path} is not a whole .npz file ({error}); delete it and run again") from error
     return arrays

@@ -8,7 +8,6 @@ its images and a fingerprint of what they depend on. A later call makes the imag
 whatever batch size or number of processes made the parts; asking for more images later keeps the first ones.
 """
 
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -169,7 +168,7 @@ def _read_parts(out_dir, fingerprint: str, first: int, num_images: int) -> tuple
                 if str(part["fingerprint"]) != fingerprint:
                     continue
                 index, made = part["index"], part["images"]
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except Exception as error:  # zipfile, zlib and NumPy each have their own
             raise UserError(f"{path} is not a part file of whole samples ({error}); delete it and run again") from error
         inside = (index >= first) & (index < first + num_images)
         if images is None:

@@ -95,6 +95,17 @@ def test_damaged_file_is_searched_again(images, tmp_path, searches, caplog, dama
     assert len(searches) == 2  # and the file is whole again
 
 
+def test_a_flipped_bit_anywhere_in_the_file(images, tmp_path):
+    wanted = find(images, tmp_path)
+    (path,) = (tmp_path / "neighbors").glob("*.npz")
+    content = path.read_bytes()
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        assert_same(find(images, tmp_path), wanted)
+
+
 def test_too_few_remain(images, tmp_path):
     with pytest.raises(ValueError, match="only 58 images remain"):
         find(images, tmp_path, k=59)
