@@ -1,9 +1,9 @@
 """Images decoded once into a file of raw uint8 pixels that training, neighbors and metrics map into memory.
 
-Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, SHA-256 of the pixels), which is written last and so
-commits both. The key covers what the pixels depend on: the source files (name, size, time of change), the decoding rules
-and Pillow's version. Pixels are checked against their digest when they are loaded; a damaged or partial set is decoded
-again, never trusted.
+Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, SHA-256 of the pixels and of its own fields), which is
+written last and so commits both. The key covers what the pixels depend on: the source files (name, size, time of change),
+the decoding rules and Pillow's version. Pixels, names and labels are checked against their digests when they are loaded; a
+damaged or partial set is decoded again, never trusted.
 """
 
 import fcntl
@@ -85,16 +85,18 @@ def _alone(path: Path):
 def _load(name: str, pixels_path: Path, meta_path: Path) -> ImageSet | None:
     try:
         meta = json.loads(meta_path.read_text())
-        shape, digest, ids, labels = tuple(meta["shape"]), meta["digest"], meta["ids"], meta["labels"]
+        if meta.pop("meta_digest") != files.json_digest(meta):  # names say what to forget
+            raise ValueError("its fields do not match their digest")
+        shape, digest, ids, labels, left_out = tuple(meta["shape"]), *map(meta.get, ("digest", "ids", "labels", "skipped"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s); decoding again", meta_path, error)
         return None
     if not pixels_path.is_file() or pixels_path.stat().st_size != np.prod(shape) or pixels_digest(pixels_path, shape) != digest:
         logger.warning("%s does not match its digest; decoding again", pixels_path)
         return None
-    for skipped, reason in meta["skipped"]:
+    for skipped, reason in left_out:
         logger.warning("%s: left out corrupt image %s (%s)", name, skipped, reason)
     labels = None if labels is None else np.array(labels, np.int64)
     return ImageSet(np.memmap(pixels_path, np.uint8, "r", shape=shape), tuple(ids), labels, digest, name)
@@ -129,7 +131,7 @@ def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, label
         "labels": None if labels is None else [int(label) for label in np.asarray(labels())[kept]],
         "skipped": skipped,
     }
-    files.write_json(meta_path, meta)
+    files.write_json(meta_path, meta | {"meta_digest": files.json_digest(meta)})
 
 
 def _check_decoded(name, ids, skipped, options) -> None:

@@ -89,7 +89,7 @@ def kept_index(images, cache_dir, space: str = PIXELS):
 
     key = [VERSION, images.digest, space, list(images.images.shape), importlib.metadata.version("scann")]
     folder = epath.Path(cache_dir).expanduser() / "neighbors" / f"{files.json_digest(key)[:32]}.scann"
-    index = ScannIndex.load(folder)
+    index = ScannIndex.load(folder, len(images.images))
     if index is None:
         logger.info("neighbors: building ScaNN's tree index of %d images; it is kept in %s", len(images.images), folder)
         index = ScannIndex.build(images.images.reshape(len(images.images), -1), tree=True)

@@ -79,7 +79,7 @@ class ScannIndex:
         logger.info("ScaNN tree: %d of %d leaves a query, recall@%d %.4f", self._leaves, num_leaves(self._size), k, self.recall)
 
     def save(self, folder) -> None:
-        """Writes the index to `folder`, whole or not at all, with the SHA-256 of each of its files."""
+        """Writes the index to `folder`, whole or not at all, with the SHA-256 of each of its files and of its manifest."""
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
@@ -93,20 +93,22 @@ class ScannIndex:
                 "recall": self.recall,
                 "files": {path.name: files.file_digest(path) for path in sorted(temporary.iterdir())},
             }
-            files.write_json(temporary / _MANIFEST, manifest)
+            files.write_json(temporary / _MANIFEST, manifest | {"digest": files.json_digest(manifest)})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder) -> "ScannIndex | None":
-        """Returns the index that `save` wrote to `folder`, or None if there is none or it is damaged."""
+    def load(cls, folder, size: int) -> "ScannIndex | None":
+        """Returns the index of `size` images that `save` wrote to `folder`, or None if there is none or it is damaged."""
         from scann import scann_ops_pybind
 
         folder = Path(folder)
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
+            if manifest.pop("digest") != files.json_digest(manifest) or manifest["size"] != size:
+                raise ValueError(f"{_MANIFEST} does not match its digest, or is of another number of images")
             if any(files.file_digest(folder / name) != digest for name, digest in manifest.pop("files").items()):
                 raise ValueError("a file does not match its digest")
             return cls(scann_ops_pybind.load_searcher(str(folder)), **manifest)

@@ -164,7 +164,7 @@ def index_part() -> None:
     build, _, index = best_of(lambda: ScannIndex.build(images, tree=True), 1)
     with tempfile.TemporaryDirectory() as folder:
         save, _, _ = best_of(lambda: index.save(Path(folder) / "index"), 1)
-        load, _, index = best_of(lambda: ScannIndex.load(Path(folder) / "index"), 1)
+        load, _, index = best_of(lambda: ScannIndex.load(Path(folder) / "index", len(images)), 1)
     tree, _, (found, _) = best_of(lambda: nearest(queries, images, 10, index=index))
     brute_index = ScannIndex.build(images)
     brute, _, _ = best_of(lambda: nearest(queries, images, 10, index=brute_index))

@@ -1,5 +1,6 @@
 """Each source reads its real format, names images stably, and says what is wrong in one line."""
 
+import json
 import logging
 import os
 import time
@@ -92,6 +93,28 @@ class TestFolder:
         else:
             meta.write_text(meta.read_text()[:50])
         np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(folder)).images, pixels)
+
+    @pytest.mark.parametrize(
+        ("field", "change"),
+        [
+            ("ids", lambda ids: [*ids[:1], "9.jpg", *ids[2:]]),  # a target would name the wrong image
+            ("ids", lambda ids: [*ids[:1], *ids[:1], *ids[2:]]),  # and this would refuse every start
+            ("labels", lambda labels: [1] * 12),
+            ("skipped", None),
+            ("shape", lambda shape: [shape[0], *shape[:0:-1]]),
+        ],
+    )
+    def test_changed_names_and_labels_are_decoded_again(self, tmp_path, jpeg_folder, caplog, field, change):
+        folder, pixels = jpeg_folder()
+        before = load(tmp_path, "folder", dir=str(folder))
+        (path,) = (tmp_path / "cache" / "images").glob("*.json")
+        meta = json.loads(path.read_text())
+        value = meta.pop(field)
+        path.write_text(json.dumps(meta if change is None else meta | {field: change(value)}))
+        with caplog.at_level(logging.WARNING):
+            after = load(tmp_path, "folder", dir=str(folder))
+        assert after.ids == before.ids and after.labels is None and "decoding again" in caplog.text
+        np.testing.assert_array_equal(after.images, pixels)
 
     def test_corrupt_image_is_named_or_skipped(self, tmp_path, jpeg_folder, caplog):
         folder, pixels = jpeg_folder(40)

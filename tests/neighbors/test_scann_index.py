@@ -1,5 +1,6 @@
 """The tree index: recall against the exact search, exclusions at query time, saving and loading, damaged files."""
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ def test_recall_distances_and_exclusions(images, index):
 
 def test_saved_index_answers_alike(images, index, tmp_path):
     index.save(tmp_path / "index")
-    loaded = ScannIndex.load(tmp_path / "index")
+    loaded = ScannIndex.load(tmp_path / "index", len(images))
     for one, other in zip(index.search(images[:20], images, 7), loaded.search(images[:20], images, 7), strict=True):
         np.testing.assert_array_equal(one, other)
     assert loaded.recall == index.recall and not list(tmp_path.glob(".*"))
@@ -53,9 +54,26 @@ def test_damaged_index_is_not_loaded(index, tmp_path, caplog, name):
     path = tmp_path / "index" / name
     path.write_bytes(path.read_bytes()[:-3])
     with caplog.at_level(logging.WARNING):
-        assert ScannIndex.load(tmp_path / "index") is None
+        assert ScannIndex.load(tmp_path / "index", 3000) is None
     assert "building it again" in caplog.text
-    assert ScannIndex.load(tmp_path / "nowhere") is None
+    assert ScannIndex.load(tmp_path / "nowhere", 3000) is None
+
+
+@pytest.mark.parametrize(("field", "value"), [("leaves", 1), ("size", 2999), ("largest_norm", 0.0), ("recall", 1.0)])
+def test_changed_manifest_is_not_loaded(index, tmp_path, caplog, field, value):
+    index.save(tmp_path / "index")
+    path = tmp_path / "index" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest[field] != value
+    path.write_text(json.dumps(manifest | {field: value}))
+    with caplog.at_level(logging.WARNING):
+        assert ScannIndex.load(tmp_path / "index", 3000) is None
+    assert "building it again" in caplog.text
+
+
+def test_an_index_of_fewer_images_is_not_loaded(index, tmp_path):
+    index.save(tmp_path / "index")
+    assert ScannIndex.load(tmp_path / "index", 3001) is None
 
 
 def test_asked_for_everything_it_finds_everything(images):
