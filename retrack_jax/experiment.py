@@ -5,7 +5,6 @@ that an experiment in another space (text_to_image.py) is another class with the
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -15,29 +14,27 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from retrack_jax import build, files, parallel
-from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
+from retrack_jax import build, files
+from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet, Rows
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import load_images
 from retrack_jax.data.target import ForgetData, Target, make_target
 from retrack_jax.data.targets import is_random, resolve_target
 from retrack_jax.diffusion.process import make_eps_fn
-from retrack_jax.evaluate.networks import FEATURES, NETWORKS, check_score_network, feature_network, load_sscd, score_network
-from retrack_jax.evaluate.pixel import METRIC_NAMES, evaluators
+from retrack_jax.evaluate.checks import check_evaluation
+from retrack_jax.evaluate.networks import FEATURES, check_score_network, feature_network, load_sscd, score_network
+from retrack_jax.evaluate.pixel import evaluators
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.finetune import make_finetune
-from retrack_jax.metrics.features.resize import RULES
-from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
+from retrack_jax.report.pixel_pictures import copies_of, forgotten_and_neighbors
 from retrack_jax.sampling import SAMPLERS, make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 from retrack_jax.types import PyTree
 from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
-
-log = logging.getLogger(__name__)
 
 
 class PixelExperiment:
@@ -105,23 +102,9 @@ class PixelExperiment:
         return lambda positions: {"pixels": np.ascontiguousarray(self.images.images[rows[positions]])}
 
     def check_config(self) -> None:
-        """Raises `UserError` for values of `config.eval` that no run of this kind can use."""
-        evaluation = self.config.eval
+        """Raises `UserError` for values of `config.sampling` and `config.eval` that no run of this kind can use."""
         check_choice("config.sampling.sampler", self.config.sampling.sampler, SAMPLERS)
-        for name in evaluation.metrics:
-            check_choice("config.eval.metrics", name, METRIC_NAMES)
-        check_choice("config.eval.features", evaluation.features, NETWORKS)
-        check_choice("config.eval.fid_resize", evaluation.fid_resize, RULES)
-        check_choice("config.eval.fid_reference", evaluation.fid_reference, ("remain", "all"))
-        check_number("config.eval.frequency_threshold", evaluation.frequency_threshold, 0.0)
-        check_int("config.eval.nll_probes", evaluation.nll_probes)
-        steps = evaluation.relearning.steps
-        rise = all(isinstance(b, int) and a < b for a, b in zip((0, *steps), steps, strict=False))
-        wrong = f"config.eval.relearning.steps is {tuple(steps)}; give whole numbers that rise from above 0"
-        check(rise and len(steps) > 0, wrong)
-        check_number("config.eval.relearning.learning_rate", evaluation.relearning.learning_rate, 0.0, above=True)
-        check_int("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
-        parallel.check_divisible("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
+        check_evaluation(self.config.eval)
 
     def condition(self, target: Target) -> tuple[jax.Array, ...]:
         """Further arguments of the network, such as a prompt's embedding: none here."""
@@ -146,8 +129,7 @@ class PixelExperiment:
         )
         distinct, positions = np.unique(rows, return_inverse=True)
         bank = np.ascontiguousarray(self.images.images[distinct])
-        positions = positions.reshape(rows.shape).astype(np.int32)
-        return ForgetData(forget, {"pixels": bank}, positions, bank[positions], distances)
+        return ForgetData(forget, {"pixels": bank}, positions.reshape(rows.shape).astype(np.int32), distances=distances)
 
     @property
     def cache_dir(self) -> epath.Path:
@@ -270,7 +252,7 @@ class PixelExperiment:
         marks = {}
         if self.config.eval.frequency_threshold:
             marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
-        return {"before": before["samples"], "after": after["samples"], **marks, **self._neighbor_pictures(target)}
+        return {"before": before["samples"], "after": after["samples"], **marks, **self._target_pictures(target)}
 
     def comparison_pictures(self, target: Target, samples: dict[str, dict[str, np.ndarray]]) -> dict:
         """The arrays that the comparison shows."""
@@ -278,22 +260,15 @@ class PixelExperiment:
         if self.config.eval.frequency_threshold:
             marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
         images = {name: arrays["samples"] for name, arrays in samples.items()}
-        return {"samples": images, "marked": marked, **self._neighbor_pictures(target)}
+        return {"samples": images, "marked": marked, **self._target_pictures(target)}
 
     def _marks(self, target: Target, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        finest = arrays.get("samples_float", arrays["samples"])
-        return target_distances(finest, self.images.images[target.unique]) < self.config.eval.frequency_threshold
+        return copies_of(self.images.images[target.unique], arrays, self.config.eval.frequency_threshold)
 
-    def _neighbor_pictures(self, target: Target) -> dict:
+    def _target_pictures(self, target: Target) -> dict:
         recipe = self.config.unlearn
-        few = dataclasses.replace(target, unique=target.unique[:8])  # a page shows some of a large group
-        data = self.forget_data(few, recipe.num_neighbors, recipe.neighbor_backend)
-        return {
-            "mark_name": self.config.eval.mark_name,
-            "forgotten": data.forget["pixels"],
-            "neighbors": data.neighbor_images,
-            "distances": data.distances,
-        }
+        shown = forgotten_and_neighbors(self.images, target, recipe.num_neighbors, recipe.neighbor_backend, self.cache_dir)
+        return {"mark_name": self.config.eval.mark_name, **shown}
 
     def _check_shapes(self) -> None:
         height, width, channels = self.image_shape
