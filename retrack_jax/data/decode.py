@@ -1,7 +1,8 @@
 """Encoded images (JPEG, PNG, WebP, whatever Pillow reads) to uint8 pixels of one size, several at once.
 
 The rules, in this order: turn by the EXIF orientation; with `resolution` S, scale the shorter side to S (Lanczos) and cut
-the centre S x S; an image that is S x S already keeps its pixels as they are.
+the centre S x S; an image that is S x S already keeps its pixels as they are. Grey values of 16 bits become 8 by division by
+257, so that white stays white.
 """
 
 import io
@@ -17,9 +18,11 @@ import numpy as np
 from retrack_jax.checks import UserError, check_choice, check_int
 
 CROPS = ("center", "none")
-VERSION = 1  # of these rules; it keys the cache
+VERSION = 2  # of these rules; it keys the cache
 _AHEAD = 16  # images in flight for each worker
 _MODES = {"L": 1, "RGB": 3}
+_NO_RANGE = ("I", "F")  # 32-bit values: nothing says which is white, and Pillow's own conversion clips them at 255
+_TO_8_BITS = 257  # 65535 / 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class DecodeOptions:
 
 
 class CorruptImage(Exception):
-    """An image that cannot be decoded."""
+    """An image that cannot be decoded; the message says why, without its name."""
 
 
 def decode(name: str, source: bytes | Path, options: DecodeOptions) -> np.ndarray:
@@ -58,21 +61,39 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> np.ndarra
       CorruptImage: it cannot be decoded.
       UserError: it is of a kind or shape that `options` refuse.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:  # its message names an object in memory
+        raise CorruptImage("not an image of a known kind" if _size(source) else "empty") from error
     except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
-        raise CorruptImage(f"{name}: {error}") from error
+        raise CorruptImage(str(error)) from error
+    if image.mode in _NO_RANGE:
+        raise UserError(
+            f"image {name} has 32-bit values ({image.mode}), of which none is known as white; save it with 8 or 16 bits"
+        )
     if options.channels:
-        image = image.convert("L" if options.channels == 1 else "RGB")
+        image = _eight_bits(image).convert("L" if options.channels == 1 else "RGB")
     elif image.mode not in _MODES:
         raise UserError(
             f"image {name} is {image.mode}, neither grey nor RGB; set config.data.channels=3 (or 1) to convert every image"
         )
     return np.asarray(_resized(name, image, options)).reshape(*_shape(image, options), -1)
+
+
+def _size(source: bytes | Path) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _eight_bits(image):
+    from PIL import Image
+
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.round(np.asarray(image) / _TO_8_BITS).astype(np.uint8))
 
 
 def _shape(image, options: DecodeOptions) -> tuple[int, int]:
@@ -110,7 +131,7 @@ def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOption
         try:
             return item[0], decode(*item, options)
         except CorruptImage as error:
-            return item[0], str(error).split(": ", 1)[1]
+            return item[0], str(error)
 
     items = iter(items)
     workers = os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """Each source reads its real format, names images stably, and says what is wrong in one line."""
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from PIL import Image
 from retrack_jax.checks import UserError
 from retrack_jax.data import decoded_cache
 from retrack_jax.data.cifar10 import OFFICIAL_LABELS, other_name
+from retrack_jax.data.decode import DecodeOptions, decode
 from retrack_jax.data.load import load_images
 from retrack_jax.files import array_digest
 
@@ -143,6 +145,31 @@ class TestFolder:
         Image.new("RGBA", (8, 8)).save(tmp_path / "alpha" / "a.png")
         with pytest.raises(UserError, match="a.png is RGBA"):
             load(tmp_path, "folder", dir=str(tmp_path / "alpha"))
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_grey_of_16_bits_keeps_its_shades(self, tmp_path, channels):
+        (tmp_path / "deep").mkdir()
+        shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+        Image.fromarray(shades * 257).save(tmp_path / "deep" / "a.png")
+        with pytest.raises(UserError, match=r"a.png is I;16, neither grey nor RGB; set config.data.channels=3 \(or 1\)"):
+            load(tmp_path, "folder", dir=str(tmp_path / "deep"))
+        images = load(tmp_path, "folder", dir=str(tmp_path / "deep"), channels=channels)
+        np.testing.assert_array_equal(images.images[0], np.repeat(shades[..., None], channels, axis=2))
+
+    @pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
+    def test_values_without_a_white_are_refused(self, kind, mode):
+        file = io.BytesIO()
+        Image.fromarray(np.full((4, 4), 300, kind)).save(file, "tiff")
+        for channels in (0, 1, 3):
+            with pytest.raises(UserError, match=rf"image a.tif has 32-bit values \({mode}\).*save it with 8 or 16 bits"):
+                decode("a.tif", file.getvalue(), DecodeOptions(channels=channels))
+
+    def test_what_is_no_image_is_said_in_words(self, tmp_path, jpeg_folder):
+        folder, _ = jpeg_folder(3)
+        (folder / "00001.jpg").write_text("hello")
+        (folder / "00002.jpg").write_text("")
+        with pytest.raises(UserError, match=r"00001.jpg \(not an image of a known kind\), 00002.jpg \(empty\); mend"):
+            load(tmp_path, "folder", dir=str(folder))
 
     def test_other_size(self, tmp_path, jpeg_folder):
         folder, _ = jpeg_folder(3)
