@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.downloads import ALSO, KAGGLE, NETWORKS, checkpoint_command, unzip, unzip_file
-from retrack_jax.data.folder_source import SUFFIXES, list_images
+from retrack_jax.data.folder_source import list_images, named_images
 from retrack_jax.data.load import CELEBAHQ_TFDS, data_folder, data_format
 from retrack_jax.data.targets import resolve_target
 from retrack_jax.data.tfds_source import find_prepared, prepare_command
@@ -154,14 +151,20 @@ def _images(data: dict) -> Iterator[Requirement]:
         yield _item("images", folder, [folder] if folder.is_file() else [], advice=advice)
     elif format == "folder":
         command = unzip(f"{KAGGLE}-datasets", "data/datasets/celeba_hq_256", folder) if source == "celebahq" else ""
-        found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
-        yield _item("images", folder, sorted(found), command=command, advice=advice)
+        yield _item("images", folder, _folder_images(folder), command=command, advice=advice)
     elif source == "mnist_tshirt" and not _glob(folder, "*.parquet", "data/*.parquet"):
         for name, repository in (("mnist", "ylecun/mnist"), ("fashion_mnist", "zalando-datasets/fashion_mnist")):
             yield _parquet(folder / name, repository, advice)
     else:
         repository = {"cifar10": "uoft-cs/cifar10", "mnist_tshirt": "claserken/mnist-with-tshirt"}.get(source, "")
         yield _parquet(folder, repository, advice)
+
+
+def _folder_images(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in list_images(folder)]
+    except UserError:
+        return []
 
 
 def _parquet(folder: Path, repository: str, advice: str) -> Requirement:
@@ -199,11 +202,9 @@ def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
     if not data.get("dir") or data_format(data["source"], data.get("format", "")) != "folder":
         return
     try:
-        names = list_images(data["dir"])
+        images = named_images(data["dir"], data["source"])
     except UserError:  # the images are on the list as missing
         return
-    nothing = np.broadcast_to(np.uint8(0), (len(names), 1, 1, 1))
-    images = ImageSet(images=nothing, ids=tuple(names), labels=None, digest="", name=data["source"])
     for spec in (spec for spec in specs if all(found.get(part, True) for part in _parts(spec))):
         try:
             resolve_target(spec, images)

@@ -93,6 +93,18 @@ def test_found_files_have_size_and_digest(tmp_path):
     assert "found    images: " in printed(config)
 
 
+def test_hidden_files_do_not_count_and_links_do(tmp_path):
+    config = config_of("celebahq")
+    images, elsewhere = tmp_path / config.data.dir, tmp_path / "elsewhere"
+    for folder in (images, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(b"x")
+        (folder / ".b.jpg").write_bytes(b"x")
+    (images / "link").symlink_to(elsewhere)
+    (found,) = [item for item in requirements(config.to_dict()) if item.description == "images"]
+    assert found.files == 2
+
+
 def test_prepared_tfds_is_found(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
     text = printed(config_of("mnist_tshirt"))

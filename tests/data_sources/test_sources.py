@@ -15,6 +15,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data import decoded_cache
 from retrack_jax.data.cifar10 import OFFICIAL_LABELS, other_name
 from retrack_jax.data.decode import DecodeOptions, decode
+from retrack_jax.data.folder_source import list_images
 from retrack_jax.data.load import load_images
 from retrack_jax.files import array_digest
 
@@ -39,6 +40,15 @@ class TestFolder:
         images = load(tmp_path, "folder", dir=str(folder))
         assert images.ids == ("00000.png", "00001.png", "more/A.WEBP")
         assert (images.images[2] == [1, 2, 3]).all()
+
+    def test_links_are_followed_and_no_image_comes_twice(self, tmp_path, jpeg_folder):
+        folder, _ = jpeg_folder(3)
+        (tmp_path / "elsewhere").mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / "elsewhere" / "a.png")
+        (folder / "loop").symlink_to(folder)
+        for name in ("more", "again"):
+            (folder / name).symlink_to(tmp_path / "elsewhere")
+        assert list_images(folder) == ["00000.jpg", "00001.jpg", "00002.jpg", "again/a.png"]
 
     def test_resize_and_crop(self, tmp_path):
         """A wide image: the shorter side is scaled and the centre cut, so the outer thirds go."""
