@@ -9,9 +9,9 @@
 is cut.
 
 What is not given is chosen by the size and resolution S of the data (retrack_jax/recipe.py), along the official recipes:
-K = 10, or as many as remain; lambda = 0.02 f and rate = 2e-5 f with f = (32/S)^(2/3) for S from 32 to 256, which meets the
-official values of CIFAR-10 (S = 32) and CelebA-HQ (S = 256); 60 steps of 128 images up to S = 64, else 40 steps of 64 in 16
-parts. Any `--config.unlearn.FIELD=VALUE` wins over its rule.
+K = 10, or as many as remain, where that is less; lambda = 0.02 f and rate = 2e-5 f with f = (32/S)^(2/3) for S from 32 to
+256, which meets the official values of CIFAR-10 (S = 32) and CelebA-HQ (S = 256); 60 steps of 128 images up to S = 64, else
+40 steps of 64 in 16 parts. Any `--config.unlearn.FIELD=VALUE` wins over its rule.
 
 Hardware: as for the paper's data of the same resolution. Score to expect: none; it is your data. Read the report before you
 trust it.

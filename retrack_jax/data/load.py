@@ -59,12 +59,13 @@ def load_images(data: dict) -> ImageSet:
     format = data_format(source, data["format"])
     if source == "digits_tshirt":
         return digits_tshirt(data["copies"])
+    if format == "npz":
+        _check_as_they_are(data)
+        return load_npz(data_folder(source, format, data["dir"]))
     folder = data_folder(source, format, data["dir"])
     options = DecodeOptions(**{name: data[name] for name in ("resolution", "crop", "channels", "skip_corrupt") if name in data})
     if source == "mnist_tshirt":
         return load_mnist_tshirt(data["copies"], options, format=format, data_dir=folder, cache_dir=cache_dir)
-    if format == "npz":
-        return load_npz(folder)
     if format == "folder":
         return load_folder(folder, options, cache_dir=cache_dir, name=source)
     if format == "tfds":
@@ -75,3 +76,14 @@ def load_images(data: dict) -> ImageSet:
     else:
         images = load_parquet(folder, options, cache_dir=cache_dir, name=source, split=split)
     return check_order(images) if source == "cifar10" else images
+
+
+def _check_as_they_are(data: dict) -> None:
+    """Refuses the fields that ask for a conversion of arrays, which are taken as they are."""
+    default = DecodeOptions()
+    for name in ("resolution", "crop", "channels"):
+        if data.get(name, getattr(default, name)) != getattr(default, name):
+            raise UserError(
+                f"config.data.{name} is {data[name]!r}, but the arrays of an npz are taken as they are; "
+                f"convert them before, and leave config.data.{name} at {getattr(default, name)!r}"
+            )
