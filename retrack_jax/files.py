@@ -16,10 +16,17 @@ from etils import epath
 from retrack_jax.checks import UserError
 
 _CHUNK = 1 << 22
+IN_WORKDIR = "choose another --workdir"  # what to do where a file cannot be written
+IN_CACHE = "set config.data.cache_dir"
 
 
-def write_whole(path, write: Callable[[epath.Path], None]) -> None:
+def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_WORKDIR) -> None:
     """Calls `write(temporary_path)`, then renames the result to `path`: a reader sees all of it or none.
+
+    Args:
+      path: where the file is to be.
+      write: writes it; what it reads meanwhile must raise no `OSError`, which would be taken for one of the disk written to.
+      advice: how the user chooses another place.
 
     Raises:
       UserError: the disk is full or the folder cannot be written; an earlier file at `path` stays as it was.
@@ -33,7 +40,7 @@ def write_whole(path, write: Callable[[epath.Path], None]) -> None:
             _flush_to_disk(temporary)
             os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --workdir") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or {advice}") from error
     finally:
         if temporary != path:
             Path(temporary).unlink(missing_ok=True)
@@ -44,9 +51,9 @@ def _flush_to_disk(path) -> None:
         os.fsync(file.fileno())
 
 
-def write_text(path, text: str) -> None:
+def write_text(path, text: str, *, advice: str = IN_WORKDIR) -> None:
     """Writes `text` to `path`, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_whole(path, lambda temporary: temporary.write_text(text), advice=advice)
 
 
 def write_bytes(path, data: bytes) -> None:
@@ -54,9 +61,9 @@ def write_bytes(path, data: bytes) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_json(path, value) -> None:
+def write_json(path, value, *, advice: str = IN_WORKDIR) -> None:
     """Writes `value` as indented JSON with sorted keys left as given; refuses NaN, which JSON does not have."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", advice=advice)
 
 
 def read_json(path):
@@ -69,14 +76,14 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
-def write_npz(path, **arrays) -> None:
+def write_npz(path, *, advice: str = IN_WORKDIR, **arrays) -> None:
     """Writes named arrays as a compressed `.npz`, whole or not at all."""
 
     def write(temporary):
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
-    write_whole(path, write)
+    write_whole(path, write, advice=advice)
 
 
 def file_digest(path) -> str:

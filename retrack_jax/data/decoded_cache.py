@@ -43,7 +43,8 @@ def decoded_images(
 
     Args:
       name: what the source is called.
-      encoded: called only if something must be decoded; gives (id, bytes or path) of each of `count` images.
+      encoded: called only if something must be decoded; gives (id, bytes or path) of each of `count` images, and raises
+        `UserError` for what it cannot read.
       cache_dir: a local folder.
       source_key: JSON value that changes whenever the source's content does.
       labels: called with `encoded`; the label of each image, in the same order.
@@ -122,7 +123,7 @@ def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, label
             _check_decoded(name, ids, skipped, options)
 
     meta_path.unlink(missing_ok=True)  # until the new pixels are whole, nothing may claim the old ones
-    files.write_whole(pixels_path, write)
+    files.write_whole(pixels_path, write, advice=files.IN_CACHE)
     meta = {
         "name": name,
         "shape": [len(ids), *shape],
@@ -131,7 +132,7 @@ def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, label
         "labels": None if labels is None else [int(label) for label in np.asarray(labels())[kept]],
         "skipped": skipped,
     }
-    files.write_json(meta_path, meta | {"meta_digest": files.json_digest(meta)})
+    files.write_json(meta_path, meta | {"meta_digest": files.json_digest(meta)}, advice=files.IN_CACHE)
 
 
 def _check_decoded(name, ids, skipped, options) -> None:

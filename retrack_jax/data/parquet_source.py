@@ -54,6 +54,9 @@ def load_parquet(
     tables = [_open(path) for path in paths]
     image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
     label_column = _column(tables[0], paths[0], LABEL_COLUMNS, required=False)
+    for table, path in zip(tables, paths, strict=True):
+        for column in (image_column, label_column):
+            _column(table, path, (column,) if column else (), required=column is not None)
     total = sum(table.metadata.num_rows for table in tables)
     rows = range(total) if rows is None else rows
     if not len(rows) or rows[-1] >= total:
@@ -62,12 +65,12 @@ def load_parquet(
         )
     return decoded_images(
         name,
-        lambda: _encoded(tables, image_column, set(rows)),
+        lambda: _encoded(tables, paths, image_column, set(rows)),
         len(rows),
         options,
         cache_dir=cache_dir,
         source_key=["parquet", [file_key(path) for path in paths], list(rows) if len(rows) < total else "all"],
-        labels=(lambda: _labels(tables, label_column)[list(rows)]) if label_column else None,
+        labels=(lambda: _labels(tables, paths, label_column)[list(rows)]) if label_column else None,
     )
 
 
@@ -89,16 +92,36 @@ def _column(table, path: Path, names: tuple[str, ...], required: bool = True) ->
     return found
 
 
-def _encoded(tables, column: str, rows: set[int]) -> Iterator[tuple[str, bytes]]:
+def _encoded(tables, paths, column: str, rows: set[int]) -> Iterator[tuple[str, bytes]]:
     start = 0
-    for table in tables:
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            wanted = [row for row in range(batch.num_rows) if start + row in rows]
-            for row, value in zip(wanted, batch.column(0).take(wanted).to_pylist() if wanted else (), strict=True):
-                encoded = value.get("bytes") if isinstance(value, dict) else value
-                yield f"hf:{start + row}", encoded if isinstance(encoded, bytes) else b""
-            start += batch.num_rows
+    for batch in _batches(tables, paths, column):
+        wanted = [row for row in range(batch.num_rows) if start + row in rows]
+        for row, value in zip(wanted, batch.column(0).take(wanted).to_pylist() if wanted else (), strict=True):
+            encoded = value.get("bytes") if isinstance(value, dict) else value
+            yield f"hf:{start + row}", encoded if isinstance(encoded, bytes) else b""
+        start += batch.num_rows
 
 
-def _labels(tables, column: str) -> np.ndarray:
-    return np.concatenate([table.read(columns=[column]).column(0).to_numpy() for table in tables]).astype(np.int64)
+def _labels(tables, paths, column: str) -> np.ndarray:
+    import pyarrow
+
+    parts = []
+    for batch in _batches(tables, paths, column):
+        labels = batch.column(0)
+        if not pyarrow.types.is_integer(labels.type) or labels.null_count:
+            kind = f"{labels.type}, {labels.null_count} of {len(labels)} missing" if labels.null_count else labels.type
+            raise UserError(
+                f"column {column!r} of {paths[0].parent} holds no whole numbers ({kind}); "
+                "number the classes from 0, or remove the column"
+            )
+        parts.append(labels.to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(parts)
+
+
+def _batches(tables, paths, column: str) -> Iterator:
+    """Yields the record batches of one column of every file; what pyarrow cannot read is one line that names the file."""
+    for table, path in zip(tables, paths, strict=True):
+        try:
+            yield from table.iter_batches(batch_size=1024, columns=[column])
+        except Exception as error:  # pyarrow's own kinds, OSError among them: the cache would take it for a full disk
+            raise UserError(f"{path} is damaged: column {column!r} cannot be read ({error}); download it again") from error

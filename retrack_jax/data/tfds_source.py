@@ -11,7 +11,8 @@ sharded:
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -66,24 +67,39 @@ def load_tfds(
     records = sorted(folder.glob(f"*-{split}.array_record*"))
     if not records:
         raise UserError(f"{folder} has no split {split!r}; set config.data.split")
-    source, features = _open(name, folder, split)
-    positions, ids = _order(name, split, source, features)
-    if rows is not None:
-        if max(rows) >= len(ids):
-            raise UserError(f"{folder} has {len(ids)} images of {split}; row {max(rows)} is needed")
-        positions, ids = positions[list(rows)], [ids[row] for row in rows]
+    source, features = _open(name, folder, split, data_dir)
+    if rows is not None and max(rows) >= len(source):
+        raise UserError(f"{folder} has {len(source)} images of {split}; row {max(rows)} is needed")
+
+    def read(position, feature):
+        try:
+            value = source[position][feature]
+        except Exception as error:  # whatever TFDS and array_record raise for damaged records
+            raise _unreadable(name, folder, data_dir, f"{type(error).__name__}: {error}") from error
+        if value is None:
+            raise _unreadable(name, folder, data_dir, f"record {position} has no {feature}")
+        return value
+
+    @cache  # reads every record where names are in them, so only if something must be decoded
+    def order() -> list[tuple[str, int]]:
+        positions, ids = _order(name, split, len(source), features, read)
+        return [(ids[row], int(positions[row])) for row in (range(len(ids)) if rows is None else rows)]
+
+    def encoded() -> Iterator[tuple[str, bytes]]:
+        return ((image_id, read(position, "image")) for image_id, position in order())
+
     return decoded_images(
         name,
-        lambda: ((image_id, source[position]["image"]) for image_id, position in zip(ids, positions, strict=True)),
-        len(ids),
+        encoded,
+        len(source) if rows is None else len(rows),
         options,
         cache_dir=cache_dir,
         source_key=["tfds", name, split, rows, [file_key(path) for path in [folder / "dataset_info.json", *records]]],
-        labels=(lambda: [source[position]["label"] for position in positions]) if "label" in features else None,
+        labels=(lambda: [read(position, "label") for _, position in order()]) if "label" in features else None,
     )
 
 
-def _open(name: str, folder: Path, split: str):
+def _open(name: str, folder: Path, split: str, data_dir):
     import tensorflow_datasets as tfds
 
     try:
@@ -97,18 +113,19 @@ def _open(name: str, folder: Path, split: str):
     except UserError:
         raise
     except Exception as error:  # whatever TFDS and array_record raise for a damaged folder
-        get = prepare_command(name, folder)
-        raise UserError(
-            f"cannot read the TFDS data set in {folder} ({type(error).__name__}: {error}); prepare it again: {get}"
-        ) from error
+        raise _unreadable(name, folder, data_dir, f"{type(error).__name__}: {error}") from error
 
 
-def _order(name: str, split: str, source, features) -> tuple[np.ndarray, list[str]]:
-    """(positions in the prepared files, ids), in the order that the image set takes."""
-    count = len(source)
+def _unreadable(name: str, folder: Path, data_dir, why: str) -> UserError:
+    again = f"delete {folder} and prepare it again: {prepare_command(name, data_dir)}"  # TFDS keeps what is there
+    return UserError(f"cannot read the TFDS data set in {folder} ({why}); {again}")
+
+
+def _order(name: str, split: str, count: int, features, read: Callable) -> tuple[np.ndarray, list[str]]:
+    """(positions in the prepared files, ids), in the order that the image set takes; `read(position, feature)` reads one."""
     for feature, pattern in (("id", "tfds:{}"), ("image/filename", "{}"), ("file_name", "{}")):
         if feature in features:
-            names = [pattern.format(_text(source[row][feature])) for row in range(count)]
+            names = [pattern.format(_text(read(row, feature))) for row in range(count)]
             order = np.argsort(np.array(names), kind="stable")
             return order, [names[row] for row in order]
     ids = [f"tfds:{split}_{row}" for row in range(count)]

@@ -115,6 +115,7 @@ def _key(digest, space, shape, rows, exclude, k, engine) -> dict:
 def _save(path, key: dict, indices: np.ndarray, distances: np.ndarray) -> None:
     files.write_npz(
         path,
+        advice=files.IN_CACHE,
         indices=indices,
         distances=distances,
         key=np.array(files.json_digest(key)),

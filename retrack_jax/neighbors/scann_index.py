@@ -93,7 +93,7 @@ class ScannIndex:
                 "recall": self.recall,
                 "files": {path.name: files.file_digest(path) for path in sorted(temporary.iterdir())},
             }
-            files.write_json(temporary / _MANIFEST, manifest | {"digest": files.json_digest(manifest)})
+            files.write_json(temporary / _MANIFEST, manifest | {"digest": files.json_digest(manifest)}, advice=files.IN_CACHE)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         finally:

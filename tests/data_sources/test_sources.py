@@ -1,9 +1,11 @@
 """Each source reads its real format, names images stably, and says what is wrong in one line."""
 
+import errno
 import io
 import json
 import logging
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from retrack_jax.checks import UserError
-from retrack_jax.data import decoded_cache
+from retrack_jax.data import decoded_cache, tfds_source
 from retrack_jax.data.cifar10 import OFFICIAL_LABELS, other_name
 from retrack_jax.data.decode import DecodeOptions, decode
 from retrack_jax.data.folder_source import list_images
@@ -203,6 +205,14 @@ class TestFolder:
             load(tmp_path, "folder", dir=str(folder))
         assert not list((tmp_path / "cache").rglob("*.pixels"))
         monkeypatch.undo()
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device; free some space or set config.data.cache_dir"):
+            load(tmp_path, "folder", dir=str(folder))
+        monkeypatch.undo()
         assert len(load(tmp_path, "folder", dir=str(folder))) == 3
         assert not list((tmp_path / "cache").rglob("*.tmp"))
 
@@ -216,6 +226,38 @@ class TestParquet:
         np.testing.assert_array_equal(images.images, np.concatenate([first, second]))
         np.testing.assert_array_equal(images.labels, [*range(100), *range(30)])
         assert images.ids[0] == "hf:0" and images.ids[-1] == "hf:129"
+
+    @pytest.mark.parametrize("page", [0, 1])
+    def test_damaged_page_names_its_file(self, tmp_path, parquet_file, page):
+        """A reader's OSError is no full disk; page 1 lies in the second file."""
+        for part in range(2):
+            folder, _ = parquet_file(range(64), name=f"train-0000{part}-of-00002.parquet")
+        path = folder / f"train-0000{page}-of-00002.parquet"
+        content = bytearray(path.read_bytes())
+        for position in range(200, len(content) - 2000, 50):
+            content[position] ^= 0xFF
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} is damaged: column 'img' cannot be read .*; download it again"):
+            load(tmp_path, "parquet", dir=str(folder))
+
+    @pytest.mark.parametrize(
+        ("labels", "kind"), [(["cat", "dog"], "string"), ([1, None], "int64, 1 of 2 missing"), ([0.5, 1.0], "double")]
+    )
+    def test_labels_that_are_no_numbers(self, tmp_path, parquet_file, labels, kind):
+        import pyarrow.parquet
+
+        folder, _ = parquet_file(range(2))
+        (path,) = folder.iterdir()
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.set_column(1, "label", pyarrow.array(labels)), path)
+        with pytest.raises(UserError, match=rf"column 'label' of {folder} holds no whole numbers \({kind}\)"):
+            load(tmp_path, "parquet", dir=str(folder))
+
+    def test_a_later_file_without_the_column(self, tmp_path, parquet_file):
+        folder, _ = parquet_file(range(3), name="train-00000-of-00002.parquet")
+        parquet_file(range(3), name="train-00001-of-00002.parquet", column="picture")
+        with pytest.raises(UserError, match="train-00001-of-00002.parquet has no column named img; it has picture, label"):
+            load(tmp_path, "parquet", dir=str(folder))
 
     def test_damaged_file_and_column(self, tmp_path, parquet_file):
         folder, _ = parquet_file(range(5), column="picture")
@@ -279,12 +321,28 @@ class TestTfds:
             load(tmp_path, "celebahq", format="tfds", dir=str(tmp_path))
         assert time.monotonic() - start < 5
 
-    def test_damaged_set(self, tmp_path, tfds_dir):
-        import shutil
+    @pytest.mark.parametrize("name", ["mnist", "cifar10"])
+    @pytest.mark.parametrize("damage", ["flip", "cut", "short", "empty"])
+    def test_damaged_records(self, tmp_path, tfds_dir, name, damage):
+        shutil.copytree(tfds_dir / name, tmp_path / name)
+        (path,) = (tmp_path / name).glob(f"*/{name}-train.array_record*")
+        content = path.read_bytes()
+        flipped = bytes(byte ^ 0xFF for byte in content)
+        path.write_bytes({"flip": flipped, "cut": content[: len(content) // 2], "short": content[:700], "empty": b""}[damage])
+        get = f"tfds build {name} --data_dir={tmp_path} --file_format=array_record"
+        with pytest.raises(UserError, match=f"cannot read the TFDS data set in {path.parent} .*prepare it again: {get}"):
+            load(tmp_path, "tfds", tfds_name=name, dir=str(tmp_path))
 
+    def test_records_are_read_only_to_be_decoded(self, tmp_path, tfds_dir, monkeypatch):
+        before = load(tmp_path, "tfds", tfds_name="cifar10", dir=str(tfds_dir))
+        monkeypatch.setattr(tfds_source, "_order", None)
+        assert load(tmp_path, "tfds", tfds_name="cifar10", dir=str(tfds_dir)).ids == before.ids
+
+    def test_damaged_set(self, tmp_path, tfds_dir):
         shutil.copytree(tfds_dir / "mnist", tmp_path / "mnist")
         (tmp_path / "mnist" / "3.0.1" / "dataset_info.json").write_text("{")
-        with pytest.raises(UserError, match="cannot read the TFDS data set"):
+        get = f"tfds build mnist --data_dir={tmp_path} --file_format"
+        with pytest.raises(UserError, match=f"cannot read the TFDS data set .*{get}"):
             load(tmp_path, "tfds", tfds_name="mnist", dir=str(tmp_path))
         for path in (tmp_path / "mnist" / "3.0.1").glob("*.array_record*"):
             path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
@@ -341,6 +399,12 @@ class TestNpz:
         np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(UserError, match=message):
             load(tmp_path, "npz", dir=str(tmp_path / "a.npz"))
+
+    @pytest.mark.parametrize("fields", [{"resolution": 8}, {"channels": 3}, {"crop": "none"}])
+    def test_conversions_are_refused(self, tmp_path, fields):
+        np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8))
+        with pytest.raises(UserError, match=f"config.data.{next(iter(fields))} is .* taken as they are"):
+            load(tmp_path, "npz", dir=str(tmp_path / "a.npz"), **fields)
 
     def test_damaged(self, tmp_path):
         (tmp_path / "a.npz").write_bytes(b"PK nothing")
