@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrack_jax.data.targets import slug
+from retrack_jax.neighbors.distinct import distinct_rows
 from retrack_jax.types import PyTree
 
 
@@ -15,7 +16,8 @@ class Target:
     Attributes:
       spec: as the user wrote it; slug: its name in paths.
       forget, remain: int rows; together the whole set.
-      unique: rows of the distinct forgotten images; copy_of `[F]`: for each forgotten row, which of them it is.
+      unique: rows of the distinct forgotten images, in the order of their pixels; copy_of `[F]`: for each forgotten row,
+        which of them it is.
     """
 
     spec: str
@@ -39,6 +41,6 @@ class ForgetData:
 
 def make_target(spec: str, forget: np.ndarray, remain: np.ndarray, pictures: np.ndarray) -> Target:
     """Returns the target of the rows `forget`, whose images are `pictures` `[F, H, W, C]`: copies are equal in every pixel."""
-    flat = np.ascontiguousarray(pictures).reshape(len(forget), -1)
-    _, first, copy_of = np.unique(flat, axis=0, return_index=True, return_inverse=True)
-    return Target(spec, slug(spec), forget, remain, forget[first], copy_of.reshape(-1))
+    first, copy_of = distinct_rows(pictures)
+    order = np.array(sorted(range(len(first)), key=lambda i: pictures[first[i]].tobytes()))
+    return Target(spec, slug(spec), forget, remain, forget[first[order]], np.argsort(order)[copy_of])

@@ -16,7 +16,8 @@ import numpy as np
 from etils import epath
 
 from retrack_jax import files
-from retrack_jax.neighbors.search import MEMORY_BUDGET, TREE_IMAGES, choose_backend, nearest
+from retrack_jax.neighbors.distinct import distinct_rows
+from retrack_jax.neighbors.search import MEMORY_BUDGET, TREE_IMAGES, TREE_QUERIES, check_memory, choose_backend, nearest
 
 VERSION = 1
 PIXELS = "pixels in [-1, 1]"
@@ -40,7 +41,8 @@ def cached_nearest_of_targets(
     space: str = PIXELS,
     memory_budget: int = MEMORY_BUDGET,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the neighbors of each target; those that the cache lacks are found in one pass over the images.
+    """Returns the neighbors of each target; those that the cache lacks are found in one pass over the images (one for each
+    engine, which is chosen for each target alone, so that a sweep and a single run look for the same file).
 
     Args:
       images: has `images`, an array [N, ...] as `nearest` takes it, and `digest`, which changes whenever its content does.
@@ -52,24 +54,27 @@ def cached_nearest_of_targets(
       UserError: as `nearest`, for instance if fewer than k images remain for a target.
     """
     shape = (len(images.images), int(np.prod(images.images.shape[1:])))
-    num_queries = sum(len(rows) for rows, _ in targets)
-    engine, _ = choose_backend(backend, shape, num_queries, memory_budget)
     keeps_index = backend == "scann" and shape[0] >= TREE_IMAGES
-    if keeps_index:
-        engine = "scann tree"
     targets = [(np.asarray(rows, np.int64), np.unique(np.asarray(exclude, np.int64))) for rows, exclude in targets]
-    keys = [_key(images.digest, space, shape, rows, exclude, k, engine) for rows, exclude in targets]
+    engines = [choose_backend(backend, shape, _num_distinct(images, rows), memory_budget)[0] for rows, _ in targets]
+    engines = ["scann tree"] * len(targets) if keeps_index else engines
+    keys = [
+        _key(images.digest, space, shape, rows, exclude, k, engine)
+        for (rows, exclude), engine in zip(targets, engines, strict=True)
+    ]
     paths = [epath.Path(cache_dir) / "neighbors" / f"{files.json_digest(key)[:32]}.npz" for key in keys]
     found = [
         _load(path, key, exclude, len(rows), shape[0], k) for path, key, (rows, exclude) in zip(paths, keys, targets, strict=True)
     ]
-    missing = [i for i, result in enumerate(found) if result is None]
-    if missing:
+    for engine in dict.fromkeys(engines):
+        missing = [i for i, result in enumerate(found) if result is None and engines[i] == engine]
+        if not missing:
+            continue
         queries = np.concatenate([images.images[targets[i][0]] for i in missing])
         excluded = [targets[i][1] for i in missing for _ in targets[i][0]]
         index = kept_index(images, cache_dir, space) if keeps_index else None
         indices, distances = nearest(
-            queries, images.images, k, backend, exclude=excluded, memory_budget=memory_budget, index=index
+            queries, images.images, k, backend, exclude=excluded, engine=engine, index=index
         )
         start = 0
         for i in missing:
@@ -79,18 +84,28 @@ def cached_nearest_of_targets(
     return found
 
 
+def _num_distinct(images, rows: np.ndarray) -> int:
+    """Distinct images among `rows`, counted only where there are enough rows for the number to decide something."""
+    return len(rows) if len(rows) < TREE_QUERIES else len(distinct_rows(images.images[rows])[0])
+
+
 def kept_index(images, cache_dir, space: str = PIXELS):
     """Returns ScaNN's tree index of all `images` (a `ScannIndex`): the one in `cache_dir` if it is whole and theirs,
     else a new one.
 
     ScaNN reads and writes local folders only.
+
+    Raises:
+      UserError: the set does not fit the memory.
     """
     from retrack_jax.neighbors.scann_index import ScannIndex
 
     key = [VERSION, images.digest, space, list(images.images.shape), importlib.metadata.version("scann")]
     folder = epath.Path(cache_dir).expanduser() / "neighbors" / f"{files.json_digest(key)[:32]}.scann"
+    check_memory(images.images.shape, copies=1)
     index = ScannIndex.load(folder, len(images.images))
     if index is None:
+        check_memory(images.images.shape, copies=2)
         logger.info("neighbors: building ScaNN's tree index of %d images; it is kept in %s", len(images.images), folder)
         index = ScannIndex.build(images.images.reshape(len(images.images), -1), tree=True)
         index.save(folder)

@@ -25,7 +25,8 @@ _CHUNK = 1024
 _LOW_BITS = 13  # a chunk's squared distance is below 2^26: both halves of it sum in int32 over 2^13 and more chunks
 _BLOCK_VALUES = 1 << 22  # of images a block: it stays in the cache while it is used
 _SCORE_VALUES = 1 << 22  # of a block's scores, queries x images
-_QUERY_TILE = 4096
+_QUERY_TILE = 4096  # queries of one pass over the images, and
+_TILE_VALUES = 1 << 26  # the values that they may have: as float32, 256 MiB
 UNIT_ROUNDOFF = 2.0**-24
 PIXEL_SCALE = 2.0 / 255.0  # a step of one level, in [-1, 1]
 
@@ -83,21 +84,22 @@ def search(queries_QD: np.ndarray, images_ND: np.ndarray, k: int, exclude: Seque
 
     Args:
       queries_QD, images_ND: both uint8, taken as pixels in [-1, 1], or both float32. Images may be a memory map: they are
-        read once, in order, a block at a time.
+        read in order, a block at a time, once for each tile of queries.
       exclude: pairs (rows of queries, sorted indices of images that those queries must not find).
 
     Raises:
       UserError: an image holds a non-finite value.
     """
+    tile = max(1, min(_QUERY_TILE, _TILE_VALUES // queries_QD.shape[1]))
     parts = [
-        _search_tile(queries_QD[start : start + _QUERY_TILE], images_ND, k, _tile_exclude(exclude, start))
-        for start in range(0, len(queries_QD), _QUERY_TILE)
+        _search_tile(queries_QD[start : start + tile], images_ND, k, _tile_exclude(exclude, start, start + tile))
+        for start in range(0, len(queries_QD), tile)
     ]
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def _tile_exclude(exclude, start: int):
-    pairs = [(rows[(rows >= start) & (rows < start + _QUERY_TILE)] - start, indices) for rows, indices in exclude]
+def _tile_exclude(exclude, start: int, stop: int):
+    pairs = [(rows[(rows >= start) & (rows < stop)] - start, indices) for rows, indices in exclude]
     return [(rows, indices) for rows, indices in pairs if len(rows)]
 
 

@@ -76,6 +76,9 @@ class ScannIndex:
             if self.recall >= _TUNE_RECALL or self._leaves == num_leaves(self._size):
                 break
             leaves = max(leaves + 1, leaves * 5 // 4)
+        if self.recall < _TUNE_RECALL:
+            less = "ScaNN tree: recall@%d is %.4f with every leaf, less than %.3f; the backend exact misses none"
+            logger.warning(less, k, self.recall, _TUNE_RECALL)
         logger.info("ScaNN tree: %d of %d leaves a query, recall@%d %.4f", self._leaves, num_leaves(self._size), k, self.recall)
 
     def save(self, folder) -> None:

@@ -9,15 +9,18 @@ Whatever engine finds the candidates, their distances are recomputed from differ
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int
 from retrack_jax.neighbors import exact
+from retrack_jax.neighbors.distinct import distinct_rows
 
 BACKENDS = ("auto", "scann", "exact")
-MEMORY_BUDGET = 2 << 30  # bytes that ScaNN may take; it holds the set twice as float32 while it builds
+MEMORY_BUDGET = 3 << 29  # bytes that ScaNN may take; it holds the set twice as float32 while it builds
 TREE_IMAGES = 10_000  # below this a tree saves nothing: docs/neighbors.md has the measurements
 TREE_QUERIES = 20_000  # distinct ones, from which a tree pays for its build in a single search
 logger = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ def nearest(
     *,
     exclude: Sequence | np.ndarray | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    engine: str = "",
     index=None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each query's k nearest images: (indices int64 [F, k], Euclidean distances float32 [F, k]), nearest first.
@@ -45,11 +49,12 @@ def nearest(
       backend: `exact`, `scann`, or `auto`: see `choose_backend`. The choice is logged.
       exclude: indices of images that must not be found: one array for all queries, or one array for each query.
       memory_budget: bytes that ScaNN may use under `auto`.
+      engine: what `choose_backend` returned, where the caller has chosen.
       index: a `ScannIndex` of these very images to use, whatever `backend` says.
 
     Raises:
       UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` where it
-      is not installed.
+      is not installed or the set does not fit the memory.
     """
     check_choice("backend", backend, BACKENDS)
     queries_FD, images_ND = _as_rows(queries, images)
@@ -62,14 +67,16 @@ def nearest(
     if len(queries_FD) == 0:
         return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
 
-    unique, inverse_F = _unique_rows(queries_FD, set_of_query_F)
+    unique, inverse_F = distinct_rows(queries_FD, set_of_query_F)
     queries_QD = queries_FD[unique]
     set_of_query = set_of_query_F[unique]
     pairs = [(np.flatnonzero(set_of_query == i), indices) for i, indices in enumerate(excluded_sets) if len(indices)]
-    if index is None:
-        engine, reason = choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
-    else:
+    if index is not None:
         engine, reason = "scann tree" if index.tree else "scann brute", "an index that was kept"
+    elif engine:
+        reason = f"chosen for each target under {backend!r}"
+    else:
+        engine, reason = choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
     logger.info(
         "neighbors: %d queries (%d distinct) among %d images of %d values by %s: %s",
         len(queries_FD), len(queries_QD), *images_ND.shape, engine, reason,
@@ -79,6 +86,8 @@ def nearest(
     else:
         from retrack_jax.neighbors.scann_index import ScannIndex
 
+        if index is None and backend == "scann":  # auto has its budget
+            check_memory(images_ND.shape, copies=2)
         index = index or ScannIndex.build(images_ND, tree=engine == "scann tree")
         indices_QK, distances_QK = index.search(queries_QD, images_ND, k, pairs)
     return indices_QK[inverse_F], distances_QK[inverse_F].astype(np.float32)
@@ -91,7 +100,7 @@ def scann_installed() -> bool:
 
 def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memory_budget: int = MEMORY_BUDGET) -> tuple[str, str]:
     """Returns (`exact`, `scann brute` or `scann tree`; the reason) for a set of `shape` [N, D] and so many distinct queries."""
-    size, needed = shape[0], 2 * 4 * shape[0] * shape[1]
+    size, needed = shape[0], 2 * _float_bytes(shape)
     if backend == "exact":
         return "exact", "asked for"
     if not scann_installed():
@@ -105,6 +114,29 @@ def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memor
     if size >= TREE_IMAGES and num_queries >= TREE_QUERIES:
         return "scann tree", f"so many queries pay for a tree over {size} images; recall@10 is logged"
     return "scann brute", f"{size} images fit the memory, and brute force scoring is exact"
+
+
+def _float_bytes(shape: tuple[int, ...]) -> int:
+    return 4 * math.prod(shape)
+
+
+def check_memory(shape: tuple[int, ...], *, copies: int) -> None:
+    """Raises `UserError` unless this machine has room for so many float32 copies of a set of `shape` [N, ...]."""
+    needed, free = copies * _float_bytes(shape), available_memory()
+    check(
+        needed <= free,
+        f"ScaNN needs {needed / 2**30:.1f} GiB of memory for {shape[0]} images of {math.prod(shape[1:])} values, and "
+        f"{free / 2**30:.1f} are free; set config.unlearn.neighbor_backend=exact (or auto), which reads them block by block",
+    )
+
+
+def available_memory() -> int:
+    """Bytes that a process may still take: what Linux calls available, or the limit of its control group."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    group = limit.read_text().strip() if limit.exists() else "max"
+    return min(free, int(group)) if group.isdigit() else free
 
 
 def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:
@@ -138,17 +170,3 @@ def _excluded_sets(exclude, num_queries: int, num_images: int) -> tuple[list[np.
     keys = {part.tobytes(): part for part in arrays}
     order = {key: i for i, key in enumerate(keys)}
     return list(keys.values()), np.array([order[part.tobytes()] for part in arrays])
-
-
-def _unique_rows(queries_FD: np.ndarray, set_of_query_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of the first of each kind, where each query's kind is): equal bytes and equal exclusions are one kind."""
-    first: dict[tuple, int] = {}
-    inverse = np.empty(len(queries_FD), np.int64)
-    rows = []
-    for i, row in enumerate(queries_FD):
-        key = (np.ascontiguousarray(row).tobytes(), int(set_of_query_F[i]))
-        if key not in first:
-            first[key] = len(rows)
-            rows.append(i)
-        inverse[i] = first[key]
-    return np.array(rows), inverse

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from retrack_jax.neighbors import cache, nearest
+from retrack_jax.checks import UserError
+from retrack_jax.neighbors import cache, nearest, search
 
 
 @pytest.fixture
@@ -57,6 +58,31 @@ def test_one_pass_for_a_sweep(images, tmp_path, searches):
     assert 5 in nearest(images.images[[3]], images.images, 60, "exact")[0]  # a target may find another target's image
     find(images, tmp_path, (7, 8), (7, 8))
     assert len(searches) == 2
+
+
+def test_a_sweep_and_single_runs_choose_alike(images, tmp_path, searches, monkeypatch):
+    """Each target is below the number of queries that a tree takes; together they are above it."""
+    for module in (cache, search):
+        monkeypatch.setattr(module, "TREE_QUERIES", 10)
+    monkeypatch.setattr(search, "TREE_IMAGES", 20)
+    images.images[30:42] = images.images[30]
+    targets = [(np.arange(start, start + 8),) * 2 for start in (0, 8, 16)] + [(np.arange(30, 42),) * 2]
+    cache.cached_nearest_of_targets(images, targets, 4, cache_dir=tmp_path)
+    assert searches == [36]  # twelve copies are one query, so brute force does for them too
+    for rows, exclude in targets:
+        assert_same(find(images, tmp_path, rows, exclude), expected(images, rows, exclude))
+    assert searches == [36]
+
+
+@pytest.mark.parametrize("size", [60, 20_000])
+def test_scann_that_does_not_fit_the_memory_is_one_line(images, tmp_path, monkeypatch, size):
+    images.images = np.broadcast_to(images.images[:1], (size, 5, 5, 1)) if size > 60 else images.images
+    monkeypatch.setattr(search, "available_memory", lambda: 2 * 4 * 25 * 60 - 1)
+    with pytest.raises(UserError, match=f"memory for {size} images of 25 values, and .* are free; set .*=exact"):
+        find(images, tmp_path, backend="scann")
+    assert search.available_memory() < 1 << 20
+    monkeypatch.undo()
+    assert search.available_memory() > 1 << 20
 
 
 @pytest.mark.parametrize(

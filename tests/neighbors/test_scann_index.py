@@ -76,6 +76,14 @@ def test_an_index_of_fewer_images_is_not_loaded(index, tmp_path):
     assert ScannIndex.load(tmp_path / "index", 3001) is None
 
 
+def test_a_low_recall_is_told(caplog):
+    """Noise has no structure that a tree could use; what it misses is said, not promised away."""
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 1024), dtype=np.uint8)
+    with caplog.at_level(logging.WARNING):
+        built = ScannIndex.build(noise, tree=True)
+    assert built.recall < 0.995 and "misses none" in caplog.text
+
+
 def test_asked_for_everything_it_finds_everything(images):
     small = images[:300]
     found, _ = ScannIndex.build(small, tree=True).search(small[:3], small, 290, [(np.arange(3), np.arange(10))])

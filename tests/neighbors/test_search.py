@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.neighbors import exact, nearest, search
+from retrack_jax.neighbors.distinct import distinct_rows
 
 ENGINES = ("exact", "scann", "auto")
 
@@ -110,6 +111,26 @@ def test_many_blocks_and_tiles(monkeypatch):
         assert_same(found, oracle(images[:20].astype(kind), images.astype(kind), 15, [3, 500, 999]))
 
 
+def test_wide_queries_are_searched_a_bounded_number_at_a_time(monkeypatch):
+    monkeypatch.setattr(exact, "_TILE_VALUES", 100)
+    tiles, search_tile = [], exact._search_tile
+    monkeypatch.setattr(exact, "_search_tile", lambda queries, *rest: tiles.append(len(queries)) or search_tile(queries, *rest))
+    images = pixels(9, 60, 5, 5, 1)
+    exclude = [[row] for row in range(10)]
+    indices, _ = nearest(images[:10], images, 6, "exact", exclude=exclude)
+    assert tiles == [4, 4, 2]
+    for row in range(10):
+        np.testing.assert_array_equal(indices[row], oracle(images[row][None], images, 6, [row])[0][0])
+
+
+def test_distinct_rows():
+    rows = np.array([[1, 2], [3, 4], [1, 2], [1, 2], [0, 0]], np.uint8)
+    first, inverse = distinct_rows(rows)
+    assert first.tolist() == [0, 1, 4] and inverse.tolist() == [0, 1, 0, 0, 2]
+    first, inverse = distinct_rows(rows, np.array([0, 0, 0, 1, 0]))
+    assert first.tolist() == [0, 1, 3, 4] and inverse.tolist() == [0, 1, 0, 2, 3]
+
+
 def test_equal_queries_are_searched_once(caplog):
     images = pixels(10, 50, 4, 4, 1)
     queries = np.repeat(images[:2], 5, axis=0)
@@ -142,6 +163,7 @@ def test_the_choice_of_an_engine():
     assert chosen("auto", (60_000, 784), 1) == chosen("scann", (60_000, 784), 1) == "scann brute"
     assert chosen("auto", (60_000, 784), 20_000) == "scann tree" and chosen("auto", (9000, 784), 20_000) == "scann brute"
     assert chosen("auto", (30_000, 196_608), 10) == "exact" and chosen("exact", (10, 10), 1) == "exact"
+    assert chosen("auto", (150_000, 1200), 1) == "scann brute" and chosen("auto", (180_000, 1200), 1) == "exact"  # 1.5 GiB
 
 
 def test_without_scann(monkeypatch):
