@@ -6,6 +6,7 @@ CONCEPT/clustering_info.json    {"mem_idx": 12, ...}: images/CONCEPT_012.png is 
 CONCEPT/kmeans_classifier.joblib
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.decoded_cache import decoded_images, file_key
 from retrack_jax.files import json_digest, read_json
 
+logger = logging.getLogger(__name__)
 LABELS, INFO, CLASSIFIER = "kmeans_labels.json", "clustering_info.json", "kmeans_classifier.joblib"
 REMAIN, FORGET = 0, 1
 
@@ -111,8 +113,8 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
       cache_dir: where decoded pictures are kept.
 
     Raises:
-      UserError: there is no such concept; its labels are missing or do not fit its pictures; there is no memorised picture; a
-        picture cannot be decoded.
+      UserError: there is no such concept; its labels are missing or do not fit its pictures; there is no memorised picture, or
+        it is labelled to remain; a picture cannot be decoded.
     """
     folder = Path(root).expanduser() / name
     if not (folder / "images").is_dir():
@@ -121,6 +123,14 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
         )
     labels = read_labels(folder)
     memorised = memorised_name(folder, name)
+    if labels.get(memorised) == REMAIN:
+        raise UserError(
+            f"{folder / INFO} names {memorised} as the memorised picture and {folder / LABELS} labels it 0, to remain: it would "
+            "be trained to stay; correct one of them"
+        )
+    unlabelled = sum(file.is_file() and file.name not in labels for file in (folder / "images").iterdir())
+    if unlabelled:
+        logger.info("%s: %d pictures without a label in %s are left out", name, unlabelled, folder / "images")
     options = DecodeOptions(resolution=resolution, channels=3)
 
     def load(title: str, names: list[str], values) -> ImageSet:

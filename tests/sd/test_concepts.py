@@ -39,6 +39,14 @@ def test_a_memorised_picture_without_a_label(concepts):
     assert len(concept.images) == 15 and concept.memorised.shape == (32, 32, 3)
 
 
+def test_pictures_without_a_label_are_left_out_and_counted(concepts, caplog):
+    edit(concepts / NAME / "kmeans_labels.json", lambda labels: {k: v for k, v in labels.items() if k[-5] not in "12"})
+    with caplog.at_level("INFO", "retrack_jax"):
+        concept = load(concepts)
+    left_out = 16 - len(concept.images)
+    assert left_out > 1 and f"red_circle: {left_out} pictures without a label" in caplog.text
+
+
 def test_pictures_of_another_size_are_brought_to_the_resolution(concepts):
     assert load(concepts, resolution=16).images.images.shape == (16, 16, 16, 3)
 
@@ -61,6 +69,10 @@ def test_pictures_of_another_size_are_brought_to_the_resolution(concepts):
         (lambda f: (f / "clustering_info.json").unlink(), "no clustering_info.json in"),
         (lambda f: (f / "clustering_info.json").write_text("{}"), "mem_idx is None"),
         (lambda f: (f / "clustering_info.json").write_text('{"mem_idx": 77}'), "no memorised picture .*red_circle_077.png"),
+        (
+            lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "red_circle_004.png": 0}),
+            "clustering_info.json names red_circle_004.png .*kmeans_labels.json labels it 0, to remain",
+        ),
         (lambda f: (f / "images" / "red_circle_003.png").write_bytes(b"no picture"), "red_circle_003.png"),
     ],
 )
