@@ -27,6 +27,9 @@ class PromptSampler:
       sampler, num_steps, guidance_scale, negative_prompt: how one picture is drawn.
       num_images, batch_size: pictures of each prompt, and at once.
       seed: picture i of both prompts starts from the same noise, whatever the batch size.
+
+    Raises:
+      UserError: an unknown sampler, or a number of steps that it cannot make.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class PromptSampler:
         seed: int,
     ):
         self._pipeline, self._eps_fn, self._latent_shape, self._output = pipeline, eps_fn, latent_shape, output
-        self._sampler, self._num_steps, self._guidance_scale = sampler, num_steps, guidance_scale
+        self._sampler, self._guidance_scale = make_sampler(sampler, pipeline.schedule, num_steps), guidance_scale
         self._negative_prompt, self._num_images, self._batch_size, self._seed = negative_prompt, num_images, batch_size, seed
 
     @property
@@ -55,12 +58,11 @@ class PromptSampler:
 
     @cached_property
     def _p_sample(self):
-        sampler = make_sampler(self._sampler, self._pipeline.schedule, self._num_steps)
-
         def decode(params: PyTree, latents: jax.Array) -> jax.Array:
             return self._pipeline.vae.apply({"params": params}, latents, method="decode")
 
-        sample_fn = make_guided_sample_fn(self._eps_fn, decode, sampler, self._latent_shape, guidance=self._guidance_scale)
+        scale = self._guidance_scale
+        sample_fn = make_guided_sample_fn(self._eps_fn, decode, self._sampler, self._latent_shape, guidance=scale)
         return pmap_sample_fn(sample_fn, output=self._output)
 
     def sample(

@@ -22,19 +22,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files
-from retrack_jax.checkpoints.pipeline import export_pipeline, load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.pipeline import load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.pipeline_export import export_pipeline
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.concept_members import ConceptMembers
 from retrack_jax.data.target import ForgetData, Target, make_target
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate import concept as metrics
 from retrack_jax.evaluate.networks import load_sscd
-from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
+from retrack_jax.evaluate.results import Results, evaluate
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.prompt_sampler import PromptSampler
 from retrack_jax.report.grids import thumbnails
 from retrack_jax.text_to_image_config import check_text_to_image
 from retrack_jax.types import PyTree
+from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
 
 
@@ -47,13 +49,15 @@ class TextToImageExperiment:
         pipeline = load_pipeline(
             config.checkpoint,
             dtype=build.DTYPES[config.compute.dtype],
-            param_dtype=build.DTYPES[config.compute.param_dtype],
             remat=config.compute.remat,
         )
         self.pipeline = dataclasses.replace(pipeline, unet_params=jax.device_get(pipeline.unet_params))
         self.module, self.schedule = self.pipeline.unet, self.pipeline.schedule
         self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
         self.has_dropout = self.module.dropout > 0
+        self._check_resolution()
+        output = "float32" if config.save_float else "uint8"
+        self._sampler = PromptSampler(self.pipeline, self.eps_fn, self.latent_shape, output, **config.sampling.to_dict())
         encode = jax.jit(lambda params, x: self.pipeline.vae.apply({"params": params}, x, method="encode"))
         self._members = ConceptMembers(
             config.data.dir,
@@ -86,17 +90,22 @@ class TextToImageExperiment:
         return self.pipeline.unet_params
 
     def init_params(self, seed: int) -> PyTree:
-        """Random parameters, in the checkpoint's structure and dtype."""
+        """Random parameters, in the checkpoint's structure."""
         latent, t, prompt = (1, *self.latent_shape), jnp.zeros((1,), jnp.int32), (1, 1, self.module.cross_attention_dim)
-        params = jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros(latent), t, jnp.zeros(prompt))["params"]
-        return jax.tree.map(lambda leaf: leaf.astype(build.DTYPES[self.config.compute.param_dtype]), params)
+        return jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros(latent), t, jnp.zeros(prompt))["params"]
+
+    def _check_resolution(self) -> None:
+        side = self.config.data.resolution
+        factor = self.pipeline.vae.downscale * 2 ** (len(self.module.block_out_channels) - 1)
+        wrong = f"config.data.resolution is {side}; the VAE and the UNet of {self.pipeline.path} need a multiple of {factor}"
+        check(side % factor == 0, wrong)
 
     def all_rows(self) -> np.ndarray:
         """Not for this experiment: the model was trained on far more than concepts, and comes from a checkpoint."""
         raise UserError("Stable Diffusion cannot be pretrained here; set config.checkpoint")
 
     def target(self, spec: str) -> Target:
-        """Resolves a concept's name. Raises `UserError` for one that is not there, lacks a file or a prompt, or a group."""
+        """Resolves a concept's name. Raises `UserError` for a group, or one without its folder, files, prompts or K neighbors."""
         check(
             not any(sign in spec for sign in "+*?[@") and not spec.startswith("label:"),
             f"the target {spec!r} is a group; one run forgets one concept, so name concepts and separate them by commas",
@@ -104,6 +113,10 @@ class TextToImageExperiment:
         member = self._members[spec]
         rows = np.arange(len(member.concept.images)) + member.first_row
         forget, remain = rows[member.concept.forget], rows[member.concept.remain]
+        method, k = METHODS.get(self.config.method), self.config.unlearn.num_neighbors
+        if self.config.method == ALL or (method is not None and "neighbors" in method.streams):
+            few = f"config.unlearn.num_neighbors (K) is {k}, but only {len(remain)} pictures of {spec} remain; choose a smaller K"
+            check(k <= len(remain), few)
         return make_target(spec, forget, remain, member.concept.images.images[member.concept.forget])
 
     def gather(self, rows: np.ndarray):
@@ -130,11 +143,6 @@ class TextToImageExperiment:
         forget, remain = target.unique - member.first_row, target.remain - member.first_row
         if not num_neighbors:
             return ForgetData(latents.posterior(forget))
-        check(
-            num_neighbors <= len(remain),
-            f"config.unlearn.num_neighbors (K) is {num_neighbors}, but only {len(remain)} pictures of {target.spec} remain; "
-            "choose a smaller K",
-        )
         rng = jax.random.key(self.config.data.latent_seed)
         forget_x_0, remain_x_0 = latents.draw(forget, rng), latents.draw(remain, rng)
         found, distances = nearest(forget_x_0, remain_x_0, num_neighbors, backend)
@@ -147,19 +155,18 @@ class TextToImageExperiment:
         """How many images `sample` makes, of both prompts together."""
         return self._sampler.total
 
-    @cached_property
-    def _sampler(self) -> PromptSampler:
-        output = "float32" if self.config.save_float else "uint8"
-        return PromptSampler(self.pipeline, self.eps_fn, self.latent_shape, output, **self.config.sampling.to_dict())
-
     def sample(self, target: Target, params: PyTree, **how) -> dict[str, np.ndarray]:
-        """Returns the arrays of `samples.npz`; see `PromptSampler.sample`."""
+        """Returns the arrays of `samples.npz`; see `PromptSampler.sample`. `params` are used up if they are to be halved."""
+        params = _converted(params, build.DTYPES[self.config.compute.param_dtype])
         return self._sampler.sample(self._members[target.spec].prompts, params, **how)
 
     def sampling_digest(self, target: Target) -> str:
         """A digest of all that samples depend on beside the UNet's parameters and the prompts."""
-        settings = self.config.sampling.to_dict(), self.schedule.to_config(), self.config.save_float, self.config.data.resolution
-        return files.json_digest([*settings, self.pipeline.vae_digest, self.config.compute.dtype])
+        sampling, compute = self.config.sampling.to_dict(), self.config.compute
+        # Image i is the same in any batch and among any number, so finished parts stay of use when these change.
+        settings = {name: value for name, value in sampling.items() if name not in ("batch_size", "num_images")}
+        how = settings, self.schedule.to_config(), self.config.save_float, self.config.data.resolution
+        return files.json_digest([*how, self.pipeline.vae_digest, compute.dtype, compute.param_dtype])
 
     def export(self, path, params: PyTree, note: str) -> None:
         """Writes the unlearned UNet as diffusers saves it: a whole pipeline, the UNet alone, or nothing (`config.export`)."""
@@ -196,10 +203,7 @@ class TextToImageExperiment:
         self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir: Workdir
     ) -> Results:
         """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed. They need its samples alone."""
-        wanted = self.config.eval.metrics
-        if is_complete(path, wanted):
-            return read_results(path)
-        return evaluate(metrics.EVALUATORS, wanted, self.task(target), metrics.PromptSamples(arrays), path)
+        return evaluate(metrics.EVALUATORS, self.config.eval.metrics, self.task(target), metrics.PromptSamples(arrays), path)
 
     def task(self, target: Target) -> metrics.ConceptTask:
         """What models are evaluated against."""
@@ -244,6 +248,19 @@ class TextToImageExperiment:
         few = slice(8)  # a page shows some of many
         forgotten = thumbnails(member.concept.images.images[target.unique[few] - member.first_row])
         return {"forgotten": forgotten, "neighbors": data.neighbor_images[few], "distances": data.distances[few]}
+
+
+def _converted(params: PyTree, dtype) -> PyTree:
+    """Returns `params` in `dtype`; each leaf is deleted once it is converted, for both copies together would save nothing."""
+
+    def convert(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == dtype:
+            return leaf
+        made = jax.block_until_ready(leaf.astype(dtype))
+        leaf.delete()
+        return made
+
+    return jax.tree.map(convert, params)
 
 
 def _small(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from retrack_jax.build import DTYPES
 from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.evaluate.concept import CLASSIFIERS, METRIC_NAMES
+from retrack_jax.sampling import SAMPLERS
 
 EXPORTS = ("pipeline", "unet", "none")
 
@@ -26,6 +27,7 @@ def check_text_to_image(config: ConfigDict) -> None:
     check_choice("config.export", config.export, EXPORTS)
     check_choice("config.compute.param_dtype", config.compute.param_dtype, DTYPES)
     check_choice("config.eval.classifier", config.eval.classifier, CLASSIFIERS)
+    check_choice("config.sampling.sampler", config.sampling.sampler, SAMPLERS)
     check_number("config.sampling.guidance_scale", config.sampling.guidance_scale, 0.0)
     check_int("config.data.encode_batch_size", config.data.encode_batch_size)
     check_int("config.data.resolution", config.data.resolution)

@@ -2,5 +2,9 @@
 
 from retrack_jax.checkpoints.diffusers_export import export_diffusers
 from retrack_jax.checkpoints.diffusers_import import import_diffusers, read_schedule_config
+from retrack_jax.checkpoints.pipeline import load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.pipeline_export import export_pipeline
 
-__all__ = ["export_diffusers", "import_diffusers", "read_schedule_config"]
+__all__ = [
+    "export_diffusers", "export_pipeline", "import_diffusers", "load_pipeline", "prompt_embeddings", "read_schedule_config",
+]  # fmt: skip

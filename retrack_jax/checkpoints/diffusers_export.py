@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from retrack_jax.checkpoints.diffusers_import import UNET_FOLDERS
 from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, to_torch
 from retrack_jax.checkpoints.safetensors_io import write_safetensors
 from retrack_jax.checks import UserError
@@ -111,8 +112,10 @@ def _source_folders(source) -> list[Path]:
     if source is None:
         return []
     source = Path(source)
-    parent = source.resolve().parent
-    return [source, parent] if (parent / "model_index.json").is_file() else [source]
+    name, parent = source.resolve().name, source.resolve().parent
+    # Old pipelines have no index; a folder of a UNet's name beside another part is one all the same.
+    unindexed = name in UNET_FOLDERS and any((parent / part).is_dir() for part in ("vae", "scheduler"))
+    return [source, parent] if (parent / "model_index.json").is_file() or unindexed else [source]
 
 
 def licences(source) -> dict[str, bytes]:

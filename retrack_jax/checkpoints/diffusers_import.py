@@ -15,15 +15,20 @@ from retrack_jax.checkpoints.torch_reader import TorchFile
 from retrack_jax.checks import UserError
 from retrack_jax.files import read_json
 from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.types import PyTree
 
-_SUBFOLDERS = ("unet", "unet_ema")
+UNET_FOLDERS = ("unet", "unet_ema")
 _STEM = "diffusion_pytorch_model"
+_CLASSES = {"UNet2DModel": UNet2D, "UNet2DConditionModel": UNet2DCondition}
 _log = logging.getLogger(__name__)
 
 
-def import_diffusers(path, **own_fields) -> tuple[UNet2D, PyTree]:
-    """Returns the module and the parameters (float32) of a `UNet2DModel` that diffusers saved.
+def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTree]:
+    """Returns the module and the parameters (float32) of a UNet that diffusers saved, a `UNet2DModel` or `UNet2DConditionModel`.
+
+    The second is called with a prompt's embedding besides, `module.apply(variables, x_t, t, prompt)`; `load_pipeline` reads a
+    whole Stable Diffusion folder.
 
     Args:
       path: the model's folder (`config.json` and weights), or a folder that holds it as `unet` or `unet_ema`.
@@ -33,10 +38,19 @@ def import_diffusers(path, **own_fields) -> tuple[UNet2D, PyTree]:
       UserError: something is missing, not supported or does not fit; the message lists what, and nothing has been loaded.
     """
     folder = unet_folder(path)
-    module = UNet2D.from_config(_read_config(folder), **own_fields)
+    config = _read_config(folder)
+    name = config.get("_class_name", "UNet2DModel")
+    if name not in _CLASSES:
+        raise UserError(f"{folder / 'config.json'} is of a {name}; only {' and '.join(_CLASSES)} are read here")
+    module = _CLASSES[name].from_config(config, **own_fields)
+    return module, load_params(module, folder, *unet_inputs(module))
+
+
+def unet_inputs(module: UNet2D | UNet2DCondition) -> tuple[jax.Array, ...]:
+    """Returns the smallest arguments that `module.init` takes: a noisy image, its timestep and, where it reads one, a prompt."""
     size = 2 ** (len(module.block_out_channels) - 1)
-    x_t, t = jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32)
-    return module, load_params(module, folder, x_t, t)
+    inputs = jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32)
+    return inputs if isinstance(module, UNet2D) else (*inputs, jnp.zeros((1, 1, module.cross_attention_dim)))
 
 
 def load_params(module, folder, *inputs, stem: str = _STEM, table: RenameTable = DIFFUSERS) -> PyTree:
@@ -60,14 +74,18 @@ def load_params(module, folder, *inputs, stem: str = _STEM, table: RenameTable =
 def open_weights(folder, stem: str = _STEM) -> tuple[Path, Mapping[str, np.ndarray]]:
     """Returns the path of the weights in `folder` and a mapping that reads them: safetensors before `.bin`, whole before sharded.
 
-    Where there is only a variant (`stem.fp16.safetensors`), and only one, it is taken. Raises `UserError` where there is nothing.
+    Where there is only a variant (`stem.fp16.safetensors`), and only one, it is taken. Raises `UserError` where there is nothing,
+    or a choice of variants.
     """
     folder = Path(folder)
     names = [f"{stem}{ending}" for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")]
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        variants = [*folder.glob(f"{stem}.*.safetensors"), *folder.glob(f"{stem}.*.bin")]
-        if len(variants) != 1:
+        variants = sorted(folder.glob(f"{stem}.*.safetensors")) or sorted(folder.glob(f"{stem}.*.bin"))
+        if len(variants) > 1:
+            choice = ", ".join(variant.name for variant in variants)
+            raise UserError(f"{folder} holds only variants of the weights: {choice}; copy the one to read to {names[0]}")
+        if not variants:
             raise UserError(f"no weights in {folder}: looked for {', '.join(names)}; give the folder that holds them")
         path = variants[0]
         _log.info("reading the variant %s", path)
@@ -79,7 +97,7 @@ def open_weights(folder, stem: str = _STEM) -> tuple[Path, Mapping[str, np.ndarr
 def unet_folder(path) -> Path:
     """Returns the folder of the UNet's `config.json`: `path`/unet, `path`/unet_ema or `path`; else raises `UserError`."""
     path = Path(path)
-    found = [path / name for name in _SUBFOLDERS if (path / name / "config.json").is_file()]
+    found = [path / name for name in UNET_FOLDERS if (path / name / "config.json").is_file()]
     if len(found) > 1:
         _log.warning("%s holds %s; reading the first (give the other's path to read that)", path, " and ".join(map(str, found)))
     if not found and not (path / "config.json").is_file():
@@ -96,7 +114,7 @@ def read_schedule_config(path) -> dict[str, Any] | None:
     """
     path = Path(path)
     folders = [path]
-    if not (path / "model_index.json").is_file() and (path / "config.json").is_file() and path.resolve().name in _SUBFOLDERS:
+    if not (path / "model_index.json").is_file() and (path / "config.json").is_file() and path.resolve().name in UNET_FOLDERS:
         folders.append(path.resolve().parent)
     for folder in folders:
         for file in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):

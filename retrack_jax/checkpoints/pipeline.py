@@ -1,5 +1,4 @@
-"""A whole Stable Diffusion folder, in and out: UNet, VAE, text encoder, tokenizer and noise schedule as diffusers lays
-them out.
+"""A whole Stable Diffusion folder, read: UNet, VAE, text encoder, tokenizer and noise schedule as diffusers lays them out.
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     and, carried along unread, safety_checker/
     feature_extractor/
@@ -8,8 +7,6 @@ Stable Diffusion 1.x and 2.x are supported. Weights in float16 are read into flo
 """
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licences, model_card, move_into_place
-from retrack_jax.checkpoints.diffusers_import import load_params, open_weights, read_schedule_config
+from retrack_jax.checkpoints.diffusers_import import load_params, open_weights, read_schedule_config, unet_inputs
 from retrack_jax.checkpoints.names import RenameTable, from_torch
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import file_digest, json_digest, read_json, write_bytes, write_json, write_text
+from retrack_jax.files import file_digest, json_digest, read_json
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
 from retrack_jax.models.unet2d_condition import UNet2DCondition
@@ -44,7 +40,7 @@ class Pipeline:
 
     Attributes:
       path: the folder they came from.
-      vae_digest: SHA-256 over the VAE's config and weights file, which keys caches of latents.
+      vae_digest: SHA-256 over the VAE's config and weights, which keys caches of latents.
     """
 
     path: Path
@@ -91,10 +87,7 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
     schedule = Schedule.from_config(read_schedule_config(folder))
 
-    side = 2 ** (len(unet.block_out_channels) - 1)
-    prompt = jnp.zeros((1, 1, unet.cross_attention_dim))
-    unet_inputs = jnp.zeros((1, side, side, unet.in_channels)), jnp.zeros((1,), jnp.int32), prompt
-    unet_params = load_params(unet, folder / "unet", *unet_inputs)
+    unet_params = load_params(unet, folder / "unet", *unet_inputs(unet))
     if param_dtype != jnp.float32:
         unet_params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), unet_params)
     return Pipeline(
@@ -107,9 +100,7 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
         text_params=_load_text(text_encoder, folder / "text_encoder"),
         tokenizer=tokenizer,
         schedule=schedule,
-        vae_digest=json_digest(
-            [_config(folder / "vae"), file_digest(open_weights(folder / "vae")[0]), str(jnp.dtype(dtype))]
-        ),
+        vae_digest=json_digest([_config(folder / "vae"), _weights_digest(folder / "vae"), str(jnp.dtype(dtype))]),
     )
 
 
@@ -121,7 +112,8 @@ def check_pipeline(folder) -> None:
         f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)",
     )
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    name = index.get("_class_name", "StableDiffusionPipeline")
+    check(isinstance(index, dict), f"{folder / 'model_index.json'} holds no JSON object; restore it")
+    name = str(index.get("_class_name", "StableDiffusionPipeline"))
     if "XL" in name or (folder / "text_encoder_2").is_dir():
         raise UserError(
             f"{folder} holds Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder"
@@ -154,73 +146,21 @@ def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array
     return module.apply({"params": params}, ids_PN).astype(jnp.float32)
 
 
-def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
-    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads: the source's parts, and the UNet
-    `unet_params`.
-
-    The source's licence files and model card are carried along, the card with `note` below: a model unlearned from Stable
-    Diffusion is a derivative, and its licence asks for that. The folder appears whole or not at all.
-
-    Raises:
-      UserError: `path` is the source or holds something else, is not local, or cannot be written.
-    """
-    check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
-    path, source = Path(path), pipeline.path
-    check_replaceable(path, source)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        export_diffusers(temporary / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)
-        parts = [
-            entry
-            for entry in sorted(source.iterdir())
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "unet"
-        ]
-        for part in parts:
-            shutil.copytree(part, temporary / part.name, symlinks=False)
-        write_json(temporary / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
-        write_text(temporary / "README.md", model_card(source, note))
-        for name, content in licences(source).items():
-            write_bytes(temporary / name, content)
-        move_into_place(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _model_index(source: Path, parts: set[str]) -> dict:
-    """The source's index without the parts that the source itself lacks, which diffusers would look for."""
-    default = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if (source / "model_index.json").is_file():
-        default = read_json(source / "model_index.json")
-    else:
-        default["scheduler"][1] = read_json(source / "scheduler" / "scheduler_config.json").get(
-            "_class_name", "PNDMScheduler"
-        )
-    return {
-        name: [None, None] if isinstance(value, list) and name not in parts else value for name, value in default.items()
-    }
-
-
 def _load_text(module: ClipTextEncoder, folder: Path) -> PyTree:
     """Reads the weights of transformers' `CLIPTextModel`, whose names began with `text_model.` until version 5."""
     target = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     stem = "pytorch_model" if not [*folder.glob("model*.safetensors*")] else "model"
     path, state = open_weights(folder, stem)
     return from_torch(_Unprefixed(state), target, table=_TEXT_TABLE, where=str(path))
+
+
+def _weights_digest(folder: Path) -> str | list[str]:
+    """SHA-256 of the weights file in `folder`, or of an index and of each file that it names."""
+    path, _ = open_weights(folder)
+    if not path.name.endswith(".index.json"):
+        return file_digest(path)
+    shards = sorted(set(read_json(path)["weight_map"].values()))
+    return [file_digest(path), *(file_digest(folder / shard) for shard in shards)]
 
 
 class _Unprefixed(Mapping[str, np.ndarray]):

@@ -4,6 +4,7 @@ A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_mod
 given floats, SSCD uint8, as in the official code; where floats were not kept, the note of the metric says so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +76,23 @@ def concept_centers(concept: Concept, classifier: str) -> np.ndarray:
     """Returns the centres `[2, D]` of the concept's classifier: `joblib` reads the shipped file, `labels` refits them.
 
     Raises:
-      Unavailable: the file is missing, or cannot be read safely.
+      Unavailable: the file is missing, cannot be read safely, or is for pictures of another size than the concept's here.
       UserError: an unknown classifier.
     """
     check_choice("config.eval.classifier", classifier, CLASSIFIERS)
     if classifier == "labels":
         return centers_from_labels(concept.images.images, concept.images.labels)
+    path, instead = concept.folder / CLASSIFIER, "or refit it with --config.eval.classifier=labels"
     try:
-        return read_centers(concept.folder / CLASSIFIER)
+        centers = read_centers(path)
     except UserError as error:
-        raise Unavailable(f"{error}; or refit it with --config.eval.classifier=labels") from error
+        raise Unavailable(f"{error}; {instead}") from error
+    height, width, channels = concept.images.images.shape[1:]
+    if centers.shape[1] != height * width * channels:
+        fitted = math.isqrt(centers.shape[1] // channels)
+        sizes = f"{fitted} x {fitted} pixels and config.data.resolution gives {height} x {width}"
+        raise Unavailable(f"{path} is for {sizes}; set that, {instead}")
+    return centers
 
 
 def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> ClipIqa:
@@ -167,6 +175,10 @@ def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[st
     return _only(values, wanted), note
 
 
+def _same_classifier(task: ConceptTask, note: dict) -> bool:
+    return note.get("classifier") == task.centers_name
+
+
 def _only(values: dict[str, float], wanted: Sequence[str]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name in wanted}
 
@@ -178,6 +190,6 @@ def _names(metric: str) -> tuple[str, ...]:
 EVALUATORS = (
     Evaluator(names=_names("sscd"), compute=_sscd),
     Evaluator(names=_names("clip_iqa"), compute=_clip_iqa),
-    Evaluator(names=_names("success_rate"), compute=_success_rate),
+    Evaluator(names=_names("success_rate"), compute=_success_rate, is_current=_same_classifier),
 )
 METRIC_NAMES = tuple(name for evaluator in EVALUATORS for name in evaluator.names)

@@ -70,12 +70,15 @@ class ClipTokenizer:
 def load_tokenizer(path) -> ClipTokenizer:
     """Reads the tokenizer folder of a pipeline. Raises `UserError` if files are missing or are not a CLIP tokenizer's."""
     folder = epath.Path(path)
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    if (folder / "special_tokens_map.json").exists():
-        config = {**config, **read_json(folder / "special_tokens_map.json")}
+    config = {}
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).exists():
+            found = read_json(folder / file)
+            check(isinstance(found, dict), f"{folder / file} holds no JSON object; download it again")
+            config |= found
     name = config.get("tokenizer_class", "CLIPTokenizer")
     check(name in ("CLIPTokenizer", "CLIPTokenizerFast"), f"{folder} holds a {name}; only CLIP tokenizers are supported")
-    special = {role: _token(config.get(role) or _DEFAULTS[role]) for role in _ROLES}
+    special = {role: _token(folder, role, config.get(role) or _DEFAULTS[role]) for role in _ROLES}
     text = {role: token["content"] for role, token in special.items()}
 
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -108,10 +111,12 @@ def _finish(backend, ids: dict[str, int], text: dict[str, str], length: int) -> 
     return ClipTokenizer(length, ids["bos_token"], ids["eos_token"], ids["pad_token"], backend)
 
 
-def _token(value) -> dict:
+def _token(folder, role: str, value) -> dict:
     """One special token as a dict; plain text is matched as written."""
     if isinstance(value, str):
         return {"content": value, "normalized": False}
+    whole = isinstance(value, dict) and isinstance(value.get("content"), str)
+    check(whole, f"{folder}: the {role} is {value!r}, neither a text nor an object with its content; download the folder again")
     return {key: value[key] for key in ("content", "normalized", "lstrip", "rstrip", "single_word") if key in value}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from retrack_jax.checkpoints.pipeline import export_pipeline, load_pipeline
+from retrack_jax.checkpoints import export_pipeline, load_pipeline
 from tests.sd.prompts200 import PROMPTS
 from tests.sd.tiny import CONCEPTS, PIPELINE, RECORDED
 

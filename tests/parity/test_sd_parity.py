@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+from retrack_jax.checkpoints import export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
 from retrack_jax.checkpoints.names import from_torch  # noqa: E402
-from retrack_jax.checkpoints.pipeline import export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
 from retrack_jax.diffusion.process import make_eps_fn  # noqa: E402
 from retrack_jax.diffusion.schedule import Schedule  # noqa: E402
 from retrack_jax.models.clip_text import ClipTextEncoder  # noqa: E402

@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints.pipeline import export_pipeline, load_pipeline, prompt_embeddings
+from retrack_jax.api import unlearn
+from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.diffusers_import import unet_inputs
+from retrack_jax.checkpoints.safetensors_io import SafetensorsFile
 from retrack_jax.checks import UserError
 from tests.sd.tiny import PIPELINE
 
@@ -31,6 +34,8 @@ def test_half_precision_files_become_float32(pipeline):
             lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
             "Stable Diffusion XL, which is not supported",
         ),
+        (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json holds no JSON object"),
+        (lambda f: edit(f / "model_index.json", _class_name=["Flux"]), "Flux.*, which is not supported"),
         (lambda f: (f / "text_encoder_2").mkdir(), "Stable Diffusion XL, which is not supported"),
         (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not supported"),
         (lambda f: shutil.rmtree(f / "vae"), "has no vae folder"),
@@ -42,6 +47,9 @@ def test_half_precision_files_become_float32(pipeline):
         (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=100), "do not fit the text encoder's 100 tokens"),
         (lambda f: edit(f / "unet" / "config.json", layers_per_block=2), "missing"),
         (lambda f: edit(f / "vae" / "config.json", latent_channels=8), "latents have 8"),
+        (lambda f: edit(f / "tokenizer" / "special_tokens_map.json", pad_token={"lstrip": True}), "pad_token is .*its content"),
+        (lambda f: edit(f / "tokenizer" / "special_tokens_map.json", bos_token=7), "bos_token is 7, neither a text"),
+        (lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json holds no JSON object"),
     ],
 )
 def test_folders_that_do_not_fit(folder, spoil, message):
@@ -58,7 +66,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_names_without_the_old_prefix_and_position_numbers(folder, pipeline):
     """transformers 5 writes no `text_model.`; old versions wrote a buffer of positions besides."""
     from retrack_jax.checkpoints.names import TorchTensor
-    from retrack_jax.checkpoints.safetensors_io import SafetensorsFile, write_safetensors
+    from retrack_jax.checkpoints.safetensors_io import write_safetensors
 
     path = folder / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): np.array(value) for name, value in SafetensorsFile(path).items()}
@@ -88,6 +96,94 @@ def test_export_carries_everything_and_is_read_back(tmp_path, pipeline):
 
     export_pipeline(out, pipeline, pipeline.unet_params)  # an earlier export is replaced
     jax.tree.map(np.testing.assert_array_equal, load_pipeline(out).unet_params, pipeline.unet_params)
+
+
+def as_variants(folder, *endings):
+    """Names the weights of VAE and text encoder as a download of the half-precision variant alone does."""
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        whole = folder / part / f"{stem}.safetensors"
+        for ending in endings:
+            shutil.copy(whole, folder / part / f"{stem}{ending}")
+        whole.unlink()
+
+
+def test_export_names_variants_plainly(tmp_path, folder, pipeline):
+    """The UNet is written as no variant, and diffusers reads all parts of one pipeline under one."""
+    as_variants(folder, ".fp16.safetensors")
+    out = tmp_path / "unlearned"
+    export_pipeline(out, load_pipeline(folder), pipeline.unet_params)
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
+        assert [file.name for file in (out / part).glob("*.safetensors")] == [f"{name}.safetensors"]
+    jax.tree.map(np.testing.assert_array_equal, load_pipeline(out).vae_params, pipeline.vae_params)
+    assert (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").is_file()  # the source stays as it is
+
+
+def test_of_variants_safetensors_are_read_and_a_choice_is_refused(folder, pipeline):
+    as_variants(folder, ".fp16.safetensors", ".fp16.bin")
+    jax.tree.map(np.testing.assert_array_equal, load_pipeline(folder).vae_params, pipeline.vae_params)
+    vae = folder / "vae"
+    shutil.copy(vae / "diffusion_pytorch_model.fp16.safetensors", vae / "diffusion_pytorch_model.ema.safetensors")
+    with pytest.raises(UserError, match="only variants.*model.ema.safetensors, diffusion_pytorch_model.fp16.safetensors; copy"):
+        load_pipeline(folder)
+
+
+def test_the_unet_alone_takes_licence_and_card_from_a_pipeline_without_an_index(tmp_path, folder, pipeline):
+    (folder / "model_index.json").unlink()
+    for name in ("LICENSE", "README.md"):
+        (folder / "unet" / name).unlink(missing_ok=True)
+    out = tmp_path / "unet"
+    export_diffusers(out, pipeline.unet, pipeline.unet_params, source=folder / "unet")
+    assert (out / "LICENSE").read_text() == (PIPELINE / "LICENSE").read_text()
+    assert "Tiny pipeline" in (out / "README.md").read_text()
+    # A folder that only lies beside others is no part of a pipeline.
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "LICENSE").write_text("of something else")
+    shutil.copytree(folder / "unet", tmp_path / "models" / "unet")
+    export_diffusers(out, pipeline.unet, pipeline.unet_params, source=tmp_path / "models" / "unet")
+    assert not (out / "LICENSE").exists()
+
+
+def test_import_diffusers_reads_a_text_conditioned_unet(tmp_path, pipeline):
+    export_diffusers(tmp_path / "unet", pipeline.unet, pipeline.unet_params)
+    for path in (tmp_path / "unet", PIPELINE):
+        module, params = import_diffusers(path, remat=True)
+        assert module == pipeline.unet.clone(remat=True)
+        jax.tree.map(np.testing.assert_array_equal, params, pipeline.unet_params)
+    edit(tmp_path / "unet" / "config.json", _class_name="UNet3DConditionModel")
+    with pytest.raises(UserError, match="UNet3DConditionModel; only UNet2DModel and UNet2DConditionModel are read here"):
+        import_diffusers(tmp_path / "unet")
+
+
+def test_the_digest_of_a_sharded_vae_covers_its_shards(folder, pipeline):
+    vae = folder / "vae"
+    whole, shard = vae / "diffusion_pytorch_model.safetensors", vae / "diffusion_pytorch_model-00001-of-00001.safetensors"
+    names = list(SafetensorsFile(whole))
+    (vae / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, shard.name)})
+    )
+    whole.rename(shard)
+    before = load_pipeline(folder).vae_digest
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # the last bit that matters least of one weight
+    shard.write_bytes(data)
+    assert load_pipeline(folder).vae_digest != before != pipeline.vae_digest
+
+
+def test_arrays_in_parameters_out_with_a_prompt(pipeline):
+    """As docs/stable_diffusion.md shows, with a UNet of a single block: it compiles in a third of the time."""
+    small = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
+    unet = pipeline.unet.clone(block_out_channels=(16,), **small)
+    first = jax.jit(unet.init)(jax.random.key(0), *unet_inputs(unet))["params"]
+    prompt = prompt_embeddings(pipeline, ["a picture of something"])
+
+    def apply_fn(variables, x_t, t):
+        return unet.apply(variables, x_t, t, prompt)
+
+    latents = np.random.default_rng(0).normal(size=(6, 4, 4, 4)).astype(np.float32)
+    how = {"method": "vanilla", "num_steps": 1, "batch_size": 4, "rng": jax.random.key(0)}
+    params = unlearn(apply_fn, first, pipeline.schedule, latents[:4], latents[4:], **how)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, first)
+    assert 0 < max(jax.tree.leaves(moved)) < 1e-3
 
 
 def test_export_leaves_other_folders_alone(tmp_path, pipeline, folder):
