@@ -56,11 +56,18 @@ def unshard_batch(batch: PyTree) -> PyTree:
 
 
 def check_divisible(field: str, batch: int, parts: int = 1) -> None:
-    """Raises `UserError` unless `batch` divides evenly over all devices, `parts` microbatches each."""
+    """Raises `UserError` unless `batch` divides evenly over all devices, `parts` microbatches each.
+
+    A recipe fixes the batch and not its microbatches, so where fewer of them would do the message says how many.
+    """
     devices = jax.device_count()
     if batch % (devices * parts):
         over = f"{devices} devices" + (f" x {parts} accumulation steps" if parts > 1 else "")
-        raise UserError(f"{field} is {batch}, which does not divide evenly over {over}; choose a multiple of {devices * parts}")
+        hint = f"choose a multiple of {devices * parts}"
+        if batch % devices == 0:  # so parts > 1
+            group, dot, _ = field.rpartition(".")
+            hint += f", or set {group}{dot}accumulation to {batch // devices}"
+        raise UserError(f"{field} is {batch}, which does not divide evenly over {over}; {hint}")
 
 
 @partial(jax.vmap, in_axes=(None, 0))

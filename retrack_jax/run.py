@@ -2,13 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel, recipe
 from retrack_jax.checks import check
+from retrack_jax.data.target import Target
 from retrack_jax.data.targets import described, slug
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.evaluate.results import Results
@@ -83,6 +85,11 @@ class Runner:
             self._experiment = build_experiment(self.config)
         return self._experiment
 
+    @cached_property
+    def _targets(self) -> dict[str, Target]:
+        """Every target of the sweep: one that cannot be found is told before the first run, not after the ones before it."""
+        return {spec: self.experiment.target(spec) for spec in build.target_specs(self.config)}
+
     def run_one(self, method: str, spec: str, seed: int) -> None:
         """Runs the stages that `config.mode` asks for."""
         config = build.effective_config(self.config, method)
@@ -93,7 +100,7 @@ class Runner:
         for place, claimed in claims.items():
             self.workdir.check_claim(place, claimed)
         mode = config.mode
-        if mode == "run" and self._is_done(folder, config.eval.metrics):
+        if mode == "run" and self._is_done(folder, config):
             return
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
         stages = Stages(
@@ -103,7 +110,7 @@ class Runner:
             should_stop=self.should_stop,
             programs=self._programs,
         )
-        target = self.experiment.target(spec)
+        target = self._targets[spec]
         for place, claimed in claims.items():
             self.workdir.claim(place, claimed)
         if mode in ("run", "unlearn"):
@@ -125,8 +132,7 @@ class Runner:
         methods = [METHODS[name] for name in methods_of(self.config) if name in METHODS]
         if self._prepared or len(specs) == 1 or not any("neighbors" in method.streams for method in methods):
             return
-        targets = [self.experiment.target(spec) for spec in specs]
-        self.experiment.prepare_targets(targets, recipe.num_neighbors, recipe.neighbor_backend)
+        self.experiment.prepare_targets(list(self._targets.values()), recipe.num_neighbors, recipe.neighbor_backend)
         self._prepared = True
 
     def finish(self) -> dict:
@@ -144,16 +150,20 @@ class Runner:
             self._print(runs, summary)
         return summary
 
-    def _is_done(self, folder, wanted: Sequence[str]) -> bool:
+    def _is_done(self, folder, config: ConfigDict) -> bool:
         if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
             return False
-        # A metric that was absent, for want of a weights file say, is worth another try; one may also be asked for later.
+        # A metric that was absent, for want of a weights file say, is worth another try; one may also be asked for later, with
+        # another classifier, or an export of another kind.
         metrics = files.read_json(folder / "metrics.json")
-        return not metrics["provenance"]["absent"] and set(wanted) <= set(metrics["unlearned"])
+        complete = not metrics["provenance"]["absent"] and set(config.eval.metrics) <= set(metrics["unlearned"])
+        then = metrics["config"]
+        same = then["eval"].get("classifier") == config.eval.get("classifier") and then.get("export") == config.get("export")
+        return complete and same and not _is_other_export(folder / "diffusers", config.get("export"))
 
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
         path = folder / "diffusers"
-        if parallel.is_main_process() and not path.exists():
+        if parallel.is_main_process() and (not path.exists() or _is_other_export(path, self.config.get("export"))):
             note = f"Unlearned by {method} in {model.steps} steps; forgotten: {described(spec)}."
             self.experiment.export(path, model.params, note)
         parallel.barrier("exported")
@@ -241,12 +251,19 @@ class Runner:
 
     def _comparison_pictures(self, runs: list[dict], spec: str) -> dict:
         """The first samples of each method's first run on the first target, from the same noise."""
-        target = self.experiment.target(spec)
+        target = self._targets[spec]
         samples = {PRETRAINED: read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))}
         for run in runs:
             if run["target"] == spec and run["method"] not in samples:  # the first seed of each method
                 samples[run["method"]] = read_samples_or_explain(self.workdir.run(run["method"], run["seed"], slug(spec)))
         return self.experiment.comparison_pictures(target, samples)
+
+
+def _is_other_export(path, kind: str | None) -> bool:
+    """Whether the folder `path` holds an export, and not of the `kind` that is asked for (None: there is one kind)."""
+    if kind not in ("pipeline", "unet") or not path.exists():
+        return False  # with `none` what is there stays
+    return (path / "unet").exists() != (kind == "pipeline")
 
 
 def build_experiment(config: ConfigDict):

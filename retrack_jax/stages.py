@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -88,8 +87,8 @@ class Stages:
         how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout, shard_ema)
         program = self._program("from scratch", METHODS["vanilla"], recipe, how, build.ema_decay_from(recipe))
 
-        def make_state():
-            return create_state(experiment.init_params(seed), program.optimizer, program.ema_decay)
+        def make_params() -> PyTree:
+            return experiment.init_params(seed)
 
         def make_work() -> Work:
             batches = Batches(
@@ -102,7 +101,7 @@ class Stages:
             )
             return Work(program.step, batches, Shared(schedule=experiment.schedule))
 
-        return self._train(folder, make_state, make_work, seed, recipe.num_steps, name, only_existing)
+        return self._train(folder, program, make_params, make_work, seed, recipe.num_steps, name, only_existing)
 
     def unlearn(self, method_name: str, target: Target, seed: int, *, only_existing: bool = False) -> Model:
         """The model after `method_name` forgot the target."""
@@ -111,10 +110,9 @@ class Stages:
             return self.retrain(target, seed, only_existing=only_existing)
         how = build.unlearn_options_from(recipe, method, experiment.num_timesteps, experiment.has_dropout)
         program = self._program(method_name, method, recipe, how)
-        params = None if only_existing else self.pretrain(only_existing=True).params
 
-        def make_state():
-            return create_state(params, program.optimizer)
+        def make_params() -> PyTree:
+            return self.pretrain(only_existing=True).params
 
         def make_work() -> Work:
             data = experiment.forget_data(
@@ -125,8 +123,8 @@ class Stages:
                 forget=data.forget,
                 neighbors=data.neighbors,
                 neighbor_rows=data.neighbor_rows,
-                # The step donates its state, so the frozen reference is a copy of its own.
-                reference=jax.tree.map(jnp.copy, params) if recipe.retain_loss == "distillation" else None,
+                # The step donates its state, so the frozen reference is made once more.
+                reference=make_params() if recipe.retain_loss == "distillation" else None,
                 condition=experiment.condition(target),
             )
             batches = Batches(
@@ -139,10 +137,8 @@ class Stages:
             )
             return Work(program.step, batches, shared)
 
-        if only_existing:
-            params = jax.eval_shape(lambda: experiment.init_params(0))
         folder = self.workdir.run(method_name, seed, target.slug)
-        return self._train(folder, make_state, make_work, seed, recipe.num_steps, "unlearn", only_existing)
+        return self._train(folder, program, make_params, make_work, seed, recipe.num_steps, "unlearn", only_existing)
 
     def _program(
         self, name: str, method: Method, recipe: ConfigDict, how: StepOptions, ema_decay: Callable | None = None
@@ -155,7 +151,8 @@ class Stages:
     def _train(
         self,
         folder: epath.Path,
-        make_state: Callable[[], TrainState],
+        program: Program,
+        make_params: Callable[[], PyTree],
         make_work: Callable[[], Work],
         seed: int,
         num_steps: int,
@@ -167,7 +164,10 @@ class Stages:
                 stage = "pretrain" if name == "pretrain" else "unlearn"
                 mend = f"run --config.mode={stage} first, or leave config.mode out to run every stage"
                 raise UserError(f"{folder} has no finished model; {mend}")
-            state, seconds = restore(make_state, num_steps, store)
+            # A run that goes on from a checkpoint needs the shapes alone; parameters would lie beside the restored ones.
+            begun = store.latest_step() is not None
+            params = jax.eval_shape(lambda: self.experiment.init_params(0)) if begun else make_params()
+            state, seconds = restore(lambda: create_state(params, program.optimizer, program.ema_decay), num_steps, store)
             if not isinstance(state, TrainState):
                 return Model(state, num_steps, seconds)
             work = make_work()

@@ -19,10 +19,13 @@ from retrack_jax.checks import UserError, check
 
 PRETRAINED, RETRAINED = "pretrained", "retrained"
 
-# Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, and
-# which metrics to compute, for each is kept by itself.
-_FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes"}
-_FREE_NESTED = {"data.cache_dir", "data.dir", "eval.weights_dir", "eval.metrics", "compute.cpu_devices"}
+# Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, what
+# only costs memory or time, and which metrics to compute and what to export, for each is kept by itself (run.py).
+_FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes", "export"}
+_FREE_NESTED = {
+    "data.cache_dir", "data.dir", "data.encode_batch_size", "sampling.batch_size", "eval.weights_dir", "eval.metrics",
+    "eval.classifier", "compute.cpu_devices", "compute.remat",
+}  # fmt: skip
 
 
 class Workdir:
@@ -69,7 +72,8 @@ class Workdir:
         """Raises `UserError`, with the fields that differ, if `folder` holds a run of another config."""
         path = folder / "config.json"
         if path.exists():
-            differing = _differences(files.read_json(path), json.loads(json.dumps(config)))
+            # Of the stored one too: it may hold a field that has become free since it was written.
+            differing = _differences(comparable(files.read_json(path)), json.loads(json.dumps(config)))
             if differing:
                 shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
                 more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""

@@ -37,14 +37,16 @@ class Evaluator:
     Attributes:
       names: the metrics it can compute.
       compute: `(task, subject, wanted names) -> (values, note)`; raises `Unavailable` where an input is missing.
+      is_current: `(task, note) -> bool`, whether a stored value with that note is what `compute` would give for `task`.
     """
 
     names: tuple[str, ...]
     compute: Callable
+    is_current: Callable[..., bool] = lambda task, note: True
 
 
 def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subject, path) -> Results:
-    """Returns the `wanted` metrics of `subject`, computing those that the file at `path` does not hold yet.
+    """Returns the `wanted` metrics of `subject`, computing those that the file at `path` does not hold yet, or of another task.
 
     Args:
       evaluators: the table of what can be computed.
@@ -55,13 +57,16 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
     """
     results = read_results(path)
     for evaluator in evaluators:
-        missing = [name for name in evaluator.names if name in wanted and name not in results.values]
+        missing = [name for name in evaluator.names if name in wanted and not _holds(results, name, evaluator, task)]
         if not missing:
             continue
         try:
             values, note = evaluator.compute(task, subject, missing)
         except Unavailable as reason:
-            results.absent.update({name: str(reason) for name in missing})
+            for name in missing:
+                results.values.pop(name, None)
+                results.notes.pop(name, None)
+                results.absent[name] = str(reason)
         else:
             results.values.update(values)
             for name in missing:
@@ -73,6 +78,10 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
         if parallel.is_main_process():
             files.write_json(path, vars(results))
     return results
+
+
+def _holds(results: Results, name: str, evaluator: Evaluator, task) -> bool:
+    return name in results.values and evaluator.is_current(task, results.notes.get(name, {}))
 
 
 def is_complete(path, wanted: Sequence[str]) -> bool:

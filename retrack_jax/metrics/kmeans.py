@@ -43,15 +43,13 @@ def read_centers(path) -> np.ndarray:
     try:
         data = epath.Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"no file {path}; download the concept's folder, or set the classifier to 'labels'") from error
+        raise UserError(f"no file {path}; download the concept's folder") from error
     try:
         record = _Reader(BytesIO(_decompress(data))).load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(
-            f"{path} is not a whole joblib file ({error}); download it again, or set the classifier to 'labels'"
-        ) from error
+        raise UserError(f"{path} is not a whole joblib file ({error}); download it again") from error
     name = getattr(record, "class_name", type(record).__name__)
     check(
         name.endswith(".KMeans") or name.endswith(".MiniBatchKMeans"),

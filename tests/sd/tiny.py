@@ -1,6 +1,9 @@
 """Where the committed tiny pipeline and concepts lie (tests/make_tiny_sd.py makes them), and the config of a run on them."""
 
+import contextlib
 from pathlib import Path
+
+import jax
 
 from configs import stable_diffusion
 
@@ -32,3 +35,13 @@ def tiny_config(tmp_path, method="retrack"):
         config.log_every = 1
         config.export = "pipeline"
     return config
+
+
+@contextlib.contextmanager
+def hasty_compiler():
+    """Where a program runs once or twice, most of its time would go into optimizing it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,48 @@
+"""What the config ships with and the other tests turn off to save time: accumulation, remat and the export of the UNet."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from retrack_jax.checkpoints import import_diffusers
+from retrack_jax.run import run
+from retrack_jax.text_to_image import TextToImageExperiment
+from retrack_jax.train.loop import Preempted
+from tests.sd.tiny import hasty_compiler, tiny_config
+
+
+@pytest.fixture(scope="module")
+def unlearned(tmp_path_factory):
+    """The folder of a run that was stopped after one of its two steps and went on; and how often it read the first parameters."""
+    tmp_path = tmp_path_factory.mktemp("shipped")
+    config = tiny_config(tmp_path)
+    with config.unlocked():
+        config.mode = "unlearn"
+        config.unlearn.batch_size = 8
+        config.unlearn.accumulation = 2
+        config.compute.remat = True
+        config.export = "unet"
+    reads, original = [], TextToImageExperiment.imported_params
+    with hasty_compiler(), pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(Preempted, match="step 1 of 2"):
+            run(config, tmp_path / "work", should_stop=lambda: True)
+        patch.setattr(TextToImageExperiment, "imported_params", lambda self: reads.append(1) or original(self))
+        run(config, tmp_path / "work")
+    return tmp_path / "work" / "retrack" / "seed0-red_circle", len(reads)
+
+
+def test_a_run_that_goes_on_keeps_no_second_copy_of_the_parameters(unlearned):
+    folder, reads = unlearned
+    assert reads == 0
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_exported_unet_is_unlearned_and_carries_the_licence(unlearned, pipeline):
+    folder = unlearned[0] / "diffusers"
+    module, params = import_diffusers(folder)
+    assert type(module) is type(pipeline.unet) and not (folder / "unet").exists()
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, pipeline.unet_params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    assert (folder / "LICENSE").is_file() and (folder / "scheduler" / "scheduler_config.json").is_file()
+    card = (folder / "README.md").read_text()
+    assert "Tiny pipeline" in card and "red_circle" in card
