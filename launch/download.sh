@@ -4,6 +4,7 @@
 #   launch/download.sh configs/celebahq.py [--config.FIELD=VALUE ...]
 #
 # `hf` comes with `pip install huggingface_hub`, `tfds build` needs `pip install tensorflow-cpu`. Without a network it says so in seconds.
+# Exit status 2: something that the config needs is still missing.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -14,34 +15,49 @@ config=$1
 shift
 python=${PYTHON:-python}
 
-list=$("$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check)
-echo "$list"
-# The same archive or repository may hold several files: each command runs once.
-commands=$(sed -n 's/^ *get it: //p' <<<"$list" | awk '!seen[$0]++')
-[ -n "$commands" ] || exit 0
+fail() { echo "error: $*" >&2; exit 2; }
+
+check() { "$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check; }
+
+# The commands in a list; the same archive or repository may hold several files, so each once.
+commands_in() { sed -n 's/^ *get it: //p' <<<"$1" | awk '!seen[$0]++'; }
+
+# The programs that a command of several parts, joined by &&, runs.
+tools_of() { sed 's/ && /\n/g' <<<"$1" | awk '{ print $1 }' | sort -u; }
+
+# Prints nothing where the list holds all that the config needs; else says what is left.
+left_of() {
+  grep '^missing' <<<"$1" | grep -v '(without it ' || true
+  commands_in "$1"
+}
 
 network() { curl --silent --head --output /dev/null --connect-timeout 5 --max-time 10 "$1"; }
 
+list=$(check "$@")
+echo "$list"
+commands=$(commands_in "$list")
+[ -n "$commands" ] || { [ -z "$(left_of "$list")" ] && exit 0; fail "no command gets what is missing; see the list above"; }
+
+# Before anything is downloaded: an archive is large, and what unpacks it may not be there.
+while IFS= read -r command; do
+  for tool in curl $(tools_of "$command"); do
+    command -v "$tool" >/dev/null || fail "$tool is not installed, which this needs: $command"
+  done
+done <<<"$commands"
+
 while IFS= read -r command; do
   case "$command" in
-    *"curl "*) host=$(grep -o 'https://[^/]*' <<<"$command" | head -n 1) ;;
     "hf download"*) host=${HF_ENDPOINT:-https://huggingface.co} ;;
     "tfds build"*) host=https://storage.googleapis.com ;;
-    *) host="" ;;
+    *) host=$(grep -o 'https://[^/]*' <<<"$command" | head -n 1) ;;
   esac
-  tool=${command%% *}
-  if ! command -v "$tool" >/dev/null; then
-    echo "error: $tool is not installed, which this needs: $command" >&2
-    exit 2
-  fi
   if [ -n "$host" ] && ! network "$host"; then
-    echo "error: $host cannot be reached; on a machine with a network run: $command" >&2
-    exit 2
+    fail "$host cannot be reached; on a machine with a network run: $command"
   fi
   echo "+ $command"
-  bash -euo pipefail -c "$command" </dev/null || {
-    echo "error: this failed, so nothing after it was tried: $command" >&2
-    exit 2
-  }
+  bash -euo pipefail -c "$command" </dev/null || fail "this failed, so nothing after it was tried: $command"
 done <<<"$commands"
-"$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check
+
+list=$(check "$@")
+echo "$list"
+[ -z "$(left_of "$list")" ] || fail "some of it is still missing; see the list above"

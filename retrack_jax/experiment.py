@@ -5,6 +5,7 @@ that an experiment in another space (text_to_image.py) is another class with the
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -36,6 +37,8 @@ from retrack_jax.types import PyTree
 from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
 
+log = logging.getLogger(__name__)
+
 
 class PixelExperiment:
     """Images in pixels, an unconditional UNet."""
@@ -54,7 +57,10 @@ class PixelExperiment:
             # Kept on the host: the training step donates what it is given.
             self._imported = jax.device_get(imported)
             self.module = self.module.clone(**own)
-            self.schedule = build.schedule_from(config, read_schedule_config(config.checkpoint))
+            schedule = read_schedule_config(config.checkpoint)
+            if schedule is None:
+                log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", config.checkpoint)
+            self.schedule = build.schedule_from(config, schedule)
         else:
             from retrack_jax.models.unet2d import UNet2D
 

@@ -1,5 +1,9 @@
-"""The shell commands that get what configs need: config.mode=check prints them, launch/download.sh runs them."""
+"""The shell commands that get what configs need: config.mode=check prints them, launch/download.sh runs them.
 
+Each may be run again after it was interrupted: what is half there is replaced.
+"""
+
+import shlex
 from pathlib import Path
 
 KAGGLE = "https://www.kaggle.com/api/v1/datasets/download/kenhas/data-unlearning-in-diffusion-models"
@@ -26,12 +30,31 @@ ALSO = {
 }
 
 
+# What is read of CompVis/stable-diffusion-v1-4: a third of it, which has each network up to five times.
+SD_FILES = (
+    "README.md",
+    "model_index.json",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+
+
 def checkpoint_command(source: str, folder: Path) -> str:
     """Returns what gets the checkpoint that the paper's config for `source` starts from; empty for a source that has none."""
     if source == "celebahq":
-        return f"hf download google/ddpm-ema-celebahq-256 --local-dir {folder}"
+        return hub("google/ddpm-ema-celebahq-256", folder)
     if source == "concepts":
-        return f"hf download CompVis/stable-diffusion-v1-4 --local-dir {folder}"
+        return hub(f"CompVis/stable-diffusion-v1-4 {' '.join(SD_FILES)}", folder)
     if source == "cifar10":
         archive = "https://github.com/VainF/Diff-Pruning/releases/download/v0.0.1/ddpm_ema_cifar10.zip"
         return unzip(archive, "ddpm_ema_cifar10", folder)
@@ -40,19 +63,39 @@ def checkpoint_command(source: str, folder: Path) -> str:
     return ""
 
 
+def hub(what: str, folder: Path) -> str:
+    """Downloads a repository of the Hugging Face hub, or the files that are named after it, to `folder`."""
+    return f"hf download {what} --local-dir {_quoted(folder)}"
+
+
+def curl(url: str, file: Path) -> str:
+    """Downloads one file."""
+    return f"curl -fL --connect-timeout 10 --create-dirs -o {_quoted(file)} {_quoted(url)}"
+
+
 def unzip(url: str, inside: str, folder: Path, *more: str) -> str:
     """Downloads an archive and moves what is in the folder `inside` it, and the files `more`, to `folder`."""
-    archive, part = f"{folder}.zip", f"{folder}.part"
-    wanted = " ".join(f"'{name}'" for name in (f"{inside}/*", *more))
-    return (
-        f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}' && unzip -q {archive} {wanted} -d {part} && "
-        + "".join(f"mv {part}/{name} {folder}/ && " for name in more)
-        + f"find {part}/{inside} -mindepth 1 -maxdepth 1 -exec mv -t {folder} {{}} + && rm -r {part} {archive}"
-    )
+    archive, part = (Path(f"{folder}.{ending}") for ending in ("zip", "part"))
+    wanted = " ".join(_quoted(name) for name in (f"{inside}/*", *more))
+    # Links, not mv: that moves no folder onto one which an interrupted try has left.
+    parts = [
+        f"mkdir -p {_quoted(folder)}",
+        curl(url, archive),
+        f"rm -rf {_quoted(part)}",
+        f"unzip -q {_quoted(archive)} {wanted} -d {_quoted(part)}",
+        *(f"cp -lf {_quoted(part / name)} {_quoted(folder)}/" for name in more),
+        f"cp -rlf {_quoted(part / inside)}/. {_quoted(folder)}/",
+        f"rm -r {_quoted(part)} {_quoted(archive)}",
+    ]
+    return " && ".join(parts)
 
 
 def unzip_file(url: str, inside: str, folder: Path) -> str:
     """Downloads an archive and takes the file `inside` it to `folder`."""
     archive = folder / "archive.zip"
-    get = f"mkdir -p {folder} && curl -fL --connect-timeout 10 -o {archive} '{url}'"
-    return f"{get} && unzip -q -j -o {archive} '{inside}' -d {folder} && rm {archive}"
+    take = f"unzip -q -j -o {_quoted(archive)} {_quoted(inside)} -d {_quoted(folder)}"
+    return f"{curl(url, archive)} && {take} && rm {_quoted(archive)}"
+
+
+def _quoted(value) -> str:
+    return shlex.quote(str(value))

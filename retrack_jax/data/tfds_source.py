@@ -11,6 +11,7 @@ sharded:
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ def default_data_dir() -> Path:
 
 def prepare_command(name: str, data_dir) -> str:
     """The command that downloads and prepares a set; it needs TensorFlow (`pip install tensorflow-cpu`)."""
-    return f"tfds build {name} --data_dir={data_dir} --file_format=array_record"
+    return f"tfds build {name} --data_dir={shlex.quote(str(data_dir))} --file_format=array_record"
 
 
 def find_prepared(name: str, data_dir) -> Path:

@@ -1,32 +1,14 @@
-"""config.mode=check: what is found, what is missing, and what gets it; and the recipe of custom data."""
+"""config.mode=check: what is found, what is missing, and what gets it."""
 
 import hashlib
-import importlib.util
-import io
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from retrack_jax import recipe
 from retrack_jax.checks import UserError
-from retrack_jax.data.requirements import print_requirements, requirements
+from retrack_jax.data.requirements import requirements
 from retrack_jax.main import main
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def config_of(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
-def printed(config) -> str:
-    file = io.StringIO()
-    print_requirements(config.to_dict(), recipe.unset(config), file)
-    return file.getvalue()
+from tests.data_sources.checking import CONFIGS, config_of, printed
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +21,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "commands"),
     [
-        ("celebahq", ["hf download google/ddpm-ema-celebahq-256 --local-dir checkpoints/celeba_hq", "-datasets'"]),
+        ("celebahq", ["hf download google/ddpm-ema-celebahq-256 --local-dir checkpoints/celeba_hq", "-datasets && "]),
         ("cifar10", ["ddpm_ema_cifar10.zip", "hf download uoft-cs/cifar10 --repo-type=dataset --local-dir datasets/cifar10"]),
         ("mnist_tshirt", ["tfds build mnist ", "tfds build fashion_mnist "]),
     ],
@@ -90,7 +72,8 @@ def test_found_files_have_size_and_digest(tmp_path):
     assert weights.found and weights.size == 7 and weights.digest == hashlib.sha256(b"weights").hexdigest()
     assert found["images"].files == 3 and found["images"].size == 6
     (images / "00000.jpg").write_bytes(b"xx")
-    assert requirements(config.to_dict())[2].digest != found["images"].digest
+    (again,) = [item for item in requirements(config.to_dict()) if item.description == "images"]
+    assert again.digest != found["images"].digest
     assert "found    images: " in printed(config)
 
 
@@ -110,81 +93,22 @@ def test_prepared_tfds_is_found(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
     text = printed(config_of("mnist_tshirt"))
     assert "found    TFDS mnist" in text and "found    TFDS fashion_mnist" in text
+    config = config_of("cifar10")
+    config.data.format, config.data.dir, config.data.split = "tfds", str(tfds_dir), "validation"
+    assert "missing  TFDS cifar10, validation" in printed(config)
+    config.data.split = "test"
+    assert "found    TFDS cifar10, test" in printed(config)
+    config.data.source, config.data.format = "tfds", ""
+    assert "missing  setting: config.data.tfds_name" in printed(config)
 
 
-def test_rules_meet_the_official_recipes():
-    cifar, celeba = config_of("cifar10").unlearn, config_of("celebahq").unlearn
-    for official, chosen in ((cifar, recipe.rules(50_000, 32)), (celeba, recipe.rules(30_000, 256))):
-        assert {name: official[name] for name in chosen} == chosen
-    assert recipe.rules(5, 64)["num_neighbors"] == 5
-
-
-def test_custom_recipe_fills_only_what_is_not_given(tmp_path, jpeg_folder):
-    folder, _ = jpeg_folder(6)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"sample_size": 64}')
-    config = config_of("custom")
-    for field, value in (("checkpoint", str(tmp_path / "model")), ("targets", ("00001.jpg",))):
-        config[field] = value
+def test_parquet_files_are_those_that_are_read(parquet_file):
+    config = config_of("cifar10")
+    folder, _ = parquet_file(range(3), name="test-00000-of-00001.parquet")
     config.data.dir = str(folder)
-    config.unlearn.lam = 0.3
-    chosen = recipe.complete(config)
-    assert chosen.data.resolution == 64 and chosen.unlearn.num_neighbors == 5 and chosen.unlearn.lam == 0.3
-    assert chosen.unlearn.learning_rate == pytest.approx(1.26e-5)
-    assert recipe.complete(chosen) is chosen and recipe.complete(config_of("cifar10")).unlearn.lam == 0.02
-
-
-def custom_config(tmp_path, source, path, targets, model='{"sample_size": 16}'):
-    """configs/custom.py with a model folder that holds its config alone."""
-    (tmp_path / "model").mkdir(exist_ok=True)
-    (tmp_path / "model" / "config.json").write_text(model)
-    config = config_of("custom")
-    config.checkpoint, config.targets = str(tmp_path / "model"), targets
-    config.data.source, config.data.dir, config.data.cache_dir = source, str(path), str(tmp_path / "cache")
-    return config
-
-
-def test_custom_k_is_at_most_what_remains_of_the_largest_target(tmp_path, jpeg_folder):
-    folder, _ = jpeg_folder(12)
-    (tmp_path / "forget.txt").write_text("".join(f"{row:05d}.jpg\n" for row in range(5)))
-    config = custom_config(tmp_path, "folder", folder, ("00001.jpg", f"@{tmp_path / 'forget.txt'}"))
-    assert recipe.complete(config).unlearn.num_neighbors == 7
-    config.data.held_out = 0.25
-    config.targets = ("*[02].jpg",)
-    assert recipe.complete(config).unlearn.num_neighbors < 9  # three are held out, and some of the others forgotten
-    config.targets = ("nobody.jpg",)
-    with pytest.raises(UserError, match="no image of folder, training part is named 'nobody.jpg'"):
-        recipe.complete(config)
-
-
-@pytest.mark.parametrize("source", ["npz", "parquet"])
-def test_custom_takes_arrays_and_tables_too(tmp_path, parquet_file, source):
-    path, pixels = parquet_file(np.arange(8) % 4, size=16)
-    if source == "npz":
-        path = tmp_path / "images.npz"
-        np.savez(path, images=pixels, labels=np.arange(8) % 4)
-    chosen = recipe.complete(custom_config(tmp_path, source, path, ("label:1",)))
-    assert chosen.unlearn.num_neighbors == 6 and chosen.data.resolution == (0 if source == "npz" else 16)
-
-
-def test_a_model_config_that_is_no_object_is_one_line(tmp_path, jpeg_folder):
-    config = custom_config(tmp_path, "folder", jpeg_folder(3)[0], ("00001.jpg",), model="[16]")
-    with pytest.raises(UserError, match="config.json holds no JSON object"):
-        recipe.complete(config)
-
-
-@pytest.mark.parametrize(
-    ("field", "message"), [("checkpoint", "checkpoint is empty"), ("targets", "targets is empty"), ("dir", "dir is empty")]
-)
-def test_custom_says_which_flag_is_missing(tmp_path, jpeg_folder, field, message):
-    config = config_of("custom")
-    config.checkpoint, config.targets, config.data.dir = "model", ("a",), str(jpeg_folder(2)[0])
-    if field == "dir":
-        config.data.dir = ""
-    else:
-        config[field] = type(config[field])()
-    with pytest.raises(UserError, match=message):
-        recipe.complete(config)
+    assert "missing  training images (parquet)" in printed(config)
+    config.data.split = "test"
+    assert "found    test images (parquet)" in printed(config)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq"])
@@ -208,6 +132,7 @@ class TestCommand:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text('{"sample_size": 16}')
         (tmp_path / "model" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+        (tmp_path / "model" / "scheduler_config.json").write_text("{}")
         return self.check(**({"checkpoint": tmp_path / "model", "data__dir": folder, "targets": "00001.jpg"} | fields))
 
     @pytest.mark.parametrize("name", ["custom", "celebahq", "cifar10", "mnist_tshirt", "digits_tshirt"])

@@ -170,6 +170,16 @@ def test_what_losses_see_of_a_checkpoint_is_eps(tmp_path, jpeg_folder, predictio
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+def test_a_checkpoint_without_a_schedule_is_told(tmp_path, jpeg_folder, caplog):
+    config = importlib.import_module("configs.custom").get_config()
+    config.data.dir, config.data.cache_dir, config.targets = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), ("00001.jpg",)
+    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+    (tmp_path / "model" / "scheduler_config.json").unlink()
+    with caplog.at_level("WARNING"):
+        PixelExperiment(recipe.complete(config))
+    assert f"no scheduler_config.json in {config.checkpoint}; config.schedule is taken" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [

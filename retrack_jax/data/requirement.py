@@ -1,0 +1,69 @@
+"""One thing that a config reads: where it was looked for, what was found, and what to do without it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from retrack_jax.files import file_digest
+
+METRICS_LEFT_OUT = "its metrics are left out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """A file, or a folder of them, that a config reads.
+
+    Attributes:
+      description: what it is.
+      path: where it is, or was looked for.
+      found: whether it is there.
+      files: how many files it is.
+      size: bytes in all.
+      digest: SHA-256 of the file; of names and sizes where it is many files.
+      command: the shell command that gets it; empty where `advice` says what to do instead.
+      advice: what to do, in words.
+      without: what happens without it, where a run goes on all the same; empty where it does not.
+    """
+
+    description: str
+    path: Path
+    found: bool
+    files: int = 0
+    size: int = 0
+    digest: str = ""
+    command: str = ""
+    advice: str = ""
+    without: str = ""
+
+    @property
+    def optional(self) -> bool:
+        """Whether a run goes on without it."""
+        return bool(self.without)
+
+
+def requirement(description: str, path: Path, found: list[Path], **how) -> Requirement:
+    """Returns the requirement of `path` given the files of it that are there; an empty list is what is missing.
+
+    Args:
+      how: `command`, `advice` and `without`.
+    """
+    if not found:
+        return Requirement(description=description, path=path, found=False, **how)
+    sizes = [entry.stat().st_size for entry in found]
+    if len(found) == 1:
+        return Requirement(
+            description=description, path=found[0], found=True, files=1, size=sizes[0], digest=file_digest(found[0]), **how
+        )
+    listing = "".join(f"{entry.relative_to(path)}\0{size}\n" for entry, size in zip(found, sizes, strict=True))
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    return Requirement(description=description, path=path, found=True, files=len(found), size=sum(sizes), digest=digest, **how)
+
+
+def if_file(path: Path) -> list[Path]:
+    """The file, if it is there."""
+    return [path] if path.is_file() else []
+
+
+def matching(folder: Path, *patterns: str) -> list[Path]:
+    """The files in `folder` that one of the globs matches, sorted."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
