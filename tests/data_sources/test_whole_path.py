@@ -174,7 +174,7 @@ def test_a_checkpoint_without_a_schedule_is_told(tmp_path, jpeg_folder, caplog):
     config = importlib.import_module("configs.custom").get_config()
     config.data.dir, config.data.cache_dir, config.targets = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), ("00001.jpg",)
     config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
-    (tmp_path / "model" / "scheduler_config.json").unlink()
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").unlink()
     with caplog.at_level("WARNING"):
         PixelExperiment(recipe.complete(config))
     assert f"no scheduler_config.json in {config.checkpoint}; config.schedule is taken" in caplog.text
