@@ -36,11 +36,22 @@ class ImageSet:
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
             raise UserError(f"{self.name}: images are {self.images.dtype} {self.images.shape}; expected uint8 [N, H, W, C]")
-        if len(self.ids) != len(self.images) or len(set(self.ids)) != len(self.ids):
-            raise UserError(f"{self.name}: {len(self.images)} images need as many distinct names, found {len(set(self.ids))}")
+        if len(self.ids) != len(self.images):
+            raise UserError(f"{self.name}: {len(self.images)} images and {len(self.ids)} names; give each image one")
+        check_distinct(self.name, self.ids)
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def check_distinct(name: str, ids: Sequence[str]) -> None:
+    """Raises `UserError`, naming the first that comes twice, unless all `ids` of the set `name` differ."""
+    seen: set[str] = set()
+    twice = next((image_id for image_id in ids if image_id in seen or seen.add(image_id)), None)
+    if twice is not None:
+        raise UserError(
+            f"{name}: two images are named {twice!r}; names say what to forget, so they must be distinct: rename one of the two"
+        )
 
 
 def image_set(name: str, images: np.ndarray, ids: Sequence[str], labels: np.ndarray | None = None) -> ImageSet:

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax import files
-from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import ImageSet
+from retrack_jax.checks import UserError, check
+from retrack_jax.data.dataset import ImageSet, check_distinct
 from retrack_jax.data.decode import VERSION, DecodeOptions, decode_many
 from retrack_jax.writer import progress
 
@@ -45,7 +45,7 @@ def decoded_images(
       name: what the source is called.
       encoded: called only if something must be decoded; gives (id, bytes or path) of each of `count` images, and raises
         `UserError` for what it cannot read.
-      cache_dir: a local folder.
+      cache_dir: a local folder; an address such as `gs://` is refused.
       source_key: JSON value that changes whenever the source's content does.
       labels: called with `encoded`; the label of each image, in the same order.
 
@@ -55,6 +55,10 @@ def decoded_images(
     """
     import PIL
 
+    check(
+        "://" not in str(cache_dir),
+        f"config.data.cache_dir is {cache_dir}; set it to a local folder: decoded images are mapped into memory",
+    )
     key = files.json_digest([VERSION, PIL.__version__, asdict(options), source_key])[:32]
     pixels_path = Path(cache_dir).expanduser() / "images" / f"{key}.pixels"
     meta_path = pixels_path.with_suffix(".json")
@@ -145,10 +149,7 @@ def _check_decoded(name, ids, skipped, options) -> None:
         )
     if not ids:
         raise UserError(f"{name}: no image could be decoded")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(image_id for image_id in ids if image_id in seen or seen.add(image_id))
-        raise UserError(f"{name}: two images are named {twice!r}; names must be distinct, for they say what to forget")
+    check_distinct(name, ids)
 
 
 def _check_space(path: Path, needed: int) -> None:

@@ -45,7 +45,7 @@ class _Names:
         if _is_group(spec):
             return [row for part in spec.split("+") for row in self.rows(part.strip())]
         if spec.startswith("@"):
-            return [row for line in _list_lines(spec) for row in self.rows(line)]
+            return [row for line in _list_lines(spec) for row in self._listed(line, spec)]
         if spec.startswith("label:"):
             return self._with_label(spec.removeprefix("label:"))
         if is_random(spec):
@@ -55,6 +55,11 @@ class _Names:
             check(bool(found), f"no image of {self._images.name} matches {spec!r}; names look like {self._examples()}")
             return [self._row_of[name] for name in found]
         return [self._by_other_name(spec)]
+
+    def _listed(self, line: str, spec: str) -> list[int]:
+        nested = line not in self._row_of and any(part.strip().startswith("@") for part in line.split("+"))
+        check(not nested, f"{_list_path(spec)} (the target is {spec!r}) names another list, {line!r}; write its names instead")
+        return self.rows(line)
 
     def _with_label(self, text: str) -> list[int]:
         labels = self._images.labels
@@ -114,12 +119,12 @@ def _list_path(spec: str) -> Path:
 def _list_lines(spec: str) -> list[str]:
     path = _list_path(spec)
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except FileNotFoundError as error:
         raise UserError(f"no file {path} (the target is {spec!r}); it lists what to forget, one name a line") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} (the target is {spec!r}): {error}") from error
-    lines = [line for line in lines if line and not line.startswith("@")]
+    lines = [line for line in lines if line]
     check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name a line")
     return lines
 

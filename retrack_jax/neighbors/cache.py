@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax import files
+from retrack_jax.checks import check
 from retrack_jax.neighbors.distinct import distinct_rows
 from retrack_jax.neighbors.search import MEMORY_BUDGET, TREE_IMAGES, TREE_QUERIES, check_memory, choose_backend, nearest
 
@@ -96,10 +97,15 @@ def kept_index(images, cache_dir, space: str = PIXELS):
     ScaNN reads and writes local folders only.
 
     Raises:
-      UserError: the set does not fit the memory.
+      UserError: the set does not fit the memory, or `cache_dir` is no local folder.
     """
     from retrack_jax.neighbors.scann_index import ScannIndex
 
+    check(
+        "://" not in str(cache_dir),
+        f"config.data.cache_dir is {cache_dir}; ScaNN's tree is kept in local folders only: set one, "
+        "or set config.unlearn.neighbor_backend=exact",
+    )
     key = [VERSION, images.digest, space, list(images.images.shape), importlib.metadata.version("scann")]
     folder = epath.Path(cache_dir).expanduser() / "neighbors" / f"{files.json_digest(key)[:32]}.scann"
     check_memory(images.images.shape, copies=1)

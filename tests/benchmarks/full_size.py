@@ -3,7 +3,8 @@
     python -m tests.benchmarks.full_size [celebahq|cifar10 ...]
 
 Random weights in the checkpoints' real layout, synthetic images in the real format, two optimizer steps (CelebA-HQ: batch 1
-x 2), the export, and the export read back. Prints the time of each part and the peak memory of the command.
+x 2), the export, and the export read back. Prints the time of each part and the peak memory of the command; exits with
+status 1 where a tensor is not finite or has not moved.
 """
 
 import json
@@ -128,6 +129,14 @@ def run(name: str, root: Path) -> None:
         f"moved by at most {max(moved):.1e}"
     )
     print(f"  log: {log[-2:]}")
+    check_moved(name, np.array(moved))
+
+
+def check_moved(name: str, moved: np.ndarray) -> None:
+    """Exits with status 1 unless each tensor is finite and has moved; `moved` is the largest change of each."""
+    for what, wrong in (("are not finite", ~np.isfinite(moved)), ("did not move", moved == 0)):
+        if wrong.any():
+            raise SystemExit(f"{name}: {int(wrong.sum())} of {len(moved)} tensors {what} after two steps")
 
 
 def main(names: list[str]) -> None:

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.input_pipeline [NUMBER OF IMAGES]
 
 Prints the decoder's rate (256 x 256 JPEGs of CelebA-HQ's file size, into the uint8 cache), and the time that a training
-step of 16 images
-waits for its batch: once with a step that does nothing, which is the stream's own rate, and once behind a step of 50 ms,
-which is faster than any step of 16 such images through a network of 113.7 M parameters on one accelerator that we know of.
+step of 16 images waits for its batch: once with a step that does nothing, which is the stream's own rate, and once behind a
+step of 50 ms, which is faster than any step of 16 such images through a network of 113.7 M parameters on one accelerator
+that we know of.
 """
 
 import sys

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.neighbors [queries|jpeg|index|stream ...]
 
-    queries  606 queries x 60,000 x 784: one image 606 times, then distinct ones; and 1 to 3,000 distinct queries for each
-    engine jpeg     2,000 x 196,608 from JPEG files, decoding included, each side in a process of its own, whose peak memory
-    is read index    ScaNN's tree index of 60,000 x 784: build, save, load, recall@10 and speed on 1,000 queries stream
-    30,000 x 196,608 from a memory map: peak memory and time of one pass for ten targets
+    queries  606 queries x 60,000 x 784: one image 606 times, then distinct ones; and 1 to 3,000 distinct queries, by each engine
+    jpeg     2,000 x 196,608 from JPEG files, decoding included, each side in a process of its own, whose peak memory is read
+    index    ScaNN's tree index of 60,000 x 784: build, save, load, recall@10 and speed on 1,000 queries
+    stream   30,000 x 196,608 from a memory map: peak memory and time of one pass for ten targets
 
 Images are scikit-learn's digits, enlarged, shifted and blended to 28 x 28 (60,000 distinct ones), and random smooth colour
 images.

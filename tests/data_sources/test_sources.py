@@ -23,7 +23,7 @@ from retrack_jax.files import array_digest
 
 
 def load(tmp_path, source, **fields):
-    return load_images({"source": source, "cache_dir": str(tmp_path / "cache"), **fields})
+    return load_images({"source": source, "cache_dir": str(tmp_path / "cache")} | fields)
 
 
 class TestFolder:
@@ -188,6 +188,25 @@ class TestFolder:
         jpeg_folder(1, size=20, start=7)
         with pytest.raises(UserError, match="00007.jpg is 20x20 and 00000.jpg is 16x16; set config.data.resolution"):
             load(tmp_path, "folder", dir=str(folder))
+
+    def test_two_images_of_one_name(self, tmp_path):
+        """A TFDS set can hold such names; nothing of it may stay in the cache."""
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(file, "png")
+        with pytest.raises(UserError, match="celebs: two images are named 'a.png'; .* rename one of the two"):
+            decoded_cache.decoded_images(
+                "celebs",
+                lambda: ((name, file.getvalue()) for name in ("a.png", "b.png", "a.png")),
+                3,
+                DecodeOptions(),
+                cache_dir=tmp_path / "cache",
+                source_key="celebs",
+            )
+        assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".pixels", ".json", ".tmp")]
+
+    def test_the_cache_must_be_local(self, tmp_path, jpeg_folder):
+        with pytest.raises(UserError, match="config.data.cache_dir is gs://bucket/cache; set it to a local folder"):
+            load(tmp_path, "folder", dir=str(jpeg_folder(2)[0]), cache_dir="gs://bucket/cache")
 
     def test_missing_and_empty_folder(self, tmp_path):
         with pytest.raises(UserError, match="no folder"):
@@ -391,7 +410,7 @@ class TestNpz:
             ({"images": np.zeros((2, 4, 4), np.float32)}, "are float32; expected uint8"),
             ({"images": np.zeros((2, 4, 4, 7), np.uint8)}, "expected 1 or 3 channels"),
             ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "2 images but 3 labels"),
-            ({"images": np.zeros((2, 4, 4), np.uint8), "ids": np.array(["a", "a"])}, "distinct names"),
+            ({"images": np.zeros((2, 4, 4), np.uint8), "ids": np.array(["a", "a"])}, "images are named 'a'.*rename one"),
             ({"images": np.zeros((0, 4, 4), np.uint8)}, "N at least 1"),
         ],
     )

@@ -62,6 +62,14 @@ def test_a_resumed_stream_goes_on_with_the_same_images():
     assert resumed == through[7:]
 
 
+def test_the_seed_of_a_run_orders_its_batches():
+    """The official sampler always has seed 0: its seeds do not change the order."""
+    first, second = batches(seed=0)(5), batches(seed=1)(5)
+    assert rows(first) == rows(batches(seed=0)(5)) and rows(first) != rows(second)
+    forgets = [np.concatenate([batches(seed=seed)(step)["forget_row"].ravel() for step in range(4)]) for seed in (0, 1)]
+    assert (forgets[0] != forgets[1]).any()
+
+
 def test_the_seed_the_stream_and_the_epoch_change_the_order():
     first = IndexStream(100, seed=0, stream=0)
     assert sorted(first.take(0, 100)) == list(range(100)) == sorted(first.take(100, 100))

@@ -1,5 +1,6 @@
 """Targets name images stably, and a wrong name gets the nearest right ones."""
 
+import re
 import time
 
 import numpy as np
@@ -43,6 +44,23 @@ def test_list(images, tmp_path):
     np.testing.assert_array_equal(resolve_target(f"@{path}", images), [7, 12])
     np.testing.assert_array_equal(resolve_target(f"00001.jpg+@{path}", images), [1, 7, 12])
     assert slug(f"00001.jpg+@{path}") != slug(f"00002.jpg+@{path}")
+
+
+@pytest.mark.parametrize("line", ["@more.txt", "00001.jpg+@more.txt"])
+def test_a_list_in_a_list_is_refused(images, tmp_path, line):
+    path = tmp_path / "forget.txt"
+    path.write_text(f"00007.jpg\n{line}\n")
+    with pytest.raises(UserError, match=re.escape(f"names another list, {line!r}")):
+        resolve_target(f"@{path}", images)
+
+
+def test_a_list_as_other_systems_write_it(images, tmp_path):
+    path = tmp_path / "forget.txt"
+    path.write_bytes("00007.jpg\r\n00008.jpg\r\n".encode("utf-8-sig"))
+    np.testing.assert_array_equal(resolve_target(f"@{path}", images), [7, 8])
+    odd = image_set("folder", np.zeros((3, 2, 2, 1), np.uint8), ["@a.jpg", "b.jpg", "c.jpg"])
+    path.write_text("@a.jpg\nb.jpg\n")
+    np.testing.assert_array_equal(resolve_target(f"@{path}", odd), [0, 1])
 
 
 @pytest.mark.parametrize(

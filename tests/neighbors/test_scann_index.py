@@ -90,6 +90,11 @@ def test_asked_for_everything_it_finds_everything(images):
     np.testing.assert_array_equal(found, exact.search(small[:3], small, 290, [(np.arange(3), np.arange(10))])[0])
 
 
+def test_no_local_folder_no_tree(images):
+    with pytest.raises(ValueError, match="config.data.cache_dir is gs://bucket/cache; ScaNN's tree is kept in local folders"):
+        cache.kept_index(SimpleNamespace(images=images, digest="one"), "gs://bucket/cache")
+
+
 def test_repeated_deletions_build_one_index(images, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "TREE_IMAGES", 1000)
     builds = []
