@@ -19,7 +19,7 @@ from retrack_jax.report.strips import neighbor_strips, restored_strips
 from retrack_jax.report.tables import before_after_rows
 from retrack_jax.writer import read_log
 
-_SHOWN = 64  # samples in a grid
+_SHOWN = 64  # samples in a grid where the run's config names no number
 _NAMES = {"samples": "", "original": "Original prompt", "modified": "Modified prompt"}
 
 
@@ -53,7 +53,8 @@ def run_report(
     """
     run_dir = epath.Path(run_dir)
     metrics = read_json(run_dir / "metrics.json")
-    before, after = (_named(before), _named(after if after is not None else first_images(run_dir / "samples.npz", _SHOWN)))
+    count = _grid_images(metrics)
+    before, after = (_named(before), _named(after if after is not None else first_images(run_dir / "samples.npz", count)))
     masks = _named(marked_before), _named(marked_after)
     label = method_label(metrics.get("method", ""))
     title = f"{label}: {metrics.get('target', '')}, seed {metrics.get('seed', '')}"
@@ -61,11 +62,11 @@ def run_report(
     samples, drawn = [], []
     for name, images in after.items():
         old, old_mask, new_mask = before.get(name), masks[0].get(name), masks[1].get(name)
-        samples.append(_pair(old, images, old_mask, new_mask, mark_name, label, _NAMES.get(name, name)))
+        samples.append(_pair(old, images, old_mask, new_mask, mark_name, label, _NAMES.get(name, name), count))
         if old is not None and old_mask is not None:
             drawn.append(_drawn_pair(old, images, old_mask, new_mask, mark_name, label))
     if after:
-        _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten, neighbors, distances)
+        _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten, neighbors, distances, count)
 
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -82,6 +83,12 @@ def run_report(
     ]
     write_text(run_dir / "report.html", page(f"{title} · retrack_jax", "\n".join(filter(None, body))))
     return run_dir / "report.html"
+
+
+def _grid_images(metrics) -> int:
+    """How many samples a grid shows: `config.eval.grid_images` of the run."""
+    evaluation = (metrics.get("config") or {}).get("eval") or {}
+    return evaluation.get("grid_images", _SHOWN)
 
 
 def _named(value) -> dict:
@@ -121,10 +128,10 @@ def _tiles(metrics) -> str:
     return f'<ul class="tiles">{"".join(tiles)}</ul>' if tiles else ""
 
 
-def _pair(old, new, old_mask, new_mask, mark_name, label, prompt) -> str:
+def _pair(old, new, old_mask, new_mask, mark_name, label, prompt, count) -> str:
     parts = [f"<h3>{escape(prompt)}</h3>"] if prompt else []
     figures = [
-        _grid(images[:_SHOWN], None if mask is None else mask[:_SHOWN], title, mark_name, None if mask is None else mask)
+        _grid(images[:count], None if mask is None else mask[:count], title, mark_name, None if mask is None else mask)
         for images, mask, title in ((old, old_mask, "Before: pretrained"), (new, new_mask, f"After: {label}"))
         if images is not None
     ]
@@ -217,7 +224,7 @@ def _panels(charts) -> str:
     return f'<div class="panels">{"".join(f"<figure>{chart}</figure>" for chart in charts)}</div>' if charts else ""
 
 
-def _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten, neighbors, distances):
+def _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten, neighbors, distances, count):
     """`samples.png`: the first kind of samples; without a before, after stands alone on the right of nothing."""
     name = next(iter(after))
     label = f"After: {method_label(metrics.get('method', ''))}"
@@ -234,5 +241,6 @@ def _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten,
             forgotten=forgotten,
             neighbors=neighbors,
             distances=distances,
+            count=count,
         ),
     )

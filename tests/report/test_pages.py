@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from retrack_jax.checks import UserError
 from retrack_jax.files import write_npz
@@ -99,6 +100,18 @@ def test_run_page_is_whole_self_contained_and_safe(run_dir):
         assert words in page.text, words
     assert "nested" in page.text and page.tags.count("svg") == 1
     assert {file.name for file in run_dir.iterdir()} == {"metrics.json", "log.jsonl", "samples.npz", "samples.png", "report.html"}
+
+
+def test_a_grid_shows_as_many_samples_as_the_config_says(run_dir):
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    sizes = []
+    for count in (8, 16):
+        metrics["config"] = {"name": "digits", "eval": {"grid_images": count}}
+        (run_dir / "metrics.json").write_text(json.dumps(metrics))
+        assert f"{count} samples" in Page(run_report(run_dir, before=IMAGES).read_text()).text
+        with Image.open(run_dir / "samples.png") as picture:
+            sizes.append(picture.height)
+    assert sizes[0] < sizes[1]
 
 
 def test_same_inputs_give_the_same_bytes(run_dir):
