@@ -37,7 +37,7 @@ bench: .venv-parity/installed
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
 	$(PARITY)/python -m pip install $(QUIET_PIP) torch==2.13.0
 	$(PARITY)/python -m pip install $(QUIET_PIP) -r requirements.txt -r tests/parity/requirements.txt
-	$(PARITY)/python -m pip install $(QUIET_PIP) --no-deps torch-fidelity==0.4.0 piq==0.8.0
+	$(PARITY)/python -m pip install $(QUIET_PIP) --no-deps torch-fidelity==0.4.0 piq==0.8.0 open_clip_torch==3.3.0
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from retrack_jax.checkpoints import export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
+from retrack_jax.checkpoints import export_diffusers, export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
 from retrack_jax.checkpoints.names import from_torch  # noqa: E402
 from retrack_jax.diffusion.process import make_eps_fn  # noqa: E402
 from retrack_jax.diffusion.schedule import Schedule  # noqa: E402
@@ -67,12 +67,20 @@ UNETS = {
         "use_linear_projection": True,
         "upcast_attention": True,
     },
-    "every option": {
+    "a middle block of its own depth": {
+        "attention_head_dim": 4,
+        "cross_attention_dim": 12,
+        "transformer_layers_per_block": [1, 2],
+        "time_embedding_dim": 24,
+    },
+    "no middle block": {"attention_head_dim": 4, "cross_attention_dim": 12, "mid_block_type": None},
+    "every other option": {
         "attention_head_dim": 4,
         "cross_attention_dim": 12,
         "layers_per_block": 2,
         "transformer_layers_per_block": 2,
         "resnet_time_scale_shift": "scale_shift",
+        "norm_eps": 1e-4,
         "act_fn": "gelu",
         "mid_block_scale_factor": 1.5,
         "downsample_padding": 0,
@@ -189,6 +197,36 @@ def test_exported_pipeline_is_the_same_model(both):
         expected = nhwc(theirs.unet(nchw(x), torch.tensor([500]), torch.tensor(np.array(prompt))).sample)
     t = jnp.array([500], jnp.int32)
     assert relative(ours.unet.apply({"params": ours.unet_params}, x, t, prompt), expected) < 1e-5
+
+
+def test_exported_unet_alone_is_read_by_diffusers(both, tmp_path):
+    """What a run leaves by default: the UNet without its pipeline, in which a user puts it."""
+    ours, theirs, _ = both
+    folder = tmp_path / "unet"
+    export_diffusers(folder, ours.unet, ours.unet_params, schedule=ours.schedule, source=PIPELINE / "unet", note="Nothing.")
+    alone = diffusers.UNet2DConditionModel.from_pretrained(folder)
+    expected = theirs.unet.state_dict()
+    found = alone.state_dict()
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        PIPELINE, unet=alone, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+    )
+    assert pipeline.unet is alone
+
+
+def test_export_from_half_precision_files_alone_needs_no_variant(tmp_path):
+    """A source downloaded with `variant="fp16"`: diffusers reads what we make of it without that word."""
+    source = tmp_path / "source"
+    shutil.copytree(PIPELINE, source)
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (source / part / f"{stem}.safetensors").rename(source / part / f"{stem}.fp16.safetensors")
+    ours = load_pipeline(source)
+    export_pipeline(tmp_path / "out", ours, ours.unet_params)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
+    for name, value in from_torch(weights(theirs.vae), ours.vae_params)["decoder"]["conv_in"].items():
+        np.testing.assert_array_equal(value, ours.vae_params["decoder"]["conv_in"][name])
 
 
 SCHEDULERS = {
