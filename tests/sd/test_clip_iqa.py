@@ -1,5 +1,9 @@
 """CLIP-IQA on a toy CLIP, against a NumPy oracle (parity/test_clip_parity.py has the real module); bad weights and images."""
 
+import gc
+import weakref
+
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +21,15 @@ def weights(pipeline):
 @pytest.fixture(scope="module")
 def metric(pipeline, weights):
     return make_clip_iqa(towers_from_openai(weights), pipeline.tokenizer, "digest", batch_size=2)
+
+
+def test_the_text_tower_is_let_go_after_its_anchors(pipeline, weights):
+    towers = towers_from_openai(weights)
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(towers.text_params)]
+    metric = make_clip_iqa(towers, pipeline.tokenizer, "digest")
+    del towers
+    gc.collect()
+    assert metric.anchors.shape[0] == 2 and not any(ref() is not None for ref in kept)
 
 
 def images(count, height=64, width=32):

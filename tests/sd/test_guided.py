@@ -57,7 +57,7 @@ def test_a_guidance_scale_that_is_no_number():
 
 
 def test_an_image_depends_on_its_seed_alone(pipeline):
-    """Not on the batch size or the number of devices."""
+    """Not on the batch size."""
     sampler = make_sampler("ddpm", pipeline.schedule, 3)
 
     def decode(params, x):
