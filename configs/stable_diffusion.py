@@ -38,9 +38,9 @@ def get_config(method=None):
     config.name = "stable_diffusion"
     config.targets = CONCEPTS
     config.checkpoint = "checkpoints/stable_diffusion/pretrained/stable_diffusion_v1_4"
-    config.checkpoint_every = 30  # once, at the end: 30 steps are short and a checkpoint is 10 GB
+    config.checkpoint_every = 30  # once, at the end: 30 steps are short; before its end a run's checkpoint is 10 GB, then 3.4
     config.save_float = True  # CLIP-IQA and the classifier take floats in the official code
-    config.export = "unet"  # what a run leaves for diffusers: the UNet; or pipeline (the whole folder), or none
+    config.export = "unet"  # what a run leaves for diffusers: the UNet (3.4 GB); or pipeline (the whole folder), or none
 
     config.data.source = "concepts"
     config.data.dir = "datasets/sd"
@@ -77,7 +77,7 @@ def get_config(method=None):
     config.eval.grid_images = 32
 
     config.compute.remat = True
-    config.compute.param_dtype = "float32"  # or bfloat16, for sampling alone: half the memory, too coarse to train in
+    config.compute.param_dtype = "float32"  # of the UNet in sampling; bfloat16 is half. Training is in float32 always
     return base.with_method(config, method, RECIPES)
 
 
