@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from retrack_jax import build, files
 from retrack_jax.checks import UserError, check, check_choice
-from retrack_jax.data.dataset import ImageSet, Rows
+from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import load_images
 from retrack_jax.data.target import ForgetData, Target, make_target
@@ -30,6 +30,7 @@ from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_re
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.finetune import make_finetune
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
+from retrack_jax.neighbors.rows import Rows
 from retrack_jax.report.pixel_pictures import copies_of, forgotten_and_neighbors
 from retrack_jax.sampling import SAMPLERS, make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn

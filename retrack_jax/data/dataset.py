@@ -13,6 +13,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.files import array_digest
+from retrack_jax.neighbors.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,14 +21,14 @@ class ImageSet:
     """Named uint8 images.
 
     Attributes:
-      images: uint8 `[N, H, W, C]`, an array or a memory map.
+      images: uint8 `[N, H, W, C]`, an array, a memory map, or some rows of one.
       ids: N stable names, without duplicates, such as `hf:10000` or `10001.jpg`.
       labels: int `[N]`, or None where the source has none.
       digest: SHA-256 of the pixels, which keys every cache that is made from them.
       name: what the source is called in reports.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Rows
     ids: Sequence[str]
     labels: np.ndarray | None
     digest: str
@@ -57,20 +58,6 @@ def check_distinct(name: str, ids: Sequence[str]) -> None:
 def image_set(name: str, images: np.ndarray, ids: Sequence[str], labels: np.ndarray | None = None) -> ImageSet:
     """Returns an `ImageSet` with its digest computed from the pixels."""
     return ImageSet(images=images, ids=tuple(ids), labels=labels, digest=array_digest(images), name=name)
-
-
-class Rows:
-    """Some rows of an array, read when they are sliced, so that a part of a memory map is never copied whole."""
-
-    def __init__(self, images: np.ndarray, rows: np.ndarray):
-        self._images, self._rows = images, rows
-        self.dtype, self.ndim, self.shape = images.dtype, images.ndim, (len(rows), *images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index) -> np.ndarray:
-        return self._images[self._rows[index]]
 
 
 def pixels_to_model(pixels):

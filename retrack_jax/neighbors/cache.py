@@ -113,7 +113,7 @@ def kept_index(images, cache_dir, space: str = PIXELS):
     if index is None:
         check_memory(images.images.shape, copies=2)
         logger.info("neighbors: building ScaNN's tree index of %d images; it is kept in %s", len(images.images), folder)
-        index = ScannIndex.build(images.images.reshape(len(images.images), -1), tree=True)
+        index = ScannIndex.build(np.asanyarray(images.images).reshape(len(images.images), -1), tree=True)
         index.save(folder)
     return index
 

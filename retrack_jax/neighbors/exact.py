@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.neighbors.rows import Rows
 
 _CHUNK = 1024
 _LOW_BITS = 13  # a chunk's squared distance is below 2^26: both halves of it sum in int32 over 2^13 and more chunks
@@ -156,11 +157,12 @@ def _scored_blocks(queries_QD, images_ND, num_queries: int, pixels: bool) -> Ite
 
 def _read(images_ND: np.ndarray, start: int, stop: int) -> np.ndarray:
     """A block of rows. Pages of a memory map are given back at once, for the system would count them as this process's memory."""
-    if not isinstance(images_ND, np.memmap):
+    source = images_ND.source if isinstance(images_ND, Rows) else images_ND
+    if not isinstance(source, np.memmap):
         return np.ascontiguousarray(images_ND[start:stop])
     block_ND = np.array(images_ND[start:stop])
-    if images_ND.mode in ("r", "r+"):  # a private map could lose what was written to it
-        images_ND._mmap.madvise(mmap.MADV_DONTNEED)
+    if source.mode in ("r", "r+"):  # a private map could lose what was written to it
+        source._mmap.madvise(mmap.MADV_DONTNEED)
     return block_ND
 
 
@@ -175,6 +177,7 @@ def _pad_rows(array_ND: np.ndarray, rows: int) -> np.ndarray:
 
 def as_float(array: np.ndarray) -> np.ndarray:
     """uint8 pixels -> float32 in [-1, 1]; floats -> float32."""
+    array = np.asanyarray(array)
     if array.dtype == np.uint8:
         return array.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
     return array.astype(np.float32, copy=False)

@@ -18,6 +18,7 @@ import numpy as np
 from retrack_jax.checks import UserError, check, check_choice, check_int
 from retrack_jax.neighbors import exact
 from retrack_jax.neighbors.distinct import distinct_rows
+from retrack_jax.neighbors.rows import Rows
 
 BACKENDS = ("auto", "scann", "exact")
 MEMORY_BUDGET = 3 << 29  # bytes that ScaNN may take; it holds the set twice as float32 while it builds
@@ -43,8 +44,8 @@ def nearest(
 
     Args:
       queries: [F, ...], images like those below.
-      images: [N, ...], an array or a memory map. uint8 are pixels, measured in [-1, 1], where a level is 2/255 (see
-        `data.dataset.pixels_to_model`); anything else is taken as float32 as it stands.
+      images: [N, ...], an array, a memory map or `Rows` of one. uint8 are pixels, measured in [-1, 1], where a level is
+        2/255 (see `data.dataset.pixels_to_model`); anything else is taken as float32 as it stands.
       k: how many neighbors, at most the number of images that a query may find.
       backend: `exact`, `scann`, or `auto`: see `choose_backend`. The choice is logged.
       exclude: indices of images that must not be found: one array for all queries, or one array for each query.
@@ -140,7 +141,8 @@ def available_memory() -> int:
 
 
 def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:
-    queries, images = np.asanyarray(queries), np.asanyarray(images)
+    queries = np.asanyarray(queries)
+    images = images if isinstance(images, Rows) else np.asanyarray(images)
     check(images.ndim >= 2 and len(images) > 0, f"images have shape {images.shape}; expected [N, ...] with N at least 1")
     check(
         queries.shape[1:] == images.shape[1:] and queries.ndim == images.ndim,
@@ -153,7 +155,8 @@ def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:
         queries, images = exact.as_float(queries), exact.as_float(images)
         if not np.isfinite(queries).all():
             raise UserError("queries hold values that are not finite")
-    return queries.reshape(len(queries), -1), images.reshape(len(images), -1)
+    images_ND = images.as_vectors() if isinstance(images, Rows) else images.reshape(len(images), -1)
+    return queries.reshape(len(queries), -1), images_ND
 
 
 def _excluded_sets(exclude, num_queries: int, num_images: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -7,6 +7,7 @@ import pytest
 
 from retrack_jax.neighbors import exact, nearest, search
 from retrack_jax.neighbors.distinct import distinct_rows
+from retrack_jax.neighbors.rows import Rows
 
 ENGINES = ("exact", "scann", "auto")
 
@@ -178,6 +179,19 @@ def test_memory_map(tmp_path):
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     assert_same(nearest(images[:2], mapped, 4, "exact"), oracle(images[:2], images, 4))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_some_rows_of_a_memory_map(tmp_path, backend):
+    images = pixels(13, 80, 6, 6, 3)
+    images.tofile(tmp_path / "images.pixels")
+    mapped = np.memmap(tmp_path / "images.pixels", np.uint8, "r", shape=images.shape)
+    rows = np.arange(0, 80, 3)
+    part = Rows(mapped, rows)
+    assert part.shape == (27, 6, 6, 3) and len(part) == 27
+    np.testing.assert_array_equal(part[[1, 4]], images[[3, 12]])
+    np.testing.assert_array_equal(np.asarray(part), images[rows])
+    assert_same(nearest(images[:2], part, 4, backend, exclude=[0, 5]), oracle(images[:2], images[rows], 4, [0, 5]))
 
 
 @pytest.mark.parametrize(
