@@ -57,8 +57,8 @@ def cached_nearest_of_targets(
     shape = (len(images.images), int(np.prod(images.images.shape[1:])))
     keeps_index = backend == "scann" and shape[0] >= TREE_IMAGES
     targets = [(np.asarray(rows, np.int64), np.unique(np.asarray(exclude, np.int64))) for rows, exclude in targets]
-    engines = [choose_backend(backend, shape, _num_distinct(images, rows), memory_budget)[0] for rows, _ in targets]
-    engines = ["scann tree"] * len(targets) if keeps_index else engines
+    choices = [choose_backend(backend, shape, _num_distinct(images, rows), memory_budget) for rows, _ in targets]
+    engines = ["scann tree" if keeps_index else engine for engine, _ in choices]
     keys = [
         _key(images.digest, space, shape, rows, exclude, k, engine)
         for (rows, exclude), engine in zip(targets, engines, strict=True)
@@ -75,7 +75,7 @@ def cached_nearest_of_targets(
         excluded = [targets[i][1] for i in missing for _ in targets[i][0]]
         index = kept_index(images, cache_dir, space) if keeps_index else None
         indices, distances = nearest(
-            queries, images.images, k, backend, exclude=excluded, engine=engine, index=index
+            queries, images.images, k, backend, exclude=excluded, chosen=choices[missing[0]], index=index
         )
         start = 0
         for i in missing:

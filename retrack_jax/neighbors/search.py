@@ -35,7 +35,7 @@ def nearest(
     *,
     exclude: Sequence | np.ndarray | None = None,
     memory_budget: int = MEMORY_BUDGET,
-    engine: str = "",
+    chosen: tuple[str, str] | None = None,
     index=None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each query's k nearest images: (indices int64 [F, k], Euclidean distances float32 [F, k]), nearest first.
@@ -50,7 +50,7 @@ def nearest(
       backend: `exact`, `scann`, or `auto`: see `choose_backend`. The choice is logged.
       exclude: indices of images that must not be found: one array for all queries, or one array for each query.
       memory_budget: bytes that ScaNN may use under `auto`.
-      engine: what `choose_backend` returned, where the caller has chosen.
+      chosen: what `choose_backend` returned, where the caller has asked it.
       index: a `ScannIndex` of these very images to use, whatever `backend` says.
 
     Raises:
@@ -74,10 +74,8 @@ def nearest(
     pairs = [(np.flatnonzero(set_of_query == i), indices) for i, indices in enumerate(excluded_sets) if len(indices)]
     if index is not None:
         engine, reason = "scann tree" if index.tree else "scann brute", "an index that was kept"
-    elif engine:
-        reason = f"chosen for each target under {backend!r}"
     else:
-        engine, reason = choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
+        engine, reason = chosen or choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
     logger.info(
         "neighbors: %d queries (%d distinct) among %d images of %d values by %s: %s",
         len(queries_FD), len(queries_QD), *images_ND.shape, engine, reason,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,38 @@ def test_cifar10(command, tmp_path, parquet_file):
     assert status == 0
     metrics = check_run(workdir, "hf_3", 1, 39)
     assert metrics["config"]["unlearn"]["learning_rate"] == 2e-5
+
+
+def test_cifar10_as_tfds_keeps_it(command, tmp_path, tfds_dir):
+    """By the official name of the target, which TFDS has under another; one stage, for the others do not see the format."""
+    checkpoint = write_checkpoint(tmp_path / "model", 16, "unet")
+    fields = {"data__format": "tfds", "data__dir": tfds_dir, "data__resolution": 16, "checkpoint": checkpoint}
+    status, workdir = command("cifar10", targets="hf:30003", mode="unlearn", **fields)  # tfds:train_10003 is not among the 50
+    assert status == 2
+    status, workdir = command("cifar10", targets="hf:40003", mode="unlearn", **fields)
+    assert status == 0 and (workdir / "retrack" / "seed0-hf_40003" / "diffusers").is_dir()
+
+
+@pytest.mark.parametrize("name", ["celebahq", "mnist_tshirt"])
+def test_other_formats_of_the_papers_sets(tmp_path, tfds_dir, parquet_file, name):
+    """The config's own target, read from the format that is not its default."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.data.cache_dir, config.data.dir = str(tmp_path / "cache"), str(tmp_path / "data")
+    if name == "celebahq":
+        shutil.copytree(tfds_dir / "celeb_a_hq" / "32", tmp_path / "data" / "celeb_a_hq" / "256")
+        config.data.format, config.data.resolution, config.targets = "tfds", 16, ("10001.png",)
+        config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+    else:
+        parquet_file(range(10), size=28, channels=1, column="image", folder="data/mnist")
+        parquet_file([9, 0, 3], size=28, channels=1, column="image", folder="data/fashion_mnist")
+        config.data.format, config.data.copies = "parquet", 6
+    config.unlearn.num_neighbors = 3
+    experiment = PixelExperiment(recipe.complete(config))
+    target = experiment.target(config.targets[0])
+    data = experiment.forget_data(target, 3, "exact")
+    assert (len(target.forget), len(target.unique)) == ((1, 1) if name == "celebahq" else (6, 1))
+    assert data.distances.shape == (1, 3) and (data.distances > 0).all()
+    assert data.neighbor_images is None  # F x K pictures are for the report, which takes a few
 
 
 def test_celebahq(command, tmp_path, jpeg_folder):
