@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel
 from retrack_jax.checkpoints.run_store import RunStore, tree_digest
-from retrack_jax.checks import UserError
+from retrack_jax.checks import Preempted, UserError
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.data.target import Target
 from retrack_jax.experiment import PixelExperiment
-from retrack_jax.train.loop import Preempted, restore, train
+from retrack_jax.train.loop import restore, train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.types import PyTree
@@ -115,9 +115,9 @@ class Stages:
             return self.pretrain(only_existing=True).params
 
         def make_work() -> Work:
-            data = experiment.forget_data(
-                target, recipe.num_neighbors if "neighbors" in method.streams else 0, recipe.neighbor_backend
-            )
+            num_neighbors = recipe.num_neighbors if "neighbors" in method.streams else 0
+            # Of one process: an approximate index of each host could find others, and steps average what should be one gradient.
+            data = parallel.from_main(lambda: experiment.forget_data(target, num_neighbors, recipe.neighbor_backend))
             shared = Shared(
                 schedule=experiment.schedule,
                 forget=data.forget,
@@ -160,16 +160,25 @@ class Stages:
         only_existing: bool,
     ) -> Model:
         with RunStore(folder / "checkpoints") as store:
+            stage = "pretrain" if name == "pretrain" else "unlearn"
+            mend = f"run --config.mode={stage} first, or leave config.mode out to run every stage"
+            unfinished = UserError(f"{folder} has no finished model; {mend}")
             if only_existing and store.latest_step() != num_steps:
-                stage = "pretrain" if name == "pretrain" else "unlearn"
-                mend = f"run --config.mode={stage} first, or leave config.mode out to run every stage"
-                raise UserError(f"{folder} has no finished model; {mend}")
+                raise unfinished
             # A run that goes on from a checkpoint needs the shapes alone; parameters would lie beside the restored ones.
             begun = store.latest_step() is not None
-            params = jax.eval_shape(lambda: self.experiment.init_params(0)) if begun else make_params()
-            state, seconds = restore(lambda: create_state(params, program.optimizer, program.ema_decay), num_steps, store)
+            params = None if begun else make_params()
+
+            def make_state() -> TrainState:
+                # `restore` only traces this where there is a checkpoint.
+                first = self.experiment.init_params(0) if begun else params
+                return create_state(first, program.optimizer, program.ema_decay)
+
+            state, seconds = restore(make_state, num_steps, store)
             if not isinstance(state, TrainState):
                 return Model(state, num_steps, seconds)
+            if only_existing:  # the newest checkpoint was damaged, and the one before is of a step on the way
+                raise unfinished
             work = make_work()
             with Writer(folder / "log.jsonl", is_main=parallel.is_main_process(), every=self.config.log_every) as writer:
                 writer.truncate_after(int(state.step))
@@ -193,7 +202,9 @@ class Stages:
     def sample(self, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> dict[str, np.ndarray]:
         """The arrays of `folder/samples.npz`, made from `model()` if the file is not there yet."""
         path, total = folder / "samples.npz", self.experiment.num_samples(target)
-        if path.exists():
+        parts = folder / "samples-parts"
+        if parallel.from_main(path.exists):
+            parallel.on_main(lambda: parts.rmtree(missing_ok=True))  # of a run that was killed before it could
             return read_samples(path)
         params = model().params
         fingerprint = files.json_digest([tree_digest(params), self.experiment.sampling_digest(target)])
@@ -202,15 +213,13 @@ class Stages:
 
             def advance(done: int, _: int) -> None:
                 bar.update(done - bar.n)
-                if done < total and self.should_stop():
+                # Every process counts the same batches, so all of them ask here.
+                if done < total and parallel.any_process(self.should_stop()):
                     raise Preempted(f"sampling stopped at image {done} of {total}")
 
-            parts = folder / "samples-parts"
             arrays = self.experiment.sample(target, params, out_dir=parts, fingerprint=fingerprint, progress=advance)
-        if main:
-            files.write_npz(path, **arrays)
-            parts.rmtree(missing_ok=True)
-        parallel.barrier("samples written")
+        parallel.on_main(lambda: files.write_npz(path, **arrays))
+        parallel.on_main(lambda: parts.rmtree(missing_ok=True))
         return arrays
 
 
