@@ -46,10 +46,9 @@ def command(tmp_path):
 
     def run(name, **fields):
         workdir = tmp_path / "run"
-        file, colon, method = name.partition(":")
         fields = TOY | {"data.cache_dir": tmp_path / "cache"} | {key.replace("__", "."): value for key, value in fields.items()}
         flags = [f"--config.{key}={value}" for key, value in fields.items()]
-        return main(["retrack_jax", f"--config=configs/{file}.py{colon}{method}", f"--workdir={workdir}", *flags]), workdir
+        return main(["retrack_jax", f"--config=configs/{name}.py", f"--workdir={workdir}", *flags]), workdir
 
     return run
 
@@ -158,13 +157,16 @@ def test_celebahq(command, tmp_path, jpeg_folder):
     check_run(workdir, "00004.jpg", 1, 11)
 
 
-def test_methods_without_neighbors_set_no_bound_on_k(command, tmp_path, jpeg_folder):
-    """The report shows as many neighbors as there are, at the end of all work."""
-    folder, _ = jpeg_folder(4, size=16)
-    checkpoint = write_checkpoint(tmp_path / "model", 16)
-    fields = {"data__dir": folder, "data__resolution": 16, "checkpoint": checkpoint, "targets": "00001.jpg"}
-    status, workdir = command("celebahq:vanilla", unlearn__num_neighbors=10, **fields)
-    assert status == 0 and (workdir / "vanilla" / "seed0-00001.jpg" / "report.html").exists()
+def test_methods_without_neighbors_set_no_bound_on_k(tmp_path, jpeg_folder):
+    """The report, at the end of all work, shows as many neighbors as there are."""
+    config = importlib.import_module("configs.celebahq").get_config("vanilla")
+    config.data.dir, config.data.cache_dir, config.data.resolution = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), 16
+    config.checkpoint, config.unlearn.num_neighbors = str(write_checkpoint(tmp_path / "model", 16)), 10
+    experiment = PixelExperiment(config)
+    target, samples = experiment.target("00001.jpg"), {"samples": np.zeros((8, 16, 16, 3), np.uint8)}
+    shown = experiment.pictures(target, samples, samples)
+    assert shown["neighbors"].shape == (1, 3, 16, 16, 3) and shown["distances"].shape == (1, 3)
+    assert experiment.comparison_pictures(target, {"vanilla": samples})["neighbors"].shape == (1, 3, 16, 16, 3)
 
 
 def test_custom(command, tmp_path, jpeg_folder):
