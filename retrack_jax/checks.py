@@ -16,6 +16,10 @@ class UserError(ValueError):
         super().__init__(" ".join(str(message).split()))
 
 
+class Preempted(Exception):
+    """The process was asked to stop; what was done is saved, and the same command continues there."""
+
+
 def nearest_names(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """Returns up to `count` of `choices` that look like `name`, best first."""
     return difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=0.5)

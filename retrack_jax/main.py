@@ -4,6 +4,7 @@
 """
 
 import sys
+import traceback
 
 from retrack_jax.checks import UserError
 from retrack_jax.command_line import USAGE, parse
@@ -17,18 +18,26 @@ def main(argv: list[str] | None = None) -> int:
     if {"-h", "--help", "--helpfull"} & set(argv[1:]):
         print(USAGE)
         return DONE
+    from retrack_jax.process import is_one_of_many, leave
+
     try:
         config, workdir = parse(argv)
         # Only now: importing jax takes longer than telling the user about a mistyped flag.
         from retrack_jax.process import run_command
 
-        return run_command(config, workdir)
+        status = run_command(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        status = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        return FAILED
+        status = FAILED
+    except Exception:
+        if not is_one_of_many():
+            raise
+        traceback.print_exc()
+        status = FAILED
+    return leave(status)
 
 
 if __name__ == "__main__":

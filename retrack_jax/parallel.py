@@ -8,17 +8,20 @@ Randomness never depends on the device: a key is folded with each example's *glo
 processes equal one.
 """
 
+import pickle
 from collections.abc import Callable
 from functools import cache, partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import Preempted, UserError
 from retrack_jax.types import Array, PyTree, Rng
 
 AXIS = "batch"
+Value = TypeVar("Value")
 
 
 def pmap(fn: Callable, in_axes, out_axes=None, *, donate_argnums=(), static_broadcasted_argnums=()) -> Callable:
@@ -157,11 +160,89 @@ def across_processes(tree: PyTree) -> PyTree:
 
 def any_process(flag: bool) -> bool:
     """Whether `flag` is set on any process."""
+    return bool(largest(int(flag)))
+
+
+def largest(value: int) -> int:
+    """Returns the largest `value`, an int of 32 bits, of all processes."""
     if jax.process_count() == 1:
-        return flag
+        return value
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(jnp.asarray(flag))))
+    return int(np.max(multihost_utils.process_allgather(jnp.asarray(value, jnp.int32))))
+
+
+def stop_together(should_stop: Callable[[], bool], where: str) -> None:
+    """Raises `Preempted` on every process if any of them is asked to stop; `where` says before what, for the user."""
+    if any_process(should_stop()):
+        raise Preempted(f"stopped before {where}")
+
+
+def together(call: Callable[[], Value], error: type[UserError] = UserError) -> Value:
+    """Returns `call()`, and raises on every process where it fails on any: none goes on to wait for one that is gone.
+
+    Args:
+      call: without collectives, for it may end early.
+      error: what the others raise where one raises a `UserError`; its own words come from that one.
+    """
+    if jax.process_count() == 1:
+        return call()
+    value = problem = None
+    try:
+        value = call()
+    except Exception as reason:  # told to the others first, then raised
+        problem = reason
+    worst = largest(0 if problem is None else 1 if isinstance(problem, UserError) else 2)
+    if problem is not None:
+        raise problem
+    if worst:
+        raise (error if worst == 1 else RuntimeError)("another process cannot go on and says why; this one stops with it")
+    return value
+
+
+def on_main(call: Callable[[], object]) -> None:
+    """Calls `call()` on process 0 and returns on all when it is done; where it fails, all fail. It may hold no collective."""
+    together(call if is_main_process() else lambda: None)
+
+
+def from_main(make: Callable[[], Value]) -> Value:
+    """Returns what `make()` returns on process 0, arrays as NumPy's, on every process; the others do not call it.
+
+    For what must be the same everywhere and might not be: the state of a disk, an approximate search.
+    """
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    made = bytearray()
+    on_main(lambda: made.extend(pickle.dumps(jax.device_get(make()))))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(made))))
+    packed = np.frombuffer(made, np.uint8) if made else np.zeros(size, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(packed)).tobytes())
+
+
+def share_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int) -> dict[str, np.ndarray]:
+    """Returns `apply(0, num_rows)`, of which each process does a share; all get all of it.
+
+    Args:
+      apply: `(first, stop)` to arrays `[stop - first, ...]`, each row of its own image; a pmap is the only collective in it.
+      num_rows: the same on every process. Shares are equal and consecutive; where it does not divide, the last ones overlap.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return apply(0, num_rows)
+    from jax.experimental import multihost_utils
+
+    share = -(-num_rows // count)
+    starts = [min(index * share, num_rows - share) for index in range(count)]
+    first = starts[jax.process_index()]
+    mine = apply(first, first + share)
+    whole = {}
+    for name, gathered in multihost_utils.process_allgather(mine).items():
+        whole[name] = np.empty((num_rows, *gathered.shape[2:]), gathered.dtype)
+        for start, part in zip(starts, gathered, strict=True):
+            whole[name][start : start + share] = part
+    return whole
 
 
 def settle(tree: PyTree) -> PyTree:

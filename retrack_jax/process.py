@@ -1,25 +1,28 @@
 """Process set-up: devices, other processes, the compilation cache, signals and logs; then the run."""
 
+import glob
+import importlib.util
 import logging
 import os
 import signal
 import sys
+import time
 import warnings
 
 from ml_collections import ConfigDict
 
-from retrack_jax.checks import UserError, check_int
+from retrack_jax.checks import Preempted, UserError, check_int
+from retrack_jax.main import DONE, PREEMPTED
+
+_LAST_WORDS_SECONDS = 1.0
 
 
 def run_command(config: ConfigDict, workdir: str) -> int:
     """Sets the process up, runs the config and returns the exit status."""
-    from retrack_jax.main import DONE, PREEMPTED
-
     set_up_logs()
     stop = catch_termination()
     set_up_jax(config.compute.cpu_devices)
     from retrack_jax.run import run
-    from retrack_jax.train.loop import Preempted
 
     try:
         run(config, workdir, should_stop=stop)
@@ -53,10 +56,35 @@ def _quiet_late_callbacks(show):
 
 
 def catch_termination():
-    """Returns a function that says whether SIGTERM has arrived: the loops then save and stop."""
+    """Returns a function that says whether SIGTERM has arrived, or SIGHUP, a lost terminal: the loops then save and stop."""
     arrived = []
-    signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks to outlive the terminal
+            signal.signal(number, lambda number, frame: arrived.append(number))
     return lambda: bool(arrived)
+
+
+def is_one_of_many() -> bool:
+    """Whether other processes work on the same run."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave(status: int) -> int:
+    """Returns `status`; but a failure of one process of several ends that process here and now.
+
+    At its exit jax waits five minutes for the others, while they wait for this one in a collective, and the launcher, which would
+    end them, waits for this one to be gone.
+    """
+    if status in (DONE, PREEMPTED) or not is_one_of_many():
+        return status
+    import jax
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(_LAST_WORDS_SECONDS)  # the others end with their coordinator: they may have something to say of their own
+    os._exit(status)
 
 
 def set_up_jax(cpu_devices: int = 1) -> None:
@@ -113,12 +141,31 @@ def join_processes() -> None:
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, count, index)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or _on_tpu_slice():
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # SLURM_NTASKS is set outside srun too, where there is one process
         jax.distributed.initialize()
+    elif uses_tpu():
+        try:
+            jax.distributed.initialize()  # of a slice of one host too, where it changes nothing
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(
+                f"the workers of this TPU slice were not found from the environment, nor from its metadata server ({error}); set "
+                "RETRACK_COORDINATOR, RETRACK_PROCESSES and RETRACK_PROCESS (docs/running_at_scale.md)"
+            ) from error
 
 
-def _on_tpu_slice() -> bool:
-    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+def uses_tpu() -> bool:
+    """Whether jax will use a TPU of this machine: the devices are there, and libtpu is installed.
+
+    Not by variables of the environment: a Cloud TPU VM has none. Its metadata server knows the slice's members, and jax asks it.
+    """
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    wanted = not chosen or "tpu" in chosen
+    return wanted and has_tpu_devices() and importlib.util.find_spec("libtpu") is not None
+
+
+def has_tpu_devices() -> bool:
+    """Whether this machine has device files as those of a TPU."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def warn_of_idle_accelerator() -> None:
@@ -131,6 +178,6 @@ def warn_of_idle_accelerator() -> None:
     if os.path.exists("/dev/nvidia0"):
         how = 'install it with `pip install -e ".[cuda]"` or `make demo JAX=cuda`'
         log.warning("an NVIDIA GPU is present but jax runs on the CPU; %s", how)
-    elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+    elif has_tpu_devices():
         how = 'install it with `pip install -e ".[tpu]"` or `make demo JAX=tpu`'
         log.warning("a TPU seems to be present but jax runs on the CPU; %s", how)

@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     Args:
       config: as from `configs/*.py`.
       workdir: a folder or a `gs://` address.
-      should_stop: asked between steps and batches; true saves and raises `train.loop.Preempted`.
+      should_stop: asked between stages, steps, batches and metrics; true saves and raises `checks.Preempted`.
 
     Raises:
       UserError: something that the user can mend.
@@ -100,7 +100,7 @@ class Runner:
         for place, claimed in claims.items():
             self.workdir.check_claim(place, claimed)
         mode = config.mode
-        if mode == "run" and self._is_done(folder, config):
+        if mode == "run" and parallel.from_main(lambda: self._is_done(folder, config)):
             return
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
         stages = Stages(
@@ -115,24 +115,34 @@ class Runner:
             self.workdir.claim(place, claimed)
         if mode in ("run", "unlearn"):
             self._prepare_sweep()
+        self._stop_if_asked("pretraining")
         if mode in ("run", "pretrain"):
             stages.pretrain()
+        self._stop_if_asked("unlearning")
         if mode in ("run", "unlearn") and method != PRETRAINED:
             model = stages.unlearn(method, target, seed)
+            self._stop_if_asked("the export")
             self._export(folder, model, method, spec)
+        self._stop_if_asked("sampling")
         if mode in ("run", "sample"):
             self._sample(stages, folder, method, target, seed)
+        self._stop_if_asked("evaluation")
         if mode in ("run", "eval"):
             self._evaluate(stages, folder, method, target, seed)
+        self._stop_if_asked("the report")
         if mode in ("run", "report"):
             self._report(folder, method, target)
+
+    def _stop_if_asked(self, before: str) -> None:
+        parallel.stop_together(self.should_stop, before)
 
     def _prepare_sweep(self) -> None:
         specs, recipe = build.target_specs(self.config), self.config.unlearn
         methods = [METHODS[name] for name in methods_of(self.config) if name in METHODS]
         if self._prepared or len(specs) == 1 or not any("neighbors" in method.streams for method in methods):
             return
-        self.experiment.prepare_targets(list(self._targets.values()), recipe.num_neighbors, recipe.neighbor_backend)
+        targets = list(self._targets.values())
+        parallel.on_main(lambda: self.experiment.prepare_targets(targets, recipe.num_neighbors, recipe.neighbor_backend))
         self._prepared = True
 
     def finish(self) -> dict:
@@ -145,9 +155,8 @@ class Runner:
         if not runs:
             return {}
         summary = summarize(runs)
-        if parallel.is_main_process():
-            files.write_json(self.workdir.root / "summary.json", summary)
-            self._print(runs, summary)
+        parallel.on_main(lambda: files.write_json(self.workdir.root / "summary.json", summary))
+        parallel.on_main(lambda: self._print(runs, summary))
         return summary
 
     def _is_done(self, folder, config: ConfigDict) -> bool:
@@ -163,10 +172,13 @@ class Runner:
 
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
         path = folder / "diffusers"
-        if parallel.is_main_process() and (not path.exists() or _is_other_export(path, self.config.get("export"))):
-            note = f"Unlearned by {method} in {model.steps} steps; forgotten: {described(spec)}."
-            self.experiment.export(path, model.params, note)
-        parallel.barrier("exported")
+        note = f"Unlearned by {method} in {model.steps} steps; forgotten: {described(spec)}."
+
+        def export() -> None:
+            if not path.exists() or _is_other_export(path, self.config.get("export")):
+                self.experiment.export(path, model.params, note)
+
+        parallel.on_main(export)
 
     def _existing(self, stages: Stages, method: str, target, seed: int) -> Callable[[], Model]:
         if method == PRETRAINED:
@@ -203,8 +215,7 @@ class Runner:
                 "absent": after.absent,
             },
         }
-        if parallel.is_main_process():
-            files.write_json(folder / "metrics.json", metrics)
+        parallel.on_main(lambda: files.write_json(folder / "metrics.json", metrics))
 
     def _results(self, stages: Stages, folder, method: str, target, seed: int, name: str) -> Results:
         """The metrics of one model, computed as far as the file `name` in its folder does not hold them."""
@@ -227,13 +238,14 @@ class Runner:
         return None if path is None else files.read_json(path)["unlearned"]
 
     def _report(self, folder, method: str, target) -> None:
-        if not parallel.is_main_process():
-            return
         from retrack_jax.report.html import run_report
 
-        before = read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))
-        after = before if method == PRETRAINED else read_samples_or_explain(folder)
-        run_report(folder, **self.experiment.pictures(target, before, after))
+        def write() -> None:
+            before = read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))
+            after = before if method == PRETRAINED else read_samples_or_explain(folder)
+            run_report(folder, **self.experiment.pictures(target, before, after))
+
+        parallel.on_main(write)
 
     def _print(self, runs: list[dict], summary: dict) -> None:
         from retrack_jax.report.comparison import comparison_report

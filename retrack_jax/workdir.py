@@ -42,18 +42,21 @@ class Workdir:
         self.root = epath.Path(os.path.expanduser(root)) if "://" not in str(root) else epath.Path(root)
         if "://" not in str(root):
             self.root = epath.Path(self.root.absolute())
+        parallel.together(self._check_writable)
+        self._check_shared()
+
+    def _check_writable(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             check(self.root.is_dir(), f"--workdir {self.root} is a file; choose a folder")
             if parallel.is_main_process():
-                probe = self.root / f".probe-{os.getpid()}"
-                probe.write_text("")
-                probe.unlink()
+                probe = self.root / ".probe"
+                probe.write_text(uuid.uuid4().hex)
+                probe.unlink(missing_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--workdir {self.root} is not a folder, or a file lies in its place; choose another") from error
         except OSError as error:
             raise UserError(f"--workdir {self.root} cannot be written ({error.strerror or error}); choose another") from error
-        self._check_shared()
 
     @property
     def pretrained(self) -> epath.Path:
@@ -82,8 +85,7 @@ class Workdir:
     def claim(self, folder: epath.Path, config: Mapping) -> None:
         """Writes `config` to `folder/config.json`: only once all that it names was found: a mistyped command claims nothing."""
         path = folder / "config.json"
-        if parallel.is_main_process() and not path.exists():
-            files.write_json(path, config)
+        parallel.on_main(lambda: None if path.exists() else files.write_json(path, config))
 
     def _check_shared(self) -> None:
         """Refuses a workdir that the processes do not share: process 0 writes a token and all must read it."""
@@ -92,9 +94,7 @@ class Workdir:
         if jax.process_count() == 1:
             return
         path = self.root / ".shared-token"
-        if parallel.is_main_process():
-            path.write_text(uuid.uuid4().hex)
-        parallel.barrier("workdir token written")
+        parallel.on_main(lambda: files.write_text(path, uuid.uuid4().hex))
         token = path.read_text() if path.exists() else f"process {jax.process_index()} sees none"
         agree = parallel.all_processes_agree(zlib.crc32(token.encode()) >> 1)
         parallel.barrier("workdir token read")

@@ -102,7 +102,11 @@ def check_score_network(name: str, wanted: Sequence[str], image_shape: tuple[int
 
 
 def _from_file(weights_dir, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
-    folder = Path(weights_dir).expanduser()
+    # Every host has a folder of its own, and all of them use the network together.
+    return parallel.together(lambda: _load_first(Path(weights_dir).expanduser(), names, load), Unavailable)
+
+
+def _load_first(folder: Path, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise Unavailable(f"no {' or '.join(names)} in {folder}; --config.mode=check prints the command that gets it")
@@ -116,11 +120,12 @@ def _digits(images: ImageSet, folder) -> FeatureNetwork:
     from retrack_jax.metrics.features.digit_net import load_digit_net, save_digit_net, train_digit_net
 
     path = folder / "digit_net.npz"
-    if not path.exists():
-        digit = images.labels != TSHIRT_LABEL
-        log.info("training the digit classifier behind fid")
-        network = train_digit_net(images.images[digit], images.labels[digit], seed=0)
-        if not parallel.is_main_process():
-            return network
-        save_digit_net(path, network)
+
+    def make() -> None:
+        if not path.exists():
+            digit = images.labels != TSHIRT_LABEL
+            log.info("training the digit classifier behind fid")
+            save_digit_net(path, train_digit_net(images.images[digit], images.labels[digit], seed=0))
+
+    parallel.on_main(make)
     return load_digit_net(path)

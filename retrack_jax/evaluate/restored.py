@@ -41,9 +41,7 @@ def restore(
 
 def keep_pictures(path, forgotten: np.ndarray, given: np.ndarray, made: np.ndarray, scores: np.ndarray) -> None:
     """Writes the first images to the `.npz` at `path`, as uint8 `[F, H, W, C]` by floor(255 x), with their SSCD `[F]`."""
-    if not parallel.is_main_process():
-        return
     few = slice(MOST_KEPT)
     pixels = {"noised": given, "restored": made}
     arrays = {name: np.floor(255.0 * images[few]).astype(np.uint8) for name, images in pixels.items()}
-    write_npz(path, forgotten=forgotten[few], sscd=np.asarray(scores)[few], **arrays)
+    parallel.on_main(lambda: write_npz(path, forgotten=forgotten[few], sscd=np.asarray(scores)[few], **arrays))

@@ -45,7 +45,7 @@ class Evaluator:
     is_current: Callable[..., bool] = lambda task, note: True
 
 
-def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subject, path) -> Results:
+def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subject, path, should_stop=lambda: False) -> Results:
     """Returns the `wanted` metrics of `subject`, computing those that the file at `path` does not hold yet, or of another task.
 
     Args:
@@ -54,12 +54,15 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
       task: what is evaluated against, as the evaluators expect it.
       subject: the model that is evaluated.
       path: the JSON file, written after every evaluator by process 0.
+      should_stop: asked before every evaluator; true raises `Preempted`, and what was computed before is kept.
     """
-    results = read_results(path)
+    # Of process 0: it writes the file in between, and all must find the same metrics missing.
+    results = parallel.from_main(lambda: read_results(path))
     for evaluator in evaluators:
         missing = [name for name in evaluator.names if name in wanted and not _holds(results, name, evaluator, task)]
         if not missing:
             continue
+        parallel.stop_together(should_stop, f"the metric {missing[0]}")
         try:
             values, note = evaluator.compute(task, subject, missing)
         except Unavailable as reason:
@@ -75,8 +78,7 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
                     results.notes[name] = note
                 else:
                     results.absent[name] = note.get("why", "not defined here")
-        if parallel.is_main_process():
-            files.write_json(path, vars(results))
+        parallel.on_main(lambda: files.write_json(path, vars(results)))
     return results
 
 
@@ -86,7 +88,7 @@ def _holds(results: Results, name: str, evaluator: Evaluator, task) -> bool:
 
 def is_complete(path, wanted: Sequence[str]) -> bool:
     """Whether the file at `path` holds every wanted metric, or the reason why it is absent is not worth another try."""
-    return set(wanted) <= set(read_results(path).values)
+    return parallel.from_main(lambda: set(wanted) <= set(read_results(path).values))
 
 
 def read_results(path) -> Results:

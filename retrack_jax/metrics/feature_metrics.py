@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retrack_jax import parallel
 from retrack_jax.checks import UserError, check_choice
 from retrack_jax.files import json_digest, write_npz
 from retrack_jax.metrics.features.network import FeatureNetwork
@@ -143,16 +144,16 @@ def cached_feature_stats(
         "images": len(images),
     }
     path = epath.Path(cache_dir) / f"features-{json_digest(key)[:32]}.npz"
-    if path.exists():
-        stats = _read(path, network.description)
-        if stats is not None:
-            return stats
+    stats = _read(path, network.description) if path.exists() else None
+    # Each host may have a cache of its own, and all of them compute together.
+    if not parallel.any_process(stats is None):
+        return stats
     stats = feature_stats(network, images, on_batch)
     moments = stats.moments
     arrays = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter, "rows": stats.rows}
     if stats.logits is not None:
         arrays["logits"] = stats.logits
-    write_npz(path, **arrays)
+    parallel.together(lambda: write_npz(path, **arrays))
     return stats
 
 

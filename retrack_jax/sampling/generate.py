@@ -101,7 +101,7 @@ def generate(
     missing = np.ones(num_images, bool)
     if out_dir is not None:
         parallel.barrier("generate: before reading parts")  # no process adds a part while another lists them
-        images, missing = _read_parts(out_dir, fingerprint, first, num_images)
+        images, missing = parallel.together(lambda: _read_parts(out_dir, fingerprint, first, num_images))
         if not parallel.all_processes_agree(zlib.crc32(missing.tobytes()) >> 1):
             raise UserError(f"the processes see different files in {out_dir}; they need a workdir that they share")
         parallel.barrier("generate: parts read")
@@ -109,19 +109,25 @@ def generate(
     done = num_images - len(todo)
     if progress:
         progress(done, num_images)
-    for index, made in _batches(p_sample, params, rng, todo, batch_size):
-        if images is None:
-            images = np.empty((num_images, *made.shape[1:]), made.dtype)
-        images[index - first] = made
+
+    def fetch(index: np.ndarray, result: tuple[Array, Array]) -> np.ndarray:
+        made = _fetch(index, result)
         if out_dir is not None and len(index):
             name = f"part-{index[0]:09d}-{len(index)}.npz"
             files.write_npz(epath.Path(out_dir) / name, images=made, index=index, fingerprint=np.array(fingerprint))
+        return made
+
+    for index, result in _batches(p_sample, params, rng, todo, batch_size):
+        made = parallel.together(lambda index=index, result=result: fetch(index, result))
+        if images is None:
+            images = np.empty((num_images, *made.shape[1:]), made.dtype)
+        images[index - first] = made
         done = min(done + batch_size, num_images)
         if progress:
             progress(done, num_images)
     if jax.process_count() > 1:
         parallel.barrier("generate: parts written")
-        images, missing = _read_parts(out_dir, fingerprint, first, num_images)
+        images, missing = parallel.together(lambda: _read_parts(out_dir, fingerprint, first, num_images))
         if missing.any():
             raise UserError(
                 f"{int(missing.sum())} of {num_images} images are missing in {out_dir}; "
@@ -130,8 +136,8 @@ def generate(
     return images
 
 
-def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (index [n], images [n, ...]) of this process's rows of each batch, one batch computing while another is copied."""
+def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, tuple[Array, Array]]]:
+    """Yields (index [n], result) of this process's rows of each batch, one batch computing while another is copied."""
     waiting = None
     rows = parallel.local_rows(batch_size)
     for start in range(0, len(todo), batch_size):
@@ -140,20 +146,20 @@ def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> I
         index = padded[rows][: max(0, len(batch) - rows.start)]
         result = p_sample(params, rng, parallel.shard_batch(padded[rows]))
         if waiting is not None:
-            yield _fetch(*waiting)
+            yield waiting
         waiting = index, result
     if waiting is not None:
-        yield _fetch(*waiting)
+        yield waiting
 
 
-def _fetch(index: np.ndarray, result: tuple[Array, Array]) -> tuple[np.ndarray, np.ndarray]:
+def _fetch(index: np.ndarray, result: tuple[Array, Array]) -> np.ndarray:
     images, finite = (rows[: len(index)] for rows in parallel.unshard_batch(result))
     if not finite.all():
         raise UserError(
             f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first; "
             "the model has diverged"
         )
-    return index, images
+    return images
 
 
 def _read_parts(out_dir, fingerprint: str, first: int, num_images: int) -> tuple[np.ndarray | None, np.ndarray]:

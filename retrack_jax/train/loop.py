@@ -12,16 +12,12 @@ import jax
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
-from retrack_jax.checks import UserError
+from retrack_jax.checks import Preempted, UserError
 from retrack_jax.data.pipeline import prefetch
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
 from retrack_jax.types import PyTree, Rng
 from retrack_jax.writer import Writer, progress
-
-
-class Preempted(Exception):
-    """The process was asked to stop; everything up to `step` is saved."""
 
 
 def train(
@@ -68,11 +64,13 @@ def train(
     unread: list[tuple[int, PyTree]] = []
 
     def read_metrics() -> None:
+        scalars = {}
         for step, metrics in jax.device_get(unread):
             _check_finite(name, step, metrics, store)
-            if writer is not None:
-                writer.scalars(step, {f"{name}_{key}": value for key, value in metrics.items()})
+            scalars[step] = {f"{name}_{key}": value for key, value in metrics.items()}
         unread.clear()
+        if writer is not None:  # on a full disk process 0 alone fails
+            parallel.on_main(lambda: [writer.scalars(step, values) for step, values in scalars.items()])
 
     def save(step: int) -> None:
         nonlocal saved

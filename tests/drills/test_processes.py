@@ -94,6 +94,19 @@ def test_two_processes_do_all_stages_and_process_0_writes(cache, tmp_path):
     assert (gap <= 1).all() and (gap == 0).mean() > 0.98
 
 
+def test_a_failure_of_one_process_ends_both_in_seconds(finished, cache, tmp_path):
+    """Process 0 alone cannot write the summary, for a folder lies in its place; nobody waits for it."""
+    shutil.copytree(finished / "pretrained" / "checkpoints", tmp_path / "work" / "pretrained" / "checkpoints")
+    (tmp_path / "work" / "summary.json").mkdir()
+    began = time.monotonic()
+    arguments = cli.flags(tmp_path / "work", "pretrained")
+    done = cli.run_processes(2, 1, arguments, cache, tmp_path / "logs")
+    other = (tmp_path / "logs" / "process1.log").read_text()
+    assert done.returncode == 2 and "summary.json" in done.stderr, (done.returncode, done.stderr[-3000:])
+    assert done.stderr.count("error: ") == 1 and "error: another process" in other
+    assert "Traceback" not in done.stderr + other and time.monotonic() - began < cli.patience(150)
+
+
 def test_another_device_count_restores_the_checkpoint(finished, cache, tmp_path):
     """A run saved on one device goes on on 2 x 2."""
     workdir = tmp_path / "work"

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
 
+from retrack_jax import parallel
 from retrack_jax.checks import UserError, check
 from retrack_jax.files import array_digest
 from retrack_jax.metrics.arrays import check_images, unit_images
@@ -23,8 +25,9 @@ class FeatureNetwork:
       params: the network's variables.
       apply_fn: `apply_fn(params, batch) -> dict of arrays`, a pure function on one batch of prepared images.
       prepare: NumPy function from images `[N, H, W, C]`, uint8 or floats in [0, 1], to what `apply_fn` takes.
-      batch_size: images a call.
-      pad: fill the last batch up, so that one shape is compiled; off where the images of a batch see each other.
+      batch_size: images a call over the devices of one process, each with an equal share (rounded up).
+      pad: fill the last batch up, so that one shape is compiled; off where the images of a batch see each other. Then a batch
+        lies on one device, and every process does all of them.
     """
 
     name: str
@@ -36,13 +39,20 @@ class FeatureNetwork:
     batch_size: int = 64
     pad: bool = True
 
-    def __post_init__(self):
+    @cached_property
+    def _apply(self) -> Callable:
+        """Returns prepared images to outputs, both `[n, ...]`; compiled once for every n."""
+
         def apply(params, batch):
             # TPU and GPU would otherwise multiply in bfloat16 or TF32, too coarse for features that are quoted to 1e-4.
             with jax.default_matmul_precision("highest"):
                 return self.apply_fn(params, batch)
 
-        object.__setattr__(self, "_apply", jax.jit(apply))
+        if not self.pad:
+            one_device = jax.jit(apply)
+            return lambda batch: one_device(self.params, batch)
+        p_apply, params = parallel.pmap(apply, in_axes=(None, 0), out_axes=0), parallel.replicate(self.params)
+        return lambda batch: parallel.unshard_batch(p_apply(params, parallel.shard_batch(batch)))
 
     @property
     def description(self) -> str:
@@ -50,27 +60,35 @@ class FeatureNetwork:
         return f"{self.name} (resize {self.resize}, sha256 {self.digest[:16]})"
 
     def __call__(self, images, on_batch: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
-        """Returns the network's outputs for all images, float32, each with N rows.
+        """Returns the network's outputs for all images, float32, each with N rows; processes share the images.
 
         Args:
           images: `[N, H, W, C]`, uint8 or floats in [0, 1]; a memory map is read one batch at a time.
-          on_batch: called with the number of images done, for a progress bar.
+          on_batch: called with the number of images done by this process, for a progress bar.
 
         Raises:
           UserError: NaN in images, or an image shape that the network does not take.
         """
         check(images.ndim == 4 and len(images) > 0, f"images have shape {images.shape}; expected at least one, [N, H, W, C]")
+        if not self.pad:
+            return self._of_this_process(images, 0, len(images), on_batch)
+        return parallel.share_rows(lambda first, stop: self._of_this_process(images, first, stop, on_batch), len(images))
+
+    def _of_this_process(self, images, first: int, stop: int, on_batch: Callable[[int], None] | None) -> dict[str, np.ndarray]:
+        size, devices = self.batch_size, jax.local_device_count()
+        if self.pad:
+            size = -(-size // devices) * devices
         parts = []
-        for start in range(0, len(images), self.batch_size):
-            block = check_images("images", np.asarray(images[start : start + self.batch_size]))
+        for start in range(first, stop, size):
+            block = check_images("images", np.asarray(images[start : min(start + size, stop)]))
             batch = self.prepare(block)
-            missing = self.batch_size - len(batch)
+            missing = size - len(batch)
             if missing and self.pad:
                 batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-            outputs = self._apply(self.params, batch)
+            outputs = self._apply(batch)
             parts.append({name: np.asarray(value)[: len(block)] for name, value in outputs.items()})
             if on_batch is not None:
-                on_batch(start + len(block))
+                on_batch(start - first + len(block))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
