@@ -81,7 +81,7 @@ def test_a_low_recall_is_told(caplog):
     noise = np.random.default_rng(0).integers(0, 256, (2000, 1024), dtype=np.uint8)
     with caplog.at_level(logging.WARNING):
         built = ScannIndex.build(noise, tree=True)
-    assert built.recall < 0.995 and "misses none" in caplog.text
+    assert built.recall < 0.99 and "misses none" in caplog.text
 
 
 def test_asked_for_everything_it_finds_everything(images):
