@@ -33,8 +33,8 @@ class ScannIndex:
     """An index over all images of a set; images to leave out are named at query time.
 
     Attributes:
-      recall: recall@10 that was measured when the index was built, a mean over queries of which two standard errors less are still
-        0.99; 1 for brute force, which is certified.
+      recall: recall@10 that was measured when the index was built, the mean over queries (less two standard errors it is still
+        0.99); 1 for brute force, which is certified.
     """
 
     def __init__(self, searcher, *, size: int, tree: bool, largest_norm: float, leaves: int = 0, recall: float = 1.0):
