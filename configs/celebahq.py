@@ -28,7 +28,7 @@ def get_config(method=None):
 
     config.unlearn.num_steps = 40
     config.unlearn.batch_size = 64
-    config.unlearn.accumulation = 16  # microbatches of 4; 64 / devices on more than 4 of them
+    config.unlearn.accumulation = 16  # microbatches of 4; on more than 4 devices fewer of them, chosen by the run
     config.unlearn.learning_rate = 5e-6
     config.unlearn.siss_scale = 500.0
     config.sampling.batch_size = 32

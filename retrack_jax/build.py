@@ -1,5 +1,7 @@
 """Config to objects. The config object stops here: everything below takes plain typed arguments."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +13,8 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.train.optimizer import LAM_SCHEDULES, LEARNING_RATE_SCHEDULES, make_ema_decay, make_lam_schedule, make_optimizer
 from retrack_jax.train.step import StepOptions
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, Method
+
+log = logging.getLogger(__name__)
 
 MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
 RETAIN_LOSSES = ("standard", "distillation")
@@ -83,6 +87,34 @@ def _check_sizes(config: ConfigDict) -> None:
     check_number("config.pretrain.ema_max_decay", pretrain.ema_max_decay, 0.0, 1.0)
     check_number("config.pretrain.ema_power", pretrain.ema_power, 0.0)
     check_number("config.pretrain.ema_inv_gamma", pretrain.ema_inv_gamma, 0.0, above=True)
+
+
+def fit_to_devices(config: ConfigDict) -> ConfigDict:
+    """Returns `config` with fewer microbatches, and a larger batch of samples, where the devices at hand ask for it; logs both.
+
+    The images of a step stay those of the recipe: D devices take the place of D microbatches. Neither change touches a result
+    beyond rounding. A batch that does not divide by the devices at all is left to `check_config`.
+
+    Raises:
+      UserError: one of these fields is no whole number above 0.
+    """
+    fitted, devices = config.copy_and_resolve_references(), jax.device_count()
+    for stage in ("pretrain", "unlearn"):
+        recipe = fitted[stage]
+        check_int(f"config.{stage}.batch_size", recipe.batch_size)
+        check_int(f"config.{stage}.accumulation", recipe.accumulation)
+        each, parts = recipe.batch_size // devices, recipe.accumulation
+        if recipe.batch_size % devices == 0 and each % parts:
+            recipe.accumulation = max(fewer for fewer in range(1, parts + 1) if each % fewer == 0)
+            change = stage, recipe.accumulation, parts, recipe.batch_size, devices
+            log.info("config.%s.accumulation is %d in place of %d: %d images a step over %d devices", *change)
+    batch = fitted.sampling.batch_size
+    check_int("config.sampling.batch_size", batch)
+    fitted.sampling.batch_size = -(-batch // devices) * devices
+    if fitted.sampling.batch_size != batch:
+        change = fitted.sampling.batch_size, batch, devices
+        log.info("config.sampling.batch_size is %d in place of %d, a multiple of %d devices", *change)
+    return fitted
 
 
 def target_specs(config: ConfigDict) -> list[str]:

@@ -41,12 +41,18 @@ from retrack_jax.workdir import Workdir
 log = logging.getLogger(__name__)
 
 
+def check_pixel_config(config: ConfigDict) -> None:
+    """Raises `UserError` for values of `config.sampling` and `config.eval` that no run on images in pixels can use."""
+    check_choice("config.sampling.sampler", config.sampling.sampler, SAMPLERS)
+    check_evaluation(config.eval)
+
+
 class PixelExperiment:
     """Images in pixels, an unconditional UNet."""
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.check_config()
+        check_pixel_config(config)
         images: ImageSet = load_images(config.data.to_dict())
         self.images, self.held_out = split_held_out(images, config.data.held_out)
         own = {"dtype": build.DTYPES[config.compute.dtype], "remat": config.compute.remat}
@@ -108,11 +114,6 @@ class PixelExperiment:
         """Returns `positions -> {"pixels": uint8 [b, H, W, C]}` within `rows`, for the stream of remaining images."""
         return lambda positions: {"pixels": np.ascontiguousarray(self.images.images[rows[positions]])}
 
-    def check_config(self) -> None:
-        """Raises `UserError` for values of `config.sampling` and `config.eval` that no run of this kind can use."""
-        check_choice("config.sampling.sampler", self.config.sampling.sampler, SAMPLERS)
-        check_evaluation(self.config.eval)
-
     def condition(self, target: Target) -> tuple[jax.Array, ...]:
         """Further arguments of the network, such as a prompt's embedding: none here."""
         return ()
@@ -172,7 +173,10 @@ class PixelExperiment:
 
     def sampling_digest(self, target: Target) -> str:
         """A digest of all that samples depend on beside the parameters."""
-        return files.json_digest([self.config.sampling.to_dict(), self.schedule.to_config(), self.config.save_float])
+        sampling = self.config.sampling.to_dict()
+        # Image i is the same in any batch and among any number, so finished parts stay of use when these change.
+        settings = {name: value for name, value in sampling.items() if name not in ("batch_size", "num_images")}
+        return files.json_digest([settings, self.schedule.to_config(), self.config.save_float])
 
     def export(self, path, params: PyTree, note: str) -> None:
         """Writes the network as diffusers saves it, with the licence and card of the checkpoint it came from."""
@@ -196,15 +200,15 @@ class PixelExperiment:
         return self.config.sampling.to_dict()
 
     def evaluate(
-        self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir
+        self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir, should_stop
     ) -> Results:
-        """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed."""
+        """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed, stopped or not."""
         if is_complete(path, self.config.eval.metrics):
             return read_results(path)
         pictures = epath.Path(path).parent / f"sscd-{target.slug}.npz"
         subject = Subject(model().params, arrays["samples"], arrays.get("samples_float"), pictures)
         task = self.task(target, workdir, pretrained)
-        return evaluate(evaluators(task), self.config.eval.metrics, task, subject, path)
+        return evaluate(evaluators(task), self.config.eval.metrics, task, subject, path, should_stop)
 
     def task(self, target: Target, workdir, pretrained: Callable) -> Task:
         """What models are evaluated against; `pretrained` returns the model before unlearning."""

@@ -14,7 +14,7 @@ from retrack_jax.data.target import Target
 from retrack_jax.data.targets import described, slug
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.evaluate.results import Results
-from retrack_jax.experiment import PixelExperiment
+from retrack_jax.experiment import PixelExperiment, check_pixel_config
 from retrack_jax.provenance import environment
 from retrack_jax.stages import Model, Stages, read_samples
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
@@ -39,6 +39,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
         check_needs(config)
         return {}
     config = recipe.complete(config)
+    config = build.fit_to_devices(config)
     build.check_config(config)
     workdir = Workdir(workdir)
     runner = Runner(config, workdir, should_stop)
@@ -58,6 +59,7 @@ def check_needs(config: ConfigDict) -> None:
         config = recipe.complete(config)
     if not recipe.open_fields(config):
         build.check_config(config)
+        check_experiment(config)
 
 
 def methods_of(config: ConfigDict) -> list[str]:
@@ -227,6 +229,7 @@ class Runner:
             arrays,
             folder / name,
             self.workdir,
+            self.should_stop,
         )
 
     def _retrained_values(self, target, seed: int) -> dict | None:
@@ -276,6 +279,16 @@ def _is_other_export(path, kind: str | None) -> bool:
     if kind not in ("pipeline", "unet") or not path.exists():
         return False  # with `none` what is there stays
     return (path / "unet").exists() != (kind == "pipeline")
+
+
+def check_experiment(config: ConfigDict) -> None:
+    """Raises `UserError` for values that the kind of experiment that the config describes cannot use; nothing is loaded."""
+    if config.data.source == "concepts":
+        from retrack_jax.text_to_image_config import check_text_to_image
+
+        check_text_to_image(config)
+    else:
+        check_pixel_config(config)
 
 
 def build_experiment(config: ConfigDict):

@@ -200,10 +200,11 @@ class TextToImageExperiment:
         return self.config.sampling.to_dict()
 
     def evaluate(
-        self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir: Workdir
+        self, target: Target, model: Callable, pretrained: Callable, arrays: dict[str, np.ndarray], path, workdir, should_stop
     ) -> Results:
-        """The metrics of `config.eval.metrics` for one model; `path` keeps what is computed. They need its samples alone."""
-        return evaluate(metrics.EVALUATORS, self.config.eval.metrics, self.task(target), metrics.PromptSamples(arrays), path)
+        """The metrics of `config.eval.metrics` for one model, from its samples alone; `path` keeps what is computed."""
+        task, samples = self.task(target), metrics.PromptSamples(arrays)
+        return evaluate(metrics.EVALUATORS, self.config.eval.metrics, task, samples, path, should_stop)
 
     def task(self, target: Target) -> metrics.ConceptTask:
         """What models are evaluated against."""
