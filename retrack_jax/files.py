@@ -7,6 +7,8 @@ renamed. An object store has no rename, but there an object appears only when it
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,27 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
     finally:
         if temporary != path:
             Path(temporary).unlink(missing_ok=True)
+
+
+def sweep_temporaries(root: Path) -> None:
+    """Removes what processes that are gone left half written (`.NAME.PID.tmp`, `.old`) in `root` and two levels of folders below."""
+    for path in (path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}.*")):
+        found = re.fullmatch(r"\..+\.(\d+)\.(tmp|old)", path.name)
+        if found and not _is_alive(int(found[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _flush_to_disk(path) -> None:

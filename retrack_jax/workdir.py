@@ -11,6 +11,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 from etils import epath
 
@@ -46,6 +47,8 @@ class Workdir:
             self.root = epath.Path(self.root.absolute())
         parallel.together(self._check_writable)
         self._check_shared()
+        if "://" not in str(root):  # an object store holds no halves
+            parallel.on_main(lambda: files.sweep_temporaries(Path(self.root)))
 
     def _check_writable(self) -> None:
         try:
