@@ -3,8 +3,9 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-# Prints the comment block at the head of the calling script, from its second line to the first that is no comment.
-usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
+# Prints the comment block at the head of the calling script, from its second line to the first that is no comment. The scripts
+# have gone to the checkout's folder by then, so a relative $0 may lead nowhere.
+usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "launch/$(basename "$0")"; }
 
 # Prints a command as it could be typed, quoting only what needs it.
 shown() {

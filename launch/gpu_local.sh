@@ -4,7 +4,7 @@
 #   launch/gpu_local.sh [--dry-run] [--gpus 0,1] --config=configs/NAME.py[:METHOD] [--workdir=DIR] ...
 #
 # Makes .venv with the `cuda` extra first if it is not there. --gpus chooses some of the GPUs (default: all).
-# Batches must divide by the number of GPUs; an error says so before anything is loaded.
+# Batches must divide by the number of GPUs; an error says so before anything is loaded. Microbatches give way to GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -20,7 +20,6 @@ while [[ $# -gt 0 ]]; do
 done
 [[ $# -gt 0 ]] || fail "give the command's own flags, such as --config=configs/cifar10.py"
 [[ -z "$gpus" || "$gpus" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--gpus is '$gpus'; give a list such as 0,1"
-
 
 if [[ $dry -eq 0 ]] && ! command -v nvidia-smi >/dev/null; then
   fail "no nvidia-smi on this machine, so no NVIDIA GPU is usable; run the command itself for the CPU"

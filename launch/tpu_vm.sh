@@ -48,17 +48,18 @@ if [[ $create -eq 1 ]]; then
   state=""
   [[ $dry -eq 1 ]] || state=$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format="value(state)" 2>/dev/null || true)
   if [[ "$state" == PREEMPTED || "$state" == TERMINATED ]]; then remove; state=""; fi
-  [[ -n "$state" ]] || tpu create "$name" --accelerator-type="$type" --version="$version" "${spot[@]}"
+  [[ -n "$state" ]] || tpu create "$name" --accelerator-type="$type" --version="$version" ${spot[@]+"${spot[@]}"}
 fi
 [[ $delete -eq 0 ]] || trap remove EXIT
 if [[ $install -eq 1 ]]; then
   archive="${TMPDIR:-/tmp}/retrack_jax-$$.tar.gz"
+  [[ -z "$(git status --porcelain --untracked-files=no)" ]] || echo "warning: only committed files are copied; some are changed" >&2
   run git archive --format=tar.gz --output="$archive" HEAD
   tpu scp "$archive" "$name:retrack_jax.tar.gz" --worker=all
   run rm -f "$archive"
   # The base image of Ubuntu 22.04 brings Python 3.10; 3.11 is in its package index.
   on_all "set -e
-command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -y -qq python3.11 python3.11-venv; }
+command -v python3.11 >/dev/null || { sudo apt-get -o DPkg::Lock::Timeout=300 update -qq; sudo apt-get -o DPkg::Lock::Timeout=300 install -y -qq python3.11 python3.11-venv; }
 mkdir -p retrack_jax
 tar -xzf retrack_jax.tar.gz -C retrack_jax
 cd retrack_jax

@@ -49,7 +49,7 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
 
 
 def sweep_temporaries(root: Path) -> None:
-    """Removes what processes that are gone left half written (`.NAME.PID.tmp`, `.old`) in `root` and two levels of folders below."""
+    """Removes what processes that are gone left in `root` and two levels of folders below: `.NAME.PID.tmp`, `.NAME.PID.old`."""
     for path in (path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}.*")):
         found = re.fullmatch(r"\..+\.(\d+)\.(tmp|old)", path.name)
         if found and not _is_alive(int(found[1])):
