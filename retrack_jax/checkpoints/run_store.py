@@ -17,6 +17,8 @@ from retrack_jax.checks import UserError
 from retrack_jax.types import PyTree
 
 log = logging.getLogger(__name__)
+# Status words of TensorStore and gRPC for what has nothing to do with the bytes of a file.
+_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 class RunStore:
@@ -71,13 +73,14 @@ class RunStore:
             step.
 
         Raises:
-          UserError: there are checkpoints, but not one of them is whole.
+          UserError: there are checkpoints, but not one of them is whole; or one cannot be read now, whatever its files hold.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged = []
         for step in steps:
             found, problem = self._restore_step(step, like(step))
-            if problem is None:
+            # One whole checkpoint for all: where a process cannot use it, none does.
+            if not parallel.any_process(problem is not None):
                 for bad_step, bad_problem in damaged:
                     log.warning(
                         "checkpoint %s is damaged (%s); using %s",
@@ -87,7 +90,7 @@ class RunStore:
                     )
                     self._delete(bad_step)
                 return found
-            damaged.append((step, problem))
+            damaged.append((step, problem or "another process cannot read it"))
         if damaged:
             names = "; ".join(f"{self.directory / str(step)}: {problem}" for step, problem in damaged)
             raise UserError(f"no whole checkpoint is left ({names}); delete {self.directory} to start this stage again")
@@ -116,7 +119,11 @@ class RunStore:
             if meta["step"] != step or meta["digest"] != tree_digest(state):
                 return None, "its digest does not match its values"
         except Exception as error:  # damage shows as any of Orbax's, TensorStore's or JSON's errors
-            return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            if _may_pass(error):
+                path = self.directory / str(step)
+                raise UserError(f"cannot read the checkpoint {path} now ({problem}); it was left as it is: try again") from error
+            return None, problem
         return (state, meta), None
 
     def _delete(self, step: int) -> None:
@@ -125,6 +132,11 @@ class RunStore:
             (self.directory / str(step)).rmtree(missing_ok=True)
         parallel.barrier(f"after deleting {step}")
         self._manager.reload()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether `error` tells of the machine, the network or a permission rather than of a damaged file."""
+    return isinstance(error, (MemoryError, PermissionError, TimeoutError)) or any(word in str(error) for word in _PASSING)
 
 
 def tree_digest(tree: PyTree) -> str:

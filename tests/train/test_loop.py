@@ -132,6 +132,22 @@ def test_no_whole_checkpoint_is_an_error_that_names_them(tmp_path, undisturbed):
         go(tmp_path)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("UNAVAILABLE: connection reset"), MemoryError(), PermissionError(13, "denied")])
+def test_a_checkpoint_that_cannot_be_read_now_is_left_as_it_is(error, tmp_path, undisturbed, monkeypatch):
+    """The network's or the machine's fault is no damage: nothing older is used, and nothing deleted."""
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    before = files_of(tmp_path / "checkpoints")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with RunStore(tmp_path / "checkpoints") as store:
+        monkeypatch.setattr(store._manager, "restore", fail)
+        with pytest.raises(UserError, match="cannot read the checkpoint .*/9 now .*try again"):
+            store.restore(lambda step: undisturbed[0])
+    assert files_of(tmp_path / "checkpoints") == before
+
+
 def test_wrong_values_with_whole_files_are_noticed(tmp_path, undisturbed, monkeypatch):
     """A checkpoint that restores without complaint, but not to what was saved."""
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)

@@ -69,6 +69,16 @@ def test_one_device_equals_four_and_four_microbatches(name, monkeypatch):
         assert toys.relative(jax.tree.map(jnp.subtract, other.params, start), moved) <= 1e-3
 
 
+def test_a_step_donates_its_state():
+    """Parameters and moments are updated in place: the memory of a step holds them once."""
+    method = METHODS["vanilla"]
+    step = make_train_step(method, make_eps_fn(toys.ToyNet().apply, SCHEDULE), StepOptions(t_max=1000))
+    state, here = parallel.replicate((create_state(toys.params(), make_optimizer(**ADAMW)), Shared(schedule=SCHEDULE)))
+    after, _ = step(state, batches()(0), here, jax.random.key(7))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
 def test_the_seed_and_the_step_change_the_draws(monkeypatch):
     _, first = run("vanilla", monkeypatch, steps=1)
     _, second = run("vanilla", monkeypatch, steps=2)
