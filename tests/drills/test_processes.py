@@ -3,6 +3,7 @@
 The norms are method.md's: float32 sums in another order move AdamW, so trees are compared by norm, not element by element.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -76,8 +77,9 @@ def test_one_by_four_equals_two_by_two_equals_accumulation(method, attentive, ca
 
 
 def test_two_processes_do_all_stages_and_process_0_writes(cache, tmp_path):
-    """Pretraining to the report on 2 x 2 devices; the images equal those of one process up to rounding."""
-    done = cli.run_processes(2, 2, cli.flags(tmp_path / "two"), cache, tmp_path / "logs")
+    """Pretraining to the report on 2 x 2 devices; images and metrics equal those of one process up to rounding."""
+    metrics = {"eval__metrics": "('frequency','fid','forget_loss')"}  # FID's images are shared between the processes
+    done = cli.run_processes(2, 2, cli.flags(tmp_path / "two", **metrics), cache, tmp_path / "logs")
     assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "logs" / "process1.log").read_text()[-4000:]
     run = tmp_path / "two" / "retrack" / "seed0-label_10"
     assert {"metrics.json", "samples.npz", "samples.png", "report.html", "log.jsonl", "config.json"} <= {
@@ -85,7 +87,13 @@ def test_two_processes_do_all_stages_and_process_0_writes(cache, tmp_path):
     }
     assert not cli.leftovers(tmp_path / "two")
     assert "report:" in done.stdout and "report:" not in (tmp_path / "logs" / "process1.log").read_text()
-    cli.succeed(cli.flags(tmp_path / "one"), cache)
+    shutil.copytree(tmp_path / "two" / "features", tmp_path / "one" / "features")  # the classifier behind FID, trained once
+    cli.succeed(cli.flags(tmp_path / "one", **metrics), cache)
+    runs = tmp_path / "one" / "retrack" / "seed0-label_10", run
+    values = [json.loads((folder / "metrics.json").read_text()) for folder in runs]
+    for model in ("pretrained", "unlearned"):
+        one, two = (value[model] for value in values)
+        assert set(one) == {"frequency", "fid", "forget_loss"} and one == pytest.approx(two, rel=1e-3)
     with (
         np.load(tmp_path / "one" / "pretrained" / "samples.npz") as one,
         np.load(tmp_path / "two" / "pretrained" / "samples.npz") as two,
