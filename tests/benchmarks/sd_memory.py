@@ -31,6 +31,7 @@ from retrack_jax.unlearn.methods import get_method
 from tests.sd.test_networks import SD14_UNET
 
 GB = 1e9
+MOST_GB = 10  # what one forward pass may take
 LATENT, PROMPT = (64, 64, 4), (1, 77, 768)
 
 
@@ -54,7 +55,10 @@ def forward() -> None:
     print(
         f"forward with compilation: {time.perf_counter() - began:.0f} s; output {y.shape}, finite {bool(jnp.isfinite(y).all())}"
     )
-    print(f"peak resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB:.2f} GB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    print(f"peak resident memory: {peak:.2f} GB")
+    if peak > MOST_GB:
+        raise SystemExit(f"more than {MOST_GB} GB")
 
 
 def residuals(remat: bool) -> None:
