@@ -110,7 +110,9 @@ def test_the_command_goes_on_from_the_checkpoint_before(finished, cache, copy_of
         (work / RUN / name).unlink(missing_ok=True)
     newest = work / RUN / "checkpoints" / str(cli.checkpoint_steps(work / RUN)[-1])
     before = cli.checkpoint_steps(work / RUN)[-2]
-    flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    # The arrays; a byte of what describes them may be one that nobody reads, and another file is the largest from time to time.
+    for path in newest.glob("state/**/d/*"):
+        flip(path)
     done = cli.succeed(cli.flags(work), cache)
     assert f"{newest} is damaged" in done.stderr and f"{newest.parent}/{before}" in done.stderr
     cli.assert_same(expected, cli.outcome(work))
