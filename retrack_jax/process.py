@@ -41,6 +41,8 @@ def set_up_logs() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _quiet_late_callbacks(sys.unraisablehook)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # After a failed save, whose error was raised already.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     # A warning is a line for the user, not a place in our source.
     warnings.showwarning = lambda message, *place, **more: logging.getLogger(__name__).warning("%s", message)
 
