@@ -64,7 +64,13 @@ def write_checkpoint(folder: Path, name: str) -> int:
     size = NETWORKS[name]["sample_size"]
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
     numbers = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: np.float32(0.02) * numbers.standard_normal(leaf.shape, dtype=np.float32), shapes)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        # Norms keep their scale of 1: without it attention's queries and keys get no gradient worth the name.
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return np.float32(centre) + np.float32(0.02) * numbers.standard_normal(leaf.shape, dtype=np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     target = folder / "unet" if name == "cifar10" else folder
     export_diffusers(target, module, params, schedule=Schedule.from_config({"num_train_timesteps": 1000}))
     if name == "cifar10":
