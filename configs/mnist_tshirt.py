@@ -6,7 +6,7 @@
 
 The set is built from TFDS's mnist and fashion_mnist; `--config.data.format=parquet --config.data.dir=DIR` reads DIR/mnist and
 DIR/fashion_mnist, parquet files of the Hugging Face hub, which need no TensorFlow. Without `--config.checkpoint` the model
-is pretrained here, 117,500 steps of batch 128 (SISS's recipe): meant for an accelerator; two CPU cores would take weeks.
+is pretrained here, 117,500 steps of batch 128 (SISS's recipe): meant for an accelerator.
 SISS's own checkpoint (its folder `unet_ema` and config) can be given instead.
 
 Hardware: one accelerator of 16 GB. Time and score to expect: not measured by us on the real data; the README says what was.
