@@ -14,7 +14,7 @@ import platform
 import time
 from pathlib import Path
 
-from tests.benchmarks import operations, scaling, startup, training
+from tests.benchmarks import neighbors, operations, scaling, startup, training
 from tests.benchmarks.measure import compare
 
 # Network, method, rounds, CPU devices of ours.
@@ -28,6 +28,9 @@ CPU_STEPS = (
     ("cifar10", "vanilla", 3, 2),
     ("celebahq", "retrack", 1, 1),
 )
+# Network, images, calls of the network.
+CPU_SAMPLING = (("digits", 128, 50), ("cifar10", 8, 3))
+NEIGHBOR_QUERIES = (1, 100, 1000)
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 GPU_BATCH = {"digits": (64, 64), "cifar10": (64, 64), "celebahq": (4, 4)}
 
@@ -68,19 +71,29 @@ def on_cpu(images: Path, lines: list[str]) -> dict:
     for network, method, rounds, devices in CPU_STEPS:
         steps.append(training.training(network, method, rounds, rate=rate, devices=devices))
         say(lines, training.line(steps[-1]))
-    sampling = {
-        network: compare("sampling", 3, {"num_devices": 2}, network=network, num_images=images_drawn, num_steps=num_steps)
-        for network, images_drawn, num_steps in (("digits", 64, 50), ("cifar10", 8, 3))
-    }
-    say(lines, "", "| sampling | ours, s | PyTorch, s | ratio |", "|---|---|---|---|")
-    for network, row in sampling.items():
-        say(lines, f"| {network} | {row['ours']['seconds']:.2f} | {row['pytorch']['seconds']:.2f} | {row['ratio']:.2f} |")
+    say(lines, "", "| sampling, ours on 2 CPU devices | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit |")
+    say(lines, "|---|---|---|---|---|---|")
+    sampling = []
+    for network, count, calls in CPU_SAMPLING:
+        row = compare("sampling", 5, {"num_devices": 2}, network=network, num_images=count, num_steps=calls)
+        sampling.append({"network": network, "images": count, "calls": calls} | row)
+        seconds = [row[side]["seconds"] for side in ("ours", "pytorch")]
+        shares = [count * calls * training.forward_flops(network) / each / rate["limit"] for each in seconds]
+        numbers = f"{seconds[0]:.2f} | {seconds[1]:.2f} | {row['ratio']:.2f} | {shares[0]:.0%} | {shares[1]:.0%}"
+        say(lines, f"| {network}, {count} images, {calls} calls | {numbers} |")
+    say(lines, "", "| neighbors of Q among 60,000 x 784 | ours, s | scikit-learn, s | ratio | ours of limit |")
+    say(lines, "|---|---|---|---|---|")
+    searches = neighbors.searches(NEIGHBOR_QUERIES)
+    for row in searches:
+        share = row["flops"] / row["ours"] / rate["limit"]
+        say(lines, f"| Q = {row['queries']} | {row['ours']:.3f} | {row['sklearn']:.3f} | {row['ratio']:.1f} | {share:.0%} |")
     start = startup.startup(["digits", "cifar10"], rounds=2)
     say(lines, "", startup.table(start), "")
     counted = operations.operations()
     say(lines, operations.table(counted))
     grown = scaling.scaling(images, list(scaling.PARTS))
-    return {"steps": steps, "sampling": sampling, "startup": start, "operations": counted, "scaling": grown}
+    found = {"steps": steps, "sampling": sampling, "neighbors": searches, "startup": start}
+    return found | {"operations": counted, "scaling": grown}
 
 
 def on_gpu(lines: list[str]) -> dict:

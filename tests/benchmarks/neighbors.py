@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,28 @@ def queries_part() -> None:
             f"{theirs / scann:.1f}, {theirs / whole:.1f} | {recalls} |",
             flush=True,
         )
+
+
+def searches(counts: Sequence[int]) -> list[dict]:
+    """Seconds of the exact search on uint8 and of scikit-learn on float32, in turns; raises where they find other images."""
+    from retrack_jax.neighbors import nearest
+
+    images, found = digits(60_000), []
+    floats = as_floats(images)
+    for count in counts:
+        queries, times = digits(count, seed=1), {"ours": [], "sklearn": []}
+        query_floats = as_floats(queries)
+        for _ in range(REPEATS):
+            seconds, _, ours = best_of(lambda q=queries: nearest(q, images, 10, "exact")[0], 1)
+            times["ours"].append(seconds)
+            seconds, _, theirs = best_of(lambda q=query_floats: sklearn_search(q, floats), 1)
+            times["sklearn"].append(seconds)
+        if recall(ours, theirs) < 0.999:  # equal distances may be told apart otherwise
+            raise SystemExit(f"error: the two searches find other neighbors, recall {recall(ours, theirs):.4f}")
+        medians = {side: float(np.median(values)) for side, values in times.items()}
+        about = {"queries": count, "flops": 2.0 * count * images.size, "ratio": medians["sklearn"] / medians["ours"]}
+        found.append(about | medians)
+    return found
 
 
 def write_jpegs(folder: Path, count: int, size: int = 256) -> None:

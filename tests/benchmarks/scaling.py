@@ -30,9 +30,10 @@ def batch_scaling() -> list[dict]:
 
 
 def device_scaling() -> list[dict]:
-    """Step seconds over forced CPU devices, 128 images in all."""
+    """Step seconds and peak memory over forced CPU devices, 128 images in all."""
     same = {"network": "digits", "method": "retrack", "batch": (64, 64)}
-    return [{"devices": n, "seconds": once("ours", "training", num_devices=n, **same)["seconds"]} for n in DEVICES]
+    found = [(count, once("ours", "training", num_devices=count, **same)) for count in DEVICES]
+    return [{"devices": count, "seconds": row["seconds"], "peak_bytes": row["peak_bytes"]} for count, row in found]
 
 
 def sampling_scaling() -> list[dict]:
@@ -67,14 +68,21 @@ def plot(found: dict[str, list[dict]], folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def lines(name: str, x_label: str, curves: dict[str, tuple[list, list]], *, constant: bool = False) -> None:
-        figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    def lines(name: str, x_label: str, curves: dict[str, tuple[list, list]], *, constant: bool = False, memory=()) -> None:
+        size, panels = (5 + 4 * bool(memory), 3.5), 1 + bool(memory)
+        figure, ((axes, *more),) = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
         for label, (x, y) in curves.items():
             (drawn,) = axes.loglog(x, y, "o-", label=label)
             ideal = [y[0]] * len(x) if constant else [y[-1] * value / x[-1] for value in x]
             axes.loglog(x, ideal, ":", color=drawn.get_color(), label=f"{label}: ideal")
         axes.set(xlabel=x_label, ylabel="seconds")
         axes.legend()
+        for beside in more:
+            beside.semilogx(x, [each / 2**30 for each in memory], "o-")
+            beside.set(xlabel=x_label, ylabel="peak memory of the process, GiB", ylim=0)
+        for each in (axes, *more):
+            each.set_xticks(x, [f"{value:,}" for value in x], minor=False)
+            each.minorticks_off()
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"scaling_{name}.png", dpi=120)
         pyplot.close(figure)
@@ -83,9 +91,11 @@ def plot(found: dict[str, list[dict]], folder: Path) -> None:
         return [row[key] for row in rows]
 
     if rows := found.get("batch"):
-        lines("batch", "images in a step", {"step": (column(rows, "images"), column(rows, "seconds"))})
+        curve = {"step": (column(rows, "images"), column(rows, "seconds"))}
+        lines("batch", "images in a step", curve, memory=column(rows, "peak_bytes"))
     if rows := found.get("devices"):
-        lines("devices", "devices on the same cores", {"step": (column(rows, "devices"), column(rows, "seconds"))}, constant=True)
+        curve = {"step": (column(rows, "devices"), column(rows, "seconds"))}
+        lines("devices", "devices on the same two cores", curve, constant=True, memory=column(rows, "peak_bytes"))
     if rows := found.get("sampling"):
         lines("sampling", "images in a batch", {"50 steps": (column(rows, "images"), column(rows, "seconds"))})
     if rows := found.get("neighbors"):
