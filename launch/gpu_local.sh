@@ -3,7 +3,7 @@
 #
 #   launch/gpu_local.sh [--dry-run] [--gpus 0,1] --config=configs/NAME.py[:METHOD] [--workdir=DIR] ...
 #
-# Makes .venv with the `cuda` extra first if it is not there. --gpus chooses some of the GPUs (default: all).
+# Makes .venv first if it is not there, and installs the `cuda` extra where its jax knows no GPU. --gpus chooses some of the GPUs (default: all).
 # Batches must divide by the number of GPUs; an error says so before anything is loaded. Microbatches give way to GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,6 +27,9 @@ fi
 if [[ ! -x .venv/bin/python ]]; then
   run "${PYTHON:-python3}" -m venv .venv
   run .venv/bin/python -m pip install --quiet --upgrade pip
+fi
+# The .venv of `make demo` has jax for the CPU alone.
+if ! compgen -G ".venv/lib/python*/site-packages/jax_cuda*_plugin" >/dev/null; then
   run .venv/bin/python -m pip install --quiet -e ".[cuda]"
 fi
 [[ -z "$gpus" ]] || run export "CUDA_VISIBLE_DEVICES=$gpus"

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from etils import epath
 from retrack_jax.checks import UserError
 
 _CHUNK = 1 << 22
+_DAY_SECONDS = 86_400
 IN_WORKDIR = "choose another --workdir"  # what to do where a file cannot be written
 IN_CACHE = "set config.data.cache_dir"
 
@@ -34,7 +37,7 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
       UserError: the disk is full or the folder cannot be written; an earlier file at `path` stays as it was.
     """
     path = epath.Path(path)
-    temporary = path if "://" in str(path) else path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path if "://" in str(path) else beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -48,15 +51,31 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
             Path(temporary).unlink(missing_ok=True)
 
 
+def beside(path, ending: str = "tmp"):
+    """Returns `.NAME.HOST.PID.ENDING` beside `path`: a name of this process alone, also where hosts share the disk."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{ending}")
+
+
 def sweep_temporaries(root: Path) -> None:
-    """Removes what processes that are gone left in `root` and two levels of folders below: `.NAME.PID.tmp`, `.NAME.PID.old`."""
+    """Removes what processes that are gone left `beside` files in `root` and two levels of folders below.
+
+    Of another host's process nobody here knows whether it is gone; what it left is removed once it is a day old.
+    """
     for path in (path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}.*")):
-        found = re.fullmatch(r"\..+\.(\d+)\.(tmp|old)", path.name)
-        if found and not _is_alive(int(found[1])):
+        found = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.(tmp|old)", path.name)
+        if found and (_is_old(path) if found[1] != _host() else not _is_alive(int(found[2]))):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _DAY_SECONDS
 
 
 def _is_alive(process: int) -> bool:

@@ -62,6 +62,8 @@ class Workdir:
             raise UserError(f"--workdir {self.root} is not a folder, or a file lies in its place; choose another") from error
         except OSError as error:
             raise UserError(f"--workdir {self.root} cannot be written ({error.strerror or error}); choose another") from error
+        except ImportError as error:  # of etils, which asks for the store's client when it first meets an address
+            raise UserError(f'--workdir {self.root}: {error}; pip install -e ".[gcs]" brings what gs:// needs') from error
 
     @property
     def pretrained(self) -> epath.Path:

@@ -1,6 +1,5 @@
 """Flax parameters back to a folder that diffusers' `from_pretrained` reads."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from retrack_jax.checkpoints.diffusers_import import UNET_FOLDERS
 from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, to_torch
 from retrack_jax.checkpoints.safetensors_io import write_safetensors
 from retrack_jax.checks import UserError
-from retrack_jax.files import write_bytes, write_json, write_text, write_whole
+from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.types import PyTree
 
 # In the model card of every export: it marks a folder as ours to replace. Any other folder with content is left alone.
@@ -59,7 +58,7 @@ def export_diffusers(
     if "://" in str(path):
         _write_folder(path, files, params, table)
         return
-    folder = Path(path).with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = beside(Path(path))
     try:
         _write_folder(folder, files, params, table)
         move_into_place(folder, Path(path))
@@ -82,7 +81,7 @@ def move_into_place(folder: Path, path: Path) -> None:
     if not path.exists():
         folder.rename(path)
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    aside = beside(path, "old")
     path.rename(aside)
     try:
         folder.rename(path)

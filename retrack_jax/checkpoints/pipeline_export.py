@@ -1,6 +1,5 @@
 """A Stable Diffusion folder with an unlearned UNet, written for diffusers' `StableDiffusionPipeline.from_pretrained`."""
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licences, model_card, move_into_place
 from retrack_jax.checkpoints.pipeline import Pipeline
 from retrack_jax.checks import UserError, check
-from retrack_jax.files import read_json, write_bytes, write_json, write_text
+from retrack_jax.files import beside, read_json, write_bytes, write_json, write_text
 from retrack_jax.types import PyTree
 
 # Weights of one precision among several: `model.fp16.safetensors`.
@@ -28,7 +27,7 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
     check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
     path, source = Path(path), pipeline.path
     check_replaceable(path, source)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     try:
         temporary.mkdir(parents=True)
         export_diffusers(temporary / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)

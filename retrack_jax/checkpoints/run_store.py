@@ -49,6 +49,8 @@ class RunStore:
         state = parallel.across_processes(state)
         try:
             self._manager.save(step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)))
+        except jax.errors.JaxRuntimeError:  # a RuntimeError of the devices or of another process, not of the disk
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise _cannot_write(self.directory, error) from error
 
@@ -56,6 +58,8 @@ class RunStore:
         """Waits until the last save is on disk."""
         try:
             self._manager.wait_until_finished()
+        except jax.errors.JaxRuntimeError:  # a RuntimeError of the devices or of another process, not of the disk
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise _cannot_write(self.directory, error) from error
 

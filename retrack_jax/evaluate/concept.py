@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retrack_jax import parallel
 from retrack_jax.checkpoints.diffusers_import import open_weights
 from retrack_jax.checkpoints.torch_reader import read_torchscript
 from retrack_jax.checks import UserError, check_choice
@@ -140,7 +141,7 @@ def memorised_of_both(task: ConceptTask, samples: PromptSamples) -> dict[str, np
 
 
 def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
-    network = task.sscd()
+    network = parallel.together(task.sscd, Unavailable)
     memorised = task.concept.memorised[None]
     values = {f"sscd_{kind}": float(sscd(network, samples.pixels(kind), memorised).mean()) for kind in KINDS}
     note = {
@@ -152,7 +153,7 @@ def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
 
 
 def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
-    metric = task.clip_iqa()
+    metric = parallel.together(task.clip_iqa, Unavailable)
     values = {f"clip_iqa_{kind}": float(metric(samples.floats(kind)).mean()) for kind in KINDS}
     note = {
         "features": metric.network.description,
@@ -163,7 +164,7 @@ def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
 
 
 def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
-    centers = task.centers()
+    centers = parallel.together(task.centers, Unavailable)
     values = {f"success_rate_{kind}": success_rate(samples.floats(kind), centers) for kind in KINDS}
     counts = {f"memorised_{kind}": int((clusters(samples.floats(kind), centers) != 0).sum()) for kind in KINDS}
     note = {

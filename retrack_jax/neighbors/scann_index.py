@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax import files
+from retrack_jax.checks import UserError
 from retrack_jax.neighbors import exact
 from retrack_jax.neighbors.exact import PIXEL_SCALE, UNIT_ROUNDOFF, as_float, difference_squares
 
@@ -85,11 +86,15 @@ class ScannIndex:
         logger.info("ScaNN tree: %d of %d leaves a query, recall@%d %.4f", self._leaves, num_leaves(self._size), k, self.recall)
 
     def save(self, folder) -> None:
-        """Writes the index to `folder`, whole or not at all, with the SHA-256 of each of its files and of its manifest."""
+        """Writes the index to `folder`, whole or not at all, with the SHA-256 of each of its files and of its manifest.
+
+        Raises:
+          UserError: it cannot be written.
+        """
         folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
+        temporary = files.beside(folder)
         try:
+            temporary.mkdir(parents=True)
             self._searcher.serialize(str(temporary), relative_path=True)
             manifest = {
                 "size": self._size,
@@ -102,6 +107,8 @@ class ScannIndex:
             files.write_json(temporary / _MANIFEST, manifest | {"digest": files.json_digest(manifest)}, advice=files.IN_CACHE)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
+        except (OSError, RuntimeError) as error:  # ScaNN's own files fail as RuntimeError
+            raise UserError(f"cannot write {folder}: {error}; free some space or {files.IN_CACHE}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

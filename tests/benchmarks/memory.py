@@ -1,6 +1,6 @@
 """Memory of one ReTrack step of a config on one device, as the compiler plans it; nothing is run and no weights are made.
 
-    python -m tests.benchmarks.memory [CONFIG[:OPTION] ...]      # such as celebahq:remat; without arguments the whole table
+    python -m tests.benchmarks.memory [--tpu=v5e:2x2] [CONFIG[:OPTION] ...]    # such as celebahq:remat; without cells all of them
 
 CONFIG: digits_tshirt, mnist_tshirt, cifar10, celebahq (stable_diffusion: sd_memory.py). OPTION: float32, bfloat16, remat,
 bfloat16+remat, and any of these with +aN for N microbatches a step in place of the config's number. Batch sizes, K and
@@ -9,8 +9,14 @@ microbatches are the config's own; the networks of cifar10 and celebahq are thos
 The figures are XLA's buffer assignment for the backend at hand: arguments (parameters, AdamW's two moments, the batch), which are
 updated in place, and temporaries (gradients and activations). The CPU's compiler does not schedule for memory and takes
 convolutions in another way than an accelerator's, so from there they are upper figures, good for comparing options.
+
+`--tpu` asks the compiler for TPUs, which needs no TPU: `pip install --no-deps --target DIR libtpu`, then
+`TPU_LIBRARY_PATH=DIR/libtpu/libtpu.so TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu` before the command. It plans for one chip of the
+topology and schedules for its memory; a step that does not fit is an error that says what it would have needed. A cell takes
+minutes.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -39,7 +45,7 @@ TABLE = {
     "cifar10": ("float32", "bfloat16", "remat", "float32+a4"),
     "celebahq": ("float32", "bfloat16", "remat", "bfloat16+remat"),
 }
-HEADER = "| config | option | images a microbatch | arguments, GiB | temporaries, GiB | sum, GiB |\n|---|---|---|---|---|---|"
+HEADER = "| config | option | images a microbatch | arguments, GiB | temporaries, GiB | in all, GiB |\n|---|---|---|---|---|---|"
 
 
 def config_of(name: str):
@@ -81,28 +87,45 @@ def plan(name: str, option: str) -> dict:
     how = build.unlearn_options_from(recipe, method, schedule.num_train_timesteps, dropout=False)
     p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
     began = time.perf_counter()
-    memory = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+    try:
+        memory = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"too_large": str(error), "images": 2 * recipe.batch_size // recipe.accumulation}
+    whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return {
         "images": 2 * recipe.batch_size // recipe.accumulation,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "sum": memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        "all": whole + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "seconds": time.perf_counter() - began,
     }
+
+
+def plan_for(topology: str) -> None:
+    """Makes every pmap from here on one for the first chip of a TPU topology, such as v5e:2x2; none need be there."""
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    jax.pmap = functools.partial(jax.pmap, devices=chips[:1])
 
 
 def main(cells: list[str]) -> None:
     # A program from the persistent cache has no plan to look at.
     jax.config.update("jax_enable_compilation_cache", False)
+    if cells and cells[0].startswith("--tpu="):
+        plan_for(cells.pop(0).removeprefix("--tpu="))
     print(HEADER, flush=True)
     for cell in cells or [f"{name}:{option}" for name, options in TABLE.items() for option in options]:
         name, _, option = cell.partition(":")
         for each in [option] if option else TABLE[name]:
             row = plan(name, each)
-            sizes = " | ".join(f"{row[part] / GIB:.2f}" for part in ("arguments", "temporaries", "sum"))
+            if "too_large" in row:
+                used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", row["too_large"])
+                sizes = f"| does not fit | {used[0] if used else row['too_large'][:200]}"
+            else:
+                sizes = " | ".join(f"{row[part] / GIB:.2f}" for part in ("arguments", "temporaries", "all"))
             print(f"| {name} | {each} | {row['images']} | {sizes} |", flush=True)
 
 

@@ -1,5 +1,6 @@
 """The command as a user types it, in process: the whole run, the same command again, and what goes wrong."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -114,6 +115,12 @@ def test_a_file_in_the_workdirs_place(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert command(tmp_path / "file") == 2
     assert "--workdir" in error_line(capsys)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed here")
+def test_a_bucket_without_its_client_names_the_extra(capsys):
+    assert command("gs://bucket/work") == 2
+    assert '".[gcs]"' in error_line(capsys)
 
 
 def test_a_rate_that_diverges_names_quantity_and_step(done, tmp_path, capsys):

@@ -71,7 +71,7 @@ def patience(seconds: float) -> float:
 
 
 def wait_for_log(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Waits until the log at `path` has a record; asserts that the process still runs then."""
+    """Waits until the log at `path` has a record, or the folder is there; asserts that the process still runs then."""
     deadline = time.monotonic() + patience(seconds)
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -190,6 +190,7 @@ def assert_same(one, other, where="") -> None:
 
 
 def leftovers(workdir) -> list[str]:
-    """Returns what looks temporary below `workdir`."""
+    """Returns what looks temporary below `workdir`, also while a run makes and removes files there."""
     signs = (".tmp", "orbax-checkpoint-tmp", ".probe", ".shared-token", "samples-parts")
-    return [str(path) for path in Path(workdir).rglob("*") if any(sign in path.name for sign in signs)]
+    found = (os.path.join(root, name) for root, folders, files in os.walk(workdir) for name in (*folders, *files))
+    return [path for path in found if any(sign in os.path.basename(path) for sign in signs)]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.drills import cli
 
-KILLS, CHAINS = 20, 2
+KILLS, CHAINS, SAVE_KILLS = 20, 2, 8
 
 
 def start(workdir, cache, **changes):
@@ -18,6 +18,38 @@ def start(workdir, cache, **changes):
         cli.command(cli.flags(workdir, **changes)), cwd=cli.ROOT, env=cli.environment(cache),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def wait_for_saves(workdir, process, count: int) -> bool:
+    """Waits until `count` files or checkpoints were seen half written, and returns at once; False: the run ended before."""
+    before, seen = set(cli.leftovers(workdir)), set()
+    while process.poll() is None:
+        seen |= {path for path in cli.leftovers(workdir) if "tmp" in path} - before
+        if len(seen) >= count:
+            return True
+        time.sleep(0.003)
+    return False
+
+
+def test_kill_9_during_saves(finished, cache, tmp_path):
+    """Each kill falls while a checkpoint, the samples or a report lies there half written."""
+    expected, moments, workdir, ends = cli.outcome(finished), random.Random(7), tmp_path / "work", 0
+    for _ in range(SAVE_KILLS):
+        process = start(workdir, cache)
+        if wait_for_saves(workdir, process, moments.randint(1, 6)):
+            time.sleep(moments.uniform(0, 0.01))
+            process.kill()
+            process.communicate()
+        else:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors[-3000:]
+            cli.assert_same(expected, cli.outcome(workdir))
+            shutil.rmtree(workdir)
+            ends += 1
+    cli.succeed(cli.flags(workdir), cache)
+    cli.assert_same(expected, cli.outcome(workdir))
+    assert not cli.leftovers(workdir)
+    print(f"{SAVE_KILLS - ends} kills during saves, {ends} runs that ended before theirs")
 
 
 def test_kill_9_at_random_moments(finished, cache, tmp_path):

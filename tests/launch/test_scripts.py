@@ -110,6 +110,8 @@ def test_slurm_queues_a_preempted_job_again(no_tools):
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\n")
     python.chmod(0o755)
+    plugin = checkout / ".venv" / "lib" / "python3.11" / "site-packages" / "jax_cuda12_plugin"
+    plugin.mkdir(parents=True)
     environment = {"PATH": f"{no_tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7"}
     done = launch("gpu_slurm.sbatch", CONFIG, "--workdir=/x", **environment)
     assert done.returncode == 75 and (no_tools / "called-scontrol").exists()
@@ -117,6 +119,9 @@ def test_slurm_queues_a_preempted_job_again(no_tools):
     (no_tools / "called-scontrol").unlink()
     assert launch("gpu_slurm.sbatch", CONFIG, "--workdir=/x", **environment).returncode == 2
     assert not (no_tools / "called-scontrol").exists()
+    plugin.rmdir()
+    done = launch("gpu_slurm.sbatch", CONFIG, "--workdir=/x", **environment)
+    assert done.returncode == 2 and "knows no GPU" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import resource
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from retrack_jax.checks import UserError
 from retrack_jax.neighbors import cache, exact
 from retrack_jax.neighbors.scann_index import ScannIndex
 
@@ -46,6 +48,21 @@ def test_saved_index_answers_alike(images, index, tmp_path):
     for one, other in zip(index.search(images[:20], images, 7), loaded.search(images[:20], images, 7), strict=True):
         np.testing.assert_array_equal(one, other)
     assert loaded.recall == index.recall and not list(tmp_path.glob(".*"))
+
+
+def test_an_index_that_cannot_be_written_is_one_line_and_leaves_what_was_there(index, tmp_path):
+    index.save(tmp_path / "index")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(UserError, match="cannot write .*index: .*cache_dir"):
+            index.save(tmp_path / "index")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ScannIndex.load(tmp_path / "index", 3000) is not None and not list(tmp_path.glob(".*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        index.save(tmp_path / "file" / "index")
 
 
 @pytest.mark.parametrize("name", ["hashed_dataset.npy", "manifest.json", "scann_config.pb"])

@@ -148,6 +148,29 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_as_it_is(error, tmp_path, 
     assert files_of(tmp_path / "checkpoints") == before
 
 
+def test_only_errors_of_the_disk_ask_for_space(tmp_path, monkeypatch):
+    """A device that fails while its arrays are saved raises a RuntimeError too."""
+    with RunStore(tmp_path) as store:
+        for error, raised in ((OSError(28, "No space left on device"), UserError), (jax.errors.JaxRuntimeError("lost"), None)):
+
+            def fail(*args, error=error, **kwargs):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(store._manager, "save", fail)
+                with pytest.raises(raised or type(error), match="free some space" if raised else "lost"):
+                    store.save(1, {"a": jnp.ones(2)})
+
+
+def test_the_log_reaches_the_checkpoint(tmp_path, monkeypatch):
+    """A bucket's log is written whole by `flush` alone: a kill after a save loses no record of the steps before it."""
+    flushed, real = [], RunStore.save
+    monkeypatch.setattr(Writer, "flush", lambda writer: flushed.append([record["step"] for record in read_log(writer._path)]))
+    monkeypatch.setattr(RunStore, "save", lambda *args: (flushed.append("saved"), real(*args)))
+    go(tmp_path, num_steps=4)
+    assert flushed[:4] == [[1, 2], "saved", [1, 2, 3, 4], "saved"]
+
+
 def test_wrong_values_with_whole_files_are_noticed(tmp_path, undisturbed, monkeypatch):
     """A checkpoint that restores without complaint, but not to what was saved."""
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)

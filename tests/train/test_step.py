@@ -10,6 +10,7 @@ import pytest
 from retrack_jax import parallel
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -101,6 +102,20 @@ def test_every_method_trains_and_traces_once(name, monkeypatch):
     assert len(traces) == once
     assert int(state.step) == 4
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_bfloat16_computes_and_float32_is_kept(monkeypatch):
+    """A real UNet: parameters, moments, average and loss stay float32; the loss differs as bfloat16 does, and no more."""
+    config = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
+    config |= {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    nets = [UNet2D.from_config(config | {"add_attention": False}, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)]
+    params = nets[0].init(jax.random.key(0), jnp.zeros((1, *toys.SHAPE)), jnp.zeros((1,), jnp.int32))["params"]
+    monkeypatch.setattr(toys, "params", lambda seed=0: params)
+    ema = make_ema_decay(power=0.75, inv_gamma=1.0, max_decay=0.9999)
+    (half, metrics), (_, exact) = (run("retrack", pytest.MonkeyPatch(), devices=1, steps=2, net=net, ema=ema) for net in nets)
+    floats = [leaf for leaf in jax.tree.leaves((half, metrics)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {np.dtype(np.float32)}
+    assert 1e-6 < abs(float(metrics["loss"] / exact["loss"]) - 1) < 2e-2
 
 
 def test_a_smaller_forget_batch_and_distillation(monkeypatch):
