@@ -5,18 +5,16 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel, recipe
-from retrack_jax.checks import check
 from retrack_jax.data.target import Target
 from retrack_jax.data.targets import described, slug
-from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.evaluate.results import Results
 from retrack_jax.experiment import PixelExperiment, check_pixel_config
+from retrack_jax.finish import finish
 from retrack_jax.provenance import environment
-from retrack_jax.stages import Model, Stages, read_samples
+from retrack_jax.stages import Model, Stages, read_samples_or_explain
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
 from retrack_jax.workdir import Workdir, comparable
 from retrack_jax.writer import say
@@ -41,6 +39,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     config = recipe.complete(config)
     config = build.fit_to_devices(config)
     build.check_config(config)
+    check_experiment(config)
     workdir = Workdir(workdir)
     runner = Runner(config, workdir, should_stop)
     for method in methods_of(config):
@@ -149,17 +148,8 @@ class Runner:
 
     def finish(self) -> dict:
         """Writes summary.json and the comparison over every finished run in the workdir, and returns the summary."""
-        runs = [
-            files.read_json(path)
-            for method in (PRETRAINED, *METHODS)
-            for path in sorted((self.workdir.root / method).glob("seed*-*/metrics.json"))
-        ]
-        if not runs:
-            return {}
-        summary = summarize(runs)
-        parallel.on_main(lambda: files.write_json(self.workdir.root / "summary.json", summary))
-        parallel.on_main(lambda: self._print(runs, summary))
-        return summary
+        first = build.target_specs(self.config)[0]
+        return finish(self.workdir, methods_of(self.config), first, lambda: (self.experiment, self._targets[first]))
 
     def _is_done(self, folder, config: ConfigDict) -> bool:
         if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
@@ -250,29 +240,6 @@ class Runner:
 
         parallel.on_main(write)
 
-    def _print(self, runs: list[dict], summary: dict) -> None:
-        from retrack_jax.report.comparison import comparison_report
-        from retrack_jax.report.tables import before_after_text, comparison_text
-
-        mine = [run for run in runs if run["method"] in methods_of(self.config)]
-        spec = build.target_specs(self.config)[0]
-        if len(mine) == 1:
-            report = self.workdir.run(mine[0]["method"], mine[0]["seed"], slug(mine[0]["target"])) / "report.html"
-            print(before_after_text(mine[0]))
-        else:
-            report = comparison_report(self.workdir.root, **self._comparison_pictures(runs, spec))
-            print(comparison_text(summary))
-        print(f"report: {report}")
-
-    def _comparison_pictures(self, runs: list[dict], spec: str) -> dict:
-        """The first samples of each method's first run on the first target, from the same noise."""
-        target = self._targets[spec]
-        samples = {PRETRAINED: read_samples_or_explain(self.experiment.pretrained_folder(self.workdir, target))}
-        for run in runs:
-            if run["target"] == spec and run["method"] not in samples:  # the first seed of each method
-                samples[run["method"]] = read_samples_or_explain(self.workdir.run(run["method"], run["seed"], slug(spec)))
-        return self.experiment.comparison_pictures(target, samples)
-
 
 def _is_other_export(path, kind: str | None) -> bool:
     """Whether the folder `path` holds an export, and not of the `kind` that is asked for (None: there is one kind)."""
@@ -298,10 +265,3 @@ def build_experiment(config: ConfigDict):
 
         return TextToImageExperiment(config)
     return PixelExperiment(config)
-
-
-def read_samples_or_explain(folder) -> dict[str, np.ndarray]:
-    """Returns the arrays of `folder/samples.npz`; says which stage makes it if it is not there."""
-    path = folder / "samples.npz"
-    check(path.exists(), f"{path} is not there; run --config.mode=sample first, or leave config.mode out to run every stage")
-    return read_samples(path)

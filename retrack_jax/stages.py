@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel
 from retrack_jax.checkpoints.run_store import RunStore, tree_digest
-from retrack_jax.checks import Preempted, UserError
+from retrack_jax.checks import Preempted, UserError, check
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.data.target import Target
 from retrack_jax.experiment import PixelExperiment
@@ -221,6 +221,13 @@ class Stages:
         parallel.on_main(lambda: files.write_npz(path, **arrays))
         parallel.on_main(lambda: parts.rmtree(missing_ok=True))
         return arrays
+
+
+def read_samples_or_explain(folder) -> dict[str, np.ndarray]:
+    """Returns the arrays of `folder/samples.npz`; says which stage makes it if it is not there."""
+    path = folder / "samples.npz"
+    check(path.exists(), f"{path} is not there; run --config.mode=sample first, or leave config.mode out to run every stage")
+    return read_samples(path)
 
 
 def read_samples(path) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ LEVELS = (
     {"main"},
     {"process", "command_line", "api"},
     {"run"},
+    {"finish"},
     {"stages", "text_to_image"},
     {"experiment"},
     {"recipe", "finetune"},
