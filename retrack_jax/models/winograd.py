@@ -37,6 +37,7 @@ _G = (
     (0, 0, 1),
 )
 _A_T = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_STRIP = 1 << 20  # values of the wider of x and dy; with more of them the 12 terms of (2) leave the cache
 _A, _G_T = tuple(zip(*_A_T, strict=True)), tuple(zip(*_G, strict=True))
 
 
@@ -62,12 +63,29 @@ def convolve(x_BHWC: Array, kernel: Array) -> Array:
 
 
 def kernel_gradient(x_BHWC: Array, dy_BHWO: Array) -> Array:
-    """Returns dL/dkernel `[3, 3, C, O]` by (2)."""
+    """Returns dL/dkernel `[3, 3, C, O]` by (2), summed over strips of rows."""
+    batch, height, width, channels = x_BHWC.shape
+    features = dy_BHWO.shape[-1]
+    dy_BHWO = jnp.pad(dy_BHWO, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    row = batch * width * max(channels, features)
+    rows = next(rows for rows in range(height, 0, -1) if height % rows == 0 and (rows * row <= _STRIP or rows == 1))
+    if rows == height:
+        return _kernel_gradient(x_BHWC, dy_BHWO)
+
+    def add(total: Array, first: Array) -> tuple[Array, None]:
+        x = lax.dynamic_slice_in_dim(x_BHWC, first, rows, axis=1)
+        return total + _kernel_gradient(x, lax.dynamic_slice_in_dim(dy_BHWO, first, rows + 2, axis=1)), None
+
+    return lax.scan(add, jnp.zeros((3, 3, channels, features), x_BHWC.dtype), jnp.arange(0, height, rows))[0]
+
+
+def _kernel_gradient(x_BHWC: Array, dy_BHWO: Array) -> Array:
+    """`kernel_gradient` of some rows of `x`; `dy` has another row on either side."""
     height, width = x_BHWC.shape[1:3]
     # Layouts in which every product below is of two plain row-major matrices, and a shift by a row an offset into one of them.
     x_CHWB = jnp.pad(lax.optimization_barrier(x_BHWC.transpose(3, 1, 2, 0)), ((0, 0), (0, 0), (1, 1), (0, 0)))
     x_terms = _transform(_B_T, [_every_fourth(x_CHWB, offset) for offset in range(6)])
-    dy_HWBO = jnp.pad(dy_BHWO.transpose(1, 2, 0, 3), ((1, 1), (0, 0), (0, 0), (0, 0)))
+    dy_HWBO = dy_BHWO.transpose(1, 2, 0, 3)
     dy_Hw4BO = dy_HWBO.reshape(height + 2, width // 4, 4, *dy_HWBO.shape[2:])
     dy_terms = _transform(_A, [dy_Hw4BO[:, :, pixel] for pixel in range(4)])
     # Without the barriers the compiler computes each term again inside the three products that read it.

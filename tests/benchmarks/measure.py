@@ -8,7 +8,14 @@ import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+
+def peak_resident_bytes() -> int:
+    """Returns the most resident memory of this process so far. Not `ru_maxrss`: a process takes that over from its starter."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 class Worker:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.benchmarks.measure import peak_resident_bytes
+
 REPEATS = 3
 
 
@@ -133,11 +135,6 @@ def child(part: str, *arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def jpeg_theirs(folder: str) -> dict:
     from PIL import Image
 
@@ -149,7 +146,7 @@ def jpeg_theirs(folder: str) -> dict:
 
     remain = np.array([transform(path) for path in paths[1:]])
     found = sklearn_search(transform(paths[0])[None].reshape(1, -1), remain.reshape(len(remain), -1))
-    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "found": (found + 1).tolist()}
+    return {"seconds": time.perf_counter() - start, "peak": peak_resident_bytes(), "found": (found + 1).tolist()}
 
 
 def jpeg_ours(folder: str, cache_dir: str) -> dict:
@@ -159,7 +156,7 @@ def jpeg_ours(folder: str, cache_dir: str) -> dict:
 
     images = load_images({"source": "folder", "dir": folder, "cache_dir": cache_dir})
     found, _ = nearest(images.images[:1], images.images, 10, exclude=[0])
-    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "found": found.tolist()}
+    return {"seconds": time.perf_counter() - start, "peak": peak_resident_bytes(), "found": found.tolist()}
 
 
 def jpeg_part() -> None:
@@ -211,7 +208,7 @@ def stream_ours(path: str, count: str) -> dict:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache_dir:
         found = cached_nearest_of_targets(SimpleNamespace(images=images, digest=path), targets, 10, cache_dir=cache_dir)
-    return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "found": [rows.tolist() for rows, _ in found]}
+    return {"seconds": time.perf_counter() - start, "peak": peak_resident_bytes(), "found": [rows.tolist() for rows, _ in found]}
 
 
 def stream_part(count: int = 30_000) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.measure import Worker, in_turns
+from tests.benchmarks.measure import Worker, in_turns, peak_resident_bytes
 from tests.benchmarks.networks import NETWORKS
 
 
@@ -107,8 +107,6 @@ def make_ours(arguments: argparse.Namespace):
 
 def work(arguments: argparse.Namespace) -> None:
     """One side: says that it is ready, then runs once for each line that it reads."""
-    import resource
-
     import numpy as np
 
     start = time.perf_counter()
@@ -121,8 +119,7 @@ def work(arguments: argparse.Namespace) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         run()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(seconds | {"peak_bytes": peak}), flush=True)
+        print(json.dumps(seconds | {"peak_bytes": peak_resident_bytes()}), flush=True)
 
 
 def main(arguments: argparse.Namespace) -> dict:

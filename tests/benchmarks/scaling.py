@@ -80,7 +80,7 @@ def plot(found: dict[str, list[dict]], folder: Path) -> None:
         for beside in more:
             beside.semilogx(x, [each / 2**30 for each in memory], "o-")
             beside.set(xlabel=x_label, ylabel="peak memory of the process, GiB", ylim=0)
-        for each in (axes, *more):
+        for each in (axes, *more) if len(curves) == 1 else ():
             each.set_xticks(x, [f"{value:,}" for value in x], minor=False)
             each.minorticks_off()
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ import contextlib
 import io
 import math
 import re
-import resource
 import sys
 import time
 
@@ -28,6 +27,7 @@ from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import get_method
+from tests.benchmarks.measure import peak_resident_bytes
 from tests.sd.test_networks import SD14_UNET
 
 GB = 1e9
@@ -55,7 +55,7 @@ def forward() -> None:
     print(
         f"forward with compilation: {time.perf_counter() - began:.0f} s; output {y.shape}, finite {bool(jnp.isfinite(y).all())}"
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    peak = peak_resident_bytes() / GB
     print(f"peak resident memory: {peak:.2f} GB")
     if peak > MOST_GB:
         raise SystemExit(f"more than {MOST_GB} GB")

@@ -1,16 +1,17 @@
 """One side of a measurement in a process of its own: `python -m tests.benchmarks.worker SPEC`, driven over stdin by measure.py.
 
 SPEC is JSON: `side` ("ours" or "theirs"), `job` (a `make_*` of that module, without the prefix) and its keyword
-arguments. After building and one first call it prints one JSON line; then for each line it reads it runs once and prints
+arguments. After building and two first calls it prints one JSON line; then for each line it reads it runs once and prints
 the seconds that took.
 """
 
 import importlib
 import json
 import os
-import resource
 import sys
 import time
+
+from tests.benchmarks.measure import peak_resident_bytes
 
 # Before JAX or torch start: only what is used is allocated, so that the peak is a peak and not a reservation.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -19,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 def peak_bytes(side: str, device: str) -> int:
     """Returns the peak of the device's memory on a GPU, of the process's resident memory on CPU."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident_bytes()
     if side == "ours":
         import jax
 
@@ -45,8 +46,9 @@ def main() -> None:
     run = getattr(importlib.import_module(f"tests.benchmarks.{side}"), f"make_{job}")(**spec)
     built = time.perf_counter()
     run()
-    print(json.dumps({"build_seconds": built - start, "first_seconds": time.perf_counter() - built}), flush=True)
-    run()  # autotuning, allocators and caches settle in the second call
+    first = time.perf_counter() - built
+    run()  # autotuning, allocators and caches settle in the second call; said only then, so that no turn of the other meets it
+    print(json.dumps({"build_seconds": built - start, "first_seconds": first}), flush=True)
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         run()
