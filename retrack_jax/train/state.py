@@ -71,7 +71,7 @@ def create_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=jax.jit(tx.init)(params),  # leaf by leaf it would compile a program for every shape
         ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
         tx=tx,
         ema_decay=ema_decay,

@@ -64,6 +64,26 @@ def test_wide_convolutions_with_half_the_products(channels, features):
         assert traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution") == products
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_strips_of_rows_add_up(rows, monkeypatch):
+    x, kernel = arrays(height=16, channels=64, features=80)
+    x = x[:, :, :16]
+    monkeypatch.setattr(winograd, "_STRIP", rows * 2 * 16 * 80)
+    dy = jnp.cos(reference(x, kernel, **STEP))
+    wanted = jax.grad(lambda kernel: (dy * reference(x, kernel, **STEP)).sum())(kernel)
+    traced = jax.make_jaxpr(lambda x, dy: winograd.kernel_gradient(x, dy))(x, dy)  # a new function: traces are kept
+    assert ("scan" in str(traced)) == (rows < 16)
+    assert_close(winograd.kernel_gradient(x, dy), wanted, limit=3e-6)
+
+
+def test_large_images_take_strips_on_cpu_alone():
+    """Of 256 x 256 pixels XLA's direct form takes ten times as long."""
+    x, kernel = jax.ShapeDtypeStruct((1, 256, 256, 128), jnp.float32), jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
+    traced = jax.jit(jax.grad(lambda kernel, x: conv(x, kernel, **STEP).sum())).trace(kernel, x)
+    for platform, loops in (("cpu", 1), ("tpu", 0), ("cuda", 0)):
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while") == loops
+
+
 def value_and_gradients(convolve, **step):
     return jax.jit(jax.value_and_grad(lambda x, kernel: jnp.sin(convolve(x, kernel, **step)).sum(), (0, 1)))
 

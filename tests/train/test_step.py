@@ -110,7 +110,7 @@ def test_bfloat16_computes_and_float32_is_kept(monkeypatch):
     config |= {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     nets = [UNet2D.from_config(config | {"add_attention": False}, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)]
     params = nets[0].init(jax.random.key(0), jnp.zeros((1, *toys.SHAPE)), jnp.zeros((1,), jnp.int32))["params"]
-    monkeypatch.setattr(toys, "params", lambda seed=0: params)
+    monkeypatch.setattr(toys, "params", lambda seed=0: jax.tree.map(jnp.copy, params))  # a step donates them
     ema = make_ema_decay(power=0.75, inv_gamma=1.0, max_decay=0.9999)
     (half, metrics), (_, exact) = (run("retrack", pytest.MonkeyPatch(), devices=1, steps=2, net=net, ema=ema) for net in nets)
     floats = [leaf for leaf in jax.tree.leaves((half, metrics)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
