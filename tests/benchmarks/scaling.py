@@ -72,17 +72,18 @@ def plot(found: dict[str, list[dict]], folder: Path) -> None:
         size, panels = (5 + 4 * bool(memory), 3.5), 1 + bool(memory)
         figure, ((axes, *more),) = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
         for label, (x, y) in curves.items():
-            (drawn,) = axes.loglog(x, y, "o-", label=label)
+            (drawn,) = axes.plot(x, y, "o-", label=label)
             ideal = [y[0]] * len(x) if constant else [y[-1] * value / x[-1] for value in x]
-            axes.loglog(x, ideal, ":", color=drawn.get_color(), label=f"{label}: ideal")
-        axes.set(xlabel=x_label, ylabel="seconds")
+            axes.plot(x, ideal, ":", color=drawn.get_color(), label=f"{label}: ideal")
+        axes.set(xlabel=x_label, ylabel="seconds", xscale="log")
+        axes.set(**({"ylim": 0} if constant else {"yscale": "log"}))
         axes.legend()
         for beside in more:
             beside.semilogx(x, [each / 2**30 for each in memory], "o-")
             beside.set(xlabel=x_label, ylabel="peak memory of the process, GiB", ylim=0)
         for each in (axes, *more) if len(curves) == 1 else ():
-            each.set_xticks(x, [f"{value:,}" for value in x], minor=False)
-            each.minorticks_off()
+            each.set_xticks(x, [f"{value:,}" for value in x])
+            each.set_xticks([], minor=True)
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"scaling_{name}.png", dpi=120)
         pyplot.close(figure)
