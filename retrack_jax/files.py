@@ -75,7 +75,10 @@ def _host() -> str:
 
 
 def _is_old(path: Path) -> bool:
-    return time.time() - path.stat().st_mtime > _DAY_SECONDS
+    try:
+        return time.time() - path.stat().st_mtime > _DAY_SECONDS
+    except FileNotFoundError:  # renamed by its living owner meanwhile
+        return False
 
 
 def _is_alive(process: int) -> bool:

@@ -26,17 +26,21 @@ def finish(workdir: Workdir, methods: Sequence[str], spec: str, pictured: Callab
     Returns:
       The summary; empty where no run is finished.
     """
-    runs = [
-        files.read_json(path)
-        for method in (PRETRAINED, *METHODS)
-        for path in sorted((workdir.root / method).glob("seed*-*/metrics.json"))
-    ]
+    runs = parallel.from_main(lambda: _finished_runs(workdir))
     if not runs:
         return {}
     summary = summarize(runs)
     parallel.on_main(lambda: files.write_json(workdir.root / "summary.json", summary))
     parallel.on_main(lambda: _print(workdir, methods, spec, pictured, runs, summary))
     return summary
+
+
+def _finished_runs(workdir: Workdir) -> list[dict]:
+    return [
+        files.read_json(path)
+        for method in (PRETRAINED, *METHODS)
+        for path in sorted((workdir.root / method).glob("seed*-*/metrics.json"))
+    ]
 
 
 def _print(workdir: Workdir, methods: Sequence[str], spec: str, pictured: Callable, runs: list[dict], summary: dict) -> None:

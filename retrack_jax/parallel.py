@@ -196,7 +196,7 @@ def together(call: Callable[[], Value], error: type[UserError] = UserError) -> V
     if problem is not None:
         raise problem
     if worst:
-        raise (error if worst == 1 else RuntimeError)("another process cannot go on and says why; this one stops with it")
+        raise (error if worst == 1 else RuntimeError)("another process cannot do this and says why; none goes on without it")
     return value
 
 

@@ -63,7 +63,8 @@ class Workdir:
         except OSError as error:
             raise UserError(f"--workdir {self.root} cannot be written ({error.strerror or error}); choose another") from error
         except ImportError as error:  # of etils, which asks for the store's client when it first meets an address
-            raise UserError(f'--workdir {self.root}: {error}; pip install -e ".[gcs]" brings what gs:// needs') from error
+            hint = '; pip install -e ".[gcs]" brings it' if str(self.root).startswith("gs://") else ""
+            raise UserError(f"--workdir {self.root}: {error}{hint}") from error
 
     @property
     def pretrained(self) -> epath.Path:

@@ -83,6 +83,7 @@ def move_into_place(folder: Path, path: Path) -> None:
         return
     aside = beside(path, "old")
     path.rename(aside)
+    aside.touch()  # its age is that of this move, for `files.sweep_temporaries`
     try:
         folder.rename(path)
     except OSError:

@@ -141,7 +141,7 @@ def memorised_of_both(task: ConceptTask, samples: PromptSamples) -> dict[str, np
 
 
 def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
-    network = parallel.together(task.sscd, Unavailable)
+    network = task.sscd()
     memorised = task.concept.memorised[None]
     values = {f"sscd_{kind}": float(sscd(network, samples.pixels(kind), memorised).mean()) for kind in KINDS}
     note = {

@@ -4,11 +4,14 @@ Evaluation can be stopped at any metric and goes on at the next. A metric that c
 and tried again by the next command.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Unavailable(UserError):
@@ -66,6 +69,8 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
         try:
             values, note = evaluator.compute(task, subject, missing)
         except Unavailable as reason:
+            if not parallel.is_main_process():  # the file has process 0's reason, which may be that another one had one
+                log.warning("%s: %s", missing[0], reason)
             for name in missing:
                 results.values.pop(name, None)
                 results.notes.pop(name, None)

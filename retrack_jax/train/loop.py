@@ -76,9 +76,9 @@ def train(
         nonlocal saved
         read_metrics()
         if store is not None and step != saved:
-            # The finished model needs no optimizer: what is kept of a run is a third of its state.
             if writer is not None:
                 parallel.on_main(writer.flush)  # a restart begins at the checkpoint, so the log must reach it
+            # The finished model needs no optimizer: what is kept of a run is a third of its state.
             tree = model_tree(state) if step == num_steps else state_tree(state.whole())
             store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step

@@ -2,7 +2,7 @@
 results/...]`.
 
 Prints tables, which replace those in docs/performance.md, and one line of JSON, which is also written to
-FOLDER/benchmarks_cpu.json, and writes plots to docs/images. On a CPU it takes some ten minutes. Run it on a machine that
+FOLDER/benchmarks_cpu.json, and writes plots to docs/images. On a CPU it takes some twenty minutes. Run it on a machine that
 does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and
 sampling, on one GPU.
 """

@@ -76,12 +76,14 @@ def test_sigterm_on_two_processes_saves_once(cache, tmp_path):
 
 
 def test_sigterm_on_two_processes_while_they_sample(cache, tmp_path):
-    """They stop after the same batch; the batches that were drawn are kept."""
+    """They stop after the same batch, and what was drawn until then is kept: no image is missing before the last one."""
     work, batch = tmp_path / "work", 16
     arguments = cli.flags(work, "pretrained", sampling__num_images=500 * batch, sampling__batch_size=batch)
     parts = work / "pretrained" / "samples-parts"
     terminate_two(arguments, parts, cache, tmp_path / "logs")
-    assert 0 < len(list(parts.glob("*.npz"))) < 500 and not (work / "pretrained" / "samples.npz").exists()
+    found = sorted(tuple(map(int, path.stem.removeprefix("part-").split("-"))) for path in parts.glob("part-*.npz"))
+    assert found == [(first, batch // 2) for first in range(0, batch * (len(found) // 2), batch // 2)]
+    assert 0 < len(found) < 2 * 500 and not (work / "pretrained" / "samples.npz").exists()
 
 
 def test_a_workdir_that_is_not_shared_is_refused(cache, tmp_path):
