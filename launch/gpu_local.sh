@@ -3,7 +3,8 @@
 #
 #   launch/gpu_local.sh [--dry-run] [--gpus 0,1] --config=configs/NAME.py[:METHOD] [--workdir=DIR] ...
 #
-# Makes .venv first if it is not there, and installs the `cuda` extra where its jax knows no GPU. --gpus chooses some of the GPUs (default: all).
+# Makes .venv first if it is not there, and installs the `cuda` extra where its jax knows no GPU. --gpus chooses some of the
+# GPUs (default: all).
 # Batches must divide by the number of GPUs; an error says so before anything is loaded. Microbatches give way to GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."

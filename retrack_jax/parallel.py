@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from retrack_jax.checks import Preempted, UserError
 from retrack_jax.types import Array, PyTree, Rng
@@ -44,16 +45,11 @@ def pmean_tree(tree: PyTree) -> PyTree:
     Accelerators' compilers do the same by themselves.
     """
     leaves, structure = jax.tree.flatten(tree)
-    together = [index for index, leaf in enumerate(leaves) if leaf.size <= _SMALL and leaf.dtype == jnp.float32]
-    if together:
-        flat = jnp.concatenate([leaves[index].reshape(-1) for index in together])
-        ends = np.cumsum([leaves[index].size for index in together])[:-1]
-        for index, part in zip(together, jnp.split(jax.lax.pmean(flat, AXIS), ends), strict=True):
-            leaves[index] = part.reshape(leaves[index].shape)
-    rest = [index for index in range(len(leaves)) if index not in set(together)]
-    for index, leaf in zip(rest, jax.lax.pmean([leaves[index] for index in rest], AXIS), strict=True):
-        leaves[index] = leaf
-    return jax.tree.unflatten(structure, leaves)
+    large = {index: leaf for index, leaf in enumerate(leaves) if leaf.size > _SMALL}
+    small, split = ravel_pytree({index: leaf for index, leaf in enumerate(leaves) if index not in large})
+    large, small = jax.lax.pmean((large, small), AXIS)
+    means = large | split(small)
+    return structure.unflatten([means[index] for index in range(len(leaves))])
 
 
 def local_rows(global_rows: int) -> slice:

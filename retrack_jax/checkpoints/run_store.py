@@ -4,9 +4,10 @@ The digest is taken from the arrays before they are saved and stored in the chec
 Whatever happened to any file in between, wrong weights are never used: the checkpoint before is, or the run says why not.
 """
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -47,21 +48,13 @@ class RunStore:
         args = self._ocp.args
         meta = {**(meta or {}), "step": step, "digest": tree_digest(state)}
         state = parallel.across_processes(state)
-        try:
+        with _writing(self.directory):
             self._manager.save(step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)))
-        except jax.errors.JaxRuntimeError:  # a RuntimeError of the devices or of another process, not of the disk
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _cannot_write(self.directory, error) from error
 
     def wait(self) -> None:
         """Waits until the last save is on disk."""
-        try:
+        with _writing(self.directory):
             self._manager.wait_until_finished()
-        except jax.errors.JaxRuntimeError:  # a RuntimeError of the devices or of another process, not of the disk
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _cannot_write(self.directory, error) from error
 
     def latest_step(self) -> int | None:
         """Returns the newest step that was saved, damaged or not, or None."""
@@ -152,6 +145,16 @@ def tree_digest(tree: PyTree) -> str:
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype.str} {array.shape}".encode())
         sha.update(array.reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(directory) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # a RuntimeError of the devices or of another process, not of the disk
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_write(directory, error) from error
 
 
 def _cannot_write(directory, error: Exception) -> UserError:

@@ -1,0 +1,113 @@
+"""What a CIFAR-10 step on CPU is made of, where the whole step does not show it: seconds of single parts, printed.
+
+    python -m tests.benchmarks.parts gradients            # of kernels: XLA's direct form and Winograd's in strips
+    python -m tests.benchmarks.parts update [DEVICES]     # averaging and applying gradients, whatever the batch
+    python -m tests.benchmarks.parts start                # from a new process to the first step; run it twice for a warm cache
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from retrack_jax import parallel
+from retrack_jax.models import winograd
+
+BEGAN = time.perf_counter()
+# Images, pixels a side, channels in and out.
+SHAPES = ((1, 256, 128, 128), (2, 256, 256, 128), (2, 128, 128, 128), (8, 32, 256, 128))
+SAME = ((1, 1), (1, 1))
+
+
+def seconds(call: Callable, *arguments, rounds: int = 5) -> list[float]:
+    """Returns how long `call(*arguments)` takes each time, after one call that compiles."""
+    jax.block_until_ready(call(*arguments))
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def gradients() -> None:
+    """Prints the least milliseconds of both forms of the kernel gradient (models/conv.py (3), models/winograd.py (2))."""
+
+    def direct(x, dy):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), SAME, dimension_numbers=numbers
+        ).transpose(1, 2, 0, 3)
+
+    print("| kernel gradient | direct, ms | Winograd in strips, ms |\n|---|---|---|")
+    for images, side, channels, features in SHAPES:
+        x = jax.random.normal(jax.random.key(0), (images, side, side, channels))
+        dy = jax.random.normal(jax.random.key(1), (images, side, side, features))
+        least = [1e3 * min(seconds(jax.jit(form), x, dy)) for form in (direct, winograd.kernel_gradient)]
+        print(f"| {images} of {side} x {side}, {channels} to {features} | {least[0]:.0f} | {least[1]:.0f} |", flush=True)
+
+
+def update(devices: int = 2) -> None:
+    """Prints the median seconds of averaging gradients over devices, of the optimizer, and of both."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    from tests.benchmarks.ours import make_module, make_state
+
+    parts = {
+        "neither": lambda state, grad: state.replace(params=grad),
+        "average": lambda state, grad: state.replace(params=parallel.pmean_tree(grad)),
+        "optimizer": lambda state, grad: state.apply_gradients(grad),
+        "both": lambda state, grad: state.apply_gradients(parallel.pmean_tree(grad)),
+    }
+    for name, part in parts.items():
+        state, ones = make_state("cifar10", make_module("cifar10")[1]), np.ones(devices, np.float32)
+        p_part = parallel.pmap(
+            lambda state, one, part=part: part(state, jax.tree.map(lambda leaf: leaf * one, state.params)),
+            in_axes=(None, 0),
+            donate_argnums=(0,),
+        )
+
+        def run(p_part=p_part, ones=ones):
+            nonlocal state
+            state = p_part(state, ones)
+            return state
+
+        print(f"{devices} devices, {name}: {statistics.median(seconds(run, rounds=8)):.3f} s", flush=True)
+
+
+def start() -> None:
+    """Prints the seconds of each stretch on the way to the first step; programs are kept in a cache of this benchmark's own."""
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/retrack_jax/benchmarks"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    began = BEGAN
+
+    def lap(name: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        print(f"{name}: {now - began:.1f} s", flush=True)
+        began = now
+
+    from tests.benchmarks.ours import BATCH, make_data, make_module, make_state, make_step
+
+    module, params = make_module("cifar10")
+    lap("random weights")
+    batch, shared = make_data("cifar10", *BATCH["cifar10"])
+    state, rng = make_state("cifar10", params), parallel.replicate(jax.random.key(1))
+    lap("state and data")
+    lowered = make_step(module, "cifar10", "retrack").lower(state, batch, shared, rng)
+    lap("tracing and lowering")
+    compiled = lowered.compile()
+    lap("compiling, or reading the cache")
+    jax.block_until_ready(compiled(state, batch, shared, rng))
+    lap("the step")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    part, *rest = sys.argv[1:] or [""]
+    if part not in ("gradients", "update", "start"):
+        sys.exit(__doc__)
+    {"gradients": gradients, "update": update, "start": start}[part](*map(int, rest))
