@@ -107,7 +107,7 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def write_json(path, value, *, advice: str = IN_WORKDIR) -> None:
-    """Writes `value` as indented JSON with sorted keys left as given; refuses NaN, which JSON does not have."""
+    """Writes `value` as indented JSON, keys in the order they are given; refuses NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", advice=advice)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from retrack_jax.checks import check, check_int, check_number
 from retrack_jax.metrics.arrays import unit_images
+from retrack_jax.neighbors.distinct import distinct_rows
 
 
 def target_distances(samples, targets) -> np.ndarray:
@@ -37,7 +38,8 @@ def target_distances(samples, targets) -> np.ndarray:
         f"samples are {samples.shape[1:]} and targets {targets.shape[1:]}; both must have the same size and channels",
     )
     # A group's copies are one image: compare with each distinct target once.
-    targets = np.unique(targets.reshape(len(targets), -1), axis=0)
+    targets = targets.reshape(len(targets), -1)
+    targets = targets[distinct_rows(targets)[0]]
     flat = samples.reshape(len(samples), -1)
     nearest = np.full(len(flat), np.inf)
     for target in targets:
