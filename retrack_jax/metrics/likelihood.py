@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
+from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.types import Array, PyTree, Rng
 
 MODES = ("official", "continuous")
@@ -49,6 +50,7 @@ def nll_bits_per_dim(
     mode: str = "official",
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    batch_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the negative log-likelihood of each image and its standard error over probes, in bits/dim.
 
@@ -64,12 +66,14 @@ def nll_bits_per_dim(
       num_probes: independent probes an image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
+      batch_size: at most so many pairs of image and probe a call; None: by the size of the images (metrics/blocks.py).
 
     Returns:
       bits `[B]` float64, and their standard errors `[B]` float64, or None with a single probe.
 
     Raises:
-      UserError: an unknown mode, another schedule, non-finite images, or an ODE that the solver cannot follow.
+      UserError: an unknown mode, another schedule, a continuous t for a model whose eps needs the table, non-finite images, or an
+        ODE that the solver cannot follow.
     """
     check_choice("mode", mode, MODES)
     check_int("num_probes", num_probes, 1)
@@ -78,16 +82,20 @@ def nll_bits_per_dim(
     images = np.asarray(images)
     check(images.ndim == 4, f"images have shape {images.shape}; expected [B, H, W, C]")
     check(bool(np.isfinite(images).all()), "images for the likelihood hold NaN or infinity")
-    _check_schedule(schedule)
-    images = jnp.asarray(images, jnp.result_type(float))
+    _check_schedule(schedule, mode)
+    images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
+
+    def log_likelihoods(pairs: np.ndarray) -> Array:
+        numbers, probes = pairs // num_probes, pairs % num_probes
+        options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
+        return _log_likelihoods(params, sigma, images[numbers], rng, numbers, probes, **options)
+
     # A solver that resolves 1e-5 cannot follow a network that an accelerator rounds to bfloat16 or TF32.
     with jax.default_matmul_precision("highest"):
-        log_p, results = _log_likelihoods(
-            params, sigma, images, rng, eps_fn=eps_fn, num_probes=num_probes, mode=mode, rtol=float(rtol), atol=float(atol)
-        )
-    log_p = np.asarray(log_p, np.float64)
-    if not (np.asarray(results).all() and np.isfinite(log_p).all()):
+        log_p = in_blocks(log_likelihoods, len(images) * num_probes, images.shape[1:], batch_size)
+    log_p = log_p.reshape(len(images), num_probes)
+    if not np.isfinite(log_p).all():
         raise UserError(
             f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise "
             "prediction is not finite "
@@ -98,9 +106,9 @@ def nll_bits_per_dim(
     return bits.mean(axis=1), stderr
 
 
-@functools.partial(jax.jit, static_argnames=("eps_fn", "num_probes", "mode", "rtol", "atol"))
-def _log_likelihoods(params, sigma_T, images_BHWC, rng, *, eps_fn, num_probes, mode, rtol, atol, fixed_step=None):
-    """log p of equation 3 for each image and probe `[B, P]`, and whether each solution succeeded `[B, P]`.
+@functools.partial(jax.jit, static_argnames=("eps_fn", "mode", "rtol", "atol"))
+def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, eps_fn, mode, rtol, atol, fixed_step=None):
+    """log p of equation 3 `[B]` for pairs of an image, with its number, and a probe; NaN where the solver did not get there.
 
     Steps of `fixed_step` instead of adaptive ones serve the test of the order of convergence.
     """
@@ -121,7 +129,8 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, *, eps_fn, num_probes, m
         value, tangent = jax.jvp(drift, (x,), (probe,))
         return value, jnp.sum(tangent * probe)
 
-    def solve(image, probe):
+    def solve(image, number, probe):
+        image_rng = jax.random.fold_in(rng, number)
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             diffrax.Dopri5(),
@@ -129,7 +138,7 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, *, eps_fn, num_probes, m
             t1=1.0,
             dt0=_FIRST_STEP if fixed_step is None else fixed_step,
             y0=(image, jnp.zeros((), image.dtype)),
-            args=probe,
+            args=_probe(jax.random.fold_in(image_rng, probe), image),
             stepsize_controller=controller,
             adjoint=diffrax.ForwardMode(),
             max_steps=_MAX_STEPS,
@@ -137,13 +146,9 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, *, eps_fn, num_probes, m
         )
         x_1, divergence = solution.ys[0][0], solution.ys[1][0]
         prior = -0.5 * (jnp.sum(x_1**2) + x_1.size * math.log(2.0 * math.pi))
-        return prior + divergence, solution.result == diffrax.RESULTS.successful
+        return jnp.where(solution.result == diffrax.RESULTS.successful, prior + divergence, jnp.nan)
 
-    def each_image(image, index):
-        image_rng = jax.random.fold_in(rng, index)
-        return jax.vmap(lambda j: solve(image, _probe(jax.random.fold_in(image_rng, j), image)))(jnp.arange(num_probes))
-
-    return jax.vmap(each_image)(images_BHWC, jnp.arange(len(images_BHWC)))
+    return jax.vmap(solve)(images_BHWC, number_B, probe_B)
 
 
 def _probe(rng: Rng, like: Array) -> Array:
@@ -159,7 +164,7 @@ def _label_and_std(s: Array, sigma_T: Array, mode: str) -> tuple[Array, Array]:
     return t, jnp.sqrt(-jnp.expm1(-BETA_MIN * s - 0.5 * (BETA_MAX - BETA_MIN) * s**2))
 
 
-def _check_schedule(schedule) -> None:
+def _check_schedule(schedule, mode: str) -> None:
     betas = np.linspace(BETA_MIN / 1000, BETA_MAX / 1000, 1000)
     expected = np.sqrt(1.0 - np.cumprod(1.0 - betas))
     sigma = np.asarray(schedule.sigma)
@@ -168,3 +173,8 @@ def _check_schedule(schedule) -> None:
             "the likelihood is defined for the linear schedule, beta 1e-4 to 0.02 over 1000 steps; this model has another, "
             "so leave nll_bits_per_dim out"
         )
+    check(
+        mode == "official" or schedule.prediction_type == "epsilon",
+        f"mode is continuous, whose t is no row of the schedule's table; this model predicts {schedule.prediction_type}, which "
+        "becomes eps by that table: use the official mode",
+    )

@@ -1,4 +1,4 @@
-"""Was an image in the training set? Scores, their AUC, and the paired loss gap between two models.
+"""Was an image in the training set? Scores, their AUC, and the spread of models that never saw it.
 
 Equations:
     (1)  loss score    -mean over (t, eps) of ||eps_pred(x_t, t) - eps||^2                              higher: rather a member
@@ -7,10 +7,9 @@ Equations:
          e)/gamma_t psi, one DDIM step down:  x_t' = gamma_t x_0'' + sigma_t e',  with e' = eps_pred(x_{t+k}, t + k)
          x_t itself comes from the image by the steps phi from t = 0
     (3)  AUC = P(score of a member > score of a held-out image) + P(equal)/2
-    (4)  paired gap = mean over (t, eps) of [loss under model a - loss under model b], the same (t, eps) for both
 
 An AUC means something only where members and held-out images are exchangeable: a random part of one data set. A model that never
-saw an outlier such as the T-shirt scores it 0.0, so there (4) is compared with the spread of models retrained without it.
+saw an outlier such as the T-shirt scores it 0.0, so there its loss is compared with the spread of models retrained without it.
 """
 
 import functools
@@ -23,7 +22,10 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check, check_int
 from retrack_jax.diffusion.process import add_noise, eps_to_x0
+from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.types import PyTree, Rng
+
+T_SEC, INTERVAL = 100, 10  # of equation 2: the paper's for CIFAR-10
 
 
 class Auc(NamedTuple):
@@ -34,15 +36,8 @@ class Auc(NamedTuple):
     high: float
 
 
-class Gap(NamedTuple):
-    """A paired difference of losses, mean and standard error over noises, in squared units summed over pixels."""
-
-    mean: float
-    stderr: float
-
-
 def denoising_losses(
-    eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 256, batch_size: int = 256
+    eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 256, batch_size: int | None = None
 ) -> np.ndarray:
     """Returns ||eps_pred - eps||^2, a sum over pixels, of each image under `num_noises` draws: float64 `[N, num_noises]`.
 
@@ -56,23 +51,19 @@ def denoising_losses(
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws an image.
-      batch_size: pairs of image and draw a call.
+      batch_size: at most so many pairs of image and draw a call; None: by the size of the images (metrics/blocks.py).
 
     Raises:
       UserError: a loss that is not finite.
     """
     check_int("num_noises", num_noises, 1)
     images = jnp.asarray(images, jnp.float32)
-    total = len(images) * num_noises
-    batch_size = min(batch_size, total)
-    losses = np.empty(total)
-    for start in range(0, total, batch_size):
-        # The last batch repeats its first pairs instead of having another shape.
-        pairs = np.arange(start, start + batch_size, dtype=np.int32) % total
-        kept = min(batch_size, total - start)
-        losses[start : start + kept] = _pair_losses(params, schedule, images, rng, pairs, eps_fn=eps_fn, num_noises=num_noises)[
-            :kept
-        ]
+    losses = in_blocks(
+        lambda pairs: _pair_losses(params, schedule, images, rng, pairs, eps_fn=eps_fn, num_noises=num_noises),
+        len(images) * num_noises,
+        images.shape[1:],
+        batch_size,
+    )
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
 
@@ -94,22 +85,31 @@ def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noi
     return jnp.sum((eps_fn(params, x_t, t_B) - eps) ** 2, axis=(1, 2, 3))
 
 
-def loss_scores(eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, batch_size: int = 256):
+def loss_scores(
+    eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, batch_size: int | None = None
+) -> np.ndarray:
     """Returns the loss score of each image (equation 1), float64 `[N]`; arguments as in `denoising_losses`."""
     losses = denoising_losses(eps_fn, params, schedule, images, rng, num_noises=num_noises, batch_size=batch_size)
     return -losses.mean(axis=1)
 
 
 def secmi_scores(
-    eps_fn: Callable, params: PyTree, schedule, images, *, t_sec: int = 100, interval: int = 10, batch_size: int = 256
+    eps_fn: Callable,
+    params: PyTree,
+    schedule,
+    images,
+    *,
+    t_sec: int = T_SEC,
+    interval: int = INTERVAL,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Returns the SecMI-style score of each image (equation 2), float64 `[N]`; deterministic.
 
     Args:
       eps_fn, params, schedule, images: as in `denoising_losses`.
-      t_sec: the timestep of the error, a multiple of `interval`; the paper takes 100 for CIFAR-10.
-      interval: k of equation 2; the paper takes 10.
-      batch_size: images a call.
+      t_sec: the timestep of the error, a multiple of `interval`.
+      interval: k of equation 2.
+      batch_size: at most so many images a call; None: by their size (metrics/blocks.py).
 
     Raises:
       UserError: timesteps outside the schedule, or a score that is not finite.
@@ -119,12 +119,12 @@ def secmi_scores(
     check_int("t_sec", t_sec, 0, num_timesteps - 1 - interval)
     check(t_sec % interval == 0, f"t_sec is {t_sec}; it must be a multiple of interval, {interval}")
     images = np.asarray(images, np.float32)
-    scores = np.empty(len(images))
-    for start in range(0, len(images), batch_size):
-        block = images[start : start + batch_size]
-        padded = np.concatenate([block, np.repeat(block[-1:], min(batch_size, len(images)) - len(block), axis=0)])
-        error = _t_error(params, schedule, padded, eps_fn=eps_fn, t_sec=t_sec, interval=interval)
-        scores[start : start + batch_size] = -np.asarray(error, np.float64)[: len(block)]
+    scores = -in_blocks(
+        lambda rows: _t_error(params, schedule, images[rows], eps_fn=eps_fn, t_sec=t_sec, interval=interval),
+        len(images),
+        images.shape[1:],
+        batch_size,
+    )
     _check_finite("SecMI score", scores)
     return scores
 
@@ -168,19 +168,6 @@ def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, c
     draws = [auc(order.choice(members, len(members)), order.choice(held_out, len(held_out))) for _ in range(num_bootstrap)]
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Auc(value, float(low), float(high))
-
-
-def paired_gap(losses, reference_losses) -> Gap:
-    """Returns the mean difference of paired losses (equation 4) and its standard error over draws.
-
-    Args:
-      losses, reference_losses: `denoising_losses` of two models on the same images with the same `rng`, `[N, num_noises]`.
-    """
-    losses, reference_losses = np.asarray(losses, np.float64), np.asarray(reference_losses, np.float64)
-    check(losses.shape == reference_losses.shape, f"losses {losses.shape} and {reference_losses.shape} are not of the same draws")
-    difference = np.mean(losses - reference_losses, axis=0)
-    check(len(difference) >= 2, "a paired gap needs at least 2 draws")
-    return Gap(float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference))))
 
 
 def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -87,6 +87,26 @@ def test_an_images_number_does_not_depend_on_the_batch_and_is_compiled_once(rng)
     np.testing.assert_allclose(reordered[[0, 2, 1]], whole, atol=1e-4)
 
 
+def test_pairs_of_image_and_probe_are_solved_in_blocks_that_change_nothing(rng, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(5, SIDE, SIDE, 1)) * 0.5
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0]  # so that probes differ
+    params = jnp.asarray(rotation, jnp.float32), jnp.geomspace(0.05, 0.8, DIM)
+    blocks, solve = [], likelihood._log_likelihoods
+
+    def counted(params, sigma, images, *rest, **options):
+        blocks.append(len(images))
+        return solve(params, sigma, images, *rest, **options)
+
+    monkeypatch.setattr(likelihood, "_log_likelihoods", counted)
+    options = {"num_probes": 2, "mode": "continuous"}
+    whole, whole_stderr = nll_bits_per_dim(_gaussian_eps, params, SCHEDULE, x, rng, **options)
+    parts, parts_stderr = nll_bits_per_dim(_gaussian_eps, params, SCHEDULE, x, rng, **options, batch_size=4)
+    assert blocks == [10, 4, 4, 4]
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+    np.testing.assert_allclose(parts_stderr, whole_stderr, atol=1e-4)
+    assert np.ptp(whole) > 0.01 and (whole_stderr > 1e-3).all()
+
+
 def test_dormand_prince_converges_with_order_five_on_the_continuous_mode(rng):
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(1, SIDE, SIDE, 1)) * 0.3)
@@ -94,19 +114,20 @@ def test_dormand_prince_converges_with_order_five_on_the_continuous_mode(rng):
         params = jnp.eye(DIM, dtype=jnp.float64), jnp.full((DIM,), 0.3**2, jnp.float64)
 
         def log_p(num_steps):
-            value, _ = likelihood._log_likelihoods(
+            value = likelihood._log_likelihoods(
                 params,
                 sigma,
                 x,
                 rng,
+                np.zeros(1, np.int32),
+                np.zeros(1, np.int32),
                 eps_fn=_gaussian_eps,
-                num_probes=1,
                 mode="continuous",
                 rtol=1e-5,
                 atol=1e-5,
                 fixed_step=1 / num_steps,
             )
-            return float(value[0, 0])
+            return float(value[0])
 
         values = [log_p(num_steps) for num_steps in (64, 128, 256, 1024)]
         errors = [abs(value - values[-1]) for value in values[:-1]]
@@ -135,6 +156,9 @@ def test_refuses(rng):
     other = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
     with pytest.raises(UserError, match="another, so leave nll_bits_per_dim out"):
         nll_bits_per_dim(_gaussian_eps, _isotropic(0.5), other, x, rng)
+    velocity = Schedule.from_config({"prediction_type": "v_prediction"})
+    with pytest.raises(UserError, match="mode is continuous.* this model predicts v_prediction.* use the official mode"):
+        nll_bits_per_dim(_gaussian_eps, _isotropic(0.5), velocity, x, rng, mode="continuous")
     with pytest.raises(UserError, match="choose one of official, continuous"):
         nll_bits_per_dim(_gaussian_eps, _isotropic(0.5), SCHEDULE, x, rng, mode="offical")
     with pytest.raises(UserError, match="NaN or infinity"):

@@ -1,0 +1,32 @@
+"""Blocks: their size by the pixels of an image, and that each number is scored once and in its place."""
+
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.metrics.blocks import images_per_call, in_blocks
+
+
+@pytest.mark.parametrize(("side", "images"), [(8, 256), (32, 256), (64, 64), (256, 4), (512, 1), (1024, 1)])
+def test_a_call_has_no_more_pixels_than_256_images_of_32_x_32_and_no_more_images(side, images):
+    assert images_per_call((side, side, 3)) == images
+
+
+@pytest.mark.parametrize(("total", "size", "shapes"), [(10, 4, [4, 4, 4]), (9, 5, [5, 5]), (3, 8, [3]), (1, 1, [1])])
+def test_blocks_are_equal_and_cover_every_number(total, size, shapes):
+    seen = []
+
+    def score(numbers):
+        seen.append(len(numbers))
+        return 2 * numbers
+
+    np.testing.assert_array_equal(in_blocks(score, total, (8, 8, 1), size), 2.0 * np.arange(total))
+    assert seen == shapes
+
+
+def test_by_default_the_images_decide_and_no_block_is_empty():
+    seen = []
+    in_blocks(lambda numbers: seen.append(len(numbers)) or numbers, 6, (256, 256, 3))
+    assert seen == [3, 3]
+    with pytest.raises(UserError, match="batch_size is 0"):
+        in_blocks(lambda numbers: numbers, 6, (8, 8, 1), 0)
