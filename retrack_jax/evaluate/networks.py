@@ -8,13 +8,15 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from retrack_jax import parallel
 from retrack_jax.checkpoints.torch_reader import read_torch, read_torchscript
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.digits import TSHIRT_LABEL
 from retrack_jax.evaluate.class_scores import OFFICIAL
-from retrack_jax.evaluate.results import Unavailable
+from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
 from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.inception import inception_network
@@ -44,6 +46,7 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
 
     Raises:
       Unavailable: the weights are not there, or are not this network's.
+      Inapplicable: `digits`, and the images are not labelled digits of its size.
     """
     check_choice("config.eval.features", name, NETWORKS)
     if name == "digits":
@@ -117,8 +120,14 @@ def _load_first(folder: Path, names: Sequence[str], load: Callable[[Path], Featu
 
 
 def _digits(images: ImageSet, folder) -> FeatureNetwork:
-    from retrack_jax.metrics.features.digit_net import load_digit_net, save_digit_net, train_digit_net
+    from retrack_jax.metrics.features.digit_net import NUM_CLASSES, SIDE, load_digit_net, save_digit_net, train_digit_net
 
+    labelled = images.labels is not None and np.isin(images.labels, (*range(NUM_CLASSES), TSHIRT_LABEL)).all()
+    if not labelled or images.images.shape[1:] != (SIDE, SIDE, 1):
+        raise Inapplicable(
+            f"config.eval.features is digits, a classifier that is trained on {SIDE} x {SIDE} grey images with labels 0 to "
+            f"{NUM_CLASSES - 1}, and those of {images.name} are not such; set it to inception"
+        )
     path = folder / "digit_net.npz"
 
     def make() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
 from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
@@ -29,6 +30,8 @@ def forgotten_samples(task: Task, subject: Subject) -> np.ndarray:
 
 
 def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
+    if not task.threshold:
+        return {}, {"why": "config.eval.frequency_threshold is 0, so no distance makes a sample the forgotten image; set it"}
     hits = forgotten_samples(task, subject)
     note = {
         "num_samples": len(hits),
@@ -56,9 +59,11 @@ def _features(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
-    bits, stderr = nll_bits_per_dim(
-        task.eps_fn, subject.params, task.schedule, pixels_to_model(task.forgotten), task.rng, num_probes=task.nll_probes
-    )
+    images = pixels_to_model(task.forgotten)
+    try:
+        bits, stderr = nll_bits_per_dim(task.eps_fn, subject.params, task.schedule, images, task.rng, num_probes=task.nll_probes)
+    except UserError as reason:  # another schedule, or an ODE that cannot be solved: the other metrics have a value all the same
+        return {}, {"why": str(reason)}
     note = {"num_images": len(bits), "num_probes": task.nll_probes, "mode": "official"}
     if stderr is not None:
         note["stderr"] = float(np.sqrt(np.square(stderr).sum()) / len(bits))
@@ -70,6 +75,8 @@ def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str])
 
 
 def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
+    if (last := task.schedule.num_train_timesteps - 1) < T:
+        return {}, {"why": f"its protocol restores images noised to t = {T}, and this model's schedule ends at {last}"}
     network = task.sscd()
     given, made = restore(task.eps_fn, subject.params, task.schedule, task.forgotten, task.rng)
     scores = {"sscd": sscd(network, made, task.forgotten)}

@@ -1,7 +1,7 @@
 """Metric values with what they were computed from, kept in one JSON file a model and filled in metric by metric.
 
-Evaluation can be stopped at any metric and goes on at the next. A metric that could not be computed is recorded with the reason
-and tried again by the next command.
+Evaluation can be stopped at any metric and goes on at the next. A metric that could not be computed is recorded with the reason,
+and tried again by the next command unless the reason is final: one that follows from the config and the data.
 """
 
 import logging
@@ -18,6 +18,10 @@ class Unavailable(UserError):
     """A metric cannot be computed here: a weights file is missing, say. Others still run."""
 
 
+class Inapplicable(Unavailable):
+    """It cannot for a reason that no other try of the same run mends: its network is for other data, say."""
+
+
 @dataclass
 class Results:
     """Values of one model.
@@ -26,11 +30,13 @@ class Results:
       values: metric name -> number.
       notes: metric name -> what it was computed from, as plain JSON.
       absent: metric name -> why it could not be computed.
+      final: those of `absent` that no other try would bring.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     notes: dict[str, dict] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    final: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,8 @@ class Evaluator:
 
     Attributes:
       names: the metrics it can compute.
-      compute: `(task, subject, wanted names) -> (values, note)`; raises `Unavailable` where an input is missing.
+      compute: `(task, subject, wanted names) -> (values, note)`; raises `Unavailable` where an input is missing. A wanted metric
+        that the config or the data leave without a value is not among the values, and `note["why"]` says why.
       is_current: `(task, note) -> bool`, whether a stored value with that note is what `compute` would give for `task`.
     """
 
@@ -68,32 +75,37 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
         parallel.stop_together(should_stop, f"the metric {missing[0]}")
         try:
             values, note = evaluator.compute(task, subject, missing)
+            why, final = note.get("why", "not defined here"), True
         except Unavailable as reason:
             if not parallel.is_main_process():  # the file has process 0's reason, which may be that another one had one
                 log.warning("%s: %s", missing[0], reason)
-            for name in missing:
-                results.values.pop(name, None)
-                results.notes.pop(name, None)
-                results.absent[name] = str(reason)
-        else:
-            results.values.update(values)
-            for name in missing:
-                results.absent.pop(name, None)
-                if name in values:
-                    results.notes[name] = note
-                else:
-                    results.absent[name] = note.get("why", "not defined here")
+            values, note, why, final = {}, {}, str(reason), isinstance(reason, Inapplicable)
+        for name in missing:
+            for kept in (results.values, results.notes, results.absent):
+                kept.pop(name, None)
+            if name in values:
+                results.values[name], results.notes[name] = values[name], note
+            else:
+                results.absent[name] = why
+                results.final += [name] * final
         parallel.on_main(lambda: files.write_json(path, vars(results)))
     return results
 
 
 def _holds(results: Results, name: str, evaluator: Evaluator, task) -> bool:
-    return name in results.values and evaluator.is_current(task, results.notes.get(name, {}))
+    current = name in results.values and evaluator.is_current(task, results.notes.get(name, {}))
+    return current or name in results.final
 
 
 def is_complete(path, wanted: Sequence[str]) -> bool:
-    """Whether the file at `path` holds every wanted metric, or the reason why it is absent is not worth another try."""
-    return parallel.from_main(lambda: set(wanted) <= set(read_results(path).values))
+    """Whether the file at `path` holds every wanted metric, or a final reason why it is absent."""
+    results = parallel.from_main(lambda: read_results(path))
+    return set(wanted) <= {*results.values, *results.final}
+
+
+def worth_another_try(metrics: Mapping, wanted: Sequence[str]) -> bool:
+    """Whether `metrics`, what a `metrics.json` holds, lacks a wanted metric, and not for a final reason."""
+    return not set(wanted) <= {*metrics["unlearned"], *metrics["provenance"].get("final", ())}
 
 
 def read_results(path) -> Results:
@@ -103,4 +115,4 @@ def read_results(path) -> Results:
     if not epath.Path(path).exists():
         return Results()
     stored: Mapping = files.read_json(path)
-    return Results(**{name: dict(stored.get(name, {})) for name in ("values", "notes", "absent")})
+    return Results(**{name: stored[name] for name in ("values", "notes", "absent", "final") if name in stored})

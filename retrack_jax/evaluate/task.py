@@ -22,7 +22,7 @@ class Task:
       reference_digest, reference_name: say which these are.
       cache_dir: where the features of the reference are kept.
       eps_fn, schedule: the network and its schedule.
-      features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights.
+      features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights, or where they are for other images.
       classifier: `official -> FeatureNetwork` behind the inception scores, alike; None: they are of `features`.
       held_out: images that no model trained on and that the forgotten ones can be exchanged with, uint8 `[M, H, W, C]`, or None.
       label: the label that all forgotten images and no other have, or None.
@@ -31,7 +31,8 @@ class Task:
       pretrained: `() -> params` of the model before unlearning.
       threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
       nll_probes: Rademacher probes of the likelihood's divergence.
-      rng: the key of the likelihood's probes.
+      rng: decides all that evaluation draws, the same for every model: the likelihood's probes, the t and noises of the losses,
+        the noise that SSCD's images are restored from.
     """
 
     forgotten: np.ndarray

@@ -213,7 +213,7 @@ def absent_list(absent: Mapping | None) -> str:
 
 def provenance_table(provenance: Mapping | None) -> str:
     """Returns all of `provenance` but what other sections show."""
-    return facts({name: value for name, value in (provenance or {}).items() if name != "absent"})
+    return facts({name: value for name, value in (provenance or {}).items() if name not in ("absent", "final")})
 
 
 def _config_details(config) -> str:

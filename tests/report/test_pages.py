@@ -25,7 +25,12 @@ METRICS = {
     "pretrained": {"frequency": 0.05, "fid": 6.0},
     "unlearned": {"frequency": 0.0, "fid": 6.5},
     "retrained": {"fid": 6.25},
-    "provenance": {"num_samples": 2000, "versions": {"jax": "0.10.2"}, "absent": {"sscd": "no weights & no network"}},
+    "provenance": {
+        "num_samples": 2000,
+        "versions": {"jax": "0.10.2"},
+        "absent": {"sscd": "no weights & no network"},
+        "final": ["sscd"],
+    },
 }
 VOID = {"meta", "img", "br"}
 
@@ -98,7 +103,7 @@ def test_run_page_is_whole_self_contained_and_safe(run_dir):
         "50 unlearning steps in 9.3 s",
     ):
         assert words in page.text, words
-    assert "nested" in page.text and page.tags.count("svg") == 1
+    assert "nested" in page.text and "final" not in page.text and page.tags.count("svg") == 1
     assert {file.name for file in run_dir.iterdir()} == {"metrics.json", "log.jsonl", "samples.npz", "samples.png", "report.html"}
 
 
