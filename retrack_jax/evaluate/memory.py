@@ -25,10 +25,13 @@ def forget_loss(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def label_share(task: Task, subject: Subject, wanted: Sequence[str]):
-    """The share of samples that the feature network's classifier takes for the forgotten label."""
+    """The share of samples taken for the forgotten label by the task's classifier, else by the feature network, if it knows it."""
     if task.label is None:
         return {}, {"why": "the target is not the whole of one label"}
-    network = task.features()
+    network = task.features() if task.classifier is None else task.classifier(False)
+    if task.label >= network.num_labels:
+        known = f"the labels 0 to {network.num_labels - 1}" if network.num_labels else "classes that are not the data's labels"
+        return {}, {"why": f"the target has label {task.label}, and {network.name} knows {known}"}
     taken = np.argmax(network(subject.samples)["logits"], axis=1)
     note = {"label": task.label, "num_samples": len(taken), "features": network.description, "features_digest": network.digest}
     return {"label_share": float(np.mean(taken == task.label))}, note

@@ -23,7 +23,7 @@ class Task:
       cache_dir: where the features of the reference are kept.
       eps_fn, schedule: the network and its schedule.
       features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights, or where they are for other images.
-      classifier: `official -> FeatureNetwork` behind the inception scores, alike; None: they are of `features`.
+      classifier: `official -> FeatureNetwork` behind the inception scores and the label share, alike; None: `features` is.
       held_out: images that no model trained on and that the forgotten ones can be exchanged with, uint8 `[M, H, W, C]`, or None.
       label: the label that all forgotten images and no other have, or None.
       finetune: `(params, with_forgotten) -> (state, train)` for the relearning curves; see evaluate/memory.py.

@@ -23,6 +23,7 @@ from retrack_jax.evaluate.results import (
     worth_another_try,
 )
 from retrack_jax.evaluate.task import Subject
+from retrack_jax.metrics.features.network import FeatureNetwork
 from tests import toys
 
 
@@ -90,6 +91,26 @@ def test_the_digit_network_is_for_labelled_digits(tmp_path, images, labels):
     with pytest.raises(Inapplicable, match="config.eval.features is digits, .* those of photos are not such; set it to incep"):
         feature_network("digits", others, tmp_path, tmp_path, "tf1")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("label", "num_labels", "why"),
+    [
+        (7, 0, "the target has label 7, and net knows classes that are not the data's labels"),  # Inception's ImageNet
+        (10, 10, "the target has label 10, and net knows the labels 0 to 9"),  # the T-shirt
+        (None, 10, "not the whole of one label"),
+        (9, 10, None),
+    ],
+)
+def test_a_label_that_the_network_does_not_know_has_no_share(rng, tmp_path, label, num_labels, why):
+    logits = jnp.eye(12)[jnp.array([9, 9, 9, 3])]
+    how = dict(apply_fn=lambda params, x: {"logits": logits}, prepare=lambda images: images, pad=False, num_labels=num_labels)
+    net = FeatureNetwork("net", "d" * 64, "none", {}, **how)
+    for options in ({"features": lambda: net, "classifier": None}, {"classifier": lambda official: net}):
+        folder = tmp_path / str(len(options))
+        results = found(task(rng, toys.schedule(), label=label, **options), ("label_share",), folder)
+        assert results.values == ({} if why else {"label_share": 0.75})
+        assert why is None or why in results.absent["label_share"]
 
 
 def test_a_final_reason_is_not_tried_again_and_a_missing_file_is(tmp_path):

@@ -97,6 +97,7 @@ def digit_network(params) -> FeatureNetwork:
         apply_fn=lambda params, x: module.apply({"params": params}, x),
         prepare=unit_grey(SIDE),
         batch_size=256,
+        num_labels=NUM_CLASSES,
     )
 
 

@@ -28,6 +28,8 @@ class FeatureNetwork:
       batch_size: images a call over the devices of one process, each with an equal share (rounded up).
       pad: fill the last batch up, so that one shape is compiled; off where the images of a batch see each other. Then a batch
         lies on one device, and every process does all of them.
+      num_labels: its logits are of the labels 0, ..., num_labels - 1 of the data that it was made for; 0: of classes of its own,
+        such as ImageNet's, or it has none.
     """
 
     name: str
@@ -38,6 +40,7 @@ class FeatureNetwork:
     prepare: Callable
     batch_size: int = 64
     pad: bool = True
+    num_labels: int = 0
 
     @cached_property
     def _apply(self) -> Callable:

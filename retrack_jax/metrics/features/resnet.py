@@ -24,6 +24,7 @@ from retrack_jax.types import Array
 SSCD_NAME = "sscd_disc_mixup"
 SSCD_SIDE = 288
 MNIST_NAME = "mnist-resnet18"
+NUM_DIGITS = 10
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -91,7 +92,7 @@ class MnistResNet(nn.Module):
     def __call__(self, x: Array) -> dict[str, Array]:
         x = ResNetTrunk((2, 2, 2, 2), False, self.batch_statistics, name="trunk")(x)
         features = x.reshape(len(x), -1)
-        return {"features": features, "logits": nn.Dense(10, name="fc")(features)}
+        return {"features": features, "logits": nn.Dense(NUM_DIGITS, name="fc")(features)}
 
 
 def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: int = 4) -> FeatureNetwork:
@@ -141,7 +142,9 @@ def mnist_resnet_network(
         return module.apply({"params": params}, x)
 
     name = f"{MNIST_NAME}-batch-statistics-of-{batch_size}" if official else MNIST_NAME
-    return FeatureNetwork(name, digest, "none", params, apply_fn, unit_grey(28), batch_size, pad=not official)
+    return FeatureNetwork(
+        name, digest, "none", params, apply_fn, unit_grey(28), batch_size, pad=not official, num_labels=NUM_DIGITS
+    )
 
 
 def sscd_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
