@@ -126,7 +126,7 @@ _METRICS = (
         label="SSCD",
         better="lower",
         about="forgetting",
-        meaning="Copy-detection similarity between the forgotten image and what the model restores from its noised self.",
+        meaning="Copy-detection similarity between the forgotten image and what the model restores from a noised copy of it.",
     ),
     Metric(
         name="sscd_norm",
@@ -185,6 +185,8 @@ _METRICS = (
     ),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
+# Of a prompt SSCD takes the samples: nothing is restored.
+_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity between the memorised picture and the samples of the prompt, their mean."}
 _PROMPTS = {"_original": "original prompt", "_modified": "modified prompt"}
 
 METHODS = {
@@ -206,7 +208,8 @@ def describe(name: str) -> Metric:
     for suffix, prompt in _PROMPTS.items():
         base = METRICS.get(name.removesuffix(suffix))
         if name.endswith(suffix) and base:
-            return Metric(**{**vars(base), "name": name, "label": f"{base.label}, {prompt}"})
+            meaning = _PROMPT_MEANINGS.get(base.name, base.meaning)
+            return Metric(**{**vars(base), "name": name, "label": f"{base.label}, {prompt}", "meaning": meaning})
     return Metric(name=name, label=name.replace("_", " ").capitalize())
 
 

@@ -176,7 +176,8 @@ def _verdict(summary) -> str:
     judged = {method: found for method, found in judged.items() if found}
     if not judged:
         return ""
-    intervals = next(iter(judged.values()))["intervals"]
+    # A method has the intervals of the targets that it was run on; those of one target are the same for all.
+    intervals = {target: interval for found in judged.values() for target, interval in found["intervals"].items()}
     shown = "; ".join(f"{escape(target)}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items())
     counts = ", ".join(f"{method_label(m)} {found['inside']} of {found['runs']}" for m, found in judged.items())
     return (

@@ -207,6 +207,16 @@ def test_comparison_page_is_whole_and_complete(workdir):
     assert (workdir / "comparison.svg").read_text().startswith("<svg")
 
 
+def test_the_verdict_shows_the_interval_of_every_target_that_any_method_was_judged_on(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    for method, target, interval in (("retrack", "label:10", [40.0, 44.0]), ("neggrad", "label:7", [51.5, 58.5])):
+        summary["methods"][method]["forgotten"] = {"inside": 0, "runs": 1, "intervals": {target: interval}}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    text = Page(comparison_report(workdir).read_text()).text
+    assert text.count("label:10: 40.0 to 44.0") == text.count("label:7: 51.5 to 58.5") == 1
+    assert "ReTrack 0 of 1" in text and "NegGrad 0 of 1" in text
+
+
 def test_comparison_without_pictures_or_retrain(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["methods"]["retrain"]
