@@ -32,7 +32,7 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
     if len(samples) < NUM_SPLITS:
         return {}, {"why": f"{NUM_SPLITS} splits need as many samples; {len(samples)} are left beside the forgotten image"}
     network = load(name == OFFICIAL)
-    score = inception_score(network(samples)["logits"], seed=0, num_splits=NUM_SPLITS)
+    score = inception_score(network(samples, name)["logits"], seed=0, num_splits=NUM_SPLITS)
     note = {
         "features": network.description,
         "features_digest": network.digest,

@@ -19,20 +19,20 @@ BACK = 2.0
 
 def forget_loss(task: Task, subject: Subject, wanted: Sequence[str]):
     """The denoising loss on the forgotten images, mean over 256 noises and all of them, in squared units summed over pixels."""
-    found = _losses(task, subject.params)
+    found = _losses(task, subject.params, desc="forget_loss")
     note = {"num_images": len(found), "num_noises": found.shape[1], "noises": "the same for every model: differences are paired"}
     return {"forget_loss": float(found.mean())}, note
 
 
 def label_share(task: Task, subject: Subject, wanted: Sequence[str]):
-    """The share of samples taken for the forgotten label by the task's classifier, else by the feature network, if it knows it."""
+    """The share of samples that the task's classifier, else its feature network, takes for the forgotten label."""
     if task.label is None:
         return {}, {"why": "the target is not the whole of one label"}
     network = task.features() if task.classifier is None else task.classifier(False)
     if task.label >= network.num_labels:
         known = f"the labels 0 to {network.num_labels - 1}" if network.num_labels else "classes that are not the data's labels"
         return {}, {"why": f"the target has label {task.label}, and {network.name} knows {known}"}
-    taken = np.argmax(network(subject.samples)["logits"], axis=1)
+    taken = np.argmax(network(subject.samples, "label_share")["logits"], axis=1)
     note = {"label": task.label, "num_samples": len(taken), "features": network.description, "features_digest": network.digest}
     return {"label_share": float(np.mean(taken == task.label))}, note
 
@@ -42,10 +42,11 @@ def membership(task: Task, subject: Subject, wanted: Sequence[str]):
     if task.held_out is None:
         return {}, {"why": "it needs a random:SHARE target and as many held-out images (config.data.held_out) to compare with"}
     sides = pixels_to_model(task.forgotten), pixels_to_model(task.held_out)
+    model = task.eps_fn, subject.params, task.schedule
     attacks = {
         # Each side's noise is drawn by its own image numbers, so the two share draws; that only pairs them.
-        "membership_auc": lambda images: loss_scores(task.eps_fn, subject.params, task.schedule, images, task.rng),
-        "membership_auc_secmi": lambda images: secmi_scores(task.eps_fn, subject.params, task.schedule, images),
+        "membership_auc": lambda images, desc: loss_scores(*model, images, task.rng, desc=desc),
+        "membership_auc_secmi": lambda images, desc: secmi_scores(*model, images, desc=desc),
     }
     values, note = {}, {"forgotten": len(sides[0]), "held_out": len(sides[1])}
     last = task.schedule.num_train_timesteps - 1
@@ -53,7 +54,7 @@ def membership(task: Task, subject: Subject, wanted: Sequence[str]):
         if name == "membership_auc_secmi" and last < T_SEC + INTERVAL:
             note["why"] = f"SecMI goes up to t = {T_SEC + INTERVAL}, and this model's schedule ends at {last}"
             continue
-        found = membership_auc(*(attacks[name](images) for images in sides), seed=0)
+        found = membership_auc(*(attacks[name](images, name) for images in sides), seed=0)
         values[name] = found.value
         note[f"{name}_95"] = [found.low, found.high]
     return values, note
@@ -82,6 +83,6 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
     return values, note
 
 
-def _losses(task: Task, params, num_noises: int = 256) -> np.ndarray:
+def _losses(task: Task, params, num_noises: int = 256, desc: str = "") -> np.ndarray:
     images = pixels_to_model(task.forgotten)
-    return denoising_losses(task.eps_fn, params, task.schedule, images, task.rng, num_noises=num_noises)
+    return denoising_losses(task.eps_fn, params, task.schedule, images, task.rng, num_noises=num_noises, desc=desc)

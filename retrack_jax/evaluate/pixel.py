@@ -52,8 +52,8 @@ def _features(task: Task, subject: Subject, wanted: Sequence[str]):
     if not wanted:
         return {}, why
     network = task.features()
-    reference = cached_feature_stats(network, task.reference, task.reference_digest, task.cache_dir)
-    values, note = evaluate_features(feature_stats(network, kept), reference, wanted)
+    reference = cached_feature_stats(network, task.reference, task.reference_digest, task.cache_dir, desc="features: reference")
+    values, note = evaluate_features(feature_stats(network, kept, "features: samples"), reference, wanted)
     about = {"features_digest": network.digest, "reference": task.reference_name}
     return values, {**note, **about, **why, "left_out": f"{left_out} samples that are the forgotten image"}
 
@@ -61,7 +61,9 @@ def _features(task: Task, subject: Subject, wanted: Sequence[str]):
 def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
     images = pixels_to_model(task.forgotten)
     try:
-        bits, stderr = nll_bits_per_dim(task.eps_fn, subject.params, task.schedule, images, task.rng, num_probes=task.nll_probes)
+        bits, stderr = nll_bits_per_dim(
+            task.eps_fn, subject.params, task.schedule, images, task.rng, num_probes=task.nll_probes, desc="nll_bits_per_dim"
+        )
     except UserError as reason:  # another schedule, or an ODE that cannot be solved: the other metrics have a value all the same
         return {}, {"why": str(reason)}
     note = {"num_images": len(bits), "num_probes": task.nll_probes, "mode": "official"}

@@ -9,6 +9,7 @@ from retrack_jax import parallel
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
+from retrack_jax.metrics.blocks import shown_progress
 from retrack_jax.sampling.inject import inject, noised
 from retrack_jax.types import PyTree, Rng
 
@@ -34,8 +35,12 @@ def restore(
         return x_t[0], inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=T)[0]
 
     rngs = jax.random.split(rng, len(images))
-    pairs = [one(params, x_0, rng) for x_0, rng in zip(pixels_to_model(images), rngs, strict=True)]
-    given, made = (np.clip(np.stack([np.asarray(pair[place]) for pair in pairs]) / 2 + 0.5, 0.0, 1.0) for place in (0, 1))
+    pairs = []
+    with shown_progress("sscd", len(images)) as bar:
+        for x_0, rng in zip(pixels_to_model(images), rngs, strict=True):
+            pairs.append(jax.device_get(one(params, x_0, rng)))
+            bar.update()
+    given, made = (np.clip(np.stack([pair[place] for pair in pairs]) / 2 + 0.5, 0.0, 1.0) for place in (0, 1))
     return given, made
 
 

@@ -1,7 +1,7 @@
 """FID, KID, inception score, precision and recall from one pass over a feature network, and the reference set's cache."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,15 @@ class FeatureStats:
     logits: np.ndarray | None
 
 
-def feature_stats(network: FeatureNetwork, images, on_batch: Callable[[int], None] | None = None) -> FeatureStats:
+def feature_stats(network: FeatureNetwork, images, desc: str = "") -> FeatureStats:
     """Returns the statistics of `images` `[N, H, W, C]`, uint8 or floats in [0, 1], from one pass over them.
+
+    `desc` is what a progress bar calls it; none is shown without.
 
     Raises:
       UserError: NaN in images, a shape the network does not take, fewer than two images.
     """
-    outputs = network(images, on_batch)
+    outputs = network(images, desc)
     return stats_of(outputs["features"], outputs.get("logits"), network.description)
 
 
@@ -121,7 +123,7 @@ def cached_feature_stats(
     cache_dir,
     *,
     transform: str = "none",
-    on_batch: Callable[[int], None] | None = None,
+    desc: str = "",
 ) -> FeatureStats:
     """Returns `feature_stats`, read from `cache_dir` where they were computed before.
 
@@ -131,6 +133,7 @@ def cached_feature_stats(
     Args:
       data_digest: SHA-256 of the images.
       cache_dir: folder of the cached files.
+      desc: as in `feature_stats`.
     """
     from etils import epath
 
@@ -148,7 +151,7 @@ def cached_feature_stats(
     # Each host may have a cache of its own, and all of them compute together.
     if not parallel.any_process(stats is None):
         return stats
-    stats = feature_stats(network, images, on_batch)
+    stats = feature_stats(network, images, desc)
     moments = stats.moments
     arrays = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter, "rows": stats.rows}
     if stats.logits is not None:

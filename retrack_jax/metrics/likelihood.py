@@ -51,6 +51,7 @@ def nll_bits_per_dim(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     batch_size: int | None = None,
+    desc: str = "",
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the negative log-likelihood of each image and its standard error over probes, in bits/dim.
 
@@ -67,6 +68,7 @@ def nll_bits_per_dim(
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
       batch_size: at most so many pairs of image and probe a call; None: by the size of the images (metrics/blocks.py).
+      desc: what a progress bar calls it; none is shown without.
 
     Returns:
       bits `[B]` float64, and their standard errors `[B]` float64, or None with a single probe.
@@ -93,7 +95,7 @@ def nll_bits_per_dim(
 
     # A solver that resolves 1e-5 cannot follow a network that an accelerator rounds to bfloat16 or TF32.
     with jax.default_matmul_precision("highest"):
-        log_p = in_blocks(log_likelihoods, len(images) * num_probes, images.shape[1:], batch_size)
+        log_p = in_blocks(log_likelihoods, len(images) * num_probes, images.shape[1:], batch_size, desc)
     log_p = log_p.reshape(len(images), num_probes)
     if not np.isfinite(log_p).all():
         raise UserError(

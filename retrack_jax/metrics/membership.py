@@ -37,7 +37,15 @@ class Auc(NamedTuple):
 
 
 def denoising_losses(
-    eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 256, batch_size: int | None = None
+    eps_fn: Callable,
+    params: PyTree,
+    schedule,
+    images,
+    rng: Rng,
+    *,
+    num_noises: int = 256,
+    batch_size: int | None = None,
+    desc: str = "",
 ) -> np.ndarray:
     """Returns ||eps_pred - eps||^2, a sum over pixels, of each image under `num_noises` draws: float64 `[N, num_noises]`.
 
@@ -52,6 +60,7 @@ def denoising_losses(
       rng: decides t and eps.
       num_noises: draws an image.
       batch_size: at most so many pairs of image and draw a call; None: by the size of the images (metrics/blocks.py).
+      desc: what a progress bar calls it; none is shown without.
 
     Raises:
       UserError: a loss that is not finite.
@@ -63,6 +72,7 @@ def denoising_losses(
         len(images) * num_noises,
         images.shape[1:],
         batch_size,
+        desc,
     )
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
@@ -85,11 +95,9 @@ def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noi
     return jnp.sum((eps_fn(params, x_t, t_B) - eps) ** 2, axis=(1, 2, 3))
 
 
-def loss_scores(
-    eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, batch_size: int | None = None
-) -> np.ndarray:
+def loss_scores(eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:
     """Returns the loss score of each image (equation 1), float64 `[N]`; arguments as in `denoising_losses`."""
-    losses = denoising_losses(eps_fn, params, schedule, images, rng, num_noises=num_noises, batch_size=batch_size)
+    losses = denoising_losses(eps_fn, params, schedule, images, rng, num_noises=num_noises, **options)
     return -losses.mean(axis=1)
 
 
@@ -102,6 +110,7 @@ def secmi_scores(
     t_sec: int = T_SEC,
     interval: int = INTERVAL,
     batch_size: int | None = None,
+    desc: str = "",
 ) -> np.ndarray:
     """Returns the SecMI-style score of each image (equation 2), float64 `[N]`; deterministic.
 
@@ -110,6 +119,7 @@ def secmi_scores(
       t_sec: the timestep of the error, a multiple of `interval`.
       interval: k of equation 2.
       batch_size: at most so many images a call; None: by their size (metrics/blocks.py).
+      desc: as in `denoising_losses`.
 
     Raises:
       UserError: timesteps outside the schedule, or a score that is not finite.
@@ -124,6 +134,7 @@ def secmi_scores(
         len(images),
         images.shape[1:],
         batch_size,
+        desc,
     )
     _check_finite("SecMI score", scores)
     return scores

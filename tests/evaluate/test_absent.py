@@ -69,6 +69,13 @@ def test_a_cosine_schedule_leaves_the_likelihood_out(rng, tmp_path):
     assert "the linear schedule" in results.absent["nll_bits_per_dim"] and set(results.values) == {"forget_loss"}
 
 
+def test_every_long_metric_shows_its_progress(rng, tmp_path, capsys):
+    wanted = ("nll_bits_per_dim", "forget_loss", "sscd", "membership_auc", "membership_auc_secmi")
+    found(task(rng, toys.schedule(), sscd=lambda: embed), wanted, tmp_path)
+    shown = {line.split(":")[0] for line in capsys.readouterr().err.splitlines()}
+    assert shown >= set(wanted)
+
+
 def test_an_ode_without_solution_leaves_the_likelihood_out(rng, tmp_path):
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), toys.params())
     results = found(task(rng, toys.schedule()), ("nll_bits_per_dim",), tmp_path, broken)

@@ -24,6 +24,13 @@ def test_blocks_are_equal_and_cover_every_number(total, size, shapes):
     assert seen == shapes
 
 
+def test_a_name_shows_progress_in_images(capsys):
+    in_blocks(lambda numbers: numbers, 9, (8, 8, 1), 5, "forget_loss")
+    assert capsys.readouterr().err.startswith("forget_loss: 9/9 (100%), ")
+    in_blocks(lambda numbers: numbers, 9, (8, 8, 1), 5)
+    assert not capsys.readouterr().err
+
+
 def test_by_default_the_images_decide_and_no_block_is_empty():
     seen = []
     in_blocks(lambda numbers: seen.append(len(numbers)) or numbers, 6, (256, 256, 3))

@@ -151,6 +151,15 @@ def test_cache_is_read_back_and_keyed_by_data_transform_and_network(tmp_path):
     assert len(list(tmp_path.glob("*.npz"))) == 4
 
 
+def test_a_pass_with_a_name_shows_its_progress_and_one_from_the_cache_has_none(tmp_path, capsys):
+    for shown in ("features: reference: 20/20 (100%), ", ""):
+        cached_feature_stats(_network()[0], _images(20), "data", tmp_path, desc="features: reference")
+        printed = capsys.readouterr().err
+        assert printed.startswith(shown) and len(printed.splitlines()) == bool(shown)
+    feature_stats(_network()[0], _images(20))
+    assert not capsys.readouterr().err
+
+
 def test_a_damaged_cache_is_computed_again(tmp_path):
     network, calls = _network()
     cached_feature_stats(network, _images(20), "data", tmp_path)

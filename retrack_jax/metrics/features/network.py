@@ -11,6 +11,7 @@ from retrack_jax import parallel
 from retrack_jax.checks import UserError, check
 from retrack_jax.files import array_digest
 from retrack_jax.metrics.arrays import check_images, unit_images
+from retrack_jax.metrics.blocks import shown_progress
 from retrack_jax.types import PyTree
 
 
@@ -62,36 +63,36 @@ class FeatureNetwork:
         """The name, resize rule and short digest, for provenance."""
         return f"{self.name} (resize {self.resize}, sha256 {self.digest[:16]})"
 
-    def __call__(self, images, on_batch: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+    def __call__(self, images, desc: str = "") -> dict[str, np.ndarray]:
         """Returns the network's outputs for all images, float32, each with N rows; processes share the images.
 
         Args:
           images: `[N, H, W, C]`, uint8 or floats in [0, 1]; a memory map is read one batch at a time.
-          on_batch: called with the number of images done by this process, for a progress bar.
+          desc: what a progress bar over this process's images calls it; none is shown without.
 
         Raises:
           UserError: NaN in images, or an image shape that the network does not take.
         """
         check(images.ndim == 4 and len(images) > 0, f"images have shape {images.shape}; expected at least one, [N, H, W, C]")
         if not self.pad:
-            return self._of_this_process(images, 0, len(images), on_batch)
-        return parallel.share_rows(lambda first, stop: self._of_this_process(images, first, stop, on_batch), len(images))
+            return self._of_this_process(images, 0, len(images), desc)
+        return parallel.share_rows(lambda first, stop: self._of_this_process(images, first, stop, desc), len(images))
 
-    def _of_this_process(self, images, first: int, stop: int, on_batch: Callable[[int], None] | None) -> dict[str, np.ndarray]:
+    def _of_this_process(self, images, first: int, stop: int, desc: str) -> dict[str, np.ndarray]:
         size, devices = self.batch_size, jax.local_device_count()
         if self.pad:
             size = -(-size // devices) * devices
         parts = []
-        for start in range(first, stop, size):
-            block = check_images("images", np.asarray(images[start : min(start + size, stop)]))
-            batch = self.prepare(block)
-            missing = size - len(batch)
-            if missing and self.pad:
-                batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-            outputs = self._apply(batch)
-            parts.append({name: np.asarray(value)[: len(block)] for name, value in outputs.items()})
-            if on_batch is not None:
-                on_batch(start - first + len(block))
+        with shown_progress(desc, stop - first) as bar:
+            for start in range(first, stop, size):
+                block = check_images("images", np.asarray(images[start : min(start + size, stop)]))
+                batch = self.prepare(block)
+                missing = size - len(batch)
+                if missing and self.pad:
+                    batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+                outputs = self._apply(batch)
+                parts.append({name: np.asarray(value)[: len(block)] for name, value in outputs.items()})
+                bar.update(len(block))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
