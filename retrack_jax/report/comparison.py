@@ -181,7 +181,7 @@ def _verdict(summary) -> str:
     shown = "; ".join(f"{escape(target)}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items())
     counts = ", ".join(f"{method_label(m)} {found['inside']} of {found['runs']}" for m, found in judged.items())
     return (
-        "<p><strong>Forgotten</strong> by the paired loss: under the same noises, the loss on the forgotten images lies where "
+        "<p><strong>Forgotten</strong> by the loss: under the same noises, the loss on the forgotten images lies where "
         f"that of one more retrained model would, with 95% confidence ({shown}). Runs for which it does: {counts}.</p>"
     )
 
