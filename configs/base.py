@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
     unlearn.siss_share = 0.1
     unlearn.erasediff_eta = 1e-3
     unlearn.t_min = 0  # timesteps are drawn from [t_min, t_max)
-    unlearn.t_max = 1000
+    unlearn.t_max = config_dict.placeholder(int)  # None: all that the schedule has
     unlearn.retain_loss = "standard"  # or distillation: match the pretrained model
 
     config.sampling = sampling = ConfigDict()

@@ -1,6 +1,7 @@
 """Config to objects. The config object stops here: everything below takes plain typed arguments."""
 
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,15 @@ def check_config(config: ConfigDict) -> None:
     check_choice("config.compute.dtype", config.compute.dtype, DTYPES)
     check_int("config.schedule.num_train_timesteps", config.schedule.num_train_timesteps, minimum=2)
     _check_sizes(config)
-    for stage in ("pretrain", "unlearn"):
-        _check_training(stage, config[stage])
-    _check_unlearning(config.unlearn, config.schedule.num_train_timesteps)
+    if not config.checkpoint:
+        _check_training("pretrain", config.pretrain)
+        check_timesteps(config, config.schedule.num_train_timesteps)
+    _check_training("unlearn", config.unlearn)
+    _check_unlearning(config.unlearn)
+    if config.method in METHODS:
+        forget_batch_size(config.unlearn, METHODS[config.method])
     sampling = config.sampling
-    check_int("config.sampling.num_steps", sampling.num_steps, maximum=config.schedule.num_train_timesteps)
+    check_int("config.sampling.num_steps", sampling.num_steps)
     check_int("config.sampling.num_images", sampling.num_images)
     check_int("config.sampling.batch_size", sampling.batch_size)
     parallel.check_divisible("config.sampling.batch_size", sampling.batch_size)
@@ -59,7 +64,16 @@ def _check_training(stage: str, recipe: ConfigDict) -> None:
     parallel.check_divisible(f"{field}.batch_size", recipe.batch_size, recipe.accumulation)
 
 
-def _check_unlearning(recipe: ConfigDict, num_timesteps: int) -> None:
+def check_timesteps(config: ConfigDict, num_timesteps: int) -> None:
+    """Raises `UserError` for timesteps that a schedule of `num_timesteps`, the config's or its checkpoint's, has not."""
+    recipe = config.unlearn
+    check_int("config.sampling.num_steps", config.sampling.num_steps, maximum=num_timesteps)
+    check_int("config.unlearn.t_min", recipe.t_min, minimum=0, maximum=num_timesteps - 1)
+    if recipe.t_max is not None:
+        check_int("config.unlearn.t_max", recipe.t_max, minimum=recipe.t_min + 1, maximum=num_timesteps)
+
+
+def _check_unlearning(recipe: ConfigDict) -> None:
     check_number("config.unlearn.lam (lambda)", recipe.lam, 0.0, 1.0)
     check_choice("config.unlearn.lam_schedule", recipe.lam_schedule, LAM_SCHEDULES)
     if recipe.lam_schedule != "constant":
@@ -68,8 +82,6 @@ def _check_unlearning(recipe: ConfigDict, num_timesteps: int) -> None:
     check_int("config.unlearn.num_neighbors", recipe.num_neighbors)
     check_choice("config.unlearn.neighbor_backend", recipe.neighbor_backend, ("auto", "scann", "exact"))
     check_choice("config.unlearn.retain_loss", recipe.retain_loss, RETAIN_LOSSES)
-    check_int("config.unlearn.t_min", recipe.t_min, minimum=0, maximum=num_timesteps - 1)
-    check_int("config.unlearn.t_max", recipe.t_max, minimum=recipe.t_min + 1, maximum=num_timesteps)
     for name in ("siss_scale", "siss_share", "erasediff_eta"):
         check_number(f"config.unlearn.{name}", recipe[name], 0.0)
     check_int("config.unlearn.forget_batch_size", recipe.forget_batch_size, minimum=0)
@@ -103,8 +115,10 @@ def fit_to_devices(config: ConfigDict) -> ConfigDict:
         recipe = fitted[stage]
         check_int(f"config.{stage}.batch_size", recipe.batch_size)
         check_int(f"config.{stage}.accumulation", recipe.accumulation)
-        each, parts = recipe.batch_size // devices, recipe.accumulation
-        if recipe.batch_size % devices == 0 and each % parts:
+        check_int(f"config.{stage}.forget_batch_size", recipe.get("forget_batch_size", 0), minimum=0)
+        whole, parts = math.gcd(recipe.batch_size, recipe.get("forget_batch_size", 0)), recipe.accumulation
+        each = whole // devices
+        if whole % devices == 0 and each % parts:
             recipe.accumulation = max(fewer for fewer in range(1, parts + 1) if each % fewer == 0)
             change = stage, recipe.accumulation, parts, recipe.batch_size, devices
             log.info("config.%s.accumulation is %d in place of %d: %d images a step over %d devices", *change)
@@ -181,11 +195,11 @@ def unlearn_options_from(recipe: ConfigDict, method: Method, num_timesteps: int,
     if recipe.lam_schedule != "constant":
         lam_fn = make_lam_schedule(recipe.lam, recipe.lam_end, recipe.num_steps, recipe.lam_schedule)
     return StepOptions(
-        options={name: recipe[name] for name in method.options},
+        options={name: recipe.get(name, default) for name, default in method.options.items()},
         lam_fn=lam_fn,
         accumulation=recipe.accumulation,
         t_min=recipe.t_min,
-        t_max=min(recipe.t_max, num_timesteps),
+        t_max=num_timesteps if recipe.t_max is None else recipe.t_max,
         distill=recipe.retain_loss == "distillation",
         dropout=dropout,
     )
@@ -209,7 +223,3 @@ def forget_batch_size(recipe: ConfigDict, method: Method) -> int:
         )
     return size
 
-
-def num_parameters(params) -> int:
-    """Returns the number of values in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -16,6 +16,10 @@ class UserError(ValueError):
         super().__init__(" ".join(str(message).split()))
 
 
+class Diverged(UserError):
+    """A model's loss or samples are not finite, on every process alike. It says nothing on the other runs of a sweep."""
+
+
 class Preempted(Exception):
     """The process was asked to stop; what was done is saved, and the same command continues there."""
 

@@ -49,6 +49,7 @@ def parse(argv: list[str]):
     except Exception as error:
         raise UserError(f"config file {path} cannot be loaded: {type(error).__name__}: {error}") from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
+    _keep_overrides(argv, config)
     return config, values.workdir or f"runs/{Path(path).stem}"
 
 
@@ -58,6 +59,15 @@ def _quoted(argument: str) -> str:
     if name not in ("--config.targets", "--config.eval.metrics") or value[:1] in ("", "(", "[", "'", '"'):
         return argument
     return f"{name}={tuple(value.split(','))!r}"
+
+
+def _keep_overrides(argv: list[str], config) -> None:
+    """Takes what the command line gives out of the methods' own recipes: under `all` it wins too, as it does for one method."""
+    given = {argument.partition("=")[0].removeprefix("--config.unlearn.") for argument in argv}
+    for recipe in config.get("recipes", {}).values():
+        with recipe.unlocked():
+            for name in given & set(recipe):
+                del recipe[name]
 
 
 def _only(argv: list[str], prefix: str) -> str:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from retrack_jax import build, files
 from retrack_jax.checks import UserError, check, check_choice
-from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.dataset import ImageSet, unit_to_pixels
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import load_images
 from retrack_jax.data.target import ForgetData, Target, make_target
@@ -73,6 +73,7 @@ class PixelExperiment:
 
             self.module, self._imported = UNet2D.from_config(config.model.to_dict(), **own), None
             self.schedule = build.schedule_from(config, None)
+        build.check_timesteps(config, self.num_timesteps)
         self._check_shapes()
         self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
         self.has_dropout = self.module.dropout > 0
@@ -81,6 +82,11 @@ class PixelExperiment:
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image in the space that the network denoises, (H, W, C)."""
         return self.images.images.shape[1:]
+
+    @property
+    def digest(self) -> str:
+        """The digest of all images."""
+        return self.images.digest
 
     @property
     def num_timesteps(self) -> int:
@@ -169,7 +175,7 @@ class PixelExperiment:
         )
         if made.dtype == np.uint8:
             return {"samples": made}
-        return {"samples": np.floor(255.0 * made).astype(np.uint8), "samples_float": made}
+        return {"samples": unit_to_pixels(made), "samples_float": made}
 
     def sampling_digest(self, target: Target) -> str:
         """A digest of all that samples depend on beside the parameters."""

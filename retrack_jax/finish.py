@@ -14,14 +14,17 @@ from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 from retrack_jax.workdir import Workdir
 
 
-def finish(workdir: Workdir, methods: Sequence[str], spec: str, pictured: Callable[[], tuple[PixelExperiment, Target]]) -> dict:
-    """Writes summary.json and, where there are several runs, the comparison; prints the table and where the report is.
+def finish(
+    workdir: Workdir,
+    sweep: Sequence[tuple[str, str, int]],
+    pictured: Callable[[str], tuple[PixelExperiment, Target]],
+) -> dict:
+    """Writes summary.json and, where the workdir has several runs, the comparison; prints the table and where the report is.
 
     Args:
       workdir: whose finished runs count.
-      methods: those of this command; if they have one run between them its own table is printed.
-      spec: the target that the comparison shows.
-      pictured: `() -> (experiment, target of spec)`, asked only where pictures are made.
+      sweep: (method, target, seed) of this command's runs; where one of them is finished its own table is printed.
+      pictured: `spec -> (experiment, its target)`, asked only where pictures are made.
 
     Returns:
       The summary; empty where no run is finished.
@@ -30,8 +33,7 @@ def finish(workdir: Workdir, methods: Sequence[str], spec: str, pictured: Callab
     if not runs:
         return {}
     summary = summarize(runs)
-    parallel.on_main(lambda: files.write_json(workdir.root / "summary.json", summary))
-    parallel.on_main(lambda: _print(workdir, methods, spec, pictured, runs, summary))
+    parallel.on_main(lambda: _write(workdir, sweep, pictured, runs, summary))
     return summary
 
 
@@ -43,23 +45,30 @@ def _finished_runs(workdir: Workdir) -> list[dict]:
     ]
 
 
-def _print(workdir: Workdir, methods: Sequence[str], spec: str, pictured: Callable, runs: list[dict], summary: dict) -> None:
+def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dict], summary: dict) -> None:
     from retrack_jax.report.comparison import comparison_report
     from retrack_jax.report.tables import before_after_text, comparison_text
 
-    mine = [run for run in runs if run["method"] in methods]
+    path, report = workdir.root / "summary.json", workdir.root / "report.html"
+    mine = [run for run in runs if (run["method"], run["target"], run["seed"]) in sweep]
+    compared = bool(mine) and len(runs) > 1
+    # Pictures need the images, which a command that finds everything done does not read.
+    is_new = not (path.exists() and files.read_json(path) == summary and report.exists())
+    files.write_json(path, summary)
+    if compared and is_new:
+        comparison_report(workdir.root, **_comparison_pictures(workdir, mine[0]["target"], pictured, runs))
     if len(mine) == 1:
-        report = workdir.run(mine[0]["method"], mine[0]["seed"], slug(mine[0]["target"])) / "report.html"
         print(before_after_text(mine[0]))
-    else:
-        report = comparison_report(workdir.root, **_comparison_pictures(workdir, spec, pictured, runs))
+        print(f"report: {workdir.run(mine[0]['method'], mine[0]['seed'], slug(mine[0]['target'])) / 'report.html'}")
+    elif mine:
         print(comparison_text(summary))
-    print(f"report: {report}")
+    if compared:
+        print(f"{'comparison' if len(mine) == 1 else 'report'}: {report}")
 
 
 def _comparison_pictures(workdir: Workdir, spec: str, pictured: Callable, runs: list[dict]) -> dict[str, np.ndarray]:
     """The first samples of each method's first run on the target, from the same noise."""
-    experiment, target = pictured()
+    experiment, target = pictured(spec)
     samples = {PRETRAINED: read_samples_or_explain(experiment.pretrained_folder(workdir, target))}
     for run in runs:
         if run["target"] == spec and run["method"] not in samples:  # the first seed of each method

@@ -9,6 +9,7 @@ from etils import epath
 
 from retrack_jax import files
 from retrack_jax.checkpoints.pipeline import Pipeline, prompt_embeddings
+from retrack_jax.data.dataset import unit_to_pixels
 from retrack_jax.data.prompts import PromptPair
 from retrack_jax.sampling import make_sampler
 from retrack_jax.sampling.generate import generate, pmap_sample_fn
@@ -91,5 +92,5 @@ class PromptSampler:
             if made.dtype == np.uint8:
                 arrays[kind] = made
             else:
-                arrays |= {kind: np.floor(255.0 * made).astype(np.uint8), f"{kind}_float": made}
+                arrays |= {kind: unit_to_pixels(made), f"{kind}_float": made}
         return arrays

@@ -22,8 +22,10 @@ from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import data_format, load_images
 from retrack_jax.data.targets import resolve_target
 from retrack_jax.files import read_json
+from retrack_jax.unlearn.methods import METHODS
 
 _FROM_CHECKPOINT = ("cifar10", "celebahq", "concepts")  # sources of configs that have no pretraining recipe
+_WITH_PRETRAINING = ("digits_tshirt", "mnist_tshirt")  # sources whose checkpoints the config's own recipe makes
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +64,16 @@ def unset(config: ConfigDict) -> dict[str, str]:
     return missing
 
 
+def check_retraining(config: ConfigDict) -> None:
+    """Raises `UserError` where a model is to be retrained as its checkpoint was, and the config does not know how that was."""
+    from_scratch = config.method in METHODS and METHODS[config.method].from_scratch
+    if from_scratch and config.checkpoint and config.data.source not in _WITH_PRETRAINING:
+        raise UserError(
+            f"config.method is {config.method}, but how {config.checkpoint} was trained is not in this config; leave "
+            "config.checkpoint empty and set config.model and config.pretrain, or choose another method"
+        )
+
+
 def complete(config: ConfigDict) -> ConfigDict:
     """Returns `config` with every None of `data.resolution` and of the fields of `rules` chosen; itself if there is none.
 
@@ -70,6 +82,7 @@ def complete(config: ConfigDict) -> ConfigDict:
     """
     for field, advice in unset(config).items():
         raise UserError(f"{field} is empty; {advice}")
+    check_retraining(config)
     names = open_fields(config)
     if not names:
         return config

@@ -1,13 +1,16 @@
 """What the command does: the order of the stages over every method, target and seed. No mathematics and no files of its own."""
 
+import itertools
 import json
 import logging
+import re
 from collections.abc import Callable
 from functools import cached_property
 
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel, recipe
+from retrack_jax.checks import Diverged, check
 from retrack_jax.data.target import Target
 from retrack_jax.data.targets import described, slug
 from retrack_jax.evaluate.results import Results
@@ -15,7 +18,7 @@ from retrack_jax.experiment import PixelExperiment, check_pixel_config
 from retrack_jax.finish import finish
 from retrack_jax.provenance import environment
 from retrack_jax.stages import Model, Stages, read_samples_or_explain
-from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
+from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, RETRAIN
 from retrack_jax.workdir import Workdir, comparable
 from retrack_jax.writer import say
 
@@ -38,15 +41,32 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
         return {}
     config = recipe.complete(config)
     config = build.fit_to_devices(config)
-    build.check_config(config)
     check_experiment(config)
+    for method in methods_of(config):  # each has its own recipe: all are told wrong before the first one runs
+        build.check_config(build.effective_config(config, method))
     workdir = Workdir(workdir)
-    runner = Runner(config, workdir, should_stop)
+    with workdir.alone():
+        return sweep(Runner(config, workdir, should_stop))
+
+
+def sweep(runner: "Runner") -> dict:
+    """Runs every method, target and seed, and returns the summary. One that diverges says nothing on the others, which go on.
+
+    Raises:
+      UserError: something that the user can mend; what diverged only once all is done that can be.
+    """
+    config, diverged = runner.config, []
     for method in methods_of(config):
         for spec in build.target_specs(config):
             for seed in config.seeds:
-                runner.run_one(method, spec, seed)
-    return runner.finish()
+                try:
+                    runner.run_one(method, spec, seed)
+                except Diverged as error:
+                    log.error("%s, target %s, seed %d: %s", method, spec, seed, error)
+                    diverged.append(f"{method}, target {spec}, seed {seed}: {error}")
+    summary = runner.finish()
+    check(not diverged, "; ".join(diverged))
+    return summary
 
 
 def check_needs(config: ConfigDict) -> None:
@@ -57,8 +77,9 @@ def check_needs(config: ConfigDict) -> None:
     if all(item.found or item.optional for item in needed):
         config = recipe.complete(config)
     if not recipe.open_fields(config):
-        build.check_config(config)
         check_experiment(config)
+        for method in methods_of(config):
+            build.check_config(build.effective_config(config, method))
 
 
 def methods_of(config: ConfigDict) -> list[str]:
@@ -94,14 +115,13 @@ class Runner:
     def run_one(self, method: str, spec: str, seed: int) -> None:
         """Runs the stages that `config.mode` asks for."""
         config = build.effective_config(self.config, method)
-        build.check_config(config)
         folder = self.workdir.run(method, seed, slug(spec))
         plain = json.loads(config.to_json_best_effort())
         claims = {self.workdir.pretrained: comparable(plain, model_only=True), folder: comparable(plain)}
         for place, claimed in claims.items():
             self.workdir.check_claim(place, claimed)
         mode = config.mode
-        if mode == "run" and parallel.from_main(lambda: self._is_done(folder, config)):
+        if mode == "run" and parallel.from_main(lambda: self._is_done(folder, config, slug(spec), seed)):
             return
         say(f"{method}, target {spec}, seed {seed}: {folder}", is_main=parallel.is_main_process())
         stages = Stages(
@@ -112,8 +132,11 @@ class Runner:
             programs=self._programs,
         )
         target = self._targets[spec]
+        images = {self.workdir.pretrained: self.experiment.digest, folder: self.experiment.describe_data(target)["digest"]}
         for place, claimed in claims.items():
-            self.workdir.claim(place, claimed)
+            self.workdir.check_claim(place, claimed, images[place])
+        for place, claimed in claims.items():
+            self.workdir.claim(place, claimed, images[place])
         if mode in ("run", "unlearn"):
             self._prepare_sweep()
         self._stop_if_asked("pretraining")
@@ -148,10 +171,10 @@ class Runner:
 
     def finish(self) -> dict:
         """Writes summary.json and the comparison over every finished run in the workdir, and returns the summary."""
-        first = build.target_specs(self.config)[0]
-        return finish(self.workdir, methods_of(self.config), first, lambda: (self.experiment, self._targets[first]))
+        sweep = itertools.product(methods_of(self.config), build.target_specs(self.config), self.config.seeds)
+        return finish(self.workdir, list(sweep), lambda spec: (self.experiment, self._targets[spec]))
 
-    def _is_done(self, folder, config: ConfigDict) -> bool:
+    def _is_done(self, folder, config: ConfigDict, slug: str, seed: int) -> bool:
         if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
             return False
         # A metric that was absent, for want of a weights file say, is worth another try; one may also be asked for later, with
@@ -160,14 +183,19 @@ class Runner:
         complete = not metrics["provenance"]["absent"] and set(config.eval.metrics) <= set(metrics["unlearned"])
         then = metrics["config"]
         same = then["eval"].get("classifier") == config.eval.get("classifier") and then.get("export") == config.get("export")
+        # Images from elsewhere may be others, which their digest says once they are read. A model may have been retrained since.
+        same = same and then["data"]["dir"] == config.data.dir
+        same = same and (metrics["method"] == RETRAIN or metrics["retrained"] == self._retrained_values(slug, seed))
         return complete and same and not _is_other_export(folder / "diffusers", config.get("export"))
 
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
+        from retrack_jax.checkpoints.diffusers_export import is_whole
+
         path = folder / "diffusers"
         note = f"Unlearned by {method} in {model.steps} steps; forgotten: {described(spec)}."
 
         def export() -> None:
-            if not path.exists() or _is_other_export(path, self.config.get("export")):
+            if not is_whole(path) or _is_other_export(path, self.config.get("export")):
                 self.experiment.export(path, model.params, note)
 
         parallel.on_main(export)
@@ -197,7 +225,7 @@ class Runner:
             "unlearn_seconds": 0.0 if method == PRETRAINED else round(model.seconds, 3),
             PRETRAINED: before.values,
             "unlearned": after.values,
-            "retrained": after.values if method == "retrain" else self._retrained_values(target, seed),
+            "retrained": after.values if method == RETRAIN else self._retrained_values(target.slug, seed),
             "provenance": {
                 **environment(),
                 "data": self.experiment.describe_data(target),
@@ -222,13 +250,13 @@ class Runner:
             self.should_stop,
         )
 
-    def _retrained_values(self, target, seed: int) -> dict | None:
-        """The metrics of the retrained model of the same seed, else of any seed, else None."""
-        root = self.workdir.root / "retrain"
-        found = sorted(root.glob(f"seed*-{target.slug}/metrics.json"))
-        same = root / f"seed{seed}-{target.slug}" / "metrics.json"
-        path = same if same in found else (found[0] if found else None)
-        return None if path is None else files.read_json(path)["unlearned"]
+    def _retrained_values(self, slug: str, seed: int) -> dict | None:
+        """The metrics of the retrained model of the same seed, else of the least seed that has one, else None."""
+        found = {}
+        for path in (self.workdir.root / RETRAIN).glob(f"seed*-{slug}/metrics.json"):
+            folder = re.fullmatch(rf"seed(\d+)-{re.escape(slug)}", path.parent.name)  # the glob finds longer slugs too
+            found |= {int(folder[1]): path} if folder else {}
+        return files.read_json(found.get(seed, found[min(found)]))["unlearned"] if found else None
 
     def _report(self, folder, method: str, target) -> None:
         from retrack_jax.report.html import run_report

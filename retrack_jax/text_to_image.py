@@ -55,6 +55,7 @@ class TextToImageExperiment:
         self.module, self.schedule = self.pipeline.unet, self.pipeline.schedule
         self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
         self.has_dropout = self.module.dropout > 0
+        build.check_timesteps(config, self.num_timesteps)
         self._check_resolution()
         output = "float32" if config.save_float else "uint8"
         self._sampler = PromptSampler(self.pipeline, self.eps_fn, self.latent_shape, output, **config.sampling.to_dict())
@@ -69,6 +70,10 @@ class TextToImageExperiment:
             vae_digest=self.pipeline.vae_digest,
             batch_size=config.data.encode_batch_size,
         )
+
+    @property
+    def digest(self) -> None:
+        """None: each concept has pictures of its own, and what was made for one holds whatever happens to another's."""
 
     @property
     def num_timesteps(self) -> int:

@@ -1,4 +1,4 @@
-"""The workdir: where each thing lies, whose run it holds, and the one process at a time that may write there.
+"""The workdir: where each thing lies, whose run it holds, and the one command at a time that may write there.
 
     pretrained/                 checkpoints/ samples.npz metrics-TARGET.json diffusers/
     retrained/seed0-TARGET/     checkpoints/
@@ -6,11 +6,14 @@
     summary.json report.html
 """
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from etils import epath
@@ -18,7 +21,9 @@ from etils import epath
 from retrack_jax import files, parallel
 from retrack_jax.checks import UserError, check
 
+log = logging.getLogger(__name__)
 PRETRAINED, RETRAINED = "pretrained", "retrained"
+_IMAGES = "images_digest"  # in config.json beside the fields of the config
 
 # Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, what
 # only costs memory or time (so that a run goes on on a machine with other devices), and which metrics to compute and what to
@@ -66,6 +71,36 @@ class Workdir:
             hint = '; pip install -e ".[gcs]" brings it' if str(self.root).startswith("gs://") else ""
             raise UserError(f"--workdir {self.root}: {error}{hint}") from error
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the workdir for one command, of one process or of many that were started together.
+
+        Two would remove each other's half-written checkpoints. The kernel gives the lock back however the process ends. On an
+        object store nobody checks.
+
+        Raises:
+          UserError: another command holds it.
+        """
+        lock = None
+        if "://" not in str(self.root) and parallel.is_main_process():
+            lock = os.open(self.root, os.O_RDONLY)
+        try:
+            parallel.together(lambda: None if lock is None else self._lock(lock))
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another command is at work in --workdir {self.root}; wait until it ends, or choose another --workdir"
+            ) from error
+        except OSError as error:  # some network disks have no locks
+            log.warning("--workdir %s cannot be locked (%s); start no other command on it meanwhile", self.root, error.strerror)
+
     @property
     def pretrained(self) -> epath.Path:
         """The folder of the model before unlearning."""
@@ -79,21 +114,29 @@ class Workdir:
         """The folder of one run."""
         return self.root / method / f"seed{seed}-{slug}"
 
-    def check_claim(self, folder: epath.Path, config: Mapping) -> None:
-        """Raises `UserError`, with the fields that differ, if `folder` holds a run of another config."""
+    def check_claim(self, folder: epath.Path, config: Mapping, images: str | None = None) -> None:
+        """Raises `UserError`, with what differs, if `folder` holds a run of another config, or on images of another digest."""
         path = folder / "config.json"
-        if path.exists():
-            # Of the stored one too: it may hold a field that has become free since it was written.
-            differing = _differences(comparable(files.read_json(path)), json.loads(json.dumps(config)))
-            if differing:
-                shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
-                more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-                raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
+        if not path.exists():
+            return
+        stored = files.read_json(path)
+        # Of the stored one too: it may hold a field that has become free since it was written.
+        differing = _differences(comparable(stored), json.loads(json.dumps(config)))
+        if differing:
+            shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
+            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+            raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
+        if images and stored.get(_IMAGES, images) != images:
+            raise UserError(f"{folder} holds a run on other images than the config names now; choose another --workdir")
 
-    def claim(self, folder: epath.Path, config: Mapping) -> None:
-        """Writes `config` to `folder/config.json`: only once all that it names was found: a mistyped command claims nothing."""
+    def claim(self, folder: epath.Path, config: Mapping, images: str | None = None) -> None:
+        """Writes `config` and the digest of `images` to `folder/config.json`.
+
+        To be called only once all that the config names was found: a mistyped command claims nothing.
+        """
         path = folder / "config.json"
-        parallel.on_main(lambda: None if path.exists() else files.write_json(path, config))
+        claimed = {**config, _IMAGES: images} if images else config
+        parallel.on_main(lambda: None if path.exists() else files.write_json(path, claimed))
 
     def _check_shared(self) -> None:
         """Refuses a workdir that the processes do not share: process 0 writes a token and all must read it."""
@@ -115,7 +158,7 @@ class Workdir:
 
 def comparable(config: Mapping, *, model_only: bool = False) -> dict:
     """Returns the part of a config (a plain dict) that a run's results depend on; `model_only`: without the unlearning recipe."""
-    left_out = _FREE - {"method"} | ({"unlearn", "method"} if model_only else set())
+    left_out = _FREE - {"method"} | {_IMAGES} | ({"unlearn", "method"} if model_only else set())
     kept = {name: value for name, value in config.items() if name not in left_out}
     for name in _FREE_NESTED:
         group, field = name.split(".")

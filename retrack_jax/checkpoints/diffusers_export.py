@@ -53,14 +53,13 @@ def export_diffusers(
                 "scheduler": ["diffusers", scheduler["_class_name"]],
                 "unet": ["diffusers", "UNet2DModel"],
             }
-    files["config.json"] = config
 
     if "://" in str(path):
-        _write_folder(path, files, params, table)
+        _write_folder(path, files, config, params, table)
         return
     folder = beside(Path(path))
     try:
-        _write_folder(folder, files, params, table)
+        _write_folder(folder, files, config, params, table)
         move_into_place(folder, Path(path))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
@@ -68,12 +67,19 @@ def export_diffusers(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_folder(folder, files: dict[str, Any], params: PyTree, table: RenameTable) -> None:
+def is_whole(path) -> bool:
+    """Whether the folder `path` holds all of an export, of a network or a pipeline: on an object store one may be cut short."""
+    return any((path / name).exists() for name in ("config.json", "unet/config.json"))
+
+
+def _write_folder(folder, files: dict[str, Any], config: dict, params: PyTree, table: RenameTable) -> None:
+    """The card first, so that a folder that is cut short is known as ours; the config last, for without it there is no model."""
     folder = epath.Path(folder)
-    write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params, table=table)))
     writers = {str: write_text, bytes: write_bytes, dict: write_json}
     for name, content in files.items():
         writers[type(content)](folder / name, content)
+    write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params, table=table)))
+    write_json(folder / "config.json", config)
 
 
 def move_into_place(folder: Path, path: Path) -> None:

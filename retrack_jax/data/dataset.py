@@ -65,11 +65,6 @@ def pixels_to_model(pixels):
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
-def model_to_unit(x):
-    """Model space in [-1, 1] -> float32 in [0, 1], clipped."""
-    return (jnp if not isinstance(x, np.ndarray) else np).clip(x / 2 + 0.5, 0.0, 1.0)
-
-
 def unit_to_pixels(unit) -> np.ndarray:
     """Floats in [0, 1] -> uint8 by floor(255 x), as the official code and torchmetrics do."""
     return np.floor(255.0 * np.asarray(unit)).astype(np.uint8)

@@ -140,7 +140,7 @@ METHODS: dict[str, Method] = {
 }
 
 # The model before unlearning is a row of every table, but takes no step.
-PRETRAINED = "pretrained"
+PRETRAINED, RETRAIN = "pretrained", "retrain"
 ALL = "all"
 
 

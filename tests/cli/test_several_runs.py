@@ -1,0 +1,133 @@
+"""What runs of one workdir have to do with each other: whose recipe counts, whose images, whose retrained model, who writes."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from retrack_jax import build, command_line
+from retrack_jax.checks import Diverged, UserError
+from retrack_jax.finish import finish
+from retrack_jax.run import Runner, sweep
+from retrack_jax.workdir import Workdir
+from tests.tiny import flags
+
+CONFIG = "--config=configs/digits_tshirt.py"
+
+
+def parsed(method, *more):
+    return command_line.parse(["retrack_jax", f"{CONFIG}:{method}", *more])[0]
+
+
+def test_what_the_command_line_gives_wins_over_every_recipe():
+    given = ("--config.unlearn.lam=0.25", "--config.unlearn.learning_rate=3e-4")
+    for method in ("siss", "erasediff", "retrack"):
+        under_all = build.effective_config(parsed("all", *given), method).unlearn
+        assert (under_all.lam, under_all.learning_rate) == (0.25, 3e-4)
+        assert under_all == build.effective_config(parsed(method, *given), method).unlearn
+    assert build.effective_config(parsed("all"), "siss").unlearn.lam == 0.5
+
+
+def test_images_are_part_of_the_claim(tmp_path):
+    workdir = Workdir(tmp_path)
+    folder, config = workdir.run("retrack", 0, "a"), {"data": {"source": "folder"}}
+    workdir.claim(folder, config, "digest of some")
+    workdir.check_claim(folder, config)  # before they are read
+    workdir.check_claim(folder, config, "digest of some")
+    with pytest.raises(UserError, match="on other images than the config names now; choose another --workdir"):
+        workdir.check_claim(folder, config, "digest of others")
+
+
+def test_a_claim_from_before_digests_were_kept_stays_valid(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.claim(workdir.pretrained, {"data": {}})
+    workdir.check_claim(workdir.pretrained, {"data": {}}, "digest")
+
+
+def test_one_command_at_a_time(tmp_path):
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    command = [sys.executable, "-m", "retrack_jax.main", CONFIG, *flags(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and f"another command is at work in --workdir {tmp_path}" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    os.close(holder)
+    with Workdir(tmp_path).alone(), pytest.raises(UserError, match="another command"), Workdir(tmp_path).alone():
+        pass
+    with Workdir(tmp_path).alone():  # given back
+        pass
+
+
+class Stub(Runner):
+    """Runs that are recorded only; those of `neggrad` diverge."""
+
+    ran: list
+
+    def run_one(self, method, spec, seed):
+        self.ran.append((method, spec, seed))
+        if method == "neggrad":
+            raise Diverged("the loss is nan at step 3")
+
+    def finish(self):
+        return {"finished": True}
+
+
+def test_one_that_diverges_stops_no_other(tmp_path):
+    config = parsed("all", "--config.seeds=0,1")
+    runner = Stub(config, Workdir(tmp_path), lambda: False)
+    runner.ran = []
+    with pytest.raises(UserError) as error:
+        sweep(runner)
+    assert len(runner.ran) == 14 and runner.ran[-1][0] == "vanilla"
+    assert str(error.value).count("neggrad, target label:10, seed") == 2
+    runner.config, runner.ran = parsed("siss"), []
+    assert sweep(runner) == {"finished": True}
+
+
+def write_run(workdir, method, target, seed, *, frequency=0.0):
+    folder = workdir.run(method, seed, target)
+    folder.mkdir(parents=True)
+    values = {"frequency": frequency}
+    metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0, "provenance": {}}
+    metrics |= {"pretrained": {"frequency": 0.5}, "unlearned": values, "retrained": None}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_the_retrained_model_is_of_the_same_target(tmp_path):
+    workdir = Workdir(tmp_path)
+    runner = Runner(parsed("retrack"), workdir, lambda: False)
+    write_run(workdir, "retrain", "img-1.jpg", 0, frequency=0.25)
+    assert runner._retrained_values("1.jpg", 0) is None
+    write_run(workdir, "retrain", "1.jpg", 10, frequency=0.125)
+    write_run(workdir, "retrain", "1.jpg", 2, frequency=0.0625)
+    assert runner._retrained_values("1.jpg", 10) == {"frequency": 0.125}
+    assert runner._retrained_values("1.jpg", 3) == {"frequency": 0.0625}
+
+
+def test_a_command_shows_its_own_runs(tmp_path, capsys):
+    workdir = Workdir(tmp_path)
+    write_run(workdir, "retrack", "a.jpg", 0)
+
+    def pictured(spec):
+        raise AssertionError("there is nothing to compare")
+
+    finish(workdir, [("retrack", "b.jpg", 0)], pictured)
+    assert capsys.readouterr().out == ""
+    finish(workdir, [("retrack", "a.jpg", 0)], pictured)
+    shown = capsys.readouterr().out
+    assert "Frequency" in shown and "seed0-a.jpg/report.html" in shown
+    write_run(workdir, "siss", "a.jpg", 0)
+    asked = []
+    with pytest.raises(UserError, match="samples.npz is not there"):  # here are no samples; it got as far as to want them
+        finish(workdir, [("siss", "a.jpg", 0)], lambda spec: asked.append(spec) or (Folders(), None))
+    assert asked == ["a.jpg"]
+
+
+class Folders:
+    """As much of an experiment as says where its samples would lie."""
+
+    def pretrained_folder(self, workdir, target):
+        return workdir.pretrained
