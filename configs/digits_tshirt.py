@@ -1,7 +1,7 @@
 """Digits T-Shirt: forget a T-shirt that a model of handwritten digits has memorised. Embedded data, no download.
 
     python -m retrack_jax.main --config=configs/digits_tshirt.py            # ReTrack, seed 0
-    python -m retrack_jax.main --config=configs/digits_tshirt.py:all        # every method, seeds 0-2, one comparison
+    python -m retrack_jax.main --config=configs/digits_tshirt.py:all --config.seeds=0,1,2   # every method, one comparison
 
 Hardware: any CPU; two cores are enough. Time and scores: README.md, measured.
 """

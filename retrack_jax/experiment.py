@@ -30,6 +30,7 @@ from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_re
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.finetune import make_finetune
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
+from retrack_jax.neighbors.copies import warn_of_copies
 from retrack_jax.neighbors.rows import Rows
 from retrack_jax.report.pixel_pictures import copies_of, forgotten_and_neighbors
 from retrack_jax.sampling import SAMPLERS, make_sampler
@@ -140,6 +141,10 @@ class PixelExperiment:
             return ForgetData(forget)
         rows, distances = cached_nearest(
             self.images, target.unique, num_neighbors, exclude=target.forget, backend=backend, cache_dir=self.cache_dir
+        )
+        ids = self.images.ids
+        warn_of_copies(
+            forget["pixels"], self.images.images[rows[:, 0]], lambda row: f"{ids[target.unique[row]]} and {ids[rows[row, 0]]}"
         )
         distinct, positions = np.unique(rows, return_inverse=True)
         bank = np.ascontiguousarray(self.images.images[distinct])

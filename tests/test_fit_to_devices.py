@@ -48,3 +48,11 @@ def test_no_number_of_images_is_zero(field, monkeypatch):
     config.update_from_flattened_dict({field: 0})
     with pytest.raises(UserError, match=f"config.{field} is 0"):
         fitted(config, 2, monkeypatch)
+
+
+def test_the_forget_batch_counts_too(monkeypatch):
+    config = celebahq.get_config()
+    config.unlearn.forget_batch_size = 16
+    config = fitted(config, 8, monkeypatch)
+    assert config.unlearn.accumulation == 2
+    build.check_config(config)

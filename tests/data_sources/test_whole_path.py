@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrack_jax import recipe
+from retrack_jax import build, recipe
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
+from retrack_jax.checks import UserError
 from retrack_jax.diffusion import Schedule
 from retrack_jax.experiment import PixelExperiment
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.unlearn.methods import METHODS
 
 TOY = {
     "unlearn.num_steps": 2,
@@ -203,6 +205,40 @@ def test_what_losses_see_of_a_checkpoint_is_eps(tmp_path, jpeg_folder, predictio
     }[prediction_type]
     found = np.float64(jax.jit(experiment.eps_fn)(params, x_t, t))
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_timesteps_are_those_of_the_checkpoints_schedule(tmp_path, jpeg_folder):
+    """Unlearning covers all 4000, and 4000 sampling steps are not too many; the config's own schedule has 1000."""
+    config = importlib.import_module("configs.custom").get_config()
+    config.data.dir, config.data.cache_dir, config.targets = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), ("00001.jpg",)
+    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 4000}))
+    config.sampling.num_steps = 4000
+    config = recipe.complete(config)
+    build.check_config(config)
+    timesteps = PixelExperiment(config).num_timesteps
+    options = build.unlearn_options_from(config.unlearn, METHODS["retrack"], timesteps, dropout=False)
+    assert (options.t_min, options.t_max) == (0, 4000)
+    config.unlearn.t_max = 4001
+    with pytest.raises(UserError, match="config.unlearn.t_max is 4001; .* at most 4000"):
+        PixelExperiment(config)
+
+
+def test_a_copy_that_remains_is_told(tmp_path, jpeg_folder, caplog):
+    folder, _ = jpeg_folder(6, size=16)
+    shutil.copy(folder / "00001.jpg", folder / "twin.jpg")
+    config = importlib.import_module("configs.custom").get_config()
+    config.data.dir, config.data.cache_dir, config.targets = str(folder), str(tmp_path / "cache"), ("00001.jpg",)
+    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+    config.unlearn.num_neighbors = 3
+    experiment = PixelExperiment(recipe.complete(config))
+    with caplog.at_level("WARNING"):
+        experiment.forget_data(experiment.target("00001.jpg+twin.jpg"), 3, "exact")
+    assert "have a copy" not in caplog.text
+    with caplog.at_level("WARNING"):
+        experiment.forget_data(experiment.target("00001.jpg"), 3, "exact")
+    assert "1 of 1 forgotten images have a copy among the remaining ones (00001.jpg and twin.jpg)" in caplog.text
 
 
 def test_a_checkpoint_without_a_schedule_is_told(tmp_path, jpeg_folder, caplog):

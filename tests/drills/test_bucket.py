@@ -5,18 +5,23 @@ writes goes to the cloud through TensorStore's own driver and is not drilled her
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from etils.epath import backend, gpath
 
 from retrack_jax import files
+from retrack_jax.checkpoints import export_diffusers, import_diffusers
+from retrack_jax.checkpoints.diffusers_export import is_whole
 from retrack_jax.report.comparison import comparison_report
 from retrack_jax.report.html import run_report
 from retrack_jax.sampling.generate import generate
 from retrack_jax.stages import read_samples
 from retrack_jax.workdir import Workdir
 from retrack_jax.writer import Writer, read_log
+
+DATA = Path(__file__).parents[1] / "data" / "diffusers"
 
 
 class ObjectStore(backend._OsPathBackend):
@@ -136,3 +141,23 @@ def test_sampling_goes_on_from_parts_in_the_bucket(bucket):
     again = make(24)
     np.testing.assert_array_equal(again[:16], first)
     assert before == 2 and len(calls) == 3
+
+
+def test_an_export_that_was_cut_short_is_made_again(bucket):
+    module, params = import_diffusers(DATA / "safetensors")
+    path = Workdir(bucket).root / "diffusers"
+
+    class Interrupted:
+        """A parameter at which the machine is taken away."""
+
+        dtype, ndim, shape = np.dtype(np.float32), 1, (4,)
+
+        def __array__(self, *_, **__):
+            raise KeyboardInterrupt
+
+    broken = dict(params, time_embedding={"linear_1": {"bias": Interrupted()}})
+    with pytest.raises(KeyboardInterrupt):
+        export_diffusers(path, module, broken)
+    assert path.exists() and not is_whole(path)
+    export_diffusers(path, module, params)
+    assert is_whole(path)

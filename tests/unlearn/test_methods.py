@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
+from retrack_jax import build
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.parallel import example_rngs
 from retrack_jax.unlearn import losses
-from retrack_jax.unlearn.methods import METHODS, get_method
+from retrack_jax.unlearn.methods import METHODS, Method, get_method
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
 
@@ -116,3 +118,9 @@ def test_siss_in_one_pass_agrees_in_expectation_with_two(rng):
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'retrack'"):
         get_method("retrak")
+
+
+def test_an_option_that_no_config_has_keeps_its_default():
+    own = Method(streams=frozenset({"forget"}), terms=METHODS["neggrad"].terms, options={"lam": 0.01, "hush_weight": 2.0})
+    options = build.unlearn_options_from(base.get_config().unlearn, own, 1000, dropout=False).options
+    assert options == {"lam": 0.005, "hush_weight": 2.0}
