@@ -13,7 +13,7 @@ from retrack_jax import build, files, parallel, recipe
 from retrack_jax.checks import Diverged, check
 from retrack_jax.data.target import Target
 from retrack_jax.data.targets import described, slug
-from retrack_jax.evaluate.results import Results
+from retrack_jax.evaluate.results import Results, worth_another_try
 from retrack_jax.experiment import PixelExperiment, check_pixel_config
 from retrack_jax.finish import finish
 from retrack_jax.provenance import environment
@@ -177,10 +177,9 @@ class Runner:
     def _is_done(self, folder, config: ConfigDict, slug: str, seed: int) -> bool:
         if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
             return False
-        # A metric that was absent, for want of a weights file say, is worth another try; one may also be asked for later, with
-        # another classifier, or an export of another kind.
+        # A metric may be asked for later, with another classifier, or an export of another kind.
         metrics = files.read_json(folder / "metrics.json")
-        complete = not metrics["provenance"]["absent"] and set(config.eval.metrics) <= set(metrics["unlearned"])
+        complete = not worth_another_try(metrics, config.eval.metrics)
         then = metrics["config"]
         same = then["eval"].get("classifier") == config.eval.get("classifier") and then.get("export") == config.get("export")
         # Images from elsewhere may be others, which their digest says once they are read. A model may have been retrained since.
@@ -233,6 +232,7 @@ class Runner:
                 "num_samples": self.experiment.num_samples(target),
                 "metrics": {name: note for name, note in after.notes.items() if name in after.values},
                 "absent": after.absent,
+                "final": after.final,
             },
         }
         parallel.on_main(lambda: files.write_json(folder / "metrics.json", metrics))

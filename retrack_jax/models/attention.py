@@ -4,6 +4,8 @@
     (2) attention: softmax(q k^T / sqrt(dim_head)) v, for each head; the softmax in float32
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,24 +26,31 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        batch, channels = x.shape[0], x.shape[-1]
+        channels = x.shape[-1]
         scale_C = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32).astype(jnp.float32)
         bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32).astype(jnp.float32)
-        groups, size = self.num_groups, channels // self.num_groups
+        return _group_norm(x, scale_C, bias_C, self.num_groups, self.epsilon, self.dtype)
 
-        def group_mean(y_BC: Array) -> Array:
-            y_BG1 = jnp.mean(y_BC.reshape(batch, groups, size), axis=-1, keepdims=True)
-            return jnp.broadcast_to(y_BG1, (batch, groups, size)).reshape(batch, channels)
 
-        x_BNC = x.astype(jnp.float32).reshape(batch, -1, channels)
-        shift_BC = group_mean(jax.lax.stop_gradient(x_BNC[:, x_BNC.shape[1] // 2]))
-        x_BNC = x_BNC - shift_BC[:, None, :]
-        # Over the pixels first: on CPU a sum that keeps the channels apart is vectorised, one over pixels and channels is not.
-        mean_BC = group_mean(jnp.mean(x_BNC, axis=1))
-        var_BC = group_mean(jnp.mean(jnp.square(x_BNC), axis=1)) - jnp.square(mean_BC)
-        gain_BC = jax.lax.rsqrt(jnp.maximum(var_BC, 0.0) + self.epsilon) * scale_C[None, :]
-        y_BNC = x_BNC * gain_BC[:, None, :] + (bias_C[None, :] - mean_BC * gain_BC)[:, None, :]
-        return y_BNC.reshape(x.shape).astype(self.dtype)
+# Under `jit`, for a network has fifty norms of a dozen shapes: each shape is traced and lowered once.
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _group_norm(x: Array, scale_C: Array, bias_C: Array, groups: int, epsilon: float, dtype: jnp.dtype) -> Array:
+    batch, channels = x.shape[0], x.shape[-1]
+    size = channels // groups
+
+    def group_mean(y_BC: Array) -> Array:
+        y_BG1 = jnp.mean(y_BC.reshape(batch, groups, size), axis=-1, keepdims=True)
+        return jnp.broadcast_to(y_BG1, (batch, groups, size)).reshape(batch, channels)
+
+    x_BNC = x.astype(jnp.float32).reshape(batch, -1, channels)
+    shift_BC = group_mean(jax.lax.stop_gradient(x_BNC[:, x_BNC.shape[1] // 2]))
+    x_BNC = x_BNC - shift_BC[:, None, :]
+    # Over the pixels first: on CPU a sum that keeps the channels apart is vectorised, one over pixels and channels is not.
+    mean_BC = group_mean(jnp.mean(x_BNC, axis=1))
+    var_BC = group_mean(jnp.mean(jnp.square(x_BNC), axis=1)) - jnp.square(mean_BC)
+    gain_BC = jax.lax.rsqrt(jnp.maximum(var_BC, 0.0) + epsilon) * scale_C[None, :]
+    y_BNC = x_BNC * gain_BC[:, None, :] + (bias_C[None, :] - mean_BC * gain_BC)[:, None, :]
+    return y_BNC.reshape(x.shape).astype(dtype)
 
 
 class KeyProjection(nn.Module):
