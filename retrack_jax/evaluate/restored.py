@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.data.dataset import pixels_to_model
+from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
 from retrack_jax.metrics.blocks import shown_progress
@@ -48,5 +48,5 @@ def keep_pictures(path, forgotten: np.ndarray, given: np.ndarray, made: np.ndarr
     """Writes the first images to the `.npz` at `path`, as uint8 `[F, H, W, C]` by floor(255 x), with their SSCD `[F]`."""
     few = slice(MOST_KEPT)
     pixels = {"noised": given, "restored": made}
-    arrays = {name: np.floor(255.0 * images[few]).astype(np.uint8) for name, images in pixels.items()}
+    arrays = {name: unit_to_pixels(images[few]) for name, images in pixels.items()}
     parallel.on_main(lambda: write_npz(path, forgotten=forgotten[few], sscd=np.asarray(scores)[few], **arrays))

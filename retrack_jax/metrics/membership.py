@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import UserError, check, check_int
+from retrack_jax.checks import Diverged, check, check_int
 from retrack_jax.diffusion.process import add_noise, eps_to_x0
 from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.types import PyTree, Rng
@@ -63,7 +63,7 @@ def denoising_losses(
       desc: what a progress bar calls it; none is shown without.
 
     Raises:
-      UserError: a loss that is not finite.
+      Diverged: a loss that is not finite.
     """
     check_int("num_noises", num_noises, 1)
     images = jnp.asarray(images, jnp.float32)
@@ -122,7 +122,7 @@ def secmi_scores(
       desc: as in `denoising_losses`.
 
     Raises:
-      UserError: timesteps outside the schedule, or a score that is not finite.
+      UserError: timesteps outside the schedule; `Diverged` for a score that is not finite.
     """
     num_timesteps = len(schedule.gamma)
     check_int("interval", interval, 1)
@@ -201,4 +201,4 @@ def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tu
 def _check_finite(name: str, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
-        raise UserError(f"{count} of {values.size} values of the {name} are not finite; the model has diverged")
+        raise Diverged(f"{count} of {values.size} values of the {name} are not finite; the model has diverged")

@@ -48,7 +48,7 @@ def _convolve_on_cpu(x_BHWC: Array, kernel: Array, *, strides: int, padding: _Pa
     return _convolve(x_BHWC, kernel, strides=strides, padding=padding)
 
 
-def _cpu_input_gradient(dy_BHWO: Array, kernel: Array, *, x_shape: tuple[int, ...], strides: int, padding: _Padding) -> Array:
+def _grad_x_on_cpu(dy_BHWO: Array, kernel: Array, *, x_shape: tuple[int, ...], strides: int, padding: _Padding) -> Array:
     """Equation (2): dL/dx of shape `x_shape`."""
     flipped_kernel = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     spread = [(0, 0, 0)]
@@ -63,7 +63,7 @@ def _cpu_input_gradient(dy_BHWO: Array, kernel: Array, *, x_shape: tuple[int, ..
     return _convolve(lax.pad(dy_BHWO, jnp.zeros((), dy_BHWO.dtype), spread), flipped_kernel, strides=1, padding=((0, 0),) * 2)
 
 
-def _cpu_kernel_gradient(x_BHWC: Array, dy_BHWO: Array, *, kernel_shape: tuple[int, ...], strides: int, padding: _Padding) -> Array:
+def _grad_k_on_cpu(x_BHWC: Array, dy_BHWO: Array, *, kernel_shape: tuple[int, ...], strides: int, padding: _Padding) -> Array:
     """Equation (3): dL/dK of shape `kernel_shape`."""
     if kernel_shape[:2] == (1, 1) and strides == 1 and padding == ((0, 0),) * 2:
         return lax.dot_general(x_BHWC, dy_BHWO, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
@@ -101,29 +101,29 @@ def _abstract_eval(x: jax.core.ShapedArray, kernel: jax.core.ShapedArray, **para
 
 # Under `jit`, for a network has many convolutions of few shapes: each gradient is traced and lowered once.
 @partial(jax.jit, static_argnames=("x_shape", "strides", "padding"))
-def _input_gradient(dy: Array, kernel: Array, *, x_shape: tuple[int, ...], **params) -> Array:
+def _grad_x(dy: Array, kernel: Array, *, x_shape: tuple[int, ...], **params) -> Array:
     def own(dy, kernel):
         x = jax.ShapeDtypeStruct(x_shape, dy.dtype)
         return jax.linear_transpose(lambda x: _convolve(x, kernel, **params), x)(dy)[0]
 
-    return lax.platform_dependent(dy, kernel, cpu=partial(_cpu_input_gradient, x_shape=x_shape, **params), default=own)
+    return lax.platform_dependent(dy, kernel, cpu=partial(_grad_x_on_cpu, x_shape=x_shape, **params), default=own)
 
 
 @partial(jax.jit, static_argnames=("kernel_shape", "strides", "padding"))
-def _kernel_gradient(x: Array, dy: Array, *, kernel_shape: tuple[int, ...], **params) -> Array:
+def _grad_k(x: Array, dy: Array, *, kernel_shape: tuple[int, ...], **params) -> Array:
     def own(x, dy):
         kernel = jax.ShapeDtypeStruct(kernel_shape, dy.dtype)
         return jax.linear_transpose(lambda kernel: _convolve(x, kernel, **params), kernel)(dy)[0]
 
-    return lax.platform_dependent(x, dy, cpu=partial(_cpu_kernel_gradient, kernel_shape=kernel_shape, **params), default=own)
+    return lax.platform_dependent(x, dy, cpu=partial(_grad_k_on_cpu, kernel_shape=kernel_shape, **params), default=own)
 
 
 def _transpose_to_input(dy: Array, x: ad.UndefinedPrimal, kernel: Array, **params) -> Array:
-    return _input_gradient(dy, kernel, x_shape=x.aval.shape, **params)
+    return _grad_x(dy, kernel, x_shape=x.aval.shape, **params)
 
 
 def _transpose_to_kernel(dy: Array, x: Array, kernel: ad.UndefinedPrimal, **params) -> Array:
-    return _kernel_gradient(x, dy, kernel_shape=kernel.aval.shape, **params)
+    return _grad_k(x, dy, kernel_shape=kernel.aval.shape, **params)
 
 
 ad.defbilinear(_conv_p, _transpose_to_input, _transpose_to_kernel)

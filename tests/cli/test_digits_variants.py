@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from retrack_jax import run
 from retrack_jax.main import main
 from tests.tiny import flags
 
@@ -43,10 +44,10 @@ def test_membership_of_a_random_share(random_share):
 def test_a_metric_may_be_asked_for_later(random_share):
     """The run is not made again: its parameters and samples stay; both relearning curves are added to what was there."""
     workdir, before = random_share
-    run = workdir / "retrack" / "seed0-random_0.01"
-    stays = {path: path.stat().st_mtime_ns for path in (run / "samples.npz", run / "diffusers" / "config.json")}
+    folder = workdir / "retrack" / "seed0-random_0.01"
+    stays = {path: path.stat().st_mtime_ns for path in (folder / "samples.npz", folder / "diffusers" / "config.json")}
     wanted = ("membership_auc", "relearning_steps", "relearning_steps_remain")
-    after = metrics_of(workdir, "digits_random", run.relative_to(workdir), **{**FEW, "eval.metrics": wanted})
+    after = metrics_of(workdir, "digits_random", folder.relative_to(workdir), **{**FEW, "eval.metrics": wanted})
     assert {path: path.stat().st_mtime_ns for path in stays} == stays
     assert before["unlearned"].items() <= after["unlearned"].items()
     for name in wanted[1:]:
@@ -65,3 +66,14 @@ def test_a_class(tmp_path):
     note = found["provenance"]["metrics"]["label_share"]
     assert note["label"] == 7 and 0.0 <= found["unlearned"]["label_share"] <= 1.0
     assert "random:SHARE" in found["provenance"]["absent"]["membership_auc"]
+
+
+def test_a_metric_that_can_never_be_is_not_tried_again(tmp_path, monkeypatch):
+    """Without a threshold no sample is the forgotten image, and one digit is no whole class; the loss has a value."""
+    more = {"data.copies": 0, "targets": "digit_0000", "eval.metrics": ("frequency", "label_share", "forget_loss")}
+    place = "retrack/seed0-digit_0000"
+    found = metrics_of(tmp_path, "digits_class", place, **more)
+    assert set(found["unlearned"]) == {"forget_loss"} and set(found["provenance"]["final"]) == {"frequency", "label_share"}
+    assert "config.eval.frequency_threshold" in found["provenance"]["absent"]["frequency"]
+    monkeypatch.setattr(run, "build_experiment", None)  # the same command again reads no data and no model
+    assert metrics_of(tmp_path, "digits_class", place, **more) == found
