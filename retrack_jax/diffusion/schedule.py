@@ -216,12 +216,18 @@ class Schedule:
         if spacing == "leading":
             visited = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
         elif spacing == "trailing":
-            visited = np.round(np.arange(total, 0, -total / num_steps)) - 1
+            # Where total / num_steps rounds down, arange ends on one more entry just above 0: diffusers then visits t = -1 too.
+            visited = np.round(np.arange(total, 0, -total / num_steps)[:num_steps]) - 1
         else:
             visited = np.linspace(0, total - 1, num_steps).round()[::-1]
-        if visited[0] >= total:
+        return self.within_table(visited)
+
+    def within_table(self, visited: np.ndarray) -> np.ndarray:
+        """Returns descending timesteps as int32. Raises `UserError` where the offset makes them start past the table."""
+        last = self.num_train_timesteps - 1
+        if visited[0] > last:
             raise UserError(
-                f"{num_steps} steps with steps_offset {self.steps_offset} start at t = {visited[0]}, past {total - 1}; use fewer"
+                f"{len(visited)} steps with steps_offset {self.steps_offset} start at t = {visited[0]}, past {last}; use fewer"
             )
         return visited.astype(np.int32)
 

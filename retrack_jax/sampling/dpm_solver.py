@@ -83,7 +83,8 @@ def timesteps(schedule: Schedule, num_steps: int, spacing: str) -> np.ndarray:
     """Returns the timesteps visited, int32 [num_steps], descending, as DPMSolverMultistepScheduler spaces them.
 
     Raises:
-      UserError: as many steps as timesteps or more (but for `trailing`), for which two would coincide.
+      UserError: as many steps as timesteps or more (but for `trailing`), for which two would coincide; an offset that leaves the
+      table.
     """
     total = schedule.num_train_timesteps
     check_choice("timestep_spacing", spacing, SPACINGS)
@@ -94,4 +95,4 @@ def timesteps(schedule: Schedule, num_steps: int, spacing: str) -> np.ndarray:
         visited = np.linspace(0, total - 1, num_steps + 1).round()
     else:
         visited = np.arange(num_steps + 1) * (total // (num_steps + 1)) + schedule.steps_offset
-    return visited[:0:-1].astype(np.int32)
+    return schedule.within_table(visited[:0:-1])

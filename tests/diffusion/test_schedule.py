@@ -93,6 +93,17 @@ def test_timesteps(num_steps, settings, expected):
     assert timesteps.dtype == np.int32
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_number_of_steps_visits_as_many_timesteps_of_the_table(spacing):
+    schedule = Schedule.create(timestep_spacing=spacing)
+    for num_steps in range(1, 1001):
+        timesteps = schedule.timesteps(num_steps)
+        assert len(timesteps) == num_steps and timesteps[-1] >= 0 and (np.diff(timesteps) < 0).all(), num_steps
+        if spacing == "trailing":
+            even = 999 - np.arange(num_steps) * 1000 / num_steps
+            assert np.abs(timesteps - even).max() <= 0.5 + 1e-9, num_steps
+
+
 def test_timesteps_past_the_table_are_refused():
     with pytest.raises(UserError, match="sampling steps is 1001"):
         Schedule.create().timesteps(1001)

@@ -158,6 +158,21 @@ def test_tables_timesteps_and_config(name):
     assert not changed
 
 
+@pytest.mark.parametrize("class_name", ["DDPMScheduler", "DDIMScheduler"])
+def test_trailing_timesteps_of_every_number_of_steps(class_name):
+    """For 62 of 1 to 1000 diffusers makes one step too many, at t = -1: its own rounding. Without that one, all are the same."""
+    theirs = getattr(diffusers, class_name)(timestep_spacing="trailing")
+    ours, surplus = Schedule.from_config(dict(theirs.config)), []
+    for num_steps in range(1, 1001):
+        theirs.set_timesteps(num_steps)
+        visited = theirs.timesteps.numpy()
+        if len(visited) > num_steps:
+            assert visited[num_steps:].tolist() == [-1]
+            surplus.append(num_steps)
+        np.testing.assert_array_equal(ours.timesteps(num_steps), visited[:num_steps])
+    assert len(surplus) == 62
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] != "DPMSolverMultistepScheduler"])
 def test_add_noise(name):
     theirs, schedule, _ = both(name)

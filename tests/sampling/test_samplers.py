@@ -251,6 +251,7 @@ def test_start_at():
         (lambda: make_sampler("ddpm", Schedule.create(), 0), "sampling steps is 0"),
         (lambda: make_sampler("ddim", Schedule.create(), 50, spacing="even"), "timestep_spacing is 'even'"),
         (lambda: DPMSolver.create(Schedule.create(), 1000), "DPM-Solver.* steps is 1000"),
+        (lambda: DPMSolver.create(Schedule.create(steps_offset=1), 999, spacing="leading"), "start at t = 1000, past 999"),
         (lambda: make_sampler("pndm", Schedule.create(), 1), "PNDM steps is 1"),
         (lambda: make_sampler("pndm", Schedule.create(class_name="PNDMScheduler"), 50), "skip_prk_steps"),
     ],
