@@ -18,10 +18,10 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.train.state import TrainState
 from retrack_jax.types import Array, PyTree, Rng
 from retrack_jax.unlearn.methods import Method
-from retrack_jax.unlearn.streams import Context, Stream
+from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
 
-# Folds of an example's key, one a stream, and of a step's key for what belongs to no example.
-_REMAIN, _FORGET, _POSTERIOR = range(3)
+# Folds of a step's key: one a stream, which its examples' keys come from, and one for what belongs to no example.
+_REMAIN, _FORGET = range(2)
 _DROPOUT = 0x0D40
 
 
@@ -177,7 +177,7 @@ def _take(tree: PyTree, rows: Array) -> PyTree:
 def _stream_rngs(step_rng: Rng, stream: int, index: Array) -> tuple[Rng, Rng]:
     """Returns two keys an example, for the method's draws and for the latent posterior, from its global index."""
     rngs = parallel.example_rngs(jax.random.fold_in(step_rng, stream), index)
-    return rngs, jax.vmap(lambda rng: jax.random.fold_in(rng, _POSTERIOR))(rngs)
+    return rngs, jax.vmap(lambda rng: jax.random.fold_in(rng, POSTERIOR))(rngs)
 
 
 def _accumulate(gradients: Callable, batch: PyTree, accumulation: int) -> PyTree:

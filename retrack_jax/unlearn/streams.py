@@ -17,8 +17,8 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.types import Array, Rng
 from retrack_jax.unlearn import losses
 
-# Each draw of an example has its own fold, so that adding a draw never changes another.
-_TIME, _NOISE, _MASK, _UNIFORM = range(4)
+# Each draw of an example has its own fold, so that adding a draw never changes another. Clean latents are drawn in train/step.py.
+_TIME, _NOISE, _MASK, _UNIFORM, POSTERIOR = range(5)
 
 
 @flax.struct.dataclass

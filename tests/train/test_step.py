@@ -13,8 +13,9 @@ from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state
-from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.train.step import Shared, StepOptions, _stream_rngs, make_train_step
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
 
 SCHEDULE = toys.schedule()
@@ -78,6 +79,20 @@ def test_a_step_donates_its_state():
     after, _ = step(state, batches()(0), here, jax.random.key(7))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_no_two_draws_of_an_example_share_a_key(rng, monkeypatch):
+    """Time, noise, the mask of a mixture, the uniform target and the latent: each folds a number of its own into the key."""
+    rngs, _ = _stream_rngs(rng, 0, jnp.arange(2))
+    stream = Stream(jnp.zeros((2, *toys.SHAPE)), rngs)
+    folds, real = [], jax.random.fold_in
+    monkeypatch.setattr(jax.random, "fold_in", lambda key, data: (folds.append(data), real(key, data))[1])
+    Context(schedule=SCHEDULE, eps_fn=None, t_max=1000).noise(stream)
+    stream.bernoulli(0.5)
+    stream.uniform()
+    drawn = len(folds)
+    _stream_rngs(rng, 0, jnp.arange(2))
+    assert drawn == 4 and len({*folds[:drawn], folds[-1]}) == 5  # what comes between makes the example's key itself
 
 
 def test_the_seed_and_the_step_change_the_draws(monkeypatch):
