@@ -18,7 +18,7 @@ from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.train.loop import train
-from retrack_jax.train.optimizer import make_lam_schedule, make_optimizer
+from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.types import PyTree, Rng
@@ -31,6 +31,8 @@ _TRAINING = {
     "forget_batch_size": 0,
     "accumulation": 1,
     "learning_rate": 5e-5,
+    "learning_rate_schedule": "constant",
+    "warmup_steps": 0,
     "b1": 0.95,
     "b2": 0.999,
     "eps": 1e-8,
@@ -79,8 +81,8 @@ def unlearn(
       apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`.
       params: the pretrained parameters; they are left as they are.
       schedule: the noise schedule; its `prediction_type` says what the network predicts.
-      remain, forget: images `[R, ...]` and `[F, ...]`, float32 in the space that the network denoises ([-1, 1] for pixels), or
-        uint8.
+      remain, forget: images `[R, ...]` and `[F, ...]`, of one dtype: floats in the space that the network denoises ([-1, 1] for
+        pixels), or uint8.
       method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.
       rng: decides the data order and all noise.
       **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
@@ -88,7 +90,7 @@ def unlearn(
 
     Raises:
       UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not
-      divide.
+      divide, images of different kinds, timesteps outside the schedule.
     """
     entry = get_method(method)
     check(not entry.from_scratch, f"method {method!r} trains from random weights; use train.loop for it")
@@ -100,9 +102,15 @@ def unlearn(
                 raise UserError(f"method {method!r} does not read the option {name!r}")
             raise UserError(f"there is no option {name!r}{suggestion(name, known)}")
     chosen = {**known, **options}
+    if chosen["t_max"] is None:
+        chosen["t_max"] = schedule.num_train_timesteps
     check_choice("retain_loss", chosen["retain_loss"], ("standard", "distillation"))
+    check_choice("learning_rate_schedule", chosen["learning_rate_schedule"], LEARNING_RATE_SCHEDULES)
     for name in ("num_steps", "batch_size", "accumulation", "num_neighbors"):
         check_int(name, chosen[name])
+    check_int("warmup_steps", chosen["warmup_steps"], minimum=0)
+    check_int("t_min", chosen["t_min"], minimum=0, maximum=schedule.num_train_timesteps - 1)
+    check_int("t_max", chosen["t_max"], minimum=chosen["t_min"] + 1, maximum=schedule.num_train_timesteps)
     forget_size = (chosen["forget_batch_size"] or chosen["batch_size"]) if "forget" in entry.streams else 0
     for name, size in (("batch_size", chosen["batch_size"]), ("forget_batch_size", forget_size)):
         parallel.check_divisible(name, size, chosen["accumulation"])
@@ -111,7 +119,7 @@ def unlearn(
 
     remain, forget = np.asarray(remain), np.asarray(forget)
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")
-    name = "pixels" if remain.dtype == np.uint8 else "x_0"
+    name = _kind(remain, forget)
     shared = Shared(schedule=schedule, forget={name: forget})
     if "neighbors" in entry.streams:
         rows, _ = nearest(forget, remain, chosen["num_neighbors"], chosen["neighbor_backend"])
@@ -121,9 +129,11 @@ def unlearn(
         )
     if chosen["retain_loss"] == "distillation":
         shared = shared.replace(reference=params)
-    step = make_train_step(entry, make_eps_fn(apply_fn, schedule), _step_options(chosen, entry, schedule))
+    step = make_train_step(entry, make_eps_fn(apply_fn, schedule), _step_options(chosen, entry))
     optimizer = make_optimizer(
-        **{key: chosen[key] for key in ("learning_rate", "num_steps", "b1", "b2", "eps", "weight_decay", "clip_norm")}
+        **{key: chosen[key] for key in ("learning_rate", "num_steps", "b1", "b2", "eps", "weight_decay", "clip_norm")},
+        schedule=chosen["learning_rate_schedule"],
+        warmup_steps=chosen["warmup_steps"],
     )
     batches = Batches(
         gather=lambda rows: {name: remain[rows]},
@@ -141,7 +151,17 @@ def unlearn(
     return state.params
 
 
-def _step_options(chosen: dict, entry, schedule: Schedule) -> StepOptions:
+def _kind(remain: np.ndarray, forget: np.ndarray) -> str:
+    """Returns under which name `data.dataset.to_x_0` takes images of this dtype; pixels are scaled and floats are not."""
+    mend = "give both as uint8 pixels, or both as float32 in the space that the network denoises ([-1, 1] for pixels)"
+    check(remain.dtype == forget.dtype, f"remain is {remain.dtype} and forget is {forget.dtype}; {mend}")
+    if remain.dtype == np.uint8:
+        return "pixels"
+    check(jax.numpy.issubdtype(remain.dtype, np.floating), f"remain and forget are {remain.dtype}; {mend}")
+    return "x_0"
+
+
+def _step_options(chosen: dict, entry) -> StepOptions:
     lam_fn = None
     if "lam" in entry.options and chosen["lam_schedule"] != "constant":
         lam_fn = make_lam_schedule(chosen["lam"], chosen["lam_end"], chosen["num_steps"], chosen["lam_schedule"])
@@ -150,7 +170,7 @@ def _step_options(chosen: dict, entry, schedule: Schedule) -> StepOptions:
         lam_fn=lam_fn,
         accumulation=chosen["accumulation"],
         t_min=chosen["t_min"],
-        t_max=chosen["t_max"] or schedule.num_train_timesteps,
+        t_max=chosen["t_max"],
         distill=chosen["retain_loss"] == "distillation",
         dropout=chosen["dropout"],
     )

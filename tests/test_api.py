@@ -4,8 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from retrack_jax.api import unlearn
+from configs.base import get_config
+from retrack_jax.api import _TRAINING, unlearn
 from retrack_jax.checkpoints.run_store import tree_digest
+from retrack_jax.checks import UserError
+from retrack_jax.unlearn.methods import METHODS
 from tests import toys
 
 SMALL = dict(num_steps=3, batch_size=8, num_neighbors=4, learning_rate=1e-3)
@@ -27,6 +30,17 @@ def test_unlearn_returns_other_parameters_and_repeats_itself(rng):
     assert tree_digest(go(jax.random.key(1))) != tree_digest(first)
 
 
+def test_every_field_of_config_unlearn_is_an_option():
+    options = {name for method in METHODS.values() for name in method.options}
+    assert set(get_config().unlearn) <= {*_TRAINING, *options}
+
+
+def test_the_learning_rate_may_warm_up_and_fall(rng):
+    constant = go(rng)
+    for changes in ({"warmup_steps": 2}, {"learning_rate_schedule": "cosine"}):
+        assert toys.relative(go(rng, **changes), constant) > 1e-5
+
+
 def test_pixels_and_floats_are_the_same_images(rng):
     floats = [images.astype(np.float32) / np.float32(127.5) - np.float32(1) for images in (toys.images(20), toys.images(2, 1))]
     ours = unlearn(toys.ToyNet().apply, toys.params(), toys.schedule(), *floats, rng=rng, **SMALL)
@@ -42,8 +56,29 @@ def test_pixels_and_floats_are_the_same_images(rng):
         ({"siss_scale": 1.0}, "does not read the option 'siss_scale'"),
         ({"num_neighbors": 21}, "k is 21"),
         ({"batch_size": 6}, "does not divide evenly over 4 devices"),
+        ({"t_min": 900, "t_max": 100}, "t_max is 100; it must be a whole number of at least 901"),
+        ({"t_max": 5000}, "t_max is 5000; .* at most 1000"),
+        ({"t_max": 0}, "t_max is 0"),
+        ({"t_min": 1000}, "t_min is 1000; .* at most 999"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"learning_rate_schedule": "cosin"}, "learning_rate_schedule is 'cosin'.*did you mean 'cosine'"),
     ],
 )
 def test_mistakes_are_value_errors_that_name_them(options, words, rng):
     with pytest.raises(ValueError, match=words):
         go(rng, **options)
+
+
+@pytest.mark.parametrize(
+    "dtypes, words",
+    [
+        (("uint8", "float32"), "remain is uint8 and forget is float32; give both as"),
+        (("float32", "uint8"), "remain is float32 and forget is uint8; give both as"),
+        (("int64", "int64"), "remain and forget are int64; give both as"),
+    ],
+)
+def test_images_of_different_kinds_are_refused(dtypes, words, rng):
+    """A white image is 255 or 1.0: taken for the other kind it would be another image, and nobody would be told."""
+    pair = [images.astype(dtype) for images, dtype in zip((toys.images(20), toys.images(2, 1)), dtypes, strict=True)]
+    with pytest.raises(UserError, match=words):
+        unlearn(toys.ToyNet().apply, toys.params(), toys.schedule(), *pair, rng=rng, **SMALL)
