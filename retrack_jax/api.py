@@ -146,8 +146,9 @@ def unlearn(
     # The step donates its state: it works on a copy, and the caller's parameters stay.
     state = parallel.replicate(create_state(jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params), optimizer))
     state, _ = train(
-        state, step, batches, parallel.replicate(shared), rng, num_steps=chosen["num_steps"], name="unlearn"
-    )
+        state, step, batches, parallel.replicate(shared), rng,
+        num_steps=chosen["num_steps"], name="unlearn", rate_field="learning_rate",
+    )  # fmt: skip
     return state.params
 
 

@@ -19,6 +19,10 @@ from retrack_jax.train.step import Shared
 from retrack_jax.types import PyTree, Rng
 from retrack_jax.writer import Writer, progress
 
+# Several processes ask each other whether to stop at least every so many steps, however seldom the log is written: what preempts
+# them gives minutes.
+_ASK_EVERY = 10
+
 
 def train(
     state: TrainState,
@@ -35,6 +39,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     seconds_before: float = 0.0,
     shard_ema: bool = False,
+    rate_field: str | None = None,
 ) -> tuple[TrainState, float]:
     """Trains from `state.step` to `num_steps` and returns the last state and the seconds that all of it took.
 
@@ -48,10 +53,11 @@ def train(
       name: `pretrain`, `unlearn`... for the log and the progress line.
       store: where to save, every `checkpoint_every` steps (0: only at the end) and at the end.
       writer: where scalars go, as `NAME_loss` and so on.
-      should_stop: asked after every step; true saves and raises `Preempted`.
+      should_stop: asked after every step, of several processes after every 10th at the least; true saves and raises `Preempted`.
       seconds_before: what the steps before `state.step` took; checkpoints carry the sum, so that a resumed run reports all of it.
       shard_ema: whether the moving average lies spread over the devices meanwhile, as `p_step` must then expect it (step.py
         `StepOptions`). It is saved and returned whole, so another number of devices can go on from there.
+      rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
     Raises:
       UserError: a metric is not finite; it names the metric and the step. What was saved before stays.
@@ -66,7 +72,7 @@ def train(
     def read_metrics() -> None:
         scalars = {}
         for step, metrics in jax.device_get(unread):
-            _check_finite(name, step, metrics, store)
+            _check_finite(name, step, metrics, store, rate_field or f"config.{name}.learning_rate")
             scalars[step] = {f"{name}_{key}": value for key, value in metrics.items()}
         unread.clear()
         if writer is not None:  # on a full disk process 0 alone fails
@@ -78,7 +84,8 @@ def train(
         if store is not None and step != saved:
             if writer is not None:
                 parallel.on_main(writer.flush)  # a restart begins at the checkpoint, so the log must reach it
-            # The finished model needs no optimizer: what is kept of a run is a third of its state.
+            # The finished model needs no optimizer. The last state saved on the way stays beside it: should the model be damaged,
+            # it is made again from there.
             tree = model_tree(state) if step == num_steps else state_tree(state.whole())
             store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step
@@ -96,9 +103,9 @@ def train(
                     read_metrics()
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
-                # One process may be told before the others, but all must save the same step. Asking them costs a round trip, so
-                # several processes ask only where the metrics are read anyway.
-                asks = jax.process_count() == 1 or writer is None or writer.due(done)
+                # One process may be told before the others, but all must save the same step, so all ask at the same ones. Asking
+                # costs a round trip: several processes do it where the metrics are read anyway, and seldom in between.
+                asks = jax.process_count() == 1 or writer is None or writer.due(done) or done % _ASK_EVERY == 0
                 if asks and done < num_steps and parallel.any_process(should_stop()):
                     save(done)
                     raise Preempted(f"{name} stopped at step {done} of {num_steps}")
@@ -137,12 +144,11 @@ def restore(make_state: Callable[[], TrainState], num_steps: int, store: RunStor
     return abstract.replace(**tree), meta["seconds"]
 
 
-def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None) -> None:
+def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None, rate_field: str) -> None:
     bad = [key for key, value in metrics.items() if not math.isfinite(value)]
     if bad:
         saved = store.latest_step() if store is not None else None
         kept = f"the checkpoint of step {saved} is intact" if saved is not None else "nothing was saved"
         raise UserError(
-            f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {kept}; "
-            f"try a lower config.{name}.learning_rate"
+            f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {kept}; try a lower {rate_field}"
         )

@@ -13,6 +13,7 @@ from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.data.pipeline import Batches, prefetch
 from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.train import loop
 from retrack_jax.train.loop import Preempted, restore, train
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
 from retrack_jax.train.state import TrainState, create_state
@@ -57,6 +58,30 @@ def test_a_stopped_run_ends_bit_identical(tmp_path, undisturbed):
     assert tree_digest(state) == tree_digest(undisturbed[0])
     # The log holds each step once, in order.
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == list(range(1, 10))
+
+
+def test_several_processes_ask_at_steps_that_all_know(tmp_path, monkeypatch):
+    """Every 10th step at the least, however seldom the log is written: a stop must not wait for step 1000."""
+
+    class AsOneOfTwo:
+        def __getattr__(self, name):
+            return (lambda: 2) if name == "process_count" else getattr(jax, name)
+
+    monkeypatch.setattr(loop, "jax", AsOneOfTwo())
+    taken, asked = [], []
+
+    def step(state, *rest):
+        taken.append(None)
+        return STEP(state, *rest)
+
+    def ask():
+        asked.append(len(taken))
+        return len(asked) == 3
+
+    state, shared = parallel.replicate((create_state(toys.params(), TX), Shared(schedule=SCHEDULE)))
+    with Writer(tmp_path / "log.jsonl", every=1000) as writer, pytest.raises(Preempted, match="at step 30 of 40"):
+        train(state, step, BATCHES, shared, jax.random.key(0), num_steps=40, name="unlearn", writer=writer, should_stop=ask)
+    assert asked == [10, 20, 30]
 
 
 def files_of(folder):
@@ -192,10 +217,19 @@ def test_what_is_not_finite_names_the_quantity_and_the_step(tmp_path):
             batch["remain"] = {"x_0": batch["remain"]["pixels"].astype(np.float32) / 127.5 - 1}
         return batch
 
-    with pytest.raises(UserError, match=r"(grad_norm|loss) is nan at step 7; the checkpoint of step 6 is intact"):
+    wanted = r"(grad_norm|loss) is nan at step 7; the checkpoint of step 6 is intact; try a lower config.unlearn.learning_rate$"
+    with pytest.raises(UserError, match=wanted):
         go(tmp_path, batches=poisoned)
     with RunStore(tmp_path / "checkpoints") as store:
         assert store.latest_step() == 6
+
+
+def test_the_advice_names_the_field_that_is_passed_in(tmp_path):
+    def poisoned(step):
+        return BATCHES(step) | {"remain": {"x_0": np.full((4, 2, *toys.SHAPE), np.nan, np.float32)}}
+
+    with pytest.raises(UserError, match="try a lower config.pretrain.learning_rate$"):
+        go(tmp_path, batches=poisoned, rate_field="config.pretrain.learning_rate")
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():
