@@ -110,8 +110,9 @@ def _write(folder: Path, mean: np.ndarray, std: np.ndarray) -> None:
             with open(temporary, "wb") as file:
                 np.save(file, array)
 
-        files.write_whole(folder / f"{name}.npy", write)
-    files.write_json(folder / "meta.json", {"digest": files.array_digest(mean, std)})  # last: it commits both
+        files.write_whole(folder / f"{name}.npy", write, advice=files.IN_CACHE)
+    # Last: it commits both.
+    files.write_json(folder / "meta.json", {"digest": files.array_digest(mean, std)}, advice=files.IN_CACHE)
 
 
 def _load(folder: Path) -> LatentSet | None:

@@ -1,5 +1,8 @@
 """The cache of posteriors and the draws from it."""
 
+import errno
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -90,3 +93,15 @@ def test_a_posterior_that_is_not_finite_names_the_picture(tmp_path):
 
     with pytest.raises(UserError, match="1.png to NaN"):
         encode(encoder, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mean.npy", "std.npy", "meta.json"])
+def test_a_full_disk_under_the_cache_names_the_cache(tmp_path, monkeypatch, name):
+    def replace(temporary, path, real=os.replace):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match=f"cannot write .*{name}: No space left on device; .* set config.data.cache_dir"):
+        encode(Encoder(), tmp_path)
