@@ -23,6 +23,7 @@ from retrack_jax.types import Array, PyTree, Rng
 
 AXIS = "batch"
 _SMALL = 1 << 14  # values of a leaf that travels with others
+_CHUNK = 1 << 30  # bytes that process 0 sends at once; what they number fits 32 bits, the whole of it need not
 Value = TypeVar("Value")
 
 
@@ -225,11 +226,15 @@ def from_main(make: Callable[[], Value]) -> Value:
         return make()
     from jax.experimental import multihost_utils
 
-    made = bytearray()
-    on_main(lambda: made.extend(pickle.dumps(jax.device_get(make()))))
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(made))))
-    packed = np.frombuffer(made, np.uint8) if made else np.zeros(size, np.uint8)
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(packed)).tobytes())
+    main, packed = is_main_process(), bytearray()
+    on_main(lambda: packed.extend(pickle.dumps(jax.device_get(make()))))
+    whole, rest = map(int, multihost_utils.broadcast_one_to_all(np.array(divmod(len(packed), _CHUNK), np.int32)))
+    for index, size in enumerate([_CHUNK] * whole + [rest] * (rest > 0)):
+        chunk = np.frombuffer(packed, np.uint8, size, index * _CHUNK) if main else np.empty(size, np.uint8)
+        chunk = np.asarray(multihost_utils.broadcast_one_to_all(chunk))
+        if not main:
+            packed += chunk.data
+    return pickle.loads(packed)
 
 
 def share_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int) -> dict[str, np.ndarray]:
