@@ -34,4 +34,5 @@ if ! compgen -G ".venv/lib/python*/site-packages/jax_cuda*_plugin" >/dev/null; t
   run .venv/bin/python -m pip install --quiet -e ".[cuda]"
 fi
 [[ -z "$gpus" ]] || run export "CUDA_VISIBLE_DEVICES=$gpus"
-run .venv/bin/python -m retrack_jax.main "$@"
+# In this shell's place: a signal to the script is one to the run, which saves, and its status is the script's.
+run exec .venv/bin/python -m retrack_jax.main "$@"

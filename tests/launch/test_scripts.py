@@ -3,7 +3,9 @@
 The launcher of local processes is also run for real, with a stand-in for the interpreter that shows what it was given.
 """
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -100,18 +102,40 @@ def test_tpu_creates_installs_runs_on_all_workers_and_deletes():
     assert short.count("would run") == 1 and "--worker=all" in short
 
 
-def test_slurm_queues_a_preempted_job_again(no_tools):
-    """With a stand-in srun that exits with 75, as a preempted run does."""
-    (no_tools / "srun").write_text("#!/bin/sh\nexit 75\n")
-    checkout = no_tools / "checkout"
-    (checkout / "launch").mkdir(parents=True)
-    (checkout / "launch" / "common.sh").write_text((LAUNCH / "common.sh").read_text())
+def make_checkout(folder, body=""):
+    """Makes a checkout of the scripts alone, with a .venv whose interpreter runs a shell body; returns it and its GPU plugin."""
+    checkout = folder / "checkout"
+    shutil.copytree(LAUNCH, checkout / "launch")
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\n")
+    python.write_text(f"#!/bin/bash\n{body}\n")
     python.chmod(0o755)
     plugin = checkout / ".venv" / "lib" / "python3.11" / "site-packages" / "jax_cuda12_plugin"
     plugin.mkdir(parents=True)
+    return checkout, plugin
+
+
+def test_a_signal_to_gpu_local_is_one_to_the_run(no_tools):
+    """The stand-in saves and ends with 75 as a preempted run does; an orphan would outlive the script and save for nobody."""
+    saves = f'trap "touch {no_tools}/saved; exit 75" TERM'
+    checkout, _ = make_checkout(no_tools, f"{saves}; touch {no_tools}/up; while :; do sleep 0.05; done")
+    environment = {**os.environ, "PATH": f"{no_tools}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", "launch/gpu_local.sh", CONFIG], cwd=checkout, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not (no_tools / "up").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 75 and (no_tools / "saved").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_slurm_queues_a_preempted_job_again(no_tools):
+    """With a stand-in srun that exits with 75, as a preempted run does."""
+    (no_tools / "srun").write_text("#!/bin/sh\nexit 75\n")
+    checkout, plugin = make_checkout(no_tools)
     environment = {"PATH": f"{no_tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7"}
     done = launch("gpu_slurm.sbatch", CONFIG, "--workdir=/x", **environment)
     assert done.returncode == 75 and (no_tools / "called-scontrol").exists()
