@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
 # Gets what a config needs and does not find: runs the commands that config.mode=check prints, one after the other.
 #
-#   launch/download.sh configs/celebahq.py [--config.FIELD=VALUE ...]
+#   launch/download.sh [--dry-run] configs/NAME.py [--config.FIELD=VALUE ...]
 #
-# `hf` comes with `pip install huggingface_hub`, `tfds build` needs `pip install tensorflow-cpu`. Without a network it says so in seconds.
-# Exit status 2: something that the config needs is still missing.
+# --dry-run prints the list and the commands, and runs none of them. PYTHON chooses the interpreter (default: .venv/bin/python,
+# else python3). `hf` comes with `pip install huggingface_hub`, `tfds build` needs `pip install tensorflow-cpu`. Without a network
+# it says so in seconds. Exit status 2: something that the config needs is still missing.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
 
-if [ $# -lt 1 ]; then
-  echo "usage: launch/download.sh configs/NAME.py [--config.FIELD=VALUE ...]" >&2
-  exit 2
-fi
-config=$1
+dry=0
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) dry=1; shift ;;
+    -*) fail "unknown option $1 before the config file; $0 --help shows the usage" ;;
+    *) break ;;
+  esac
+done
+[[ $# -gt 0 ]] || fail "give the config file first, such as: $0 configs/celebahq.py"
+config="$1"
 shift
-python=${PYTHON:-python}
-
-fail() { echo "error: $*" >&2; exit 2; }
+python="${PYTHON:-}"
+[[ -n "$python" ]] || { python=.venv/bin/python; [[ -x "$python" ]] || python=python3; }
 
 check() { "$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check; }
 
@@ -37,6 +45,10 @@ list=$(check "$@")
 echo "$list"
 commands=$(commands_in "$list")
 [ -n "$commands" ] || { [ -z "$(left_of "$list")" ] && exit 0; fail "no command gets what is missing; see the list above"; }
+if [[ $dry -eq 1 ]]; then
+  sed 's/^/would run: /' <<<"$commands"
+  exit 0
+fi
 
 # Before anything is downloaded: an archive is large, and what unpacks it may not be there.
 while IFS= read -r command; do

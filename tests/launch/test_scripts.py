@@ -51,7 +51,7 @@ def test_dry_run_prints_and_does_nothing(script, no_tools):
     assert not list(no_tools.glob("called-*"))
 
 
-@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize("script", [*COMMANDS, "download.sh"])
 def test_help_shows_the_usage(script):
     done = launch(script, "--help", SLURM_SUBMIT_DIR=str(ROOT))
     assert done.returncode == 0 and f"launch/{script}" in done.stdout and "--dry-run" in done.stdout
@@ -68,6 +68,8 @@ def test_help_shows_the_usage(script):
         ("cpu_processes.sh", ["--device", "2", "2", CONFIG], "unknown option --device"),
         ("gpu_local.sh", [], "own flags"),
         ("gpu_local.sh", ["--gpus", "a,b", CONFIG], "--gpus is 'a,b'"),
+        ("download.sh", [], "config file first"),
+        ("download.sh", ["--dry", "configs/cifar10.py"], "unknown option --dry"),
         ("gpu_slurm.sbatch", [CONFIG], "--workdir"),
         ("gpu_slurm.sbatch", [CONFIG, "--workdir=/x"], "sbatch launch/gpu_slurm.sbatch"),
         ("tpu_vm.sh", [CONFIG, "--workdir=gs://b/x"], "--name and --zone"),
@@ -130,6 +132,15 @@ def test_a_signal_to_gpu_local_is_one_to_the_run(no_tools):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_download_asks_the_interpreter_of_the_checkout(no_tools):
+    """As `make demo` leaves it, called from elsewhere; the stand-in finds that nothing is missing."""
+    checkout, _ = make_checkout(no_tools, 'echo "$@"')
+    command = ["bash", checkout / "launch" / "download.sh", "configs/cifar10.py", "--config.data.dir=x"]
+    done = subprocess.run(command, cwd=no_tools, env={**os.environ, "PYTHON": ""}, capture_output=True, text=True, timeout=30)
+    flags = "--config=configs/cifar10.py --config.data.dir=x --config.mode=check"
+    assert done.returncode == 0 and done.stdout == f"-m retrack_jax.main {flags}\n"
 
 
 def test_slurm_queues_a_preempted_job_again(no_tools):
