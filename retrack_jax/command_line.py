@@ -1,5 +1,6 @@
 """Flags to a config: every mistake becomes one line that names the nearest right thing. Imports nothing heavy."""
 
+import traceback
 from pathlib import Path
 
 from retrack_jax.checks import UserError, check, nearest_names, suggestion
@@ -38,16 +39,8 @@ def parse(argv: list[str]):
         rest = values(argv, known_only=False)
         config = values.config
         _ = config.name  # a config file that fails to load raises only when it is used
-    except flags.Error as error:
-        raise UserError(_one_line(error)) from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(argv, path, error)) from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a value given to --config does not fit: {error}") from error
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"config file {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(_place_in_config(error, path) or _explained(error, argv, config_flag)) from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
     _keep_overrides(argv, config)
     return config, values.workdir or f"runs/{Path(path).stem}"
@@ -85,16 +78,42 @@ def _check_file(path: Path) -> None:
     raise UserError(f"no config file {path}{hint}")
 
 
-def _unknown_field(argv: list[str], path: str, error: Exception) -> str:
+def _place_in_config(error: Exception | None, path: str) -> str | None:
+    """Says which line of the config file, or of one beside it, an error was raised at; None where it is not of theirs."""
+    folder = Path(path).absolute().parent
+    while error is not None:
+        frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        places = [(file, line) for file, line in frames if file.absolute().parent == folder]
+        if places:
+            file, line = places[-1]
+            return f"config file {file}, line {line}: {type(error).__name__}: {_one_line(error)}"
+        error = error.__cause__ or error.__context__  # ml_collections and absl raise others in its place
+    return None
+
+
+def _explained(error: Exception, argv: list[str], config_flag: str) -> str:
+    from absl import flags
+
+    if isinstance(error, flags.Error):
+        return _one_line(error)
+    if isinstance(error, (AttributeError, KeyError)):
+        return _unknown_field(argv, config_flag, error)
+    if isinstance(error, (TypeError, ValueError)):
+        return f"a value given to --config does not fit: {error}"
+    return f"config file {config_flag.partition(':')[0]} cannot be loaded: {type(error).__name__}: {error}"
+
+
+def _unknown_field(argv: list[str], config_flag: str, error: Exception) -> str:
     """Says which override names no field, and the nearest that exists beside it."""
     import importlib.util
 
+    path, *method = config_flag.split(":", 1)
     spec = importlib.util.spec_from_file_location("config_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for argument in argv:
         if argument.startswith("--config."):
-            node, walked = module.get_config(), "config"
+            node, walked = module.get_config(*method), "config"
             for name in argument.removeprefix("--config.").partition("=")[0].split("."):
                 if not hasattr(node, "keys") or name not in node:
                     choices = list(node.keys()) if hasattr(node, "keys") else []

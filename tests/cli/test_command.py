@@ -111,6 +111,37 @@ def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, caps
     assert words in error_line(capsys)
 
 
+BASE = "from configs import base\n\ndef get_config(method):\n    config = base.get_config()\n"
+
+
+@pytest.mark.parametrize("override", [[], ["--config.mode=check"], ["--config.nothing=1"]])
+@pytest.mark.parametrize(
+    "text, line, words",
+    [
+        (BASE + "    config.unlearn.num_stepz.x = 3\n    return config\n", 5, "AttributeError"),
+        (BASE + "    return {}['nothing']\n", 5, "KeyError: 'nothing'"),
+        (BASE + "    config.seeds = int('two')\n    return config\n", 5, "ValueError: invalid literal"),
+        ("import no_such_module\n", 1, "ModuleNotFoundError"),
+        ("import beside_it\n", 2, "ZeroDivisionError"),
+        ("def get_config(method):\n    return 1 +\n", 2, "SyntaxError"),
+    ],
+)
+def test_an_error_in_the_config_file_names_its_line(text, line, words, override, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "beside_it.py").write_text("\n1 / 0\n")
+    (tmp_path / "mine.py").write_text(text)
+    assert main(["retrack_jax", f"--config={tmp_path}/mine.py:siss", *override]) == 2
+    found = error_line(capsys)
+    file = "beside_it.py" if "beside_it" in text else "mine.py"
+    assert f"{file}, line {line}" in found and words in found and "Traceback" not in found
+
+
+def test_a_mistyped_field_of_a_config_that_needs_its_method(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(BASE + "    return config\n")
+    assert main(["retrack_jax", f"--config={tmp_path}/mine.py:siss", "--config.unlearn.learning_rte=1"]) == 2
+    assert "config.unlearn.learning_rte; did you mean 'learning_rate'" in error_line(capsys)
+
+
 def test_another_configs_run_is_refused_with_the_fields(done, capsys):
     assert command(done, unlearn__num_steps=5) == 2
     assert "config.unlearn.num_steps (4 there, 5 now)" in error_line(capsys)
