@@ -16,6 +16,7 @@ from retrack_jax.checks import UserError, check, check_choice, check_int, sugges
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.neighbors.copies import warn_of_copies
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.train.loop import train
 from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_lam_schedule, make_optimizer
@@ -123,6 +124,7 @@ def unlearn(
     shared = Shared(schedule=schedule, forget={name: forget})
     if "neighbors" in entry.streams:
         rows, _ = nearest(forget, remain, chosen["num_neighbors"], chosen["neighbor_backend"])
+        warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = np.unique(rows, return_inverse=True)
         shared = shared.replace(
             neighbors={name: remain[distinct]}, neighbor_rows=positions.reshape(rows.shape).astype(np.int32)

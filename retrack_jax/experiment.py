@@ -218,10 +218,10 @@ class PixelExperiment:
             return read_results(path)
         pictures = epath.Path(path).parent / f"sscd-{target.slug}.npz"
         subject = Subject(model().params, arrays["samples"], arrays.get("samples_float"), pictures)
-        task = self.task(target, workdir, pretrained)
+        task = self.task(target, workdir, pretrained, should_stop)
         return evaluate(evaluators(task), self.config.eval.metrics, task, subject, path, should_stop)
 
-    def task(self, target: Target, workdir, pretrained: Callable) -> Task:
+    def task(self, target: Target, workdir, pretrained: Callable, should_stop: Callable[[], bool] = lambda: False) -> Task:
         """What models are evaluated against; `pretrained` returns the model before unlearning."""
         evaluation = self.config.eval
         everything = evaluation.fid_reference == "all"
@@ -241,7 +241,7 @@ class PixelExperiment:
             classifier=score_network(evaluation.get("score_network", FEATURES), evaluation.weights_dir),
             held_out=self.held_out.images if self.held_out is not None and is_random(target.spec) else None,
             label=self._label_of(target),
-            finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten),
+            finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten, should_stop),
             relearning=tuple(evaluation.relearning.steps),
             pretrained=lambda: pretrained().params,
             threshold=evaluation.frequency_threshold,
@@ -257,9 +257,9 @@ class PixelExperiment:
         alone = len(labels) == 1 and labels[0] not in self.images.labels[target.remain]
         return int(labels[0]) if alone else None
 
-    def _finetune(self, params: PyTree, target: Target, with_forgotten: bool):
+    def _finetune(self, params: PyTree, target: Target, with_forgotten: bool, should_stop: Callable[[], bool]):
         rows = np.concatenate([target.remain, target.unique]) if with_forgotten else target.remain
-        return self._make_finetune(params, self.gather(rows), len(rows))
+        return self._make_finetune(params, self.gather(rows), len(rows), should_stop)
 
     @cached_property
     def _make_finetune(self) -> Callable:

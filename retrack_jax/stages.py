@@ -196,6 +196,7 @@ class Stages:
                     should_stop=self.should_stop,
                     seconds_before=seconds,
                     shard_ema=self.config.compute.shard_ema,
+                    rate_field=f"config.{'unlearn' if name == 'unlearn' else 'pretrain'}.learning_rate",
                 )
         return Model(state.eval_params, num_steps, seconds)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check_choice
-from retrack_jax.files import json_digest, write_npz
+from retrack_jax.files import IN_CACHE, json_digest, write_npz
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.fid import fid, unstable_reason
 from retrack_jax.metrics.inception_score import inception_score
@@ -156,7 +156,7 @@ def cached_feature_stats(
     arrays = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter, "rows": stats.rows}
     if stats.logits is not None:
         arrays["logits"] = stats.logits
-    parallel.together(lambda: write_npz(path, **arrays))
+    parallel.together(lambda: write_npz(path, advice=IN_CACHE, **arrays))
     return stats
 
 

@@ -12,7 +12,7 @@ import jax
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
-from retrack_jax.checks import Preempted, UserError
+from retrack_jax.checks import Diverged, Preempted
 from retrack_jax.data.pipeline import prefetch
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
@@ -60,7 +60,7 @@ def train(
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
     Raises:
-      UserError: a metric is not finite; it names the metric and the step. What was saved before stays.
+      Diverged: a metric is not finite; it names the metric and the step. What was saved before stays.
       Preempted: `should_stop` said so.
     """
     start = saved = int(state.step)
@@ -149,6 +149,4 @@ def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None,
     if bad:
         saved = store.latest_step() if store is not None else None
         kept = f"the checkpoint of step {saved} is intact" if saved is not None else "nothing was saved"
-        raise UserError(
-            f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {kept}; try a lower {rate_field}"
-        )
+        raise Diverged(f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {kept}; try a lower {rate_field}")
