@@ -25,7 +25,7 @@ from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
 
 _FROM_CHECKPOINT = ("cifar10", "celebahq", "concepts")  # sources of configs that have no pretraining recipe
-_WITH_PRETRAINING = ("digits_tshirt", "mnist_tshirt")  # sources whose checkpoints the config's own recipe makes
+_RETRAINED = ("digits_tshirt", "mnist_tshirt", "concepts")  # the config has the checkpoint's recipe, or refuses it by itself
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +67,7 @@ def unset(config: ConfigDict) -> dict[str, str]:
 def check_retraining(config: ConfigDict) -> None:
     """Raises `UserError` where a model is to be retrained as its checkpoint was, and the config does not know how that was."""
     from_scratch = config.method in METHODS and METHODS[config.method].from_scratch
-    if from_scratch and config.checkpoint and config.data.source not in _WITH_PRETRAINING:
+    if from_scratch and config.checkpoint and config.data.source not in _RETRAINED:
         raise UserError(
             f"config.method is {config.method}, but how {config.checkpoint} was trained is not in this config; leave "
             "config.checkpoint empty and set config.model and config.pretrain, or choose another method"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel
+from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.sampling.ddpm import DDPM
@@ -62,9 +63,19 @@ def make_state(network: str, params: PyTree) -> TrainState:
     return parallel.replicate(create_state(params, tx))
 
 
-def make_training(network: str, method: str, batch: tuple[int, int] | None = None, dtype: str = "float32", **fields) -> Callable:
-    """Returns a function of no argument that takes one training step and waits for it."""
-    module, params = make_module(network, dtype, **fields)
+def write_checkpoint(network: str, folder) -> None:
+    """Writes random weights as a folder that `make_training` and diffusers read."""
+    export_diffusers(folder, *make_module(network))
+
+
+def make_training(
+    network: str, method: str, batch: tuple[int, int] | None = None, dtype: str = "float32", checkpoint=None, **fields
+) -> Callable:
+    """Returns a function of no argument that takes one training step and waits for it.
+
+    `checkpoint` is a folder that the model is read from, in place of random weights.
+    """
+    module, params = import_diffusers(checkpoint) if checkpoint else make_module(network, dtype, **fields)
     data, shared = make_data(network, *(batch or BATCH[network]))
     step, state, rng = make_step(module, network, method), make_state(network, params), parallel.replicate(jax.random.key(1))
 

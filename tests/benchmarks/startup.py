@@ -3,9 +3,10 @@ warm cache.
 
     .venv-parity/bin/python -m tests.benchmarks.startup [--networks digits cifar10] [--out FILE.json]
 
-The first step is timed from the start of a new Python process to the end of its first ReTrack step: imports, random
-weights, tracing, and compiling or reading the cache. PyTorch's eager step is started the same way beside it. The disk's
-cache is warm in all of them.
+The first step is timed from the start of a new Python process to the end of its first ReTrack step: imports, weights, tracing,
+and compiling or reading the cache. Weights are those that the config begins with: random ones of the digits, which it
+pretrains, and a diffusers checkpoint of CIFAR-10. PyTorch's eager step is started the same way beside it. The disk's cache is
+warm in all of them.
 """
 
 import argparse
@@ -19,9 +20,12 @@ import time
 from pathlib import Path
 
 STEP = """
-import sys
 from tests.benchmarks.{side} import make_training
-make_training("{network}", "retrack")()
+make_training("{network}", "retrack", checkpoint={checkpoint!r})()
+"""
+WRITE = """
+from tests.benchmarks.ours import write_checkpoint
+write_checkpoint("{network}", {checkpoint!r})
 """
 
 
@@ -34,8 +38,13 @@ def seconds(command: list[str], environment: dict[str, str] | None = None) -> fl
 
 def first_step(network: str, rounds: int) -> dict[str, float]:
     """Returns seconds from command to first step: ours with a cold and a warm cache, PyTorch's."""
-    ours, theirs = ([sys.executable, "-c", STEP.format(side=side, network=network)] for side in ("ours", "theirs"))
     with tempfile.TemporaryDirectory() as cache:
+        checkpoint = None if network == "digits" else f"{cache}/checkpoint"
+        if checkpoint:
+            seconds([sys.executable, "-c", WRITE.format(network=network, checkpoint=checkpoint)], {"JAX_PLATFORMS": "cpu"})
+        ours, theirs = (
+            [sys.executable, "-c", STEP.format(side=side, network=network, checkpoint=checkpoint)] for side in ("ours", "theirs")
+        )
         with_cache = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
         with_cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"  # as process.py sets it
         cold = seconds(ours, with_cache)

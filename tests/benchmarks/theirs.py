@@ -30,10 +30,14 @@ def make_training(
     compiled: bool = False,
     channels_last: bool = False,
     tf32: bool = False,
+    checkpoint=None,
 ) -> Callable:
-    """Returns a function of no argument that takes one training step: forward, backward, clip, AdamW."""
+    """Returns a function of no argument that takes one training step: forward, backward, clip, AdamW.
+
+    `checkpoint` is a folder that the model is read from, in place of random weights.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    model = make_model(network, device)
+    model = UNet2DModel.from_pretrained(checkpoint).to(device).train() if checkpoint else make_model(network, device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     forward = torch.compile(model) if compiled else model
