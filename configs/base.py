@@ -1,4 +1,5 @@
-"""Every field that a run depends on, with its unit or source. The other configs start here and change only what differs.
+"""The fields that a run depends on, with their units and sources. The other configs start here and change what differs; a
+field that only one of them has stands there.
 
     python -m retrack_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
 """
@@ -20,7 +21,7 @@ def get_config() -> ConfigDict:
     config.save_float = False  # keep float samples in samples.npz beside the uint8 ones
 
     config.data = data = ConfigDict()
-    data.source = ""  # digits_tshirt mnist_tshirt cifar10 celebahq folder parquet npz tfds
+    data.source = ""  # digits_tshirt mnist_tshirt cifar10 celebahq folder parquet npz tfds; concepts (stable_diffusion.py)
     data.dir = ""  # where the files are; ~ is expanded
     data.format = ""  # how that source's files are kept: tfds, parquet, folder; empty: its first
     data.tfds_name = ""  # with source tfds: its name there, such as mnist
@@ -115,7 +116,7 @@ def get_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.metrics = ("fid",)  # names of contract metrics
-    evaluation.features = "inception"  # the network behind fid kid precision recall: inception, or digits (trained here)
+    evaluation.features = "inception"  # behind fid kid precision recall inception_score: inception, or digits (trained here)
     evaluation.weights_dir = "~/.cache/retrack_jax/weights"  # feature networks' files
     evaluation.fid_resize = "torchmetrics"  # or tf1
     evaluation.fid_reference = "remain"  # or all: every training image

@@ -16,7 +16,8 @@ FIELD    any field of the config, such as
                             one target may be a+b+c, @list.txt, a glob, or label:7
            checkpoint       a diffusers folder with the pretrained model
 
-configs/base.py lists every field with its unit or source. Exit status: 0 done, 2 something you can mend, 75 preempted."""
+configs/base.py lists the fields with their units and sources; those of one config alone stand in its file.
+Exit status: 0 done, 2 something you can mend, 75 preempted."""
 
 
 def parse(argv: list[str]):

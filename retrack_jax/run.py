@@ -161,12 +161,12 @@ class Runner:
         parallel.stop_together(self.should_stop, before)
 
     def _prepare_sweep(self) -> None:
-        specs, recipe = build.target_specs(self.config), self.config.unlearn
+        specs, unlearn = build.target_specs(self.config), self.config.unlearn
         methods = [METHODS[name] for name in methods_of(self.config) if name in METHODS]
         if self._prepared or len(specs) == 1 or not any("neighbors" in method.streams for method in methods):
             return
         targets = list(self._targets.values())
-        parallel.on_main(lambda: self.experiment.prepare_targets(targets, recipe.num_neighbors, recipe.neighbor_backend))
+        parallel.on_main(lambda: self.experiment.prepare_targets(targets, unlearn.num_neighbors, unlearn.neighbor_backend))
         self._prepared = True
 
     def finish(self) -> dict:

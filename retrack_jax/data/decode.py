@@ -104,12 +104,12 @@ def _resized(name: str, image, options: DecodeOptions):
     from PIL import Image
 
     side = options.resolution
-    if not side or image.size == (side, side):
-        return image
     if options.crop == "none" and image.width != image.height:
         raise UserError(
             f"image {name} is {image.width}x{image.height}, not square; set config.data.crop=center to cut its centre"
         )
+    if not side or image.size == (side, side):
+        return image
     scale = side / min(image.size)
     width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
     left, top = (width - side) // 2, (height - side) // 2

@@ -58,8 +58,9 @@ class TestFolder:
         images = load(tmp_path, "folder", dir=str(tmp_path / "wide"), resolution=10)
         assert images.images.shape == (1, 10, 10, 3)
         assert (abs(images.images[0, :, 2:-2].astype(int) - 200) <= 2).all()  # Lanczos rings by a level or two at the edge
-        with pytest.raises(UserError, match="a.png is 90x30, not square"):
-            load(tmp_path, "folder", dir=str(tmp_path / "wide"), resolution=10, crop="none")
+        for resolution in (10, 0):
+            with pytest.raises(UserError, match="a.png is 90x30, not square"):
+                load(tmp_path, "folder", dir=str(tmp_path / "wide"), resolution=resolution, crop="none")
 
     def test_right_size_keeps_its_pixels(self, tmp_path, jpeg_folder):
         folder, pixels = jpeg_folder(3)
