@@ -90,9 +90,9 @@ def plan(name: str, option: str) -> dict:
     try:
         memory = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not (used := too_large(error)):
             raise
-        return {"too_large": str(error), "images": 2 * recipe.batch_size // recipe.accumulation}
+        return {"too_large": used, "images": 2 * recipe.batch_size // recipe.accumulation}
     whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return {
         "images": 2 * recipe.batch_size // recipe.accumulation,
@@ -101,6 +101,14 @@ def plan(name: str, option: str) -> dict:
         "all": whole + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "seconds": time.perf_counter() - began,
     }
+
+
+def too_large(error: Exception) -> str:
+    """Returns what the compiler says of a step that does not fit the device, such as "Used 20.1G of 15.7G"; else ""."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+    return used[0] if used else str(error)[:200]
 
 
 def plan_for(topology: str) -> None:
@@ -122,8 +130,7 @@ def main(cells: list[str]) -> None:
         for each in [option] if option else TABLE[name]:
             row = plan(name, each)
             if "too_large" in row:
-                used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", row["too_large"])
-                sizes = f"| does not fit | {used[0] if used else row['too_large'][:200]}"
+                sizes = f"| does not fit | {row['too_large']}"
             else:
                 sizes = " | ".join(f"{row[part] / GIB:.2f}" for part in ("arguments", "temporaries", "all"))
             print(f"| {name} | {each} | {row['images']} | {sizes} |", flush=True)

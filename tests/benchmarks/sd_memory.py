@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
     python -m tests.benchmarks.sd_memory residuals         # what the backward pass keeps, with and without remat; seconds
-    python -m tests.benchmarks.sd_memory step [METHOD]     # compiles a step with and without remat; runs nothing
+    python -m tests.benchmarks.sd_memory step [METHOD] [--tpu=v6e:2x2]    # compiles a step, with and without remat; runs nothing
 
 `forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the backward pass
 for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for this backend:
-arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place.
+arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place; with `--tpu`
+for one chip of a TPU, which need not be there (memory.py says what to install).
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import get_method
 from tests.benchmarks.measure import peak_resident_bytes
+from tests.benchmarks.memory import plan_for, too_large
 from tests.sd.test_networks import SD14_UNET
 
 GB = 1e9
@@ -115,12 +117,19 @@ def step(method_name: str, remat: bool) -> None:
     how = StepOptions(options=dict(method.options), accumulation=accumulation, t_max=1000)
     p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
     began = time.perf_counter()
-    plan = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+    lowered = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0)))
+    try:
+        plan = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not (used := too_large(error)):
+            raise
+        print(f"{method_name}, remat {remat}: does not fit: {used}", flush=True)
+        return
     arguments, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
     total = arguments + temporaries + plan.output_size_in_bytes - plan.alias_size_in_bytes
     print(
         f"{method_name}, remat {remat}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, "
-        f"total {total / GB:.2f} GB (compiled in {time.perf_counter() - began:.0f} s for {jax.devices()[0].platform})",
+        f"total {total / GB:.2f} GB (compiled in {time.perf_counter() - began:.0f} s)",
         flush=True,
     )
 
@@ -132,7 +141,11 @@ if __name__ == "__main__":
         for remat in (True, False):
             residuals(remat)
     elif sys.argv[1:2] == ["step"]:
+        topology = next((word.removeprefix("--tpu=") for word in sys.argv[2:] if word.startswith("--tpu=")), None)
+        if topology:
+            plan_for(topology)
+        method = next((word for word in sys.argv[2:] if not word.startswith("--")), "retrack")
         for remat in (True, False):
-            step((sys.argv[2:3] or ["retrack"])[0], remat)
+            step(method, remat)
     else:
         sys.exit(__doc__)
