@@ -24,9 +24,6 @@ import sys
 import time
 from pathlib import Path
 
-# Buffers are assigned before machine code is made, so that may be made in a hurry.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-
 import jax
 import jax.numpy as jnp
 
@@ -120,6 +117,8 @@ def plan_for(topology: str) -> None:
 
 
 def main(cells: list[str]) -> None:
+    # Buffers are assigned before machine code is made, so that may be made in a hurry.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     # A program from the persistent cache has no plan to look at.
     jax.config.update("jax_enable_compilation_cache", False)
     if cells and cells[0].startswith("--tpu="):
