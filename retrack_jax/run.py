@@ -10,7 +10,7 @@ from functools import cached_property
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files, parallel, recipe
-from retrack_jax.checks import Diverged, check
+from retrack_jax.checks import Diverged, UserError, check
 from retrack_jax.data.target import Target
 from retrack_jax.data.targets import described, slug
 from retrack_jax.evaluate.results import Results, worth_another_try
@@ -141,7 +141,7 @@ class Runner:
             self._prepare_sweep()
         self._stop_if_asked("pretraining")
         if mode in ("run", "pretrain"):
-            stages.pretrain()
+            self._pretrain(stages)
         self._stop_if_asked("unlearning")
         if mode in ("run", "unlearn") and method != PRETRAINED:
             model = stages.unlearn(method, target, seed)
@@ -156,6 +156,12 @@ class Runner:
         self._stop_if_asked("the report")
         if mode in ("run", "report"):
             self._report(folder, method, target)
+
+    def _pretrain(self, stages: Stages) -> None:
+        try:
+            stages.pretrain()
+        except Diverged as error:  # which leaves no run of the sweep anything to begin with
+            raise UserError(str(error)) from error
 
     def _stop_if_asked(self, before: str) -> None:
         parallel.stop_together(self.should_stop, before)

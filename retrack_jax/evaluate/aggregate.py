@@ -12,7 +12,8 @@ def summarize(runs: Sequence[Mapping]) -> dict:
 
     `{"methods": {METHOD: {"runs", "metrics": {NAME: {"mean", "std", "runs"}}, "gap_to_retrain", "forgotten", "relearning",
     "unlearn_seconds"}}, "absent", "provenance"}`.
-    The standard deviation is the sample's (n - 1), None for one run. The gap is to the retrained model of the same run.
+    The standard deviation is the sample's (n - 1), None for one run. The gap is to the retrained model of the same seed,
+    else of the least that has one.
     `forgotten` says for how many runs the loss on the forgotten images lies where one more retrained model's would, with 95%
     confidence: `{"inside", "runs", "intervals": {TARGET: [low, high]}}`; None where fewer than two models were retrained.
     `relearning` has the mean curves: `{NAME: {"steps", "values", "threshold"}}`.

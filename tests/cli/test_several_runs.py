@@ -11,6 +11,7 @@ import pytest
 from retrack_jax import build, command_line
 from retrack_jax.checks import Diverged, UserError
 from retrack_jax.finish import finish
+from retrack_jax.main import main
 from retrack_jax.run import Runner, sweep
 from retrack_jax.workdir import Workdir
 from tests.tiny import flags
@@ -85,6 +86,14 @@ def test_one_that_diverges_stops_no_other(tmp_path):
     assert str(error.value).count("neggrad, target label:10, seed") == 2
     runner.config, runner.ran = parsed("siss"), []
     assert sweep(runner) == {"finished": True}
+
+
+def test_pretraining_that_diverges_ends_the_sweep(tmp_path, capsys):
+    more = {"pretrain.learning_rate": 1e30, "pretrain.warmup_steps": 0, "seeds": (0, 1)}
+    assert main(["retrack_jax", CONFIG, *flags(tmp_path, **more)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("error: pretrain: ") == 1 and "config.pretrain.learning_rate" in told
+    assert not list(tmp_path.glob("retrack/seed1*"))
 
 
 def write_run(workdir, method, target, seed, *, frequency=0.0):
