@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from retrack_jax import files, parallel
+from retrack_jax.checks import UserError
 from retrack_jax.data.target import Target
 from retrack_jax.data.targets import slug
 from retrack_jax.evaluate.aggregate import summarize
@@ -53,7 +54,7 @@ def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dic
     mine = [run for run in runs if (run["method"], run["target"], run["seed"]) in sweep]
     compared = bool(mine) and len(runs) > 1
     # Pictures need the images, which a command that finds everything done does not read.
-    is_new = not (path.exists() and files.read_json(path) == summary and report.exists())
+    is_new = not (_holds(path, summary) and report.exists())
     files.write_json(path, summary)
     if compared and is_new:
         comparison_report(workdir.root, **_comparison_pictures(workdir, mine[0]["target"], pictured, runs))
@@ -64,6 +65,13 @@ def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dic
         print(comparison_text(summary))
     if compared:
         print(f"{'comparison' if len(mine) == 1 else 'report'}: {report}")
+
+
+def _holds(path, summary: dict) -> bool:
+    try:
+        return path.is_file() and files.read_json(path) == summary
+    except UserError:  # damaged: it is written again
+        return False
 
 
 def _comparison_pictures(workdir: Workdir, spec: str, pictured: Callable, runs: list[dict]) -> dict[str, np.ndarray]:

@@ -128,6 +128,8 @@ def test_a_command_shows_its_own_runs(tmp_path, capsys):
     finish(workdir, [("retrack", "a.jpg", 0)], pictured)
     shown = capsys.readouterr().out
     assert "Frequency" in shown and "seed0-a.jpg/report.html" in shown
+    (tmp_path / "summary.json").write_text("{")  # damaged: it is written again
+    assert finish(workdir, [("retrack", "a.jpg", 0)], pictured) == json.loads((tmp_path / "summary.json").read_text())
     write_run(workdir, "siss", "a.jpg", 0)
     asked = []
     with pytest.raises(UserError, match="samples.npz is not there"):  # here are no samples; it got as far as to want them
