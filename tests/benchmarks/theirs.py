@@ -37,7 +37,8 @@ def make_training(
     `checkpoint` is a folder that the model is read from, in place of random weights.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    model = UNet2DModel.from_pretrained(checkpoint, low_cpu_mem_usage=False).to(device).train() if checkpoint else make_model(network, device)
+    model = UNet2DModel.from_pretrained(checkpoint, low_cpu_mem_usage=False) if checkpoint else make_model(network)
+    model = model.to(device).train()
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     forward = torch.compile(model) if compiled else model
