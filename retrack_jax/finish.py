@@ -54,10 +54,10 @@ def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dic
     mine = [run for run in runs if (run["method"], run["target"], run["seed"]) in sweep]
     compared = bool(mine) and len(runs) > 1
     # Pictures need the images, which a command that finds everything done does not read.
-    is_new = not (_holds(path, summary) and report.exists())
-    files.write_json(path, summary)
-    if compared and is_new:
-        comparison_report(workdir.root, **_comparison_pictures(workdir, mine[0]["target"], pictured, runs))
+    if compared and not (report.exists() and _holds(path, summary)):
+        pictures = _comparison_pictures(workdir, mine[0]["target"], pictured, runs)
+        comparison_report(workdir.root, summary=summary, **pictures)
+    files.write_json(path, summary)  # last: a command that is cut before it makes the comparison again
     if len(mine) == 1:
         print(before_after_text(mine[0]))
         print(f"report: {workdir.run(mine[0]['method'], mine[0]['seed'], slug(mine[0]['target'])) / 'report.html'}")

@@ -33,22 +33,24 @@ def comparison_report(
     neighbors=None,
     distances=None,
     title: str | None = None,
+    summary: Mapping | None = None,
 ) -> epath.Path:
     """Writes `report.html` and `comparison.svg` in `workdir` and returns the page's path.
 
     Args:
-      workdir: the folder that holds `summary.json`.
+      workdir: the folder of the runs.
       samples: method -> uint8 `[N, H, W, C]`, image i of every method from the same noise; pass `pretrained` too.
       marked: method -> bool `[N]`, which of its samples are the forgotten image.
       mark_name: what those are called, such as `T-shirt`.
       forgotten, neighbors, distances: as in `run_report`.
       title: the heading; by default the folder's name.
+      summary: what `summary.json` holds, or is to hold; None: it is read.
 
     Raises:
-      UserError: `summary.json` is missing or broken, or an array does not fit the others.
+      UserError: `summary.json` is wanted and missing or broken, or an array does not fit the others.
     """
     workdir = epath.Path(workdir)
-    summary = read_json(workdir / "summary.json")
+    summary = read_json(workdir / "summary.json") if summary is None else summary
     title = title or f"Unlearning compared: {workdir.name}"
     charts = scatter_points(summary)
     if charts:
