@@ -35,10 +35,11 @@ def check_config(config: ConfigDict) -> None:
     check_choice("config.compute.dtype", config.compute.dtype, DTYPES)
     check_int("config.schedule.num_train_timesteps", config.schedule.num_train_timesteps, minimum=2)
     _check_sizes(config)
-    if not config.checkpoint:
-        _check_training("pretrain", config.pretrain)
-        check_timesteps(config, config.schedule.num_train_timesteps)
+    from_scratch = config.method in METHODS and METHODS[config.method].from_scratch
+    _check_training("pretrain", config.pretrain, takes_place=from_scratch or not config.checkpoint)
     _check_training("unlearn", config.unlearn)
+    if not config.checkpoint:  # which has a schedule of its own
+        check_timesteps(config, config.schedule.num_train_timesteps)
     _check_unlearning(config.unlearn)
     if config.method in METHODS:
         forget_batch_size(config.unlearn, METHODS[config.method])
@@ -49,7 +50,7 @@ def check_config(config: ConfigDict) -> None:
     parallel.check_divisible("config.sampling.batch_size", sampling.batch_size)
 
 
-def _check_training(stage: str, recipe: ConfigDict) -> None:
+def _check_training(stage: str, recipe: ConfigDict, takes_place: bool = True) -> None:
     field = f"config.{stage}"
     check_int(f"{field}.num_steps", recipe.num_steps)
     check_int(f"{field}.batch_size", recipe.batch_size)
@@ -61,7 +62,8 @@ def _check_training(stage: str, recipe: ConfigDict) -> None:
         check_number(f"{field}.{name}", recipe[name], 0.0, 1.0)
     for name in ("eps", "weight_decay", "clip_norm"):
         check_number(f"{field}.{name}", recipe[name], 0.0)
-    parallel.check_divisible(f"{field}.batch_size", recipe.batch_size, recipe.accumulation)
+    if takes_place:
+        parallel.check_divisible(f"{field}.batch_size", recipe.batch_size, recipe.accumulation)
 
 
 def check_timesteps(config: ConfigDict, num_timesteps: int) -> None:
@@ -222,4 +224,3 @@ def forget_batch_size(recipe: ConfigDict, method: Method) -> int:
             f"use {recipe.batch_size}, the batch size, or 0"
         )
     return size
-

@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """A model's loss or samples are not finite, on every process alike. It says nothing on the other runs of a sweep."""
+    """A loss or score of a model is not finite, on every process alike. It says nothing on the other runs of a sweep."""
 
 
 class Preempted(Exception):

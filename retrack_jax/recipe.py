@@ -69,8 +69,8 @@ def check_retraining(config: ConfigDict) -> None:
     from_scratch = config.method in METHODS and METHODS[config.method].from_scratch
     if from_scratch and config.checkpoint and config.data.source not in _RETRAINED:
         raise UserError(
-            f"config.method is {config.method}, but how {config.checkpoint} was trained is not in this config; leave "
-            "config.checkpoint empty and set config.model and config.pretrain, or choose another method"
+            f"config.method is {config.method}, but how {config.checkpoint} was trained is not in this config; "
+            "choose another method"
         )
 
 

@@ -50,6 +50,18 @@ def test_no_number_of_images_is_zero(field, monkeypatch):
         fitted(config, 2, monkeypatch)
 
 
+def test_a_batch_of_pretraining_divides_only_where_there_is_pretraining(monkeypatch):
+    config = celebahq.get_config()
+    config.pretrain.batch_size, config.pretrain.accumulation, config.eval.relearning.batch_size = 126, 1, 64
+    build.check_config(fitted(config, 4, monkeypatch))
+    config.pretrain.b1 = 2.0  # relearning takes it, so it is checked all the same
+    with pytest.raises(UserError, match="config.pretrain.b1 is 2.0"):
+        build.check_config(fitted(config, 4, monkeypatch))
+    config.pretrain.b1, config.method = 0.9, "retrain"
+    with pytest.raises(UserError, match="config.pretrain.batch_size is 126, which does not divide"):
+        build.check_config(fitted(config, 4, monkeypatch))
+
+
 def test_the_forget_batch_counts_too(monkeypatch):
     config = celebahq.get_config()
     config.unlearn.forget_batch_size = 16

@@ -103,7 +103,7 @@ def error_line(capsys) -> str:
         ({"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"config": CONFIG + ":all", "unlearn__forget_batch_size": 4}, "config.unlearn.forget_batch_size is 4"),
         ({"unlearn__t_max": 1001}, "config.unlearn.t_max is 1001"),
-        ({"config": "--config=configs/celebahq.py:retrain"}, "how checkpoints/celeba_hq/pretrained"),
+        ({"config": "--config=configs/celebahq.py:retrain"}, "is not in this config; choose another method"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, capsys):
