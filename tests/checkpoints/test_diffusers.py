@@ -23,6 +23,7 @@ from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, from_torch, to
 from retrack_jax.checkpoints.safetensors_io import SafetensorsFile, write_safetensors
 from retrack_jax.checkpoints.torch_reader import read_torch
 from retrack_jax.checks import UserError
+from tests import toys
 
 DATA = Path(__file__).parents[1] / "data" / "diffusers"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -281,15 +282,7 @@ def test_an_export_that_fails_leaves_nothing_or_the_earlier_one(tmp_path, earlie
     if earlier:
         export_diffusers(out, module, params, note="first")
 
-    class Interrupted:
-        """A parameter at which the user presses Ctrl-C."""
-
-        dtype, ndim, shape = np.dtype(np.float32), 1, (4,)
-
-        def __array__(self, *_, **__):
-            raise KeyboardInterrupt
-
-    broken = dict(params, time_embedding={"linear_1": {"bias": Interrupted()}})
+    broken = dict(params, time_embedding={"linear_1": {"bias": toys.Interrupted()}})
     with pytest.raises(KeyboardInterrupt):
         export_diffusers(out, module, broken, note="second")
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])

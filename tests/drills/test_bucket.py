@@ -20,6 +20,7 @@ from retrack_jax.sampling.generate import generate
 from retrack_jax.stages import read_samples
 from retrack_jax.workdir import Workdir
 from retrack_jax.writer import Writer, read_log
+from tests import toys
 
 DATA = Path(__file__).parents[1] / "data" / "diffusers"
 
@@ -147,15 +148,7 @@ def test_an_export_that_was_cut_short_is_made_again(bucket):
     module, params = import_diffusers(DATA / "safetensors")
     path = Workdir(bucket).root / "diffusers"
 
-    class Interrupted:
-        """A parameter at which the machine is taken away."""
-
-        dtype, ndim, shape = np.dtype(np.float32), 1, (4,)
-
-        def __array__(self, *_, **__):
-            raise KeyboardInterrupt
-
-    broken = dict(params, time_embedding={"linear_1": {"bias": Interrupted()}})
+    broken = dict(params, time_embedding={"linear_1": {"bias": toys.Interrupted()}})
     with pytest.raises(KeyboardInterrupt):
         export_diffusers(path, module, broken)
     assert path.exists() and not is_whole(path)
