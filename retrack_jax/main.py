@@ -8,6 +8,7 @@ import traceback
 
 from retrack_jax.checks import UserError
 from retrack_jax.command_line import USAGE, parse
+from retrack_jax.huge_pages import restart_with_huge_pages
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
 
@@ -41,4 +42,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 
+from retrack_jax.huge_pages import restart_with_huge_pages
 from tests.benchmarks.measure import peak_resident_bytes
 
 # Before JAX or torch start: only what is used is allocated, so that the peak is a peak and not a reservation.
@@ -34,6 +35,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     side, job, device = spec.pop("side"), spec.pop("job"), spec.get("device", "cpu")
     if side == "ours":
+        restart_with_huge_pages()  # as the command does
         import jax
 
         spec.pop("device", None)

@@ -1,6 +1,9 @@
 """How a process finds the others, and how it ends where they wait for it."""
 
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -79,3 +82,43 @@ def test_a_failure_of_one_of_many_ends_at_once(monkeypatch):
     assert ended == []
     process.leave(2)
     assert ended == [2]
+
+
+RESTART = """
+import os, pathlib, sys
+from retrack_jax import huge_pages
+huge_pages._POLICY = pathlib.Path(sys.argv[1])
+huge_pages.restart_with_huge_pages()
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="transparent huge pages are Linux's")
+@pytest.mark.parametrize(
+    "policy, before, after",
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", None, "None"),
+        ("always madvise [never]", None, "None"),
+        ("", None, "None"),
+    ],
+)
+def test_huge_pages_are_asked_for_once_and_where_they_matter(policy, before, after, tmp_path):
+    """The process that started is the one that ends, with its own arguments, quotes and blanks among them."""
+    (file := tmp_path / "enabled").write_text(policy)
+    given = os.environ | ({"GLIBC_TUNABLES": before} if before else {})
+    if before is None:
+        given.pop("GLIBC_TUNABLES", None)
+    command = [sys.executable, "-c", RESTART, str(file), "--a=b c", '"']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=given)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.split(" ", 2) == [str(process.pid), after, "['--a=b c', '\"']\n"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="transparent huge pages are Linux's")
+def test_a_system_without_huge_pages_goes_on(tmp_path):
+    out = subprocess.run([sys.executable, "-c", RESTART, str(tmp_path / "none")], capture_output=True, text=True, check=True)
+    assert out.stdout.endswith("[]\n") and not out.stderr
