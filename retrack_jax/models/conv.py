@@ -77,8 +77,7 @@ def _grad_k_on_cpu(x_BHWC: Array, dy_BHWO: Array, *, kernel_shape: tuple[int, ..
     for axis, (before, _) in enumerate(padding):
         used = strides * (dy_BHWO.shape[axis + 1] - 1) + kernel_shape[axis]
         reach.append((before, used - before - x_BHWC.shape[axis + 1]))
-    # Without the barrier norm and activation before it are computed again inside the transpose, pixel by strided pixel.
-    x_CHWB = lax.optimization_barrier(x_BHWC).transpose(3, 1, 2, 0)
+    x_CHWB = x_BHWC.transpose(3, 1, 2, 0)
     dy_HWBO = dy_BHWO.transpose(1, 2, 0, 3)
     gradient = _convolve(x_CHWB, dy_HWBO, strides=1, padding=tuple(reach), kernel_dilation=strides)
     return gradient.transpose(1, 2, 0, 3)

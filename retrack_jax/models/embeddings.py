@@ -15,9 +15,29 @@ import numpy as np
 from retrack_jax.checks import UserError
 from retrack_jax.types import Array
 
+
+@jax.custom_jvp
+def silu(x: Array) -> Array:
+    """Returns x / (1 + exp(-x)).
+
+    A quotient, where `nn.silu` is a product, for the sake of XLA on CPU: it keeps the result of a division, but computes a
+    product again, and the norm before it, in every operation that reads it. Those are each of the six terms of Winograd's
+    convolution and, pixel by strided pixel, the transpose in the kernel's gradient. The derivative is a rule because the
+    quotient's own is inf / inf below -88.
+    """
+    return x / (1.0 + jnp.exp(-x))
+
+
+@silu.defjvp
+def _silu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    sigmoid = jax.nn.sigmoid(x)
+    return silu(x), dx * (sigmoid * (1.0 + x * (1.0 - sigmoid)))
+
+
 _ACTIVATIONS = {
-    "silu": nn.silu,
-    "swish": nn.silu,
+    "silu": silu,
+    "swish": silu,
     "mish": jax.nn.mish,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "relu": nn.relu,

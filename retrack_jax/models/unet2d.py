@@ -12,7 +12,7 @@ from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D, UpBlock2D
 from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
-from retrack_jax.models.embeddings import GaussianFourierProjection, TimestepEmbedding, activation, timestep_embedding
+from retrack_jax.models.embeddings import GaussianFourierProjection, TimestepEmbedding, activation, silu, timestep_embedding
 from retrack_jax.types import Array
 
 # Block type -> (attention, resampler); the resampler None is the config's downsample_type or upsample_type.
@@ -167,7 +167,7 @@ class UNet2D(nn.Module):
             skips = skips[:-layers]
 
         # The last activation is SiLU whatever act_fn is, as in diffusers.
-        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x))
+        x = silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x))
         x = Conv(self.out_channels, 3, padding=1, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
         if self.time_embedding_type == "fourier":
             x = x / t.astype(jnp.float32)[:, None, None, None]

@@ -16,7 +16,7 @@ from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D
 from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
-from retrack_jax.models.embeddings import activation
+from retrack_jax.models.embeddings import activation, silu
 from retrack_jax.models.resnet import Upsample2D
 from retrack_jax.types import Array
 
@@ -86,7 +86,7 @@ class Decoder(_Half):
 
 def _out(options: ResnetOptions, x: Array, features: int) -> Array:
     """The last norm, SiLU whatever act_fn is (as in diffusers), and convolution."""
-    x = nn.silu(GroupNorm(options.groups, _EPS, options.dtype, name="conv_norm_out")(x))
+    x = silu(GroupNorm(options.groups, _EPS, options.dtype, name="conv_norm_out")(x))
     return Conv(features, 3, padding=1, dtype=options.dtype, name="conv_out")(x)
 
 

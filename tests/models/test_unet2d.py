@@ -6,6 +6,7 @@ Parity over many more configs, live, is in tests/parity/test_unet2d_parity.py.
 
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from retrack_jax.checkpoints import import_diffusers
 from retrack_jax.checks import UserError
 from retrack_jax.models.attention import Attention, GroupNorm
 from retrack_jax.models.blocks import DownBlock2D, ResnetOptions
-from retrack_jax.models.embeddings import timestep_embedding
+from retrack_jax.models.embeddings import silu, timestep_embedding
 from retrack_jax.models.resnet import ResnetBlock2D, downsample_mean, upsample_nearest
 from retrack_jax.models.unet2d import UNet2D
 
@@ -221,6 +222,18 @@ def test_timestep_embedding_follows_the_formula():
         np.testing.assert_allclose(
             timestep_embedding(jnp.asarray(t), dim, flip_sin_to_cos=flip, freq_shift=shift), expected, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype, limit", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_silu_is_that_of_flax_in_value_and_derivatives(dtype, limit):
+    x = jnp.concatenate([jnp.linspace(-120, 120, 4001), jnp.array([-1e30, -0.0, 1e30])]).astype(dtype)
+    ours, own = silu, nn.silu
+    for _ in range(3):
+        y = jax.vmap(ours)(x)
+        assert y.dtype == dtype and jnp.isfinite(y).all()
+        np.testing.assert_allclose(np.float32(y), np.float32(jax.vmap(own)(x)), rtol=limit, atol=limit)
+        ours, own = jax.grad(ours), jax.grad(own)
+    check_grads(silu, (jnp.linspace(-3.0, 3.0, 7),), order=2, modes=["fwd", "rev"])
 
 
 def test_group_norm_keeps_its_digits_far_from_zero(rng):
