@@ -45,7 +45,8 @@ def fitted(values, start: float, stop: float, *, pad: float = 0.06, log: bool | 
       log: None chooses a logarithmic axis where all values are positive and the largest is over 30 times the smallest.
       floor: a bound that the room must not cross, such as 0 for a share.
     """
-    values = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
+    # A value below 1e-200 is no measurement, and a range as small has no logarithm.
+    values = [float(value) if abs(value) > 1e-200 else 0.0 for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(values), max(values)
     if log is None:
         log = low > 0 and 30 < high / low < 1e30  # beyond that it is no measurement

@@ -5,7 +5,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retrack_jax.report.charts import Point, close_up, curve, curves, scatter, series_of, smoothed
@@ -103,6 +103,8 @@ def test_standalone_chart_needs_no_page():
 
 
 @given(st.lists(st.floats(-1e12, 1e12, allow_nan=False), min_size=1, max_size=20))
+@example([0.0, 5e-324])
+@example([5e-323])
 @settings(max_examples=60, deadline=None)
 def test_scales_hold_all_values_and_ticks_are_inside(values):
     scale = fitted(values, 0.0, 100.0)
