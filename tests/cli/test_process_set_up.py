@@ -63,6 +63,7 @@ def test_a_tpu_without_a_cluster_is_one_clear_line(joined, monkeypatch):
 def test_a_lost_terminal_stops_like_a_termination(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         stop = process.catch_termination()
         assert not stop()
         signal.raise_signal(signal.SIGHUP)
