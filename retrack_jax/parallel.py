@@ -16,13 +16,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from retrack_jax.checks import Preempted, UserError
+from retrack_jax.packing import pack
 from retrack_jax.types import Array, PyTree, Rng
 
 AXIS = "batch"
-_SMALL = 1 << 14  # values of a leaf that travels with others
 _CHUNK = 1 << 30  # bytes that process 0 sends at once; what they number fits 32 bits, the whole of it need not
 Value = TypeVar("Value")
 
@@ -42,15 +41,10 @@ def pmap(fn: Callable, in_axes, out_axes=None, *, donate_argnums=(), static_broa
 def pmean_tree(tree: PyTree) -> PyTree:
     """Averages every leaf over all devices of all processes.
 
-    Small leaves travel as one: on CPU every collective is a meeting of all devices, which costs more than their numbers do.
-    Accelerators' compilers do the same by themselves.
+    Small leaves travel as one (see packing.py). Accelerators' compilers do the same by themselves.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    large = {index: leaf for index, leaf in enumerate(leaves) if leaf.size > _SMALL}
-    small, split = ravel_pytree({index: leaf for index, leaf in enumerate(leaves) if index not in large})
-    large, small = jax.lax.pmean((large, small), AXIS)
-    means = large | split(small)
-    return structure.unflatten([means[index] for index in range(len(leaves))])
+    packed, unpack = pack(tree)
+    return unpack(jax.lax.pmean(packed, AXIS))
 
 
 def local_rows(global_rows: int) -> slice:

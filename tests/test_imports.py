@@ -20,11 +20,19 @@ LEVELS = (
     {"workdir"},
     {"unlearn", "sampling", "metrics", "checkpoints", "data"},
     {"diffusion", "models", "neighbors"},
-    {"parallel", "writer", "files", "checks", "types", "huge_pages"},
+    {"parallel", "packing", "writer", "files", "checks", "types", "huge_pages"},
 )
 LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
 # These may use each other: the base of the pyramid, and the two halves of one door.
-_FREE = {("files", "checks"), ("parallel", "checks"), ("parallel", "types"), ("writer", "checks"), ("process", "main")}
+_FREE = {
+    ("files", "checks"),
+    ("packing", "types"),
+    ("parallel", "checks"),
+    ("parallel", "packing"),
+    ("parallel", "types"),
+    ("writer", "checks"),
+    ("process", "main"),
+}
 
 
 def imports(path: Path) -> set[str]:

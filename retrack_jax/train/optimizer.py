@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from retrack_jax.checks import check_choice
-from retrack_jax.types import Array
+from retrack_jax.packing import pack
+from retrack_jax.types import Array, PyTree
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 LAM_SCHEDULES = ("constant", "linear", "cosine")
@@ -34,7 +35,21 @@ def make_optimizer(
     else:
         rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
     adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    return _packed(optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw)
+
+
+def _packed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `optimizer`, which treats all values alike, with its state and its work on packed trees (see packing.py)."""
+
+    def init(params: PyTree) -> PyTree:
+        return optimizer.init(pack(params)[0])
+
+    def update(grad: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        packed, unpack = pack(grad)
+        packed, state = optimizer.update(packed, state, pack(params)[0])
+        return unpack(packed), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_ema_decay(*, power: float, inv_gamma: float, max_decay: float) -> Callable[[Array], Array]:

@@ -15,6 +15,7 @@ import optax
 from retrack_jax import parallel
 from retrack_jax.data.dataset import to_x_0
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.packing import pack
 from retrack_jax.train.state import TrainState
 from retrack_jax.types import Array, PyTree, Rng
 from retrack_jax.unlearn.methods import Method
@@ -116,7 +117,7 @@ def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Calla
 
         main_grad, correction_grad, logs = parallel.pmean_tree(_accumulate(gradients, batch, how.accumulation))
         grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)
-        metrics = {**logs, "grad_norm": optax.tree.norm(grad)}
+        metrics = {**logs, "grad_norm": optax.tree.norm(pack(grad)[0])}
         return state.apply_gradients(grad), metrics
 
     if how.shard_ema:
