@@ -19,7 +19,7 @@ def peak_resident_bytes() -> int:
 
 
 class Worker:
-    """A process that waits to be told to run once; see worker.py."""
+    """A process that waits to be told to run; see worker.py."""
 
     def __init__(self, side: str, job: str, **arguments: Any):
         spec = json.dumps({"side": side, "job": job, **arguments})
@@ -29,7 +29,7 @@ class Worker:
         self.turns: list[dict] = []
 
     def turn(self) -> None:
-        """Runs once and keeps what was measured."""
+        """Runs twice and keeps what was measured of the second; see worker.py for why."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         self.turns.append(self._read())
@@ -50,7 +50,7 @@ class Worker:
 
 
 def in_turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
-    """Returns `{name: medians}` after `rounds` rounds in which every worker runs once, and closes them."""
+    """Returns `{name: medians}` after `rounds` rounds in which every worker has a turn, and closes them."""
     for _ in range(rounds):
         for worker in workers.values():
             worker.turn()

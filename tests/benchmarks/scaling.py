@@ -77,7 +77,7 @@ def plot(found: dict[str, list[dict]], folder: Path) -> None:
             axes.plot(x, ideal, ":", color=drawn.get_color(), label=f"{label}: ideal")
         axes.set(xlabel=x_label, ylabel="seconds", xscale="log")
         axes.set(**({"ylim": 0} if constant else {"yscale": "log"}))
-        axes.legend()
+        axes.legend(loc="lower right")  # what grows leaves that corner free
         for beside in more:
             beside.semilogx(x, [each / 2**30 for each in memory], "o-")
             beside.set(xlabel=x_label, ylabel="peak memory of the process, GiB", ylim=0)

@@ -1,8 +1,9 @@
 """One side of a measurement in a process of its own: `python -m tests.benchmarks.worker SPEC`, driven over stdin by measure.py.
 
 SPEC is JSON: `side` ("ours" or "theirs"), `job` (a `make_*` of that module, without the prefix) and its keyword
-arguments. After building and two first calls it prints one JSON line; then for each line it reads it runs once and prints
-the seconds that took.
+arguments. After building and two first calls it prints one JSON line; then for each line it reads it runs twice and prints
+the seconds that the second took. The first of the two brings the process back: while the other side ran, its memory may have
+gone (a virtual machine takes a sleeping process's pages, and clears them again when it wakes), and its caches have.
 """
 
 import importlib
@@ -52,6 +53,7 @@ def main() -> None:
     run()  # autotuning, allocators and caches settle in the second call; said only then, so that no turn of the other meets it
     print(json.dumps({"build_seconds": built - start, "first_seconds": first}), flush=True)
     for _ in sys.stdin:
+        run()
         wall, cpu = time.perf_counter(), time.process_time()
         run()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
