@@ -67,10 +67,7 @@ def _grad_k_on_cpu(x_BHWC: Array, dy_BHWO: Array, *, kernel_shape: tuple[int, ..
     """Equation (3): dL/dK of shape `kernel_shape`."""
     if kernel_shape[:2] == (1, 1) and strides == 1 and padding == ((0, 0),) * 2:
         return lax.dot_general(x_BHWC, dy_BHWO, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
-    # With fewer channels a whole step gains nothing by it and needs more memory, unless the image, which is the kernel of (3), is
-    # so large that the direct form leaves the cache: of 256 x 256 pixels it takes 4 to 10 times as long.
-    gains = min(kernel_shape[2:]) >= 256 or x_BHWC.shape[1] * x_BHWC.shape[2] >= 128 * 128
-    if gains and winograd.pays(x_BHWC.shape, kernel_shape, strides, padding, x_BHWC.dtype):
+    if winograd.pays(x_BHWC.shape, kernel_shape, strides, padding, x_BHWC.dtype):
         return winograd.kernel_gradient(x_BHWC, dy_BHWO)
     # The last rows and columns that no stride reaches take no part; without the cut the result would be larger than the kernel.
     reach = []
