@@ -72,33 +72,35 @@ def kernel_gradient(x_BHWC: Array, dy_BHWO: Array) -> Array:
     row = batch * width * max(channels, features)
     rows = next(rows for rows in range(height, 0, -1) if height % rows == 0 and (rows * row <= _STRIP or rows == 1))
     if rows == height:
-        return _kernel_gradient(x_BHWC, dy_BHWO)
+        return _kernel_gradient(x_BHWC, dy_BHWO).transpose(1, 2, 0, 3)
 
     def add(total: Array, first: Array) -> tuple[Array, None]:
         x = lax.dynamic_slice_in_dim(x_BHWC, first, rows, axis=1)
         return total + _kernel_gradient(x, lax.dynamic_slice_in_dim(dy_BHWO, first, rows + 2, axis=1)), None
 
-    return lax.scan(add, jnp.zeros((3, 3, channels, features), x_BHWC.dtype), jnp.arange(0, height, rows))[0]
+    zeros_C33O = jnp.zeros((channels, 3, 3, features), x_BHWC.dtype)
+    return lax.scan(add, zeros_C33O, jnp.arange(0, height, rows))[0].transpose(1, 2, 0, 3)
 
 
 def _kernel_gradient(x_BHWC: Array, dy_BHWO: Array) -> Array:
-    """`kernel_gradient` of some rows of `x`; `dy` has another row on either side."""
-    height, width = x_BHWC.shape[1:3]
-    # Layouts in which every product below is of two plain row-major matrices, and a shift by a row an offset into one of them.
+    """`kernel_gradient` of some rows of `x`, `[C, 3, 3, O]`; `dy` has another row on either side."""
+    _, height, width, channels = x_BHWC.shape
+    # Layouts in which every product below is of two plain row-major matrices; in the second the kernel's rows are side by side.
     x_CHWB = jnp.pad(lax.optimization_barrier(x_BHWC.transpose(3, 1, 2, 0)), ((0, 0), (0, 0), (1, 1), (0, 0)))
     x_terms = _transform(_B_T, [_every_fourth(x_CHWB, offset) for offset in range(6)])
-    dy_HWBO = dy_BHWO.transpose(1, 2, 0, 3)
-    dy_Hw4BO = dy_HWBO.reshape(height + 2, width // 4, 4, *dy_HWBO.shape[2:])
-    dy_terms = _transform(_A, [dy_Hw4BO[:, :, pixel] for pixel in range(4)])
-    # Without the barriers the compiler computes each term again inside the three products that read it.
+    dy_BHW3O = jnp.stack([lax.slice_in_dim(dy_BHWO, 2 - row, 2 - row + height, axis=1) for row in range(3)], axis=3)
+    dy_HWB3O = dy_BHW3O.transpose(1, 2, 0, 3, 4)
+    dy_Hw4B3O = dy_HWB3O.reshape(height, width // 4, 4, *dy_HWB3O.shape[2:])
+    dy_terms = _transform(_A, [dy_Hw4B3O[:, :, pixel] for pixel in range(4)])
+    # Without the barriers the compiler computes each term again inside the product that reads it.
     x_terms, dy_terms = lax.optimization_barrier((x_terms, dy_terms))
 
-    def product(x_CHwB: Array, dy_HwBO: Array, row: int) -> Array:
-        rows = lax.slice_in_dim(dy_HwBO, 2 - row, 2 - row + height)
-        return x_CHwB.reshape(x_CHwB.shape[0], -1) @ rows.reshape(-1, rows.shape[-1])
+    def product(x_CHwB: Array, dy_HwB3O: Array) -> Array:
+        features = dy_HwB3O.shape[3:]
+        return (x_CHwB.reshape(channels, -1) @ dy_HwB3O.reshape(-1, np.prod(features))).reshape(channels, *features)
 
-    products = [jnp.stack([product(x, dy, row) for row in range(3)]) for x, dy in zip(x_terms, dy_terms, strict=True)]
-    return jnp.stack(_transform(_G_T, lax.optimization_barrier(products)), axis=1)
+    products_C3O = [product(x, dy) for x, dy in zip(x_terms, dy_terms, strict=True)]
+    return jnp.stack(_transform(_G_T, lax.optimization_barrier(products_C3O)), axis=2)
 
 
 def _every_fourth(x: Array, offset: int) -> Array:
