@@ -19,6 +19,7 @@ def finish(
     workdir: Workdir,
     sweep: Sequence[tuple[str, str, int]],
     pictured: Callable[[str], tuple[PixelExperiment, Target]],
+    redraw: bool = False,
 ) -> dict:
     """Writes summary.json and, where the workdir has several runs, the comparison; prints the table and where the report is.
 
@@ -26,6 +27,7 @@ def finish(
       workdir: whose finished runs count.
       sweep: (method, target, seed) of this command's runs; where one of them is finished its own table is printed.
       pictured: `spec -> (experiment, its target)`, asked only where pictures are made.
+      redraw: makes the comparison even where it stands and shows the same numbers.
 
     Returns:
       The summary; empty where no run is finished.
@@ -34,7 +36,7 @@ def finish(
     if not runs:
         return {}
     summary = summarize(runs)
-    parallel.on_main(lambda: _write(workdir, sweep, pictured, runs, summary))
+    parallel.on_main(lambda: _write(workdir, sweep, pictured, runs, summary, redraw))
     return summary
 
 
@@ -46,7 +48,7 @@ def _finished_runs(workdir: Workdir) -> list[dict]:
     ]
 
 
-def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dict], summary: dict) -> None:
+def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dict], summary: dict, redraw: bool) -> None:
     from retrack_jax.report.comparison import comparison_report
     from retrack_jax.report.tables import before_after_text, comparison_text
 
@@ -54,7 +56,7 @@ def _write(workdir: Workdir, sweep: Sequence, pictured: Callable, runs: list[dic
     mine = [run for run in runs if (run["method"], run["target"], run["seed"]) in sweep]
     compared = bool(mine) and len(runs) > 1
     # Pictures need the images, which a command that finds everything done does not read.
-    if compared and not (report.exists() and _holds(path, summary)):
+    if compared and (redraw or not (report.exists() and _holds(path, summary))):
         pictures = _comparison_pictures(workdir, mine[0]["target"], pictured, runs)
         comparison_report(workdir.root, summary=summary, **pictures)
     files.write_json(path, summary)  # last: a command that is cut before it makes the comparison again

@@ -27,7 +27,7 @@ _IMAGES = "images_digest"  # in config.json beside the fields of the config
 
 # Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, what
 # only costs memory or time (so that a run goes on on a machine with other devices), and which metrics to compute and what to
-# export, for each is kept by itself (run.py).
+# export, for each is kept by itself (runner.py).
 _FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes", "export"}
 _FREE_NESTED = {
     "data.cache_dir", "data.dir", "data.encode_batch_size", "sampling.batch_size", "eval.weights_dir", "eval.metrics",

@@ -8,6 +8,7 @@ import pytest
 from configs import base, celebahq, digits_tshirt, stable_diffusion
 from retrack_jax import build
 from retrack_jax.checks import UserError
+from retrack_jax.evaluate.checks import check_evaluation
 
 
 def fitted(config, devices, monkeypatch):
@@ -68,3 +69,13 @@ def test_the_forget_batch_counts_too(monkeypatch):
     config = fitted(config, 8, monkeypatch)
     assert config.unlearn.accumulation == 2
     build.check_config(config)
+
+
+def test_relearning_is_held_to_the_devices_only_where_it_is_asked_for(monkeypatch):
+    config = digits_tshirt.get_config()
+    config.eval.relearning.batch_size, config.eval.metrics = 63, ("frequency",)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    check_evaluation(config.eval)
+    config.eval.metrics = ("frequency", "relearning_steps")
+    with pytest.raises(UserError, match="config.eval.relearning.batch_size is 63"):
+        check_evaluation(config.eval)

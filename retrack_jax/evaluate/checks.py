@@ -24,4 +24,5 @@ def check_evaluation(evaluation: ConfigDict) -> None:
     check(rise and len(steps) > 0, wrong)
     check_number("config.eval.relearning.learning_rate", evaluation.relearning.learning_rate, 0.0, above=True)
     check_int("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
-    parallel.check_divisible("config.eval.relearning.batch_size", evaluation.relearning.batch_size)
+    if {"relearning_steps", "relearning_steps_remain"} & {*evaluation.metrics}:
+        parallel.check_divisible("config.eval.relearning.batch_size", evaluation.relearning.batch_size)

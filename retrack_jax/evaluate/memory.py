@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retrack_jax.checks import Diverged
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.membership import INTERVAL, T_SEC, denoising_losses, loss_scores, membership_auc, secmi_scores
@@ -64,7 +65,8 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
     """Steps of fine-tuning until the loss on the forgotten images is at most `BACK` times the pretrained model's.
 
     On the remaining images alone (`relearning_steps_remain`) and on these plus one copy of each forgotten image
-    (`relearning_steps`). A curve that never gets there counts its last step and is marked as censored.
+    (`relearning_steps`). A curve that never gets there counts its last step and is marked as censored; one whose fine-tuning
+    diverges leaves its metric without a value.
     """
     # Along a curve a group needs no 256 noises an image: its images average them.
     num_noises = min(256, max(16, 4096 // len(task.forgotten)))
@@ -76,7 +78,11 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
     values, note = {}, {"measured": f"forget_loss under {num_noises} noises", "threshold": threshold}
     for name in wanted:
         state, train = task.finetune(subject.params, name == "relearning_steps")
-        curve = relearning_curve(train, lambda state: loss(state.params), state, task.relearning)
+        try:
+            curve = relearning_curve(train, lambda state: loss(state.params), state, task.relearning)
+        except Diverged as error:
+            note["why"] = str(error)
+            continue
         found = relearning_steps(curve, threshold, "falls")
         values[name] = found.steps
         note[name] = {"steps": list(curve.steps), "values": list(curve.values), "censored": found.censored}

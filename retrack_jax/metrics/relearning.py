@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from retrack_jax.checks import check, check_choice
+from retrack_jax.checks import Diverged, check, check_choice
 
 DIRECTIONS = ("rises", "falls")
 
@@ -43,7 +43,7 @@ def relearning_curve(
       steps: rising numbers of steps at which to measure; 0 is measured anyway.
 
     Raises:
-      UserError: steps that do not rise, or a value that is not finite.
+      UserError: steps that do not rise; `Diverged` for a value that is not finite.
     """
     steps = tuple(int(step) for step in steps if step != 0)
     check(
@@ -54,7 +54,8 @@ def relearning_curve(
         state = train(state, done, step - done)
         done = step
         values.append(float(measure(state)))
-    check(bool(np.isfinite(values).all()), f"the relearning metric is not finite: {values}; the fine-tuned model has diverged")
+    if not np.isfinite(values).all():
+        raise Diverged(f"the relearning metric is not finite: {values}; the fine-tuned model has diverged")
     return RelearningCurve((0, *steps), tuple(values))
 
 

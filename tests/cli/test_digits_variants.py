@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from retrack_jax import run
+from retrack_jax import runner
 from retrack_jax.main import main
 from tests.tiny import flags
 
@@ -75,5 +75,5 @@ def test_a_metric_that_can_never_be_is_not_tried_again(tmp_path, monkeypatch):
     found = metrics_of(tmp_path, "digits_class", place, **more)
     assert set(found["unlearned"]) == {"forget_loss"} and set(found["provenance"]["final"]) == {"frequency", "label_share"}
     assert "config.eval.frequency_threshold" in found["provenance"]["absent"]["frequency"]
-    monkeypatch.setattr(run, "build_experiment", None)  # the same command again reads no data and no model
+    monkeypatch.setattr(runner, "build_experiment", None)  # the same command again reads no data and no model
     assert metrics_of(tmp_path, "digits_class", place, **more) == found

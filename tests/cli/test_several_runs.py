@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from retrack_jax import build, command_line
 from retrack_jax.checks import Diverged, UserError
-from retrack_jax.finish import finish
+from retrack_jax.evaluate.aggregate import summarize
+from retrack_jax.finish import _finished_runs, finish
 from retrack_jax.main import main
-from retrack_jax.run import Runner, sweep
+from retrack_jax.run import sweep
+from retrack_jax.runner import Runner
 from retrack_jax.workdir import Workdir
 from tests.tiny import flags
 
@@ -137,6 +140,20 @@ def test_a_command_shows_its_own_runs(tmp_path, capsys):
     assert asked == ["a.jpg"]
     # Nothing says yet that the comparison is made, so the next command makes it, whatever page is there of before.
     assert (tmp_path / "summary.json").read_text() == before
+
+
+def test_a_comparison_that_stands_is_made_again_where_the_report_is_asked_for(tmp_path):
+    workdir, asked = Workdir(tmp_path), []
+    for method in ("retrack", "siss"):
+        write_run(workdir, method, "a.jpg", 0)
+    again = partial(finish, workdir, [("siss", "a.jpg", 0)], lambda spec: asked.append(spec) or (Folders(), None))
+    (tmp_path / "report.html").write_text("of the numbers that summary.json holds")
+    (tmp_path / "summary.json").write_text(json.dumps(summarize(_finished_runs(workdir))))
+    again()
+    assert not asked
+    with pytest.raises(UserError, match="samples.npz is not there"):
+        again(redraw=True)
+    assert asked == ["a.jpg"]
 
 
 class Folders:
