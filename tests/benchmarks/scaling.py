@@ -79,8 +79,9 @@ def plot(found: dict[str, list[dict]], folder: Path) -> None:
         axes.set(**({"ylim": 0} if constant else {"yscale": "log"}))
         axes.legend(loc="lower right")  # what grows leaves that corner free
         for beside in more:
-            beside.semilogx(x, [each / 2**30 for each in memory], "o-")
-            beside.set(xlabel=x_label, ylabel="peak memory of the process, GiB", ylim=0)
+            gibibytes = [each / 2**30 for each in memory]
+            beside.semilogx(x, gibibytes, "o-")
+            beside.set(xlabel=x_label, ylabel="peak memory of the process, GiB", ylim=(0, 1.1 * max(gibibytes)))
         for each in (axes, *more) if len(curves) == 1 else ():
             each.set_xticks(x, [f"{value:,}" for value in x])
             each.set_xticks([], minor=True)
