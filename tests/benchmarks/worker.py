@@ -45,6 +45,12 @@ def main() -> None:
         if "precision" in spec:
             jax.config.update("jax_default_matmul_precision", spec.pop("precision"))
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/retrack_jax/benchmarks"))
+    else:
+        import torch
+
+        # As XLA does by itself. Without it numbers of SISS become denormal after some steps, which then take up to ten times as
+        # long.
+        torch.set_flush_denormal(True)
     start = time.perf_counter()
     run = getattr(importlib.import_module(f"tests.benchmarks.{side}"), f"make_{job}")(**spec)
     built = time.perf_counter()
