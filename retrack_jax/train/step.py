@@ -117,6 +117,7 @@ def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Calla
 
         main_grad, correction_grad, logs = parallel.pmean_tree(_accumulate(gradients, batch, how.accumulation))
         grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)
+        # Packed as the optimizer packs it, so that the compiler computes the norm once for this and for the clipping.
         metrics = {**logs, "grad_norm": optax.tree.norm(pack(grad)[0])}
         return state.apply_gradients(grad), metrics
 
