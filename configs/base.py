@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     data.channels = 0  # 1 or 3 converts; 0: as they are
     data.crop = "center"  # how an image of another shape becomes square: center, or none to refuse it
     data.held_out = 0.0  # share of the images, drawn at random, that no model trains on; membership needs it
+    data.exclude = ""  # images that an earlier run made the checkpoint forget, written as a target is: not in the data any more
     data.skip_corrupt = False  # leave out images that cannot be decoded, rather than refuse to run
     data.cache_dir = "~/.cache/retrack_jax"  # decoded images and neighbors
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from retrack_jax import build, files
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet, unit_to_pixels
+from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import load_images
 from retrack_jax.data.target import ForgetData, Target, make_target
@@ -55,7 +56,8 @@ class PixelExperiment:
         self.config = config
         check_pixel_config(config)
         images: ImageSet = load_images(config.data.to_dict())
-        self.images, self.held_out = split_held_out(images, config.data.held_out)
+        training, self.held_out = split_held_out(images, config.data.held_out)
+        self.images = without(training, config.data.exclude)
         own = {"dtype": build.DTYPES[config.compute.dtype], "remat": config.compute.remat}
         if config.checkpoint:
             from retrack_jax.checkpoints import import_diffusers

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from retrack_jax import build
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.excluded import without
 from retrack_jax.data.folder_source import named_images
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.load import data_format, load_images
@@ -102,7 +103,8 @@ def complete(config: ConfigDict) -> ConfigDict:
 
 def _fewest_remaining(config: ConfigDict) -> int:
     """How many images remain, the fewest of any target."""
-    images, _ = split_held_out(_names(config), config.data.held_out)
+    training, _ = split_held_out(_names(config), config.data.held_out)
+    images = without(training, config.data.exclude)
     return min(len(images) - len(resolve_target(spec, images)) for spec in build.target_specs(config))
 
 

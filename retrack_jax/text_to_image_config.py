@@ -8,6 +8,8 @@ from retrack_jax.evaluate.concept import CLASSIFIERS, METRIC_NAMES
 from retrack_jax.sampling import SAMPLERS
 
 EXPORTS = ("pipeline", "unet", "none")
+# Fields of config.data for other sources of images, with the values that change nothing.
+_OF_OTHER_SOURCES = {"format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False}
 
 
 def check_text_to_image(config: ConfigDict) -> None:
@@ -24,6 +26,9 @@ def check_text_to_image(config: ConfigDict) -> None:
         bool(config.data.dir),
         "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts",
     )
+    for name, default in _OF_OTHER_SOURCES.items():
+        value = config.data[name]
+        check(value == default, f"config.data.{name} is {value!r}, which concepts have no use for; leave it at {default!r}")
     check_choice("config.export", config.export, EXPORTS)
     check_choice("config.compute.param_dtype", config.compute.param_dtype, DTYPES)
     check_choice("config.eval.classifier", config.eval.classifier, CLASSIFIERS)

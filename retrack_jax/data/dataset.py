@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.files import array_digest
+from retrack_jax.files import array_digest, json_digest
 from retrack_jax.neighbors.rows import Rows
 
 
@@ -58,6 +58,20 @@ def check_distinct(name: str, ids: Sequence[str]) -> None:
 def image_set(name: str, images: np.ndarray, ids: Sequence[str], labels: np.ndarray | None = None) -> ImageSet:
     """Returns an `ImageSet` with its digest computed from the pixels."""
     return ImageSet(images=images, ids=tuple(ids), labels=labels, digest=array_digest(images), name=name)
+
+
+def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = False) -> ImageSet:
+    """Returns the images of `rows`, int `[R]`, as a set named "NAME, `which`".
+
+    Those of a memory map are read when they are used, unless `in_memory` asks for them: nearly all of CelebA-HQ would be 5.9 GB.
+    The digest is then of the whole set's and of the rows.
+    """
+    name, ids = f"{images.name}, {which}", [images.ids[row] for row in rows]
+    labels = None if images.labels is None else np.asarray(images.labels)[rows]
+    if isinstance(images.images, np.memmap | Rows) and not in_memory:
+        digest = json_digest([images.digest, array_digest(rows)])
+        return ImageSet(Rows(images.images, rows), ids, labels, digest, name)
+    return image_set(name, images.images[rows], ids, labels)
 
 
 def pixels_to_model(pixels):

@@ -2,10 +2,8 @@
 
 import numpy as np
 
-from retrack_jax import files
 from retrack_jax.checks import check, check_number
-from retrack_jax.data.dataset import ImageSet, image_set
-from retrack_jax.neighbors.rows import Rows
+from retrack_jax.data.dataset import ImageSet, part
 
 _SEED = 0x4E1D
 
@@ -25,21 +23,4 @@ def split_held_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet |
     check(0 < count < len(images), f"config.data.held_out is {share}: {count} of {len(images)} images; both parts need some")
     order = np.random.default_rng(_SEED).permutation(len(images))
     training, held_out = np.sort(order[count:]), np.sort(order[:count])
-    if isinstance(images.images, np.memmap):  # nearly the whole set: CelebA-HQ would be 5.9 GB of memory
-        return _mapped_part(images, training, "training part"), _part(images, held_out, "held-out part")
-    return _part(images, training, "training part"), _part(images, held_out, "held-out part")
-
-
-def _part(images: ImageSet, rows: np.ndarray, which: str) -> ImageSet:
-    return image_set(f"{images.name}, {which}", images.images[rows], *_names_and_labels(images, rows))
-
-
-def _mapped_part(images: ImageSet, rows: np.ndarray, which: str) -> ImageSet:
-    """As `_part`, read when it is used; its digest is of the whole set's and of the rows."""
-    digest = files.json_digest([images.digest, files.array_digest(rows)])
-    return ImageSet(Rows(images.images, rows), *_names_and_labels(images, rows), digest, f"{images.name}, {which}")
-
-
-def _names_and_labels(images: ImageSet, rows: np.ndarray) -> tuple[list[str], np.ndarray | None]:
-    labels = None if images.labels is None else np.asarray(images.labels)[rows]
-    return [images.ids[row] for row in rows], labels
+    return part(images, training, "training part"), part(images, held_out, "held-out part", in_memory=True)

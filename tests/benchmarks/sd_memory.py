@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
     python -m tests.benchmarks.sd_memory residuals         # what the backward pass keeps, with and without remat; seconds
-    python -m tests.benchmarks.sd_memory step [METHOD] [--tpu=v6e:2x2]    # compiles a step, with and without remat; runs nothing
+    python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--tpu=v6e:2x2]    # compiles a step for each; runs nothing
 
 `forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the backward pass
 for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for this backend:
 arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place; with `--tpu`
-for one chip of a TPU, which need not be there (memory.py says what to install).
+for one chip of a TPU, which need not be there (memory.py says what to install). OPTION: float32, bfloat16, remat,
+bfloat16+remat; all four where none is named.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from tests.sd.test_networks import SD14_UNET
 GB = 1e9
 MOST_GB = 10  # what one forward pass may take
 LATENT, PROMPT = (64, 64, 4), (1, 77, 768)
+OPTIONS = ("remat", "bfloat16+remat", "float32", "bfloat16")
 
 
 def forward() -> None:
@@ -82,9 +84,10 @@ def residuals(remat: bool) -> None:
     print(f"remat {remat}: {total / GB:.2f} GB kept for the backward pass of two latents")
 
 
-def step(method_name: str, remat: bool) -> None:
+def step(method_name: str, option: str) -> None:
     """Compiles a training step: one image a microbatch and stream, 16 microbatches."""
-    unet = UNet2DCondition.from_config(SD14_UNET, remat=remat)
+    dtype = jnp.bfloat16 if "bfloat16" in option else jnp.float32
+    unet = UNet2DCondition.from_config(SD14_UNET, dtype=dtype, remat="remat" in option)
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     inputs = jnp.ones((1, *LATENT)), jnp.array([500], jnp.int32), jnp.ones(PROMPT)
     params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
@@ -123,12 +126,12 @@ def step(method_name: str, remat: bool) -> None:
     except jax.errors.JaxRuntimeError as error:
         if not (used := too_large(error)):
             raise
-        print(f"{method_name}, remat {remat}: does not fit: {used}", flush=True)
+        print(f"{method_name}, {option}: does not fit: {used}", flush=True)
         return
     arguments, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
     total = arguments + temporaries + plan.output_size_in_bytes - plan.alias_size_in_bytes
     print(
-        f"{method_name}, remat {remat}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, "
+        f"{method_name}, {option}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, "
         f"total {total / GB:.2f} GB (compiled in {time.perf_counter() - began:.0f} s)",
         flush=True,
     )
@@ -144,8 +147,9 @@ if __name__ == "__main__":
         topology = next((word.removeprefix("--tpu=") for word in sys.argv[2:] if word.startswith("--tpu=")), None)
         if topology:
             plan_for(topology)
-        method = next((word for word in sys.argv[2:] if not word.startswith("--")), "retrack")
-        for remat in (True, False):
-            step(method, remat)
+        words = [word for word in sys.argv[2:] if not word.startswith("--")]
+        method = next((word for word in words if word not in OPTIONS), "retrack")
+        for option in [word for word in words if word in OPTIONS] or OPTIONS:
+            step(method, option)
     else:
         sys.exit(__doc__)

@@ -45,7 +45,9 @@ def test_custom_k_is_at_most_what_remains_of_the_largest_target(tmp_path, jpeg_f
     (tmp_path / "forget.txt").write_text("".join(f"{row:05d}.jpg\n" for row in range(5)))
     config = custom_config(tmp_path, "folder", folder, ("00001.jpg", f"@{tmp_path / 'forget.txt'}"))
     assert recipe.complete(config).unlearn.num_neighbors == 7
-    config.data.held_out = 0.25
+    config.data.exclude = "00010.jpg+00011.jpg"
+    assert recipe.complete(config).unlearn.num_neighbors == 5
+    config.data.exclude, config.data.held_out = "", 0.25
     config.targets = ("*[02].jpg",)
     assert recipe.complete(config).unlearn.num_neighbors < 9  # three are held out, and some of the others forgotten
     config.targets = ("nobody.jpg",)
