@@ -1,17 +1,19 @@
 """What a model restores of a forgotten image: the probe behind SSCD, and the pictures of it that the report shows."""
 
+import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
-from retrack_jax.metrics.blocks import shown_progress
+from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.sampling.inject import inject, noised
-from retrack_jax.types import PyTree, Rng
+from retrack_jax.types import Array, PyTree, Rng
 
 T = 250  # how far the image is noised before it is restored (the official protocol)
 MOST_KEPT = 8  # images of a group whose pictures are kept; SSCD is of all
@@ -23,25 +25,27 @@ def restore(
     """Returns each image noised to t = 250, and what the model makes of that: two float32 `[F, H, W, C]` in [0, 1].
 
     Args:
-      eps_fn: `eps_fn(params, x_t, t) -> eps`.
-      images: the forgotten images, uint8 `[F, H, W, C]`; each is restored by itself.
+      eps_fn: `eps_fn(params, x_t, t) -> eps`; pass the same function object to reuse what is compiled.
+      images: the forgotten images, uint8 `[F, H, W, C]`.
       rng: every model is given the same noise.
     """
-
-    @jax.jit
-    def one(params, x_0, rng):
-        x_0, rngs = x_0[None], rng[None]
-        x_t = noised(x_0, rngs, schedule, t=T)
-        return x_t[0], inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=T)[0]
-
-    rngs = jax.random.split(rng, len(images))
-    pairs = []
-    with shown_progress("sscd", len(images)) as bar:
-        for x_0, rng in zip(pixels_to_model(images), rngs, strict=True):
-            pairs.append(jax.device_get(one(params, x_0, rng)))
-            bar.update()
-    given, made = (np.clip(np.stack([pair[place] for pair in pairs]) / 2 + 0.5, 0.0, 1.0) for place in (0, 1))
+    x_0, rngs, p_restore = pixels_to_model(images), jax.random.split(rng, len(images)), _p_restore(eps_fn)
+    pairs = in_blocks(
+        lambda rows: p_restore(params, schedule, x_0[rows], rngs[rows]), len(images), images.shape[1:], desc="sscd"
+    )
+    given, made = np.clip(np.moveaxis(pairs, 1, 0) / 2 + 0.5, 0.0, 1.0)
     return given, made
+
+
+@functools.lru_cache(maxsize=8)
+def _p_restore(eps_fn: Callable) -> Callable:
+    """Returns clean images `[D, b, H, W, C]` to noised and restored ones, `[D, b, 2, H, W, C]`, mapped over devices."""
+
+    def pairs(params: PyTree, schedule: Schedule, x_0: Array, rngs: Rng) -> Array:
+        made = inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=T)
+        return jnp.stack([noised(x_0, rngs, schedule, t=T), made], axis=1)
+
+    return parallel.pmap(pairs, in_axes=(None, None, 0, 0), out_axes=0)
 
 
 def keep_pictures(path, forgotten: np.ndarray, given: np.ndarray, made: np.ndarray, scores: np.ndarray) -> None:

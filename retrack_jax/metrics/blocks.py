@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from retrack_jax import parallel
@@ -26,23 +27,30 @@ def shown_progress(desc: str, total: int):
 def in_blocks(
     score: Callable[[np.ndarray], Array], total: int, image_shape: tuple[int, ...], size: int | None = None, desc: str = ""
 ) -> np.ndarray:
-    """Returns the scores of 0, ..., `total` - 1, float64 `[total]`.
+    """Returns the scores of 0, ..., `total` - 1, `[total, ...]`; devices and processes share the work.
 
     Args:
-      score: `score(numbers int32 [B]) -> [B]`, each of its own number alone.
+      score: `score(numbers int32 [D, b]) -> [D, b, ...]`, mapped over this process's D devices; each of its own number alone.
       total: how many there are.
       image_shape: (H, W, C) of the image behind each number.
-      size: the largest block; None: `images_per_call`. Blocks are equal, so that one shape is compiled and little is computed
-        twice: the last one goes on with the first numbers.
-      desc: what a progress bar calls it; none is shown without.
+      size: the most numbers a device and call; None: `images_per_call`. Blocks are equal, so that one shape is compiled and
+        little is computed twice: the last one goes on with the first numbers.
+      desc: what a progress bar over this process's share calls it; none is shown without.
     """
     size = images_per_call(image_shape) if size is None else size
     check_int("batch_size", size, 1)
-    size = -(-total // -(-total // size))
-    scores = np.empty(total)
-    with shown_progress(desc, total) as bar:
-        for start in range(0, total, size):
-            numbers = np.arange(start, start + size, dtype=np.int32) % total
-            scores[start : start + size] = np.asarray(score(numbers), np.float64)[: total - start]
-            bar.update(min(size, total - start))
-    return scores
+    devices = jax.local_device_count()
+
+    def of_share(first: int, stop: int) -> dict[str, np.ndarray]:
+        count, parts = stop - first, []
+        num_blocks = -(-count // (devices * size))
+        block = -(-count // (num_blocks * devices)) * devices
+        with shown_progress(desc, count) as bar:
+            for start in range(0, count, block):
+                numbers = first + np.arange(start, start + block, dtype=np.int32) % count
+                scores = np.asarray(score(numbers.reshape(devices, -1)))
+                parts.append(scores.reshape(block, *scores.shape[2:])[: count - start])
+                bar.update(len(parts[-1]))
+        return {"scores": np.concatenate(parts)}
+
+    return parallel.share_rows(of_share, total)["scores"]

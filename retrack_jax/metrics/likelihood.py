@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
 from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.types import Array, PyTree, Rng
@@ -67,7 +68,7 @@ def nll_bits_per_dim(
       num_probes: independent probes an image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
-      batch_size: at most so many pairs of image and probe a call; None: by the size of the images (metrics/blocks.py).
+      batch_size: at most so many pairs of image and probe a device and call; None: by the size of the images (metrics/blocks.py).
       desc: what a progress bar calls it; none is shown without.
 
     Returns:
@@ -87,16 +88,16 @@ def nll_bits_per_dim(
     _check_schedule(schedule, mode)
     images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
+    p_log_likelihoods = _p_log_likelihoods(eps_fn, mode, float(rtol), float(atol))
 
     def log_likelihoods(pairs: np.ndarray) -> Array:
         numbers, probes = pairs // num_probes, pairs % num_probes
-        options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
-        return _log_likelihoods(params, sigma, images[numbers], rng, numbers, probes, **options)
+        return p_log_likelihoods(params, sigma, images[numbers], rng, numbers, probes)
 
     # A solver that resolves 1e-5 cannot follow a network that an accelerator rounds to bfloat16 or TF32.
     with jax.default_matmul_precision("highest"):
         log_p = in_blocks(log_likelihoods, len(images) * num_probes, images.shape[1:], batch_size, desc)
-    log_p = log_p.reshape(len(images), num_probes)
+    log_p = log_p.astype(np.float64).reshape(len(images), num_probes)
     if not np.isfinite(log_p).all():
         raise UserError(
             f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise "
@@ -108,7 +109,12 @@ def nll_bits_per_dim(
     return bits.mean(axis=1), stderr
 
 
-@functools.partial(jax.jit, static_argnames=("eps_fn", "mode", "rtol", "atol"))
+@functools.lru_cache(maxsize=8)
+def _p_log_likelihoods(eps_fn: Callable, mode: str, rtol: float, atol: float) -> Callable:
+    log_likelihoods = functools.partial(_log_likelihoods, eps_fn=eps_fn, mode=mode, rtol=rtol, atol=atol)
+    return parallel.pmap(log_likelihoods, in_axes=(None, None, 0, None, 0, 0), out_axes=0)
+
+
 def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, eps_fn, mode, rtol, atol, fixed_step=None):
     """log p of equation 3 `[B]` for pairs of an image, with its number, and a probe; NaN where the solver did not get there.
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
 from retrack_jax.diffusion.process import add_noise, eps_to_x0
 from retrack_jax.metrics.blocks import in_blocks
@@ -59,26 +60,32 @@ def denoising_losses(
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws an image.
-      batch_size: at most so many pairs of image and draw a call; None: by the size of the images (metrics/blocks.py).
+      batch_size: at most so many pairs of image and draw a device and call; None: by the size of the images (metrics/blocks.py).
       desc: what a progress bar calls it; none is shown without.
 
     Raises:
       Diverged: a loss that is not finite.
     """
     check_int("num_noises", num_noises, 1)
-    images = jnp.asarray(images, jnp.float32)
+    images = parallel.replicate(np.asarray(images, np.float32))
+    p_losses = _p_pair_losses(eps_fn, num_noises)
     losses = in_blocks(
-        lambda pairs: _pair_losses(params, schedule, images, rng, pairs, eps_fn=eps_fn, num_noises=num_noises),
+        lambda pairs: p_losses(params, schedule, images, rng, pairs),
         len(images) * num_noises,
         images.shape[1:],
         batch_size,
         desc,
-    )
+    ).astype(np.float64)
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
 
 
-@functools.partial(jax.jit, static_argnames=("eps_fn", "num_noises"))
+@functools.lru_cache(maxsize=8)
+def _p_pair_losses(eps_fn: Callable, num_noises: int) -> Callable:
+    losses = functools.partial(_pair_losses, eps_fn=eps_fn, num_noises=num_noises)
+    return parallel.pmap(losses, in_axes=(None, None, None, None, 0), out_axes=0)
+
+
 def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noises):
     image_B, draw_B = pairs_B // num_noises, pairs_B % num_noises
     x_0 = images_NHWC[image_B]
@@ -118,7 +125,7 @@ def secmi_scores(
       eps_fn, params, schedule, images: as in `denoising_losses`.
       t_sec: the timestep of the error, a multiple of `interval`.
       interval: k of equation 2.
-      batch_size: at most so many images a call; None: by their size (metrics/blocks.py).
+      batch_size: at most so many images a device and call; None: by their size (metrics/blocks.py).
       desc: as in `denoising_losses`.
 
     Raises:
@@ -129,18 +136,20 @@ def secmi_scores(
     check_int("t_sec", t_sec, 0, num_timesteps - 1 - interval)
     check(t_sec % interval == 0, f"t_sec is {t_sec}; it must be a multiple of interval, {interval}")
     images = np.asarray(images, np.float32)
-    scores = -in_blocks(
-        lambda rows: _t_error(params, schedule, images[rows], eps_fn=eps_fn, t_sec=t_sec, interval=interval),
-        len(images),
-        images.shape[1:],
-        batch_size,
-        desc,
-    )
-    _check_finite("SecMI score", scores)
-    return scores
+    p_t_error = _p_t_error(eps_fn, t_sec, interval)
+    errors = in_blocks(
+        lambda rows: p_t_error(params, schedule, images[rows]), len(images), images.shape[1:], batch_size, desc
+    ).astype(np.float64)
+    _check_finite("SecMI score", errors)
+    return -errors
 
 
-@functools.partial(jax.jit, static_argnames=("eps_fn", "t_sec", "interval"))
+@functools.lru_cache(maxsize=8)
+def _p_t_error(eps_fn: Callable, t_sec: int, interval: int) -> Callable:
+    error = functools.partial(_t_error, eps_fn=eps_fn, t_sec=t_sec, interval=interval)
+    return parallel.pmap(error, in_axes=(None, None, 0), out_axes=0)
+
+
 def _t_error(params, schedule, x_0, *, eps_fn, t_sec, interval):
     def ddim(x, start, end):
         start_B, end_B = (jnp.full((len(x),), t, jnp.int32) for t in (start, end))

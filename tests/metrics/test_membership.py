@@ -7,7 +7,6 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.metrics import membership
 from retrack_jax.metrics.membership import (
     auc,
     denoising_losses,
@@ -102,6 +101,21 @@ def test_prediction_interval_is_students():
         prediction_interval([1.0])
 
 
+def test_other_parameters_use_what_is_compiled(sets, rng):
+    traces = []
+
+    def eps_fn(*args):
+        traces.append(args)
+        return _memory_eps(*args)
+
+    counts = []
+    for stored in sets[:2]:
+        denoising_losses(eps_fn, stored, SCHEDULE, sets[2], rng, num_noises=8)
+        secmi_scores(eps_fn, stored, SCHEDULE, sets[2])
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
+
+
 def test_refuses(sets, rng):
     with pytest.raises(UserError, match="not finite; the model has diverged"):
         denoising_losses(_memory_eps, sets[0] * np.nan, SCHEDULE, sets[1][:2], rng, num_noises=8, batch_size=5)
@@ -111,4 +125,3 @@ def test_refuses(sets, rng):
         secmi_scores(_memory_eps, sets[0], SCHEDULE, sets[1], t_sec=990, interval=10)
     with pytest.raises(UserError, match="both sides"):
         auc([], [1.0])
-    assert membership._pair_losses._cache_size() < 12
