@@ -14,6 +14,7 @@ class ToyNet(nn.Module):
     """A network that depends on the image and on t, and compiles at once."""
 
     width: int = 16
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x, t, deterministic=True):
@@ -21,6 +22,7 @@ class ToyNet(nn.Module):
         phase = t.astype(jnp.float32) / 100.0
         time = jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=1)
         hidden = nn.silu(nn.Dense(self.width)(jnp.concatenate([flat, time], axis=1)))
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
         return nn.Dense(flat.shape[1])(hidden).reshape(x.shape)
 
 

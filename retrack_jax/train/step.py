@@ -21,9 +21,8 @@ from retrack_jax.types import Array, PyTree, Rng
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
 
-# Folds of a step's key: one a stream, which its examples' keys come from, and one for what belongs to no example.
+# Folds of a step's key: one a stream, which its examples' keys come from.
 _REMAIN, _FORGET = range(2)
-_DROPOUT = 0x0D40
 
 
 @flax.struct.dataclass
@@ -93,7 +92,7 @@ def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Calla
         def terms(params: PyTree, microbatch: PyTree):
             context = Context(
                 schedule=shared.schedule,
-                eps_fn=_close(eps_fn, params, shared.condition, how.dropout, step_rng, microbatch),
+                eps_fn=_close(eps_fn, params, shared.condition, how.dropout),
                 reference_fn=_close(eps_fn, shared.reference, shared.condition) if how.distill else None,
                 options=options,
                 t_min=how.t_min,
@@ -142,13 +141,17 @@ def _with_spread_ema(step: Callable) -> Callable:
     return whole_step
 
 
-def _close(eps_fn, params, condition, dropout: bool = False, step_rng: Rng | None = None, microbatch: PyTree | None = None):
-    """Closes `eps_fn` over all but the noisy points. Each microbatch of each device has dropout masks of its own."""
+def _close(eps_fn: Callable, params: PyTree, condition: tuple[Array, ...], dropout: bool = False) -> Callable:
+    """Closes `eps_fn` over all but the noisy points and their keys, `(x_t, t, rngs)`."""
     if not dropout:
-        return lambda x_t, t: eps_fn(params, x_t, t, *condition)
-    first = next(leaf for name, leaf in microbatch.items() if name.endswith("_index"))[0]
-    rng = jax.random.fold_in(jax.random.fold_in(step_rng, _DROPOUT), first)
-    return lambda x_t, t: eps_fn(params, x_t, t, *condition, deterministic=False, rngs={"dropout": rng})
+        return lambda x_t, t, rngs=None: eps_fn(params, x_t, t, *condition)
+
+    # One example at a time, so that its masks hang on its own key and not on what shares its device; compiled as one batch.
+    @jax.vmap
+    def predict(x_t, t, rng):
+        return eps_fn(params, x_t[None], t[None], *condition, deterministic=False, rngs={"dropout": rng})[0]
+
+    return predict
 
 
 def _streams(method: Method, microbatch: PyTree, shared: Shared, step_rng: Rng) -> tuple[Stream | None, Stream | None]:

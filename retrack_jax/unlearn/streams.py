@@ -18,7 +18,7 @@ from retrack_jax.types import Array, Rng
 from retrack_jax.unlearn import losses
 
 # Each draw of an example has its own fold, so that adding a draw never changes another. Clean latents are drawn in train/step.py.
-_TIME, _NOISE, _MASK, _UNIFORM, POSTERIOR = range(5)
+_TIME, _NOISE, _MASK, _UNIFORM, POSTERIOR, _DROPOUT = range(6)
 
 
 @flax.struct.dataclass
@@ -47,13 +47,14 @@ class Stream:
 
 @flax.struct.dataclass
 class Noised:
-    """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`."""
+    """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`; `rngs` are for dropout masks."""
 
     x_t: Array
     t: Array
     eps: Array
     gamma: Array
     sigma: Array
+    rngs: Rng
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,14 @@ class Context:
 
     Attributes:
       schedule: the noise schedule.
-      eps_fn: `(x_t, t) -> eps_pred`, the parameters being trained closed over.
-      reference_fn: the same with the frozen pretrained parameters, or None.
+      eps_fn: `(x_t, t, rngs) -> eps_pred`, the parameters being trained closed over.
+      reference_fn: `(x_t, t) -> eps_pred` with the frozen pretrained parameters, or None.
       options: the method's hyperparameters (numbers, or traced scalars where they follow a schedule).
       t_min, t_max: timesteps are drawn uniformly from [t_min, t_max).
     """
 
     schedule: Schedule
-    eps_fn: Callable[[Array, Array], Array]
+    eps_fn: Callable[[Array, Array, Rng], Array]
     options: Mapping[str, float | Array] = field(default_factory=dict)
     reference_fn: Callable[[Array, Array], Array] | None = None
     t_min: int = 0
@@ -81,17 +82,18 @@ class Context:
 
         def draw(rng):
             t = jax.random.randint(jax.random.fold_in(rng, _TIME), (), self.t_min, self.t_max)
-            return t, jax.random.normal(jax.random.fold_in(rng, _NOISE), x_0.shape[1:])
+            eps = jax.random.normal(jax.random.fold_in(rng, _NOISE), x_0.shape[1:])
+            return t, eps, jax.random.fold_in(rng, _DROPOUT)
 
-        t, eps = jax.vmap(draw)(stream.rngs)
+        t, eps, rngs = jax.vmap(draw)(stream.rngs)
         gamma, sigma = self.schedule.gamma[t], self.schedule.sigma[t]
-        return Noised(x_t=add_noise(x_0, eps, gamma, sigma), t=t, eps=eps, gamma=gamma, sigma=sigma)
+        return Noised(x_t=add_noise(x_0, eps, gamma, sigma), t=t, eps=eps, gamma=gamma, sigma=sigma, rngs=rngs)
 
     def predict(self, *noised: Noised) -> tuple[Array, ...]:
         """Returns the prediction at each batch of noisy points, from one forward pass over all of them."""
         if len(noised) == 1:
-            return (self.eps_fn(noised[0].x_t, noised[0].t),)
-        eps_pred = self.eps_fn(jnp.concatenate([n.x_t for n in noised]), jnp.concatenate([n.t for n in noised]))
+            return (self.eps_fn(noised[0].x_t, noised[0].t, noised[0].rngs),)
+        eps_pred = self.eps_fn(*(jnp.concatenate(parts) for parts in zip(*((n.x_t, n.t, n.rngs) for n in noised), strict=True)))
         sizes = [n.x_t.shape[0] for n in noised]
         return tuple(jnp.split(eps_pred, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]))
 

@@ -13,7 +13,7 @@ from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state
-from retrack_jax.train.step import Shared, StepOptions, _stream_rngs, make_train_step
+from retrack_jax.train.step import Shared, StepOptions, _close, _stream_rngs, make_train_step
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
@@ -58,17 +58,33 @@ def run(name, monkeypatch, *, devices=4, steps=3, net=None, how=None, ema=None, 
     return state, metrics
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["retrack", "siss", "erasediff", "vanilla"])
-def test_one_device_equals_four_and_four_microbatches(name, monkeypatch):
-    one, _ = run(name, monkeypatch, devices=1)
-    four, _ = run(name, monkeypatch, devices=4)
-    options = StepOptions(options=dict(METHODS[name].options), t_max=1000, accumulation=4)
-    micro, _ = run(name, monkeypatch, devices=1, how=options)
+def test_one_device_equals_four_and_four_microbatches(name, dropout, monkeypatch):
+    """Dropout masks too are each example's own, wherever it is computed."""
+    net = toys.ToyNet(dropout=dropout)
+    options = StepOptions(options=dict(METHODS[name].options), t_max=1000, dropout=dropout > 0)
+    one, _ = run(name, monkeypatch, devices=1, net=net, how=options)
+    four, _ = run(name, monkeypatch, devices=4, net=net, how=options)
+    micro, _ = run(name, monkeypatch, devices=1, net=net, how=dataclasses.replace(options, accumulation=4))
     start = toys.params()
     moved = jax.tree.map(jnp.subtract, one.params, start)
     for other in (four, micro):
         assert toys.relative(other.params, one.params) <= 1e-6
         assert toys.relative(jax.tree.map(jnp.subtract, other.params, start), moved) <= 1e-3
+
+
+def test_every_example_and_step_draws_its_own_dropout_mask(rng):
+    """Two equal examples are not dropped alike, nor is one at two steps; without dropout they are predicted alike."""
+    eps_fn, params = make_eps_fn(toys.ToyNet(dropout=0.5).apply, SCHEDULE), toys.params()
+    x_t, t = jnp.ones((2, *toys.SHAPE)), jnp.full((2,), 500)
+
+    def predicted(dropout, step):
+        return _close(eps_fn, params, (), dropout)(x_t, t, parallel.example_rngs(jax.random.fold_in(rng, step), jnp.arange(2)))
+
+    first, second = predicted(True, 0), predicted(True, 1)
+    assert not np.allclose(first[0], first[1]) and not np.allclose(first, second)
+    np.testing.assert_array_equal(*predicted(False, 0))
 
 
 def test_a_step_donates_its_state():
@@ -82,7 +98,7 @@ def test_a_step_donates_its_state():
 
 
 def test_no_two_draws_of_an_example_share_a_key(rng, monkeypatch):
-    """Time, noise, the mask of a mixture, the uniform target and the latent: each folds a number of its own into the key."""
+    """Time, noise, a mixture's mask, dropout, the uniform target and the latent: each folds a number of its own into the key."""
     rngs, _ = _stream_rngs(rng, 0, jnp.arange(2))
     stream = Stream(jnp.zeros((2, *toys.SHAPE)), rngs)
     folds, real = [], jax.random.fold_in
@@ -92,7 +108,7 @@ def test_no_two_draws_of_an_example_share_a_key(rng, monkeypatch):
     stream.uniform()
     drawn = len(folds)
     _stream_rngs(rng, 0, jnp.arange(2))
-    assert drawn == 4 and len({*folds[:drawn], folds[-1]}) == 5  # what comes between makes the example's key itself
+    assert drawn == 5 and len({*folds[:drawn], folds[-1]}) == 6  # what comes between makes the example's key itself
 
 
 def test_the_seed_and_the_step_change_the_draws(monkeypatch):

@@ -22,7 +22,10 @@ EPS_FN = make_eps_fn(toys.ToyNet().apply, SCHEDULE)
 
 
 def context(params, options, **kwargs):
-    return Context(schedule=SCHEDULE, eps_fn=lambda x, t: EPS_FN(params, x, t), options=options, **{"t_max": 1000, **kwargs})
+    def eps_fn(x_t, t, rngs):
+        return EPS_FN(params, x_t, t)
+
+    return Context(schedule=SCHEDULE, eps_fn=eps_fn, options=options, **{"t_max": 1000, **kwargs})
 
 
 def streams(method, rng, size=8):
