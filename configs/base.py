@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     unlearn.eps = 1e-8
     unlearn.weight_decay = 1e-6
     unlearn.clip_norm = 1.0
-    unlearn.lam = 0.005  # lambda: weight of the unlearning term (retrack), or the mixture (siss)
+    unlearn.lam = 0.005  # lambda: weight of the unlearning term (retrack), or the mixture (siss); under all not siss's
     unlearn.lam_schedule = "constant"  # or linear, cosine: from lam to lam_end
     unlearn.lam_end = config_dict.placeholder(float)
     unlearn.num_neighbors = 10  # K

@@ -35,7 +35,7 @@ def get_config(method=None):
     config.eval.metrics = ("fid", "sscd", "nll_bits_per_dim")
     config.eval.fid_reference = "all"
     config.eval.grid_images = 25
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}, "siss_no_is": {"lam": 0.5}})
+    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
 
 
 def _base():

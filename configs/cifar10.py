@@ -36,7 +36,7 @@ def get_config(method=None):
     config.sampling.batch_size = 128
     config.eval.metrics = ("fid", "inception_score", "sscd", "nll_bits_per_dim")
     config.eval.fid_reference = "all"
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}, "siss_no_is": {"lam": 0.5}})
+    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
 
 
 def _base():

@@ -39,7 +39,7 @@ def get_config(method=None):
     config.sampling.num_images = 1000
     config.sampling.batch_size = 32
     config.eval.metrics = ("fid", "sscd", "nll_bits_per_dim")
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}, "siss_no_is": {"lam": 0.5}})
+    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
 
 
 def _base():

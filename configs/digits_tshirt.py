@@ -58,11 +58,9 @@ def get_config(method=None):
     config.eval.frequency_threshold = 2.0
     # Lambda and s are the official values for MNIST T-Shirt. The rates are what one grid chose for each method
     # (tests/benchmarks/tune_methods.py: 5e-5, 1e-4 and 2e-4 on seed 100); ReTrack, SISS and vanilla stay at the one above.
-    mixture = {"lam": 0.5, "siss_scale": 5.0}
-    slow = {"learning_rate": 5e-5}
-    return base.with_method(
-        config, method, recipes={"siss": mixture, "siss_no_is": mixture, "erasediff": slow, "neggrad": slow}
-    )
+    siss, slow = {"siss_scale": 5.0}, {"learning_rate": 5e-5}
+    recipes = {"siss": {"lam": 0.5, **siss}, "siss_no_is": siss, "erasediff": slow, "neggrad": slow}
+    return base.with_method(config, method, recipes=recipes)
 
 
 def _base():

@@ -46,7 +46,7 @@ def get_config(method=None):
     config.eval.metrics = ("frequency", "fid", "inception_score", "inception_score_official", "nll_bits_per_dim")
     config.eval.score_network = "mnist_resnet"  # behind the inception scores; or features: the network behind fid
     config.eval.frequency_threshold = 10.0  # L2 in [0, 1] pixels; the nearest digit is at 11.49
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}, "siss_no_is": {"lam": 0.5}})
+    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
 
 
 def _base():

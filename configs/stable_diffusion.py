@@ -29,7 +29,11 @@ CONCEPTS = (
     "shimmering_green_kitchen", "icelandic_poppy_iphone_case", "move_or_be_moved_tee",
 )  # fmt: skip
 # Method -> what differs from retrack's values in config.unlearn (method.md: the official recipes).
-RECIPES = {"siss": {"siss_scale": 750.0}, "siss_no_is": {"siss_scale": 750.0}, "erasediff": {"erasediff_eta": 1e-2}}
+RECIPES = {
+    "siss": {"lam": 0.5, "siss_scale": 750.0},
+    "siss_no_is": {"siss_scale": 750.0},
+    "erasediff": {"erasediff_eta": 1e-2},
+}
 
 
 def get_config(method=None):

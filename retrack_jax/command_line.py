@@ -56,8 +56,14 @@ def _quoted(argument: str) -> str:
 
 
 def _keep_overrides(argv: list[str], config) -> None:
-    """Takes what the command line gives out of the methods' own recipes: under `all` it wins too, as it does for one method."""
+    """Takes what the command line gives out of the methods' own recipes: under `all` it wins too, as it does for one method.
+
+    All but lambda, ReTrack's weight and SISS's mixture: under `all` a number that is meant for one is no number for the other,
+    so a method whose recipe has a lambda keeps it (`--config.recipes.siss.lam` changes that).
+    """
     given = {argument.partition("=")[0].removeprefix("--config.unlearn.") for argument in argv}
+    if config.method == "all":
+        given -= {"lam"}
     for recipe in config.get("recipes", {}).values():
         with recipe.unlocked():
             for name in given & set(recipe):

@@ -119,14 +119,14 @@ def _erase(main: PyTree, correction: PyTree, options: Mapping[str, float | Array
     return combine.erasediff(main, correction, options["erasediff_eta"])
 
 
-_SISS = {"lam": 0.5, "siss_scale": 0.0, "siss_share": 0.1}
+_SISS = {"siss_scale": 0.0, "siss_share": 0.1}
 
 METHODS: dict[str, Method] = {
     "retrack": Method(
         streams=frozenset({"remain", "forget", "neighbors"}), terms=retrack, options={"lam": 0.005}
     ),
     "siss": Method(
-        streams=frozenset({"remain", "forget"}), terms=siss, combine=_rescale, options=_SISS, paired=True
+        streams=frozenset({"remain", "forget"}), terms=siss, combine=_rescale, options={"lam": 0.5, **_SISS}, paired=True
     ),
     "siss_no_is": Method(
         streams=frozenset({"remain", "forget"}), terms=siss_no_is, combine=_rescale, options=_SISS

@@ -28,11 +28,19 @@ def parsed(method, *more):
 
 def test_what_the_command_line_gives_wins_over_every_recipe():
     given = ("--config.unlearn.lam=0.25", "--config.unlearn.learning_rate=3e-4")
-    for method in ("siss", "erasediff", "retrack"):
+    for method in ("erasediff", "retrack"):
         under_all = build.effective_config(parsed("all", *given), method).unlearn
         assert (under_all.lam, under_all.learning_rate) == (0.25, 3e-4)
         assert under_all == build.effective_config(parsed(method, *given), method).unlearn
-    assert build.effective_config(parsed("all"), "siss").unlearn.lam == 0.5
+
+
+def test_under_all_retracks_lambda_is_not_sisss():
+    """One is a weight, the other a mixture; each can be given all the same."""
+    given = ("--config.unlearn.lam=0.25", "--config.unlearn.learning_rate=3e-4")
+    found = build.effective_config(parsed("all", *given), "siss").unlearn
+    assert (found.lam, found.learning_rate) == (0.5, 3e-4)
+    assert build.effective_config(parsed("all", "--config.recipes.siss.lam=0.4"), "siss").unlearn.lam == 0.4
+    assert parsed("siss", *given).unlearn.lam == 0.25
 
 
 def test_images_are_part_of_the_claim(tmp_path):
