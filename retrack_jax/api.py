@@ -11,17 +11,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from retrack_jax import parallel
-from retrack_jax.checks import UserError, check, check_choice, check_int, suggestion
+from retrack_jax import build, parallel
+from retrack_jax.checks import UserError, check, suggestion
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.neighbors.copies import warn_of_copies
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.train.loop import train
-from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state
-from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.train.step import Shared, make_train_step
 from retrack_jax.types import PyTree, Rng
 from retrack_jax.unlearn.methods import METHODS, get_method
 
@@ -102,54 +101,38 @@ def unlearn(
             if name in every:
                 raise UserError(f"method {method!r} does not read the option {name!r}")
             raise UserError(f"there is no option {name!r}{suggestion(name, known)}")
-    chosen = {**known, **options}
-    if chosen["t_max"] is None:
-        chosen["t_max"] = schedule.num_train_timesteps
-    check_choice("retain_loss", chosen["retain_loss"], ("standard", "distillation"))
-    check_choice("learning_rate_schedule", chosen["learning_rate_schedule"], LEARNING_RATE_SCHEDULES)
-    for name in ("num_steps", "batch_size", "accumulation", "num_neighbors"):
-        check_int(name, chosen[name])
-    check_int("warmup_steps", chosen["warmup_steps"], minimum=0)
-    check_int("t_min", chosen["t_min"], minimum=0, maximum=schedule.num_train_timesteps - 1)
-    check_int("t_max", chosen["t_max"], minimum=chosen["t_min"] + 1, maximum=schedule.num_train_timesteps)
-    forget_size = (chosen["forget_batch_size"] or chosen["batch_size"]) if "forget" in entry.streams else 0
-    for name, size in (("batch_size", chosen["batch_size"]), ("forget_batch_size", forget_size)):
-        parallel.check_divisible(name, size, chosen["accumulation"])
-    fits = not entry.paired or forget_size == chosen["batch_size"]
-    check(fits, f"method {method!r} needs forget_batch_size equal to batch_size")
+    recipe = ConfigDict({**known, **options})
+    build.check_unlearning(recipe, entry, where="")
+    build.check_window(recipe, schedule.num_train_timesteps, where="")
 
     remain, forget = np.asarray(remain), np.asarray(forget)
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")
     name = _kind(remain, forget)
     shared = Shared(schedule=schedule, forget={name: forget})
     if "neighbors" in entry.streams:
-        rows, _ = nearest(forget, remain, chosen["num_neighbors"], chosen["neighbor_backend"])
+        rows, _ = nearest(forget, remain, recipe.num_neighbors, recipe.neighbor_backend)
         warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = np.unique(rows, return_inverse=True)
         shared = shared.replace(
             neighbors={name: remain[distinct]}, neighbor_rows=positions.reshape(rows.shape).astype(np.int32)
         )
-    if chosen["retain_loss"] == "distillation":
+    if recipe.retain_loss == "distillation":
         shared = shared.replace(reference=params)
-    step = make_train_step(entry, make_eps_fn(apply_fn, schedule), _step_options(chosen, entry))
-    optimizer = make_optimizer(
-        **{key: chosen[key] for key in ("learning_rate", "num_steps", "b1", "b2", "eps", "weight_decay", "clip_norm")},
-        schedule=chosen["learning_rate_schedule"],
-        warmup_steps=chosen["warmup_steps"],
-    )
+    how = build.unlearn_options_from(recipe, entry, schedule.num_train_timesteps, recipe.dropout)
+    order_rng, step_rng = jax.random.split(rng)
     batches = Batches(
         gather=lambda rows: {name: remain[rows]},
         num_remain=len(remain),
         forget_rows=np.arange(len(forget)),
-        remain_size=chosen["batch_size"] if "remain" in entry.streams else 0,
-        forget_size=forget_size,
-        seed=int(jax.random.bits(rng, dtype="uint32")),
+        remain_size=recipe.batch_size if "remain" in entry.streams else 0,
+        forget_size=build.forget_batch_size(recipe, entry),
+        seed=int(jax.random.bits(order_rng, dtype="uint32")),
     )
     # The step donates its state: it works on a copy, and the caller's parameters stay.
-    state = parallel.replicate(create_state(jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), params), optimizer))
+    state = create_state(parallel.copy(params), build.optimizer_from(recipe))
     state, _ = train(
-        state, step, batches, parallel.replicate(shared), rng,
-        num_steps=chosen["num_steps"], name="unlearn", rate_field="learning_rate",
+        parallel.replicate(state), make_train_step(entry, make_eps_fn(apply_fn, schedule), how), batches,
+        parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
     )  # fmt: skip
     return state.params
 
@@ -162,18 +145,3 @@ def _kind(remain: np.ndarray, forget: np.ndarray) -> str:
         return "pixels"
     check(jax.numpy.issubdtype(remain.dtype, np.floating), f"remain and forget are {remain.dtype}; {mend}")
     return "x_0"
-
-
-def _step_options(chosen: dict, entry) -> StepOptions:
-    lam_fn = None
-    if "lam" in entry.options and chosen["lam_schedule"] != "constant":
-        lam_fn = make_lam_schedule(chosen["lam"], chosen["lam_end"], chosen["num_steps"], chosen["lam_schedule"])
-    return StepOptions(
-        options={name: chosen[name] for name in entry.options},
-        lam_fn=lam_fn,
-        accumulation=chosen["accumulation"],
-        t_min=chosen["t_min"],
-        t_max=chosen["t_max"],
-        distill=chosen["retain_loss"] == "distillation",
-        dropout=chosen["dropout"],
-    )

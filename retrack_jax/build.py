@@ -36,13 +36,10 @@ def check_config(config: ConfigDict) -> None:
     check_int("config.schedule.num_train_timesteps", config.schedule.num_train_timesteps, minimum=2)
     _check_sizes(config)
     from_scratch = config.method in METHODS and METHODS[config.method].from_scratch
-    _check_training("pretrain", config.pretrain, takes_place=from_scratch or not config.checkpoint)
-    _check_training("unlearn", config.unlearn)
+    _check_training(config.pretrain, "config.pretrain.", takes_place=from_scratch or not config.checkpoint)
     if not config.checkpoint:  # which has a schedule of its own
         check_timesteps(config, config.schedule.num_train_timesteps)
-    _check_unlearning(config.unlearn)
-    if config.method in METHODS:
-        forget_batch_size(config.unlearn, METHODS[config.method])
+    check_unlearning(config.unlearn, METHODS.get(config.method))
     sampling = config.sampling
     check_int("config.sampling.num_steps", sampling.num_steps)
     check_int("config.sampling.num_images", sampling.num_images)
@@ -50,45 +47,56 @@ def check_config(config: ConfigDict) -> None:
     parallel.check_divisible("config.sampling.batch_size", sampling.batch_size)
 
 
-def _check_training(stage: str, recipe: ConfigDict, takes_place: bool = True) -> None:
-    field = f"config.{stage}"
-    check_int(f"{field}.num_steps", recipe.num_steps)
-    check_int(f"{field}.batch_size", recipe.batch_size)
-    check_int(f"{field}.accumulation", recipe.accumulation)
-    check_int(f"{field}.warmup_steps", recipe.warmup_steps, minimum=0)
-    check_choice(f"{field}.learning_rate_schedule", recipe.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
-    check_number(f"{field}.learning_rate", recipe.learning_rate, 0.0, above=True)
+def _check_training(recipe: ConfigDict, where: str, takes_place: bool = True) -> None:
+    check_int(f"{where}num_steps", recipe.num_steps)
+    check_int(f"{where}batch_size", recipe.batch_size)
+    check_int(f"{where}accumulation", recipe.accumulation)
+    check_int(f"{where}warmup_steps", recipe.warmup_steps, minimum=0)
+    check_choice(f"{where}learning_rate_schedule", recipe.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
+    check_number(f"{where}learning_rate", recipe.learning_rate, 0.0, above=True)
     for name in ("b1", "b2"):
-        check_number(f"{field}.{name}", recipe[name], 0.0, 1.0)
+        check_number(f"{where}{name}", recipe[name], 0.0, 1.0)
     for name in ("eps", "weight_decay", "clip_norm"):
-        check_number(f"{field}.{name}", recipe[name], 0.0)
+        check_number(f"{where}{name}", recipe[name], 0.0)
     if takes_place:
-        parallel.check_divisible(f"{field}.batch_size", recipe.batch_size, recipe.accumulation)
+        parallel.check_divisible(f"{where}batch_size", recipe.batch_size, recipe.accumulation)
 
 
 def check_timesteps(config: ConfigDict, num_timesteps: int) -> None:
     """Raises `UserError` for timesteps that a schedule of `num_timesteps`, the config's or its checkpoint's, has not."""
-    recipe = config.unlearn
     check_int("config.sampling.num_steps", config.sampling.num_steps, maximum=num_timesteps)
-    check_int("config.unlearn.t_min", recipe.t_min, minimum=0, maximum=num_timesteps - 1)
+    check_window(config.unlearn, num_timesteps)
+
+
+def check_window(recipe: ConfigDict, num_timesteps: int, where: str = "config.unlearn.") -> None:
+    """Raises `UserError` unless [t_min, t_max) is a part of [0, `num_timesteps`)."""
+    check_int(f"{where}t_min", recipe.t_min, minimum=0, maximum=num_timesteps - 1)
     if recipe.t_max is not None:
-        check_int("config.unlearn.t_max", recipe.t_max, minimum=recipe.t_min + 1, maximum=num_timesteps)
+        check_int(f"{where}t_max", recipe.t_max, minimum=recipe.t_min + 1, maximum=num_timesteps)
 
 
-def _check_unlearning(recipe: ConfigDict) -> None:
-    check_number("config.unlearn.lam (lambda)", recipe.lam, 0.0, 1.0)
-    check_choice("config.unlearn.lam_schedule", recipe.lam_schedule, LAM_SCHEDULES)
+def check_unlearning(recipe: ConfigDict, method: Method | None, where: str = "config.unlearn.") -> None:
+    """Raises `UserError` for values of `config.unlearn` that no run can use, or, where one is given, none of `method`.
+
+    `where` goes before a field's name in the message; options that only other methods read may be missing.
+    """
+    _check_training(recipe, where)
+    if "lam" in recipe:
+        check_number(f"{where}lam (lambda)", recipe.lam, 0.0, 1.0)
+    check_choice(f"{where}lam_schedule", recipe.lam_schedule, LAM_SCHEDULES)
     if recipe.lam_schedule != "constant":
-        check(recipe.lam_end is not None, "config.unlearn.lam_end is not set; lam_schedule goes from lam to lam_end")
-        check_number("config.unlearn.lam_end", recipe.lam_end, 0.0, 1.0)
-    check_int("config.unlearn.num_neighbors", recipe.num_neighbors)
-    check_choice("config.unlearn.neighbor_backend", recipe.neighbor_backend, ("auto", "scann", "exact"))
-    check_choice("config.unlearn.retain_loss", recipe.retain_loss, RETAIN_LOSSES)
-    for name in ("siss_scale", "siss_share", "erasediff_eta"):
-        check_number(f"config.unlearn.{name}", recipe[name], 0.0)
-    check_int("config.unlearn.forget_batch_size", recipe.forget_batch_size, minimum=0)
+        check(recipe.lam_end is not None, f"{where}lam_end is not set; lam_schedule goes from lam to lam_end")
+        check_number(f"{where}lam_end", recipe.lam_end, 0.0, 1.0)
+    check_int(f"{where}num_neighbors", recipe.num_neighbors)
+    check_choice(f"{where}neighbor_backend", recipe.neighbor_backend, ("auto", "scann", "exact"))
+    check_choice(f"{where}retain_loss", recipe.retain_loss, RETAIN_LOSSES)
+    for name in {"siss_scale", "siss_share", "erasediff_eta"} & set(recipe):
+        check_number(f"{where}{name}", recipe[name], 0.0)
+    check_int(f"{where}forget_batch_size", recipe.forget_batch_size, minimum=0)
     if recipe.forget_batch_size:
-        parallel.check_divisible("config.unlearn.forget_batch_size", recipe.forget_batch_size, recipe.accumulation)
+        parallel.check_divisible(f"{where}forget_batch_size", recipe.forget_batch_size, recipe.accumulation)
+    if method is not None:
+        forget_batch_size(recipe, method, where)
 
 
 def _check_sizes(config: ConfigDict) -> None:
@@ -194,7 +202,7 @@ def ema_decay_from(recipe: ConfigDict):
 def unlearn_options_from(recipe: ConfigDict, method: Method, num_timesteps: int, dropout: bool) -> StepOptions:
     """Returns how a step of `config.unlearn` runs."""
     lam_fn = None
-    if recipe.lam_schedule != "constant":
+    if "lam" in method.options and recipe.lam_schedule != "constant":
         lam_fn = make_lam_schedule(recipe.lam, recipe.lam_end, recipe.num_steps, recipe.lam_schedule)
     return StepOptions(
         options={name: recipe.get(name, default) for name, default in method.options.items()},
@@ -213,14 +221,14 @@ def pretrain_options_from(recipe: ConfigDict, num_timesteps: int, dropout: bool,
     return StepOptions(accumulation=recipe.accumulation, t_max=num_timesteps, dropout=dropout, shard_ema=shard_ema)
 
 
-def forget_batch_size(recipe: ConfigDict, method: Method) -> int:
+def forget_batch_size(recipe: ConfigDict, method: Method, where: str = "config.unlearn.") -> int:
     """Returns how many forgotten images a step takes; methods that pair them with remaining ones need as many of both."""
     if "forget" not in method.streams:
         return 0
     size = recipe.forget_batch_size or recipe.batch_size
     if method.paired and size != recipe.batch_size:
         raise UserError(
-            f"config.unlearn.forget_batch_size is {size}, but this method pairs forgotten with remaining images; "
+            f"{where}forget_batch_size is {size}, but this method pairs forgotten with remaining images; "
             f"use {recipe.batch_size}, the batch size, or 0"
         )
     return size

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -57,6 +56,6 @@ def make_finetune(
             return state
 
         # The step donates its state, and the model is still wanted.
-        return parallel.replicate(create_state(jax.tree.map(jnp.copy, params), optimizer)), go_on
+        return parallel.replicate(create_state(parallel.copy(params), optimizer)), go_on
 
     return finetune

@@ -119,6 +119,12 @@ def replicate(tree: PyTree) -> PyTree:
     return jax.device_put(tree, replicated_sharding())
 
 
+@jax.jit  # one program; leaf by leaf it would compile one for every shape
+def copy(tree: PyTree) -> PyTree:
+    """Returns arrays of their own with the values of `tree`, for a step that donates them."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 def own_share(tree: PyTree) -> PyTree:
     """Inside `pmap`: returns this device's 1/D of every leaf, flat `[ceil(n / D)]`; zeros fill the last one's."""
     devices, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)

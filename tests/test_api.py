@@ -60,7 +60,12 @@ def test_pixels_and_floats_are_the_same_images(rng):
         ({"t_max": 5000}, "t_max is 5000; .* at most 1000"),
         ({"t_max": 0}, "t_max is 0"),
         ({"t_min": 1000}, "t_min is 1000; .* at most 999"),
-        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"warmup_steps": -1}, "^warmup_steps is -1"),
+        ({"lam": 7.0}, r"^lam \(lambda\) is 7.0"),
+        ({"lam_schedule": "linear"}, "^lam_end is not set"),
+        ({"learning_rate": -1.0}, "^learning_rate is -1.0"),
+        ({"forget_batch_size": -8}, "^forget_batch_size is -8"),
+        ({"method": "siss", "forget_batch_size": 4}, "^forget_batch_size is 4, but this method pairs"),
         ({"learning_rate_schedule": "cosin"}, "learning_rate_schedule is 'cosin'.*did you mean 'cosine'"),
     ],
 )

@@ -62,10 +62,10 @@ def make_ema_decay(*, power: float, inv_gamma: float, max_decay: float) -> Calla
     return decay
 
 
-def make_lam_schedule(start: float, end: float | None, num_steps: int, shape: str) -> Callable[[Array], Array | float]:
+def make_lam_schedule(start: float, end: float, num_steps: int, shape: str) -> Callable[[Array], Array | float]:
     """Returns `step -> lambda`: `start` throughout if `constant`, else from `start` to `end` along a line or half a cosine."""
     check_choice("lam_schedule", shape, LAM_SCHEDULES)
-    if shape == "constant" or end is None:
+    if shape == "constant":
         return lambda step: start
 
     def lam(step: Array) -> Array:

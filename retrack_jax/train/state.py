@@ -72,7 +72,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=jax.jit(tx.init)(params),  # leaf by leaf it would compile a program for every shape
-        ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
+        ema_params=None if ema_decay is None else parallel.copy(params),
         tx=tx,
         ema_decay=ema_decay,
     )
