@@ -2,16 +2,18 @@
 # Creates a Cloud TPU slice, installs this checkout on every worker and runs the command on all of them.
 #
 #   launch/tpu_vm.sh --name NAME --zone ZONE [--type v4-8] [--project P] [--version IMAGE] [--spot]
-#                    [--skip-create] [--skip-install] [--delete] [--dry-run]
+#                    [--setup COMMAND] [--skip-create] [--skip-install] [--delete] [--dry-run]
 #                    --config=configs/NAME.py[:METHOD] --workdir=gs://BUCKET/DIR ...
 #
+# Only the checkout travels. --setup is run in it on every worker after the install, to bring what the config needs, such as
+# --setup "gcloud storage cp -r gs://BUCKET/datasets gs://BUCKET/checkpoints ." (config.mode=check lists those files).
 # The workdir must be a gs:// address (or a disk that all workers mount). A preempted slice: the same command again creates it anew
 # and continues. --delete deletes the slice after the run, whatever its outcome. Needs the gcloud command, logged in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
-name="" zone="" project="" type=v4-8 version=tpu-ubuntu2204-base
+name="" zone="" project="" type=v4-8 version=tpu-ubuntu2204-base setup=""
 dry=0 create=1 install=1 delete=0 spot=()
 value() { [[ -n "${2:-}" && "${2:-}" != --* ]] || fail "$1 needs a value"; }
 while [[ $# -gt 0 ]]; do
@@ -22,6 +24,7 @@ while [[ $# -gt 0 ]]; do
     --project) value "$@"; project="$2"; shift 2 ;;
     --type) value "$@"; type="$2"; shift 2 ;;
     --version) value "$@"; version="$2"; shift 2 ;;
+    --setup) value "$@"; setup="$2"; shift 2 ;;
     --spot) spot=(--spot); shift ;;
     --skip-create) create=0; shift ;;
     --skip-install) install=0; shift ;;
@@ -67,4 +70,5 @@ cd retrack_jax
 .venv/bin/python -m pip install --quiet --upgrade pip
 .venv/bin/python -m pip install --quiet -e '.[tpu]'"
 fi
+[[ -z "$setup" ]] || on_all "cd retrack_jax && $setup"
 on_all "cd retrack_jax && .venv/bin/python -m retrack_jax.main $(shown "$@")"

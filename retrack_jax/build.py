@@ -106,6 +106,7 @@ def _check_sizes(config: ConfigDict) -> None:
     check_int("config.data.resolution", config.data.resolution, minimum=0)
     check_int("config.eval.grid_images", config.eval.grid_images)
     pretrain = config.pretrain
+    check_int("config.pretrain.seed", pretrain.seed, minimum=0, maximum=2**31 - 1)
     check_number("config.pretrain.ema_max_decay", pretrain.ema_max_decay, 0.0, 1.0)
     check_number("config.pretrain.ema_power", pretrain.ema_power, 0.0)
     check_number("config.pretrain.ema_inv_gamma", pretrain.ema_inv_gamma, 0.0, above=True)

@@ -6,6 +6,7 @@ looked for and what to do. The command line prints it as `error: ...` and exits 
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -50,7 +51,7 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
 
 def check_int(field: str, value, minimum: int = 1, maximum: int | None = None) -> None:
     """Raises `UserError` unless `value` is an integer in [minimum, maximum]."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)  # NumPy's too
     if not whole or value < minimum or (maximum is not None and value > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
         raise UserError(f"{field} is {value!r}; it must be a whole number of at least {minimum}{upper}")
@@ -58,7 +59,7 @@ def check_int(field: str, value, minimum: int = 1, maximum: int | None = None) -
 
 def check_number(field: str, value, minimum: float = -math.inf, maximum: float = math.inf, *, above: bool = False) -> None:
     """Raises `UserError` unless `value` is a finite number in [minimum, maximum], or (minimum, maximum] if `above`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     low = number and (value > minimum if above else value >= minimum)
     if not (low and value <= maximum):
         raise UserError(f"{field} is {value!r}; it must be a number in {'(' if above else '['}{minimum}, {maximum}]")

@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from retrack_jax import build, files
+from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet, unit_to_pixels
 from retrack_jax.data.excluded import without
@@ -86,10 +87,17 @@ class PixelExperiment:
         """The shape of one image in the space that the network denoises, (H, W, C)."""
         return self.images.images.shape[1:]
 
-    @property
-    def digest(self) -> str:
-        """The digest of all images."""
-        return self.images.digest
+    def inputs(self, target: Target | None = None) -> dict[str, str]:
+        """Digests of what results depend on beside the config: what was read, and which rows `target` names in it."""
+        labels = None if self.images.labels is None else np.asarray(self.images.labels).tolist()
+        found = {"images": self.images.digest, "names or labels": files.json_digest([list(self.images.ids), labels])}
+        if self._imported is not None:
+            found["weights in config.checkpoint"] = self._imported_digest
+        return found if target is None else {**found, "forgotten images": files.array_digest(target.forget)}
+
+    @cached_property
+    def _imported_digest(self) -> str:
+        return tree_digest(self._imported)
 
     @property
     def num_timesteps(self) -> int:
@@ -203,6 +211,7 @@ class PixelExperiment:
         return {
             "name": self.images.name,
             "digest": self.images.digest,
+            "inputs": self.inputs(target),
             "num_forget": len(target.forget),
             "num_remain": len(target.remain),
             "checkpoint": self.config.checkpoint or "pretrained here",
@@ -302,6 +311,11 @@ class PixelExperiment:
             raise UserError(
                 f"the images of {self.images.name} have {channels} channels and the network takes {self.module.in_channels}; "
                 "choose the data and the checkpoint that belong together"
+            )
+        if self.module.out_channels != channels:
+            raise UserError(
+                f"the network makes {self.module.out_channels} channels of {channels}; one that predicts a variance beside the "
+                "noise is not supported"
             )
         factor = 2 ** (len(self.module.block_out_channels) - 1)
         if height % factor or width % factor:

@@ -9,6 +9,7 @@ import traceback
 from retrack_jax.checks import UserError
 from retrack_jax.command_line import USAGE, parse
 from retrack_jax.huge_pages import restart_with_huge_pages
+from retrack_jax.terminal import outlive_terminal
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         status = USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         status = FAILED
     except Exception:
         if not is_one_of_many():
@@ -43,4 +44,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
+    outlive_terminal()
     sys.exit(main())

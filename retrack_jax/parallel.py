@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import Preempted, UserError
+from retrack_jax.checks import Diverged, Preempted, UserError
 from retrack_jax.packing import pack
 from retrack_jax.types import Array, PyTree, Rng
 
@@ -195,7 +195,8 @@ def together(call: Callable[[], Value], error: type[UserError] = UserError) -> V
 
     Args:
       call: without collectives, for it may end early.
-      error: what the others raise where one raises a `UserError`; its own words come from that one.
+      error: what the others raise where one raises a `UserError`, or `Diverged` where that is what it raises; its own words come
+        from that one.
     """
     if jax.process_count() == 1:
         return call()
@@ -204,11 +205,13 @@ def together(call: Callable[[], Value], error: type[UserError] = UserError) -> V
         value = call()
     except Exception as reason:  # told to the others first, then raised
         problem = reason
-    worst = largest(0 if problem is None else 1 if isinstance(problem, UserError) else 2)
+    kinds = (Diverged, UserError, Exception)
+    worst = largest(0 if problem is None else 1 + next(i for i, kind in enumerate(kinds) if isinstance(problem, kind)))
     if problem is not None:
         raise problem
     if worst:
-        raise (error if worst == 1 else RuntimeError)("another process cannot do this and says why; none goes on without it")
+        kind = (Diverged, error, RuntimeError)[worst - 1]
+        raise kind("another process cannot do this and says why; none goes on without it")
     return value
 
 

@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -131,20 +132,13 @@ def join_processes() -> None:
         return
     # jax's preemption service would take SIGTERM over from `catch_termination`: several processes would never hear of it.
     jax.config.update("jax_enable_preemption_service", False)
-    coordinator = os.environ.get("RETRACK_COORDINATOR")
-    if coordinator:
-        try:
-            count, index = int(os.environ["RETRACK_PROCESSES"]), int(os.environ["RETRACK_PROCESS"])
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                "RETRACK_COORDINATOR is set, so RETRACK_PROCESSES (how many) and RETRACK_PROCESS (which, from 0) must be "
-                "whole numbers"
-            ) from error
+    if any(name in os.environ for name in ("RETRACK_COORDINATOR", "RETRACK_PROCESSES", "RETRACK_PROCESS")):
+        coordinator, count, index = _named_processes()
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, count, index)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # SLURM_NTASKS is set outside srun too, where there is one process
-        jax.distributed.initialize()
+        _initialize("RETRACK_COORDINATOR", coordinator, count, index)
+    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # SLURM_NTASKS is set outside srun too, where there is one process
+        _initialize("the variables of SLURM")
     elif uses_tpu():
         try:
             jax.distributed.initialize()  # of a slice of one host too, where it changes nothing
@@ -153,6 +147,30 @@ def join_processes() -> None:
                 f"the workers of this TPU slice were not found from the environment, nor from its metadata server ({error}); set "
                 "RETRACK_COORDINATOR, RETRACK_PROCESSES and RETRACK_PROCESS (docs/running_at_scale.md)"
             ) from error
+
+
+def _named_processes() -> tuple[str, int, int]:
+    """Returns where process 0 is, how many there are and which one this is, as the environment says."""
+    values = [os.environ.get(f"RETRACK_{name}", "") for name in ("COORDINATOR", "PROCESSES", "PROCESS")]
+    coordinator, count, index = values
+    right = re.fullmatch(r".+:\d+", coordinator) and count.isdecimal() and index.isdecimal() and int(index) < int(count)
+    if not right:
+        raise UserError(
+            f"RETRACK_COORDINATOR, RETRACK_PROCESSES and RETRACK_PROCESS are {', '.join(map(repr, values))}; "
+            "set all three or none: HOST:PORT of process 0, how many processes, and which this one is, from 0"
+        )
+    return coordinator, int(count), int(index)
+
+
+def _initialize(source: str, *arguments) -> None:
+    """Joins the processes that `source` names; what is wrong with it becomes one line."""
+    import jax
+
+    try:
+        jax.distributed.initialize(*arguments)
+    except Exception as error:  # each of jax's cluster environments, and the connection, have their own
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"cannot join the other processes by {source} ({problem}); see docs/running_at_scale.md") from error
 
 
 def uses_tpu() -> bool:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from ml_collections import ConfigDict
@@ -57,9 +57,8 @@ class Runner:
         config = build.effective_config(self.config, method)
         folder = self.workdir.run(method, seed, slug(spec))
         plain = json.loads(config.to_json_best_effort())
-        claims = {self.workdir.pretrained: comparable(plain, model_only=True), folder: comparable(plain)}
-        for place, claimed in claims.items():
-            self.workdir.check_claim(place, claimed)
+        shared, own = comparable(plain, model_only=True), comparable(plain)
+        parallel.together(lambda: self._check_claims({self.workdir.pretrained: (shared, None), folder: (own, None)}))
         mode = config.mode
         if mode == "run" and parallel.from_main(lambda: self._is_done(folder, config, slug(spec), seed)):
             return
@@ -72,11 +71,13 @@ class Runner:
             programs=self._programs,
         )
         target = self._targets[spec]
-        images = {self.workdir.pretrained: self.experiment.digest, folder: self.experiment.describe_data(target)["digest"]}
+        inputs = self.experiment.inputs(target)
+        _check_same_everywhere(inputs)
+        before = self.experiment.pretrained_folder(self.workdir, target)
+        claims = {before: (shared, inputs), self.workdir.pretrained: (shared, self.experiment.inputs()), folder: (own, inputs)}
+        parallel.together(lambda: self._check_claims(claims))
         for place, claimed in claims.items():
-            self.workdir.check_claim(place, claimed, images[place])
-        for place, claimed in claims.items():
-            self.workdir.claim(place, claimed, images[place])
+            self.workdir.claim(place, *claimed)
         if mode in ("run", "unlearn"):
             self._prepare_sweep()
         self._stop_if_asked("pretraining")
@@ -96,6 +97,10 @@ class Runner:
         self._stop_if_asked("the report")
         if mode in ("run", "report"):
             self._report(folder, method, target)
+
+    def _check_claims(self, claims: Mapping) -> None:
+        for place, claimed in claims.items():
+            self.workdir.check_claim(place, *claimed)
 
     def _pretrain(self, stages: Stages) -> None:
         try:
@@ -135,7 +140,8 @@ class Runner:
         same = then["eval"].get("classifier") == config.eval.get("classifier") and then.get("export") == config.get("export")
         # Images from elsewhere may be others, which their digest says once they are read. A model may have been retrained since.
         same = same and then["data"]["dir"] == config.data.dir
-        same = same and (metrics["method"] == RETRAIN or metrics["retrained"] == self._retrained_values(slug, seed))
+        retrained = self._retrained_run(slug, seed)
+        same = same and (metrics["method"] == RETRAIN or metrics["retrained"] == (retrained and retrained["unlearned"]))
         return complete and same and not _is_other_export(folder / "diffusers", config.get("export"))
 
     def _export(self, folder, model: Model, method: str, spec: str) -> None:
@@ -165,17 +171,19 @@ class Runner:
         before_folder = self.experiment.pretrained_folder(self.workdir, target)
         before = self._results(stages, before_folder, PRETRAINED, target, seed, f"metrics-{target.slug}.json")
         after = before if method == PRETRAINED else self._results(stages, folder, method, target, seed, "evaluation.json")
-        model = self._existing(stages, method, target, seed)()
+        steps, seconds = (0, 0.0) if method == PRETRAINED else stages.record(method, target, seed)
+        retrained = None if method == RETRAIN else self._retrained_run(target.slug, seed)
+        _check_same_networks(after.notes, {before_folder: before.notes, **_noted(retrained)}, folder)
         metrics = {
             "config": json.loads(stages.config.to_json_best_effort()),
             "method": method,
             "seed": seed,
             "target": target.spec,
-            "steps": 0 if method == PRETRAINED else model.steps,
-            "unlearn_seconds": 0.0 if method == PRETRAINED else round(model.seconds, 3),
+            "steps": steps,
+            "unlearn_seconds": round(seconds, 3),
             PRETRAINED: before.values,
             "unlearned": after.values,
-            "retrained": after.values if method == RETRAIN else self._retrained_values(target.slug, seed),
+            "retrained": after.values if method == RETRAIN else retrained and retrained["unlearned"],
             "provenance": {
                 **environment(),
                 "data": self.experiment.describe_data(target),
@@ -201,13 +209,13 @@ class Runner:
             self.should_stop,
         )
 
-    def _retrained_values(self, slug: str, seed: int) -> dict | None:
-        """The metrics of the retrained model of the same seed, else of the least seed that has one, else None."""
+    def _retrained_run(self, slug: str, seed: int) -> dict | None:
+        """The metrics.json of the retrained model of the same seed, else of the least seed that has one, else None."""
         found = {}
         for path in (self.workdir.root / RETRAIN).glob(f"seed*-{slug}/metrics.json"):
             folder = re.fullmatch(rf"seed(\d+)-{re.escape(slug)}", path.parent.name)  # the glob finds longer slugs too
             found |= {int(folder[1]): path} if folder else {}
-        return files.read_json(found.get(seed, found[min(found)]))["unlearned"] if found else None
+        return files.read_json(found.get(seed, found[min(found)])) if found else None
 
     def _report(self, folder, method: str, target) -> None:
         from retrack_jax.report.html import run_report
@@ -218,6 +226,30 @@ class Runner:
             run_report(folder, **self.experiment.pictures(target, before, after))
 
         parallel.on_main(write)
+
+
+def _check_same_everywhere(inputs: Mapping[str, str]) -> None:
+    """Raises `UserError` on every process unless all of them read the same: each would train on its own, and average with it."""
+    if not parallel.all_processes_agree(int(files.json_digest(inputs)[:7], 16)):
+        read = ", ".join(f"{name} {digest[:8]}" for name, digest in inputs.items())
+        raise UserError(f"the processes read different inputs (this one: {read}); give every host the same files")
+
+
+def _noted(run: dict | None) -> dict:
+    """What the metrics of a finished run were computed from, by its name in messages."""
+    return {} if run is None else {f"{RETRAIN}, seed {run['seed']}": run["provenance"]["metrics"]}
+
+
+def _check_same_networks(notes: Mapping, others: Mapping[object, Mapping], folder) -> None:
+    """Raises `UserError` where a metric of this run and of one that it stands beside come from different feature networks."""
+    for place, found in others.items():
+        for name in sorted({*notes, *found}):
+            ours, theirs = (each.get(name, {}).get("features_digest") for each in (notes, found))
+            if ours and theirs and ours != theirs:
+                raise UserError(
+                    f"{name} of {place} is by the network {theirs[:16]}, that of {folder} by {ours[:16]}: they do not compare; "
+                    "set config.eval.weights_dir to one of the two, and delete the other's evaluation.json or metrics-*.json"
+                )
 
 
 def _is_other_export(path, kind: str | None) -> bool:

@@ -23,7 +23,7 @@ from retrack_jax.train.loop import restore, train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.types import PyTree
-from retrack_jax.unlearn.methods import METHODS, Method, get_method
+from retrack_jax.unlearn.methods import METHODS, RETRAIN, Method, get_method
 from retrack_jax.workdir import Workdir
 from retrack_jax.writer import Writer, progress
 
@@ -78,8 +78,7 @@ class Stages:
 
     def retrain(self, target: Target, seed: int, *, only_existing: bool = False) -> Model:
         """The gold standard: trained from random weights without the target's images."""
-        folder = self.workdir.retrained(seed, target.slug)
-        return self._from_scratch(folder, target.remain, seed, "retrain", only_existing)
+        return self._from_scratch(self._folder(RETRAIN, target, seed), target.remain, seed, "retrain", only_existing)
 
     def _from_scratch(self, folder: epath.Path, rows: np.ndarray, seed: int, name: str, only_existing: bool) -> Model:
         recipe, experiment = self.config.pretrain, self.experiment
@@ -137,8 +136,23 @@ class Stages:
             )
             return Work(program.step, batches, shared)
 
-        folder = self.workdir.run(method_name, seed, target.slug)
+        folder = self._folder(method_name, target, seed)
         return self._train(folder, program, make_params, make_work, seed, recipe.num_steps, "unlearn", only_existing)
+
+    def record(self, method_name: str, target: Target, seed: int) -> tuple[int, float]:
+        """Returns the steps that a finished run of a method took, and their seconds."""
+        folder = self._folder(method_name, target, seed)
+        with RunStore(folder / "checkpoints") as store:
+            meta = store.latest_meta()
+        if meta is None:  # damaged: made whole again, or explained
+            model = self.unlearn(method_name, target, seed, only_existing=True)
+            return model.steps, model.seconds
+        return meta["step"], meta["seconds"]
+
+    def _folder(self, method_name: str, target: Target, seed: int) -> epath.Path:
+        if get_method(method_name).from_scratch:
+            return self.workdir.retrained(seed, target.slug)
+        return self.workdir.run(method_name, seed, target.slug)
 
     def _program(
         self, name: str, method: Method, recipe: ConfigDict, how: StepOptions, ema_decay: Callable | None = None
@@ -200,13 +214,13 @@ class Stages:
                 )
         return Model(state.eval_params, num_steps, seconds)
 
-    def sample(self, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> dict[str, np.ndarray]:
-        """The arrays of `folder/samples.npz`, made from `model()` if the file is not there yet."""
+    def sample(self, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> None:
+        """Makes `folder/samples.npz` from `model()` if it is not there yet."""
         path, total = folder / "samples.npz", self.experiment.num_samples(target)
         parts = folder / "samples-parts"
         if parallel.from_main(path.exists):
             parallel.on_main(lambda: parts.rmtree(missing_ok=True))  # of a run that was killed before it could
-            return read_samples(path)
+            return
         params = model().params
         fingerprint = files.json_digest([tree_digest(params), self.experiment.sampling_digest(target)])
         main = parallel.is_main_process()
@@ -221,7 +235,6 @@ class Stages:
             arrays = self.experiment.sample(target, params, out_dir=parts, fingerprint=fingerprint, progress=advance)
         parallel.on_main(lambda: files.write_npz(path, **arrays))
         parallel.on_main(lambda: parts.rmtree(missing_ok=True))
-        return arrays
 
 
 def read_samples_or_explain(folder) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from retrack_jax import build, files
 from retrack_jax.checkpoints.pipeline import load_pipeline, prompt_embeddings
 from retrack_jax.checkpoints.pipeline_export import export_pipeline
+from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.concept_members import ConceptMembers
 from retrack_jax.data.target import ForgetData, Target, make_target
@@ -71,9 +72,22 @@ class TextToImageExperiment:
             batch_size=config.data.encode_batch_size,
         )
 
-    @property
-    def digest(self) -> None:
-        """None: each concept has pictures of its own, and what was made for one holds whatever happens to another's."""
+    def inputs(self, target: Target | None = None) -> dict[str, str]:
+        """Digests of what results depend on beside the config: the checkpoint's weights and, with a target, its concept's own."""
+        found = {"UNet weights in config.checkpoint": self._unet_digest, "VAE in config.checkpoint": self.pipeline.vae_digest}
+        if target is None:
+            return found
+        member = self._members[target.spec]
+        own = {
+            "pictures": member.concept.images.digest,
+            "labels of pictures": files.array_digest(member.concept.forget),
+            "prompts": files.json_digest(dict(member.prompts.items())),
+        }
+        return found | own
+
+    @cached_property
+    def _unet_digest(self) -> str:
+        return tree_digest(self.pipeline.unet_params)
 
     @property
     def num_timesteps(self) -> int:
@@ -192,6 +206,7 @@ class TextToImageExperiment:
         return {
             "name": target.spec,
             "digest": member.concept.images.digest,
+            "inputs": self.inputs(target),
             "num_forget": len(target.forget),
             "num_remain": len(target.remain),
             "memorised": member.concept.memorised_name,

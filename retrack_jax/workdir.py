@@ -23,7 +23,7 @@ from retrack_jax.checks import UserError, check
 
 log = logging.getLogger(__name__)
 PRETRAINED, RETRAINED = "pretrained", "retrained"
-_IMAGES = "images_digest"  # in config.json beside the fields of the config
+_INPUTS = "inputs"  # in config.json beside the fields of the config: digests of what was read
 
 # Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, what
 # only costs memory or time (so that a run goes on on a machine with other devices), and which metrics to compute and what to
@@ -114,8 +114,14 @@ class Workdir:
         """The folder of one run."""
         return self.root / method / f"seed{seed}-{slug}"
 
-    def check_claim(self, folder: epath.Path, config: Mapping, images: str | None = None) -> None:
-        """Raises `UserError`, with what differs, if `folder` holds a run of another config, or on images of another digest."""
+    def check_claim(self, folder: epath.Path, config: Mapping, inputs: Mapping[str, str] | None = None) -> None:
+        """Raises `UserError`, with what differs, if `folder` holds a run of another config, or one that read other `inputs`.
+
+        Args:
+          folder: of a run, or of a model that runs share.
+          config: its comparable part.
+          inputs: what was read, such as images or weights, by name -> digest; None before they are read.
+        """
         path = folder / "config.json"
         if not path.exists():
             return
@@ -126,16 +132,18 @@ class Workdir:
             shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
-        if images and stored.get(_IMAGES, images) != images:
-            raise UserError(f"{folder} holds a run on other images than the config names now; choose another --workdir")
+        read_then = stored.get(_INPUTS, {})
+        if others := [name for name, digest in (inputs or {}).items() if read_then.get(name, digest) != digest]:
+            names = " and ".join(others)
+            raise UserError(f"{folder} holds a run with other {names} than the config names now; choose another --workdir")
 
-    def claim(self, folder: epath.Path, config: Mapping, images: str | None = None) -> None:
-        """Writes `config` and the digest of `images` to `folder/config.json`.
+    def claim(self, folder: epath.Path, config: Mapping, inputs: Mapping[str, str]) -> None:
+        """Writes `config` and the digests of `inputs` to `folder/config.json`.
 
         To be called only once all that the config names was found: a mistyped command claims nothing.
         """
         path = folder / "config.json"
-        claimed = {**config, _IMAGES: images} if images else config
+        claimed = {**config, _INPUTS: dict(inputs)}
         parallel.on_main(lambda: None if path.exists() else files.write_json(path, claimed))
 
     def _check_shared(self) -> None:
@@ -158,7 +166,7 @@ class Workdir:
 
 def comparable(config: Mapping, *, model_only: bool = False) -> dict:
     """Returns the part of a config (a plain dict) that a run's results depend on; `model_only`: without the unlearning recipe."""
-    left_out = _FREE - {"method"} | {_IMAGES} | ({"unlearn", "method"} if model_only else set())
+    left_out = _FREE - {"method"} | {_INPUTS} | ({"unlearn", "method"} if model_only else set())
     kept = {name: value for name, value in config.items() if name not in left_out}
     for name in _FREE_NESTED:
         group, field = name.split(".")

@@ -21,7 +21,7 @@ LEVELS = (
     {"workdir"},
     {"unlearn", "sampling", "metrics", "checkpoints", "data"},
     {"diffusion", "models", "neighbors"},
-    {"parallel", "packing", "writer", "files", "checks", "types", "huge_pages"},
+    {"parallel", "packing", "writer", "files", "checks", "types", "huge_pages", "terminal"},
 )
 LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
 # These may use each other: the base of the pyramid, and the two halves of one door.

@@ -96,7 +96,7 @@ def open_weights(folder, stem: str = _STEM) -> tuple[Path, Mapping[str, np.ndarr
 
 def unet_folder(path) -> Path:
     """Returns the folder of the UNet's `config.json`: `path`/unet, `path`/unet_ema or `path`; else raises `UserError`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     found = [path / name for name in UNET_FOLDERS if (path / name / "config.json").is_file()]
     if len(found) > 1:
         _log.warning("%s holds %s; reading the first (give the other's path to read that)", path, " and ".join(map(str, found)))
@@ -112,7 +112,7 @@ def read_schedule_config(path) -> dict[str, Any] | None:
     Looks for `scheduler/scheduler_config.json` and `scheduler_config.json` in `path` and, if that is the model's own folder
     inside a pipeline, beside it. Never reads a `scheduler.bin`: that is the state of a learning rate.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     folders = [path]
     if not (path / "model_index.json").is_file() and (path / "config.json").is_file() and path.resolve().name in UNET_FOLDERS:
         folders.append(path.resolve().parent)

@@ -60,6 +60,17 @@ class RunStore:
         """Returns the newest step that was saved, damaged or not, or None."""
         return self._manager.latest_step()
 
+    def latest_meta(self) -> dict | None:
+        """Returns the metadata of the newest checkpoint without its arrays; None where there is none, or it cannot be read."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore()))["meta"]
+        except Exception as error:  # damage shows as any of Orbax's or JSON's errors; `restore` deals with it
+            log.debug("no metadata in %s: %s", self.directory / str(step), error)
+            return None
+
     def restore(self, like: Callable[[int], PyTree]) -> tuple[PyTree, dict] | None:
         """Returns the newest checkpoint that is whole, as (state replicated over all devices, meta), or None if there is none.
 

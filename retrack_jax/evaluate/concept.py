@@ -146,6 +146,7 @@ def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
     values = {f"sscd_{kind}": float(sscd(network, samples.pixels(kind), memorised).mean()) for kind in KINDS}
     note = {
         "features": network.description,
+        "features_digest": network.digest,
         "reference": task.concept.memorised_name,
         "num_samples": len(samples.pixels(KINDS[0])),
     }
@@ -157,6 +158,7 @@ def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
     values = {f"clip_iqa_{kind}": float(metric(samples.floats(kind)).mean()) for kind in KINDS}
     note = {
         "features": metric.network.description,
+        "features_digest": metric.network.digest,
         "samples": samples.precision,
         "num_samples": len(samples.pixels(KINDS[0])),
     }

@@ -86,7 +86,8 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
         scores["sscd_norm"] = sscd_norm(network, made, task.forgotten)
     if subject.pictures is not None:
         keep_pictures(subject.pictures, task.forgotten, given, made, scores["sscd"])
-    note = {"features": network.description, "num_images": len(made), "injected_at_t": T, "sampler": "ddpm, full schedule"}
+    note = {"features": network.description, "features_digest": network.digest, "num_images": len(made)}
+    note |= {"injected_at_t": T, "sampler": "ddpm, full schedule"}
     return {name: float(np.mean(scores[name])) for name in wanted}, note
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retrack_jax import files, parallel
-from retrack_jax.checks import UserError
+from retrack_jax.checks import Diverged, UserError
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
             if not parallel.is_main_process():  # the file has process 0's reason, which may be that another one had one
                 log.warning("%s: %s", missing[0], reason)
             values, note, why, final = {}, {}, str(reason), isinstance(reason, Inapplicable)
+        except Diverged as reason:  # the same on every process and at every try; other metrics may have a value all the same
+            values, note, why, final = {}, {}, str(reason), True
         for name in missing:
             for kept in (results.values, results.notes, results.absent):
                 kept.pop(name, None)

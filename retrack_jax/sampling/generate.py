@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax import files, parallel
-from retrack_jax.checks import UserError, check_choice, check_int
+from retrack_jax.checks import Diverged, UserError, check_choice, check_int
 from retrack_jax.sampling.loop import Sampler, initial_noise, sample
 from retrack_jax.types import Array, PyTree, Rng
 
@@ -89,7 +89,8 @@ def generate(
       progress: called as `progress(images done, num_images)` after each batch.
 
     Raises:
-      UserError: a batch size that does not divide; a folder that is not shared or cannot be written; samples that are not finite.
+      UserError: a batch size that does not divide; a folder that is not shared or cannot be written.
+      Diverged: samples that are not finite.
     """
     check_int("the number of images", num_images, 1)
     check_int("the sampling batch size", batch_size, 1)
@@ -155,7 +156,7 @@ def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> I
 def _fetch(index: np.ndarray, result: tuple[Array, Array]) -> np.ndarray:
     images, finite = (rows[: len(index)] for rows in parallel.unshard_batch(result))
     if not finite.all():
-        raise UserError(
+        raise Diverged(
             f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first; "
             "the model has diverged"
         )

@@ -4,13 +4,15 @@ results/...]`.
 Prints tables, which replace those in docs/performance.md, and one line of JSON, which is also written to
 FOLDER/benchmarks_cpu.json, and writes plots to docs/images. On a CPU it takes some twenty minutes. Run it on a machine that
 does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and
-sampling, on one GPU.
+sampling, on one GPU; `.venv-parity` must then hold builds for it, for `make parity` installs those for the CPU:
+`.venv-parity/bin/pip install "jax[cuda12]" torch==2.13.0` from indexes that have them.
 """
 
 import argparse
 import json
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -31,18 +33,23 @@ CPU_STEPS = (
 # Network, images, calls of the network.
 CPU_SAMPLING = (("digits", 128, 50), ("cifar10", 8, 3))
 NEIGHBOR_QUERIES = (1, 100, 1000)
-BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
+# The document has a place for each device.
+MARKS = {device: (f"<!-- measured on {device} -->", f"<!-- end of measured on {device} -->") for device in ("cpu", "cuda")}
 GPU_BATCH = {"digits": (64, 64), "cifar10": (64, 64), "celebahq": (4, 4)}
 
 
-def machine() -> dict:
+def machine(device: str) -> dict:
     """Returns what the numbers depend on."""
     from importlib import metadata
 
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()} | {
+    gpu = {}
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        gpu = {"gpu": subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]}
+    return gpu | {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()} | {
         name: metadata.version(name) for name in packages
     }
 
@@ -54,13 +61,14 @@ def say(lines: list[str], *more: str) -> None:
         lines.append(text)
 
 
-def write_document(document: Path, lines: list[str], found: dict) -> None:
-    """Puts the tables between the two marks of `document`."""
-    before, rest = document.read_text().split(BEGIN)
-    after = rest.split(END)[1]
+def write_document(document: Path, lines: list[str], found: dict, device: str) -> None:
+    """Puts the tables between the device's two marks of `document`."""
+    begin, end = MARKS[device]
+    before, rest = document.read_text().split(begin)
+    after = rest.split(end)[1]
     about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if name != "load")
     load = f"Measured on {about}; load average {found['machine']['load'][0]:.1f} at the start, {found['minutes']:.0f} minutes."
-    document.write_text("\n".join([before + BEGIN, load, "", *lines, END + after]))
+    document.write_text("\n".join([before + begin, load, "", *lines, end + after]))
 
 
 def on_cpu(images: Path, lines: list[str]) -> dict:
@@ -130,11 +138,11 @@ def main() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     start = time.perf_counter()
     lines: list[str] = []
-    about = {"machine": machine()}
+    about = {"machine": machine(arguments.device)}
     found = about | (on_cpu(Path(arguments.images), lines) if arguments.device == "cpu" else on_gpu(lines))
     found["minutes"] = (time.perf_counter() - start) / 60
     if arguments.document:
-        write_document(Path(arguments.document), lines, found)
+        write_document(Path(arguments.document), lines, found, arguments.device)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found)

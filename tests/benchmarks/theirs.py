@@ -110,6 +110,8 @@ def make_training(
 
 def make_sampling(network: str, num_images: int, num_steps: int, device: str = "cpu", bf16: bool = False, compiled: bool = False):
     """Returns a function that draws images by diffusers' DDPMScheduler, as its DDPMPipeline does."""
+    # cuDNN's TF32 is on by default; ours multiplies float32 as float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model = make_model(network, device).eval()
     forward = torch.compile(model) if compiled else model
     scheduler = DDPMScheduler()

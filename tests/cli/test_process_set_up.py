@@ -15,8 +15,8 @@ from retrack_jax.checks import UserError
 @pytest.fixture
 def joined(monkeypatch):
     """The arguments of each call to jax's own set-up of several processes, which is not made; no variable names any."""
-    for name in ("RETRACK_COORDINATOR", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JAX_PLATFORMS"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("RETRACK_", "SLURM_", "JAX_PLATFORMS"))]:
+        monkeypatch.delenv(name)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(process, "uses_tpu", lambda: False)
@@ -33,6 +33,28 @@ def test_flags_name_the_others(joined, monkeypatch):
         monkeypatch.setenv(f"RETRACK_{name}", value)
     process.join_processes()
     assert joined == [("host:1", 4, 3)]
+
+
+@pytest.mark.parametrize(
+    "values", [("host:1", "2", "2"), ("host:1", "-1", "0"), ("nonsense", "2", "0"), ("host:1", "two", "0"), ("", "2", "0")]
+)
+def test_flags_that_name_no_set_of_processes_are_one_line(joined, monkeypatch, values):
+    for name, value in zip(("COORDINATOR", "PROCESSES", "PROCESS"), values, strict=True):
+        if value:
+            monkeypatch.setenv(f"RETRACK_{name}", value)
+    with pytest.raises(UserError, match=f"are {values[0]!r}, {values[1]!r}, {values[2]!r}; set all three or none"):
+        process.join_processes()
+    assert joined == []
+
+
+@pytest.mark.parametrize("tasks", ["2", "abc"])
+def test_a_slurm_step_without_its_other_variables_is_one_line(tasks, monkeypatch):
+    """By jax's own set-up: of the variables that SLURM sets there is only the number of tasks."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "RETRACK_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    with pytest.raises(UserError, match="cannot join the other processes by the variables of SLURM"):
+        process.join_processes()
 
 
 def test_a_slurm_step_is_joined_but_not_an_allocation_alone(joined, monkeypatch):
@@ -58,6 +80,31 @@ def test_a_tpu_without_a_cluster_is_one_clear_line(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match="metadata server.*RETRACK_COORDINATOR"):
         process.join_processes()
+
+
+LASTING = """
+import sys
+from retrack_jax.process import catch_termination
+from retrack_jax.terminal import outlive_terminal
+outlive_terminal()
+stop = catch_termination()
+print("begun", file=sys.stderr, flush=True)
+sys.stdin.read()
+before = stop()
+print("nobody reads this", file=sys.stderr, flush=True)
+print("nor this", flush=True)
+sys.exit(75 if stop() and not before else 1)
+"""
+
+
+def test_a_broken_connection_is_a_lost_terminal():
+    """A command over ssh without a terminal gets no SIGHUP; what it prints next finds no reader."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", LASTING], **pipes)
+    assert child.stderr.readline() == b"begun\n"
+    for pipe in (child.stdout, child.stderr, child.stdin):
+        pipe.close()
+    assert child.wait(60) == 75
 
 
 def test_a_lost_terminal_stops_like_a_termination(monkeypatch):

@@ -15,7 +15,7 @@ from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.finish import _finished_runs, finish
 from retrack_jax.main import main
 from retrack_jax.run import sweep
-from retrack_jax.runner import Runner
+from retrack_jax.runner import Runner, _check_same_networks
 from retrack_jax.workdir import Workdir
 from tests.tiny import flags
 
@@ -43,20 +43,23 @@ def test_under_all_retracks_lambda_is_not_sisss():
     assert parsed("siss", *given).unlearn.lam == 0.25
 
 
-def test_images_are_part_of_the_claim(tmp_path):
+def test_what_was_read_is_part_of_the_claim(tmp_path):
     workdir = Workdir(tmp_path)
     folder, config = workdir.run("retrack", 0, "a"), {"data": {"source": "folder"}}
-    workdir.claim(folder, config, "digest of some")
+    workdir.claim(folder, config, {"images": "some", "weights": "some"})
     workdir.check_claim(folder, config)  # before they are read
-    workdir.check_claim(folder, config, "digest of some")
-    with pytest.raises(UserError, match="on other images than the config names now; choose another --workdir"):
-        workdir.check_claim(folder, config, "digest of others")
+    workdir.check_claim(folder, config, {"images": "some", "weights": "some"})
+    workdir.check_claim(folder, config, {"images": "some", "newer than the claim": "some"})
+    with pytest.raises(UserError, match="holds a run with other weights than the config names now; choose another --workdir"):
+        workdir.check_claim(folder, config, {"images": "some", "weights": "others"})
 
 
-def test_a_claim_from_before_digests_were_kept_stays_valid(tmp_path):
-    workdir = Workdir(tmp_path)
-    workdir.claim(workdir.pretrained, {"data": {}})
-    workdir.check_claim(workdir.pretrained, {"data": {}}, "digest")
+def test_numbers_of_two_networks_never_stand_side_by_side():
+    ours = {"fid": {"features_digest": "a" * 64}, "frequency": {}, "sscd": {"features_digest": "b" * 64}}
+    _check_same_networks(ours, {"pretrained": ours, "retrained": {"fid": {"features_digest": "a" * 64}, "kid": {}}}, "runs/x")
+    other = {"sscd": {"features_digest": "c" * 64}}
+    with pytest.raises(UserError, match="sscd of pretrained is by the network cccc.*, that of runs/x by bbbb.*weights_dir"):
+        _check_same_networks(ours, {"pretrained": other}, "runs/x")
 
 
 def test_one_command_at_a_time(tmp_path):
@@ -120,11 +123,11 @@ def test_the_retrained_model_is_of_the_same_target(tmp_path):
     workdir = Workdir(tmp_path)
     runner = Runner(parsed("retrack"), workdir, lambda: False)
     write_run(workdir, "retrain", "img-1.jpg", 0, frequency=0.25)
-    assert runner._retrained_values("1.jpg", 0) is None
+    assert runner._retrained_run("1.jpg", 0) is None
     write_run(workdir, "retrain", "1.jpg", 10, frequency=0.125)
     write_run(workdir, "retrain", "1.jpg", 2, frequency=0.0625)
-    assert runner._retrained_values("1.jpg", 10) == {"frequency": 0.125}
-    assert runner._retrained_values("1.jpg", 3) == {"frequency": 0.0625}
+    assert runner._retrained_run("1.jpg", 10)["unlearned"] == {"frequency": 0.125}
+    assert runner._retrained_run("1.jpg", 3)["unlearned"] == {"frequency": 0.0625}
 
 
 def test_a_command_shows_its_own_runs(tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_what_is_not_there_is_told_by_the_field():
 
 
 def test_a_second_request_goes_on_from_the_first_ones_model(tmp_path, capfd):
-    """The excluded images are neither remaining nor to be named; the model is the first run's."""
+    """The excluded images are neither remaining nor to be named; the model is the first run's, and stays that."""
     command = ["retrack_jax", "--config=configs/digits_tshirt.py"]
     assert main([*command, *flags(tmp_path / "first")]) == 0
     (model,) = (tmp_path / "first" / "retrack").glob("*/diffusers")
@@ -60,3 +60,9 @@ def test_a_second_request_goes_on_from_the_first_ones_model(tmp_path, capfd):
     assert (data["num_forget"], data["num_remain"], data["checkpoint"]) == (1, 1796, str(model))
     assert main([*command, *flags(tmp_path / "third", **second, targets="label:10")]) == 2
     assert "no image of digits_tshirt, without 8 excluded has label 10; its labels are 0, 1" in capfd.readouterr().err
+
+    weights = bytearray((model / "diffusion_pytorch_model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (model / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    assert main([*command[:1], f"{command[1]}:vanilla", *flags(tmp_path / "second", **second, targets="digit_0003")]) == 2
+    assert "holds a run with other weights in config.checkpoint than the config names now" in capfd.readouterr().err

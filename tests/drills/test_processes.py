@@ -87,21 +87,37 @@ def test_sigterm_on_two_processes_while_they_sample(cache, tmp_path):
     assert 0 < len(found) < 2 * 500 and not (work / "pretrained" / "samples.npz").exists()
 
 
-def test_a_workdir_that_is_not_shared_is_refused(cache, tmp_path):
-    """Each process is given a folder of its own under the same name, as two hosts with local disks would."""
+def on_two_hosts(arguments, cache, tmp_path):
+    """Runs two processes, HOST in the arguments of each a folder of its own, as local disks are; returns status and errors."""
     stand_in = tmp_path / "python"
     stand_in.write_text(
         f"#!/bin/bash\nmkdir -p {tmp_path}/host$RETRACK_PROCESS\n"
-        f'exec {cli.command([])[0]} "${{@//WORKDIR/{tmp_path}/host$RETRACK_PROCESS}}"\n'
+        f'exec {cli.command([])[0]} "${{@//HOST/{tmp_path}/host$RETRACK_PROCESS}}"\n'
     )
     stand_in.chmod(0o755)
     script = ["bash", str(cli.ROOT / "launch" / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2"]
     env = cli.environment(cache, PYTHON=stand_in, GRACE_SECONDS=10)
     done = subprocess.run(
-        [*script, *cli.flags("WORKDIR")], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=cli.patience(120)
+        [*script, *arguments], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=cli.patience(120)
     )
-    both = done.stderr + (tmp_path / "logs" / "process1.log").read_text()
-    assert done.returncode == 2 and both.count("error: ") == 2 and "not shared" in both and "Traceback" not in both
+    return done.returncode, done.stderr + (tmp_path / "logs" / "process1.log").read_text()
+
+
+def test_a_workdir_that_is_not_shared_is_refused(cache, tmp_path):
+    status, both = on_two_hosts(cli.flags("HOST"), cache, tmp_path)
+    assert status == 2 and both.count("error: ") == 2 and "not shared" in both and "Traceback" not in both
+
+
+def test_hosts_with_other_images_do_not_train_together(cache, tmp_path):
+    for host, count in enumerate((64, 56)):
+        (tmp_path / f"host{host}").mkdir()
+        images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
+        np.savez(tmp_path / f"host{host}" / "images.npz", images=images)
+    changes = {"data__source": "npz", "data__dir": "HOST/images.npz", "targets": "0"}
+    arguments = cli.flags(tmp_path / "work", "vanilla", **changes)
+    status, both = on_two_hosts(arguments, cache, tmp_path)
+    assert status == 2 and both.count("error: the processes read different inputs (this one: images ") == 2, both[-3000:]
+    assert "Traceback" not in both and not list((tmp_path / "work").glob("pretrained/*"))
 
 
 def test_four_devices_on_two_cores_never_deadlock(finished, cache, tmp_path):

@@ -42,7 +42,7 @@ def embed(images):
     return {"features": images.reshape(len(images), -1).astype(np.float64)}
 
 
-embed.description = "pixels"
+embed.description, embed.digest = "pixels", "0" * 64
 
 
 def test_a_short_schedule_leaves_out_what_goes_beyond_it(rng, tmp_path):
@@ -67,6 +67,17 @@ def test_a_cosine_schedule_leaves_the_likelihood_out(rng, tmp_path):
     schedule = Schedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
     results = found(task(rng, schedule), ("nll_bits_per_dim", "forget_loss"), tmp_path)
     assert "the linear schedule" in results.absent["nll_bits_per_dim"] and set(results.values) == {"forget_loss"}
+
+
+def test_a_diverged_model_lacks_its_metrics_and_no_other_does(rng, tmp_path):
+    """A network that overflows has no loss; the frequency of its samples is known all the same, and nothing is tried again."""
+    huge = jax.tree.map(lambda leaf: leaf * 1e30, toys.params())
+    wanted = ("forget_loss", "frequency", "membership_auc")
+    of_images = task(rng, toys.schedule())
+    of_images.threshold = 3.0
+    results = found(of_images, wanted, tmp_path, huge)
+    assert set(results.values) == {"frequency"}
+    assert "the model has diverged" in results.absent["forget_loss"] and results.final == ["forget_loss", "membership_auc"]
 
 
 def test_every_long_metric_shows_its_progress(rng, tmp_path, capsys):

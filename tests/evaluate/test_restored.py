@@ -27,7 +27,7 @@ def embed(images):
     return {"features": flat - flat.mean(axis=1, keepdims=True)}
 
 
-embed.description = "pixels"
+embed.description, embed.digest = "pixels", "0" * 64
 
 
 def task(images, rng, network=lambda: embed):

@@ -15,7 +15,7 @@ from retrack_jax.checkpoints.torch_reader import read_torch, read_torchscript  #
 from retrack_jax.files import file_digest  # noqa: E402
 from retrack_jax.metrics.feature_metrics import evaluate_features, feature_stats, stats_of  # noqa: E402
 from retrack_jax.metrics.features.inception import inception_network  # noqa: E402
-from retrack_jax.metrics.features.resize import pil_shorter_side, resize_matrix  # noqa: E402
+from retrack_jax.metrics.features.resize import resize_matrix  # noqa: E402
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network  # noqa: E402
 from retrack_jax.metrics.fid import fid  # noqa: E402
 from retrack_jax.metrics.inception_score import split_scores  # noqa: E402
@@ -166,8 +166,8 @@ def test_sscd_embeddings(tmp_path, layout):
     network = sscd_network(state, file_digest(path), batch_size=2)
     images = random_images(2, 64)[:, :48]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    resized = np.stack([pil_shorter_side(image, 288) for image in images])
-    assert resized.shape == (2, 288, 384, 3)
+    # The official transform, torchvision's Resize(288), on 48 x 64: the shorter side by Pillow's bilinear filter.
+    resized = np.stack([Image.fromarray(image).resize((384, 288), Image.Resampling.BILINEAR) for image in images])
     with torch.no_grad():
         theirs = twin(((torch.from_numpy(resized) / 255 - mean) / std).permute(0, 3, 1, 2)).numpy()
     ours = network(images)["features"]

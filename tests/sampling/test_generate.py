@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import Diverged, UserError
 from retrack_jax.diffusion import Schedule
 from retrack_jax.sampling import DDPM, generate, make_sample_fn, pmap_sample_fn
 
@@ -156,7 +156,7 @@ def test_parts_of_another_fingerprint_are_made_anew(p_sample, tmp_path):
 
 def test_samples_that_are_not_finite_stop_the_run(p_sample, tmp_path):
     broken = {"w": PARAMS["w"].at[0, 0, 0, 0].set(jnp.nan)}
-    with pytest.raises(UserError, match="4 of 4 samples are not finite, image 0 the first"):
+    with pytest.raises(Diverged, match="4 of 4 samples are not finite, image 0 the first"):
         generate(p_sample, broken, rng=jax.random.key(0), num_images=8, batch_size=4, out_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 

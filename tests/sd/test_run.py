@@ -14,6 +14,7 @@ from retrack_jax.api import run
 from retrack_jax.checkpoints.names import TorchTensor
 from retrack_jax.checkpoints.pipeline import load_pipeline
 from retrack_jax.checkpoints.safetensors_io import write_safetensors
+from retrack_jax.checks import UserError
 from retrack_jax.data.concepts import load_concept
 from retrack_jax.evaluate.concept import (
     CLASSIFIERS,
@@ -124,6 +125,14 @@ def test_what_may_change_in_a_workdir_and_what_follows(finished):
     run(config, work)
     assert files_of(folder) == before
 
+    shutil.copytree(CONCEPTS, tmp_path / "concepts")
+    prompts = tmp_path / "concepts" / "modified_prompts.json"
+    prompts.write_text(json.dumps({**json.loads(prompts.read_text()), "red_circle": "another picture"}))
+    with config.unlocked():
+        config.data.dir = str(tmp_path / "concepts")
+    with pytest.raises(UserError, match="red_circle holds a run with other prompts than the config names now"):
+        run(config, work)
+
 
 def test_experiment_gives_the_stages_what_they_ask(finished):
     tmp_path, _ = finished
@@ -154,7 +163,7 @@ def test_metrics_of_samples_with_a_known_answer(tmp_path):
     def colours(images):
         return {"features": np.asarray(images, np.float32).mean(axis=(1, 2)) - 100}
 
-    colours.description = "mean colour"
+    colours.description, colours.digest = "mean colour", "0" * 64
     centers = concept_centers(concept, "joblib")
     task = ConceptTask(concept=concept, centers=lambda: centers, centers_name="", sscd=lambda: colours, clip_iqa=None)
     wanted = tuple(name for name in METRIC_NAMES if not name.startswith("clip_iqa"))
@@ -188,7 +197,7 @@ def test_a_classifier_for_another_size_leaves_out_its_metric_alone(tmp_path):
     def colours(images):
         return {"features": np.asarray(images, np.float32).mean(axis=(1, 2))}
 
-    colours.description = "mean colour"
+    colours.description, colours.digest = "mean colour", "0" * 64
     task = ConceptTask(
         concept=concept,
         centers=lambda: concept_centers(concept, "joblib"),
