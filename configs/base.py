@@ -68,8 +68,8 @@ def get_config() -> ConfigDict:
     # Pretraining, and retraining without the forgotten images, from random weights (SISS's MNIST recipe).
     config.pretrain = pretrain = ConfigDict()
     pretrain.num_steps = 117_500
-    pretrain.batch_size = 128  # images a step, over all devices and microbatches
-    pretrain.accumulation = 1  # microbatches a step
+    pretrain.batch_size = 128  # images per step, over all devices and microbatches
+    pretrain.accumulation = 1  # microbatches per step
     pretrain.learning_rate = 1e-4
     pretrain.learning_rate_schedule = "cosine"  # or constant
     pretrain.warmup_steps = 500
@@ -85,8 +85,8 @@ def get_config() -> ConfigDict:
 
     config.unlearn = unlearn = ConfigDict()
     unlearn.num_steps = 50
-    unlearn.batch_size = 128  # remaining images a step, over all devices and microbatches
-    unlearn.forget_batch_size = 0  # noisy copies of forgotten images a step; 0: as many as remaining ones
+    unlearn.batch_size = 128  # remaining images per step, over all devices and microbatches
+    unlearn.forget_batch_size = 0  # noisy copies of forgotten images per step; 0: as many as remaining ones
     unlearn.accumulation = 1
     unlearn.learning_rate = 5e-5
     unlearn.learning_rate_schedule = "constant"

@@ -3,7 +3,7 @@
     python -m retrack_jax.main --config=configs/custom.py --workdir=runs/mine \\
         --config.checkpoint=MODEL_FOLDER --config.data.dir=IMAGE_FOLDER --config.targets=@forget.txt
 
-`forget.txt` has one file name a line; all of them are forgotten together. The result, in
+`forget.txt` has one file name per line; all of them are forgotten together. The result, in
 `runs/mine/retrack/seed0-forget.txt-.../`, is the folder `diffusers`, which diffusers' from_pretrained reads, and
 `report.html`. Images (JPEG, PNG, WebP, subfolders too) are scaled by their shorter side to the model's size and the centre
 is cut.

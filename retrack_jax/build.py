@@ -132,7 +132,7 @@ def fit_to_devices(config: ConfigDict) -> ConfigDict:
         if whole % devices == 0 and each % parts:
             recipe.accumulation = max(fewer for fewer in range(1, parts + 1) if each % fewer == 0)
             change = stage, recipe.accumulation, parts, recipe.batch_size, devices
-            log.info("config.%s.accumulation is %d in place of %d: %d images a step over %d devices", *change)
+            log.info("config.%s.accumulation is %d in place of %d: %d images per step over %d devices", *change)
     batch = fitted.sampling.batch_size
     check_int("config.sampling.batch_size", batch)
     fitted.sampling.batch_size = -(-batch // devices) * devices
@@ -143,7 +143,7 @@ def fit_to_devices(config: ConfigDict) -> ConfigDict:
 
 
 def target_specs(config: ConfigDict) -> list[str]:
-    """Returns the targets, one a run; commas inside an entry separate targets as well."""
+    """Returns the targets, one per run; commas inside an entry separate targets as well."""
     return [spec.strip() for entry in config.targets for spec in str(entry).split(",") if spec.strip()]
 
 

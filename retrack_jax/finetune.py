@@ -28,7 +28,7 @@ def make_finetune(
       eps_fn: `(params, x_t, t) -> eps`.
       schedule, how: of the network, as its pretraining takes them.
       optimizer: the recipe.
-      batch_size: images a step, over all devices.
+      batch_size: images per step, over all devices.
 
     `gather` is `positions -> batch` as in `data.pipeline.Batches`. `train(state, first_step, num_steps) -> state` goes on from
     step `first_step`; step numbers decide its batches and noise, so a curve repeats itself. It donates its state, and raises

@@ -81,7 +81,7 @@ def check_divisible(field: str, batch: int, parts: int = 1) -> None:
 
 @partial(jax.vmap, in_axes=(None, 0))
 def example_rngs(rng: Rng, index_B: Array) -> Rng:
-    """Returns one key an example: `rng` folded with the example's global index in the batch, int `[B]`."""
+    """Returns one key per example: `rng` folded with the example's global index in the batch, int `[B]`."""
     return jax.random.fold_in(rng, index_B)
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def rules(num_remain: int, resolution: int) -> dict[str, float | int]:
-    """Returns the fields of `config.unlearn` where `num_remain` images of `resolution` pixels a side remain, by (1) to (4)."""
+    """Returns the fields of `config.unlearn` where `num_remain` images of `resolution` pixels per side remain, by (1) to (4)."""
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
     small = resolution <= 64
     return {

@@ -59,7 +59,7 @@ def sweep(runner: Runner) -> dict:
 
 
 def check_needs(config: ConfigDict) -> None:
-    """Lists what the config needs, found or missing, then checks its values, as far as they do not hang on what is missing."""
+    """Lists what the config needs, found or missing, then checks its values, except those that depend on what is missing."""
     from retrack_jax.data.requirements import print_requirements
 
     needed = print_requirements(config.to_dict(), recipe.unset(config))

@@ -24,7 +24,7 @@ def check_text_to_image(config: ConfigDict) -> None:
     )
     check(
         bool(config.data.dir),
-        "config.data.dir is empty; set it to the folder that holds one folder a concept and the prompts",
+        "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts",
     )
     for name, default in _OF_OTHER_SOURCES.items():
         value = config.data[name]

@@ -30,9 +30,9 @@ class ConceptMembers:
     """Concepts by name, each read at first use and encoded when its latents are first needed.
 
     Args:
-      root: the folder that holds one folder a concept.
+      root: the folder that holds one folder per concept.
       original_prompts, modified_prompts: JSON files of prompts, below `root` or absolute.
-      resolution: pixels a side.
+      resolution: pixels per side.
       cache_dir: where decoded pictures and latents are kept between runs.
       encode: the VAE, pictures `[B, H, W, 3]` in [-1, 1] to the posterior's mean and std.
       vae_digest: what latents depend on beside the pictures.

@@ -55,7 +55,7 @@ class Concept:
 def list_concepts(root) -> list[str]:
     """Returns the concepts below `root`, sorted: the folders with an `images` folder. Raises `UserError` if there are none."""
     root = Path(root).expanduser()
-    check(root.is_dir(), f"no folder {root}; set config.data.dir to the folder that holds one folder a concept")
+    check(root.is_dir(), f"no folder {root}; set config.data.dir to the folder that holds one folder per concept")
     names = sorted(folder.name for folder in root.iterdir() if (folder / "images").is_dir())
     check(len(names) > 0, f"no concept in {root} (a folder with an images folder in it); set config.data.dir")
     return names
@@ -108,7 +108,7 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
     """Returns the concept `name` below `root`, its pictures decoded once into the cache.
 
     Args:
-      root: the folder that holds one folder a concept.
+      root: the folder that holds one folder per concept.
       resolution: side in pixels that pictures must have, or are brought to; 0 takes them as they are.
       cache_dir: where decoded pictures are kept.
 

@@ -154,7 +154,7 @@ def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
     found = {name: Path(name[1:]).expanduser().is_file() for name in sorted(lists)}
     for name, here in found.items():
         path = Path(name[1:]).expanduser()
-        yield requirement("list of targets", path, [path] if here else [], advice="write one name a line into it")
+        yield requirement("list of targets", path, [path] if here else [], advice="write one name per line into it")
     if not data.get("dir") or data_format(data["source"], data.get("format", "")) != "folder":
         return
     try:

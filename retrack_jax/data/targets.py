@@ -20,7 +20,7 @@ _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
-    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target a line; `label:N`; `random:SHARE`; a glob
+    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target per line; `label:N`; `random:SHARE`; a glob
     (`* ? [...]`); the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
     `tfds:train_20000`).
 
@@ -121,11 +121,11 @@ def _list_lines(spec: str) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except FileNotFoundError as error:
-        raise UserError(f"no file {path} (the target is {spec!r}); it lists what to forget, one name a line") from error
+        raise UserError(f"no file {path} (the target is {spec!r}); it lists what to forget, one name per line") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} (the target is {spec!r}): {error}") from error
     lines = [line for line in lines if line]
-    check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name a line")
+    check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name per line")
     return lines
 
 

@@ -68,7 +68,7 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
     (`relearning_steps`). A curve that never gets there counts its last step and is marked as censored; one whose fine-tuning
     diverges leaves its metric without a value.
     """
-    # Along a curve a group needs no 256 noises an image: its images average them.
+    # Along a curve a group needs no 256 noises per image: its images average them.
     num_noises = min(256, max(16, 4096 // len(task.forgotten)))
 
     def loss(params) -> float:

@@ -1,4 +1,4 @@
-"""Metric values with what they were computed from, kept in one JSON file a model and filled in metric by metric.
+"""Metric values with what they were computed from, kept in one JSON file per model and filled in metric by metric.
 
 Evaluation can be stopped at any metric and goes on at the next. A metric that could not be computed is recorded with the reason,
 and tried again by the next command unless the reason is final: one that follows from the config and the data.

@@ -33,7 +33,7 @@ def in_blocks(
       score: `score(numbers int32 [D, b]) -> [D, b, ...]`, mapped over this process's D devices; each of its own number alone.
       total: how many there are.
       image_shape: (H, W, C) of the image behind each number.
-      size: the most numbers a device and call; None: `images_per_call`. Blocks are equal, so that one shape is compiled and
+      size: the most numbers per device and call; None: `images_per_call`. Blocks are equal, so that one shape is compiled and
         little is computed twice: the last one goes on with the first numbers.
       desc: what a progress bar over this process's share calls it; none is shown without.
     """

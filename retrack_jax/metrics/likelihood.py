@@ -1,6 +1,6 @@
 """Negative log-likelihood of images, in bits/dim, by the probability-flow ODE (Song et al. 2021, section 4.3).
 
-Equations, for D values an image, time s in [1e-5, 1], beta(s) = 0.1 + 19.9 s, T = 1000:
+Equations, for D values per image, time s in [1e-5, 1], beta(s) = 0.1 + 19.9 s, T = 1000:
     (1)  dx/ds = f(x, s) = -beta(s) x / 2 - beta(s) score / 2,      score = -eps_pred / std
     (2)  d log p / ds = -div f,   estimated as  v^T (df/dx) v   with v in {-1, +1}^D            (Hutchinson, Rademacher)
     (3)  log p(x_0) = log N(x_1; 0, I) + integral of div f over s
@@ -8,8 +8,8 @@ Equations, for D values an image, time s in [1e-5, 1], beta(s) = 0.1 + 19.9 s, T
     (5)  official:    t = floor(999 s),  std = sigma[t] of the discrete table
          continuous:  t = 1000 s - 1 as a float,  std = sqrt(1 - exp(-0.1 s - 9.95 s^2))
 
-The 7 of (4) is 8 bits a value less 1, because the data range [-1, 1] is two wide; nothing is dequantised. The official code mixes
-a continuous beta with a discrete std, so its right-hand side jumps at every t: on Gaussian data it errs by 0.0009, 0.008 and
+The 7 of (4) is 8 bits per value less 1, because the data range [-1, 1] is two wide; nothing is dequantised. The official code has
+a continuous beta and a discrete std, so its right-hand side jumps at every t: on Gaussian data it errs by 0.0009, 0.008 and
 0.084 bits at std 0.5, 0.1 and 0.02. That setting is the default because published numbers have it; `continuous` is smooth, and
 ours: its t is where the discrete table has the same std, so it runs from -0.99, one step before the first that the network was
 trained on.
@@ -65,10 +65,10 @@ def nll_bits_per_dim(
       schedule: the model's `Schedule`; it must be the linear one, 1e-4 to 0.02 over T = 1000, whose limit is equation 1.
       images: `[B, H, W, C]` in [-1, 1].
       rng: decides the probes; image i and probe j take `fold_in(fold_in(rng, i), j)`.
-      num_probes: independent probes an image; the result is their mean.
+      num_probes: independent probes per image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
-      batch_size: at most so many pairs of image and probe a device and call; None: by the size of the images (metrics/blocks.py).
+      batch_size: at most so many pairs of image and probe per device and call; None: by the images' size (metrics/blocks.py).
       desc: what a progress bar calls it; none is shown without.
 
     Returns:

@@ -59,8 +59,8 @@ def denoising_losses(
       schedule: the model's `Schedule`.
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
-      num_noises: draws an image.
-      batch_size: at most so many pairs of image and draw a device and call; None: by the size of the images (metrics/blocks.py).
+      num_noises: draws per image.
+      batch_size: at most so many pairs of image and draw per device and call; None: by the images' size (metrics/blocks.py).
       desc: what a progress bar calls it; none is shown without.
 
     Raises:
@@ -125,7 +125,7 @@ def secmi_scores(
       eps_fn, params, schedule, images: as in `denoising_losses`.
       t_sec: the timestep of the error, a multiple of `interval`.
       interval: k of equation 2.
-      batch_size: at most so many images a device and call; None: by their size (metrics/blocks.py).
+      batch_size: at most so many images per device and call; None: by their size (metrics/blocks.py).
       desc: as in `denoising_losses`.
 
     Raises:

@@ -72,7 +72,7 @@ def normalized_perturbation(images, targets, radius: float = RADIUS) -> np.ndarr
     images, targets = unit_images("images", images), unit_images("targets", targets)
     check(
         images.shape[1:] == targets.shape[1:] and len(targets) in (1, len(images)),
-        f"images {images.shape} and targets {targets.shape} do not pair; give one target an image, or one in all",
+        f"images {images.shape} and targets {targets.shape} do not pair; give one target per image, or one in all",
     )
     difference = images.astype(np.float64) - targets
     length = np.sqrt(np.sum(difference**2, axis=(1, 2, 3), keepdims=True))

@@ -41,7 +41,7 @@ def resize(images, smallest: int, largest: int) -> np.ndarray:
 
 
 def thumbnails(images: np.ndarray, largest: int = 128) -> np.ndarray:
-    """Returns images of at most about `largest` pixels a side, by means over squares; smaller ones are left as they are."""
+    """Returns images of at most about `largest` pixels per side, by means over squares; smaller ones are left as they are."""
     factor = max(1, images.shape[1] // largest)
     if factor == 1:
         return np.ascontiguousarray(images)

@@ -62,7 +62,7 @@ def sample_guided(
     *,
     guidance: float,
 ) -> Array:
-    """Returns latents x_0 `[B, h, w, C]` from the noise `x_init`, one key an image; traceable."""
+    """Returns latents x_0 `[B, h, w, C]` from the noise `x_init`, one key per image; traceable."""
     return sample(guided_eps_fn(eps_fn, params, prompt, negative, guidance), x_init, rngs, sampler)
 
 

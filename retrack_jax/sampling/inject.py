@@ -20,7 +20,7 @@ def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int =
     Args:
       eps_fn: `eps_fn(x_t [B, ...], t [B]) -> eps`, the parameters closed over.
       x_0: clean images [B, ...] in the space that the network denoises.
-      rngs: one key an image, [B].
+      rngs: one key per image, [B].
       schedule: the model's.
       t: how far to noise, in [0, T).
 

@@ -8,10 +8,10 @@ it is made, and lies in `rows`: NumPy arrays of length `num_calls`, one row for 
     init(x)                     -> state, a tuple whose first entry is x_t
     step(state, eps, noise, row) -> the next state; `noise` is standard normal, shaped as x
 
-so that two samplers of one kind and length share a compiled loop, and a test can feed the noise that another library drew.
+so that the loop knows no sampler, and a test can feed the noise that another library drew.
 
-Randomness is keyed by image: `rngs` holds one key an image, the initial noise is drawn from its fold with 0 and the noise of step
-j from its fold with j + 1. An image does not depend on who shares its batch.
+Randomness is keyed by image: `rngs` holds one key per image, the initial noise is drawn from its fold with 0 and the noise of
+step j from its fold with j + 1. An image does not depend on who shares its batch.
 """
 
 from functools import partial
@@ -59,7 +59,7 @@ def sample(eps_fn: EpsFn, x_init: Array, rngs: Rng, sampler: Sampler) -> Array:
     Args:
       eps_fn: `eps_fn(x_t [B, ...], t int32 [B]) -> eps`, the parameters closed over; wrap it for classifier-free guidance.
       x_init: [B, ...] float32, standard normal noise for a sampler that starts at the end of the schedule (`initial_noise`).
-      rngs: one key an image, [B]; unused by deterministic samplers.
+      rngs: one key per image, [B]; unused by deterministic samplers.
       sampler: from `make_sampler`, or `start_at` of one.
     """
 

@@ -21,7 +21,7 @@ from retrack_jax.types import Array, PyTree, Rng
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
 
-# Folds of a step's key: one a stream, which its examples' keys come from.
+# Folds of a step's key: one per stream, which its examples' keys come from.
 _REMAIN, _FORGET = range(2)
 
 
@@ -53,7 +53,7 @@ class StepOptions:
     Attributes:
       options: the method's hyperparameters.
       lam_fn: `step -> lambda` in place of `options["lam"]`, or None.
-      accumulation: microbatches a step; gradients are averaged over them.
+      accumulation: microbatches per step; gradients are averaged over them.
       t_min, t_max: timesteps are drawn from [t_min, t_max).
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
@@ -180,7 +180,7 @@ def _take(tree: PyTree, rows: Array) -> PyTree:
 
 
 def _stream_rngs(step_rng: Rng, stream: int, index: Array) -> tuple[Rng, Rng]:
-    """Returns two keys an example, for the method's draws and for the latent posterior, from its global index."""
+    """Returns two keys per example, for the method's draws and for the latent posterior, from its global index."""
     rngs = parallel.example_rngs(jax.random.fold_in(step_rng, stream), index)
     return rngs, jax.vmap(lambda rng: jax.random.fold_in(rng, POSTERIOR))(rngs)
 

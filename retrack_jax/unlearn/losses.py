@@ -89,7 +89,7 @@ def siss_weights(
 def retrack(eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> Array:
     """Returns ReTrack's loss (5), `[B]`, summed over pixels, evaluated by (7).
 
-    The value is the published one, and so is the gradient; only one target a image enters the backward pass.
+    The value is the published one, and so is the gradient; only one target per image enters the backward pass.
 
     Args:
       eps_pred: the prediction at `x_t`, `[B, ...]`.

@@ -27,7 +27,7 @@ class Stream:
 
     Attributes:
       x_0: `[B, H, W, C]` float32, in the space that the network denoises.
-      rngs: `[B]` keys, one an example.
+      rngs: `[B]` keys, one per example.
       neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
     """
 

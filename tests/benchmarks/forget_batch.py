@@ -39,7 +39,7 @@ def main() -> None:
         config.eval.metrics = METRICS
         found[size] = run(config, folder)["methods"]["retrack"]
     (Path(options.out) / "forget_batch.json").write_text(json.dumps(found, indent=2))
-    print("| forgotten images a step (beside 64 remaining) | seconds | frequency | FID | loss on forgotten |")
+    print("| forgotten images per step (beside 64 remaining) | seconds | frequency | FID | loss on forgotten |")
     print("| --- | --- | --- | --- | --- |")
     for size, entry in found.items():
         values = [entry["metrics"][name] for name in METRICS]

@@ -48,7 +48,7 @@ NETWORKS = {
         "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     },
 }
-BATCH = {"celebahq": (2, 2), "cifar10": (16, 1)}  # images a step, microbatches
+BATCH = {"celebahq": (2, 2), "cifar10": (16, 1)}  # images per step, microbatches
 
 
 def write_checkpoint(folder: Path, name: str) -> int:

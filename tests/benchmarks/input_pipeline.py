@@ -45,7 +45,7 @@ def main(count: int) -> None:
         start = time.perf_counter()
         images = load_images({"source": "folder", "dir": folder, "cache_dir": f"{folder}/cache"})
         seconds = time.perf_counter() - start
-        print(f"decoded {count} JPEGs of {size / 1e3:.0f} kB in {seconds:.2f} s: {count / seconds:.0f} images a second")
+        print(f"decoded {count} JPEGs of {size / 1e3:.0f} kB in {seconds:.2f} s: {count / seconds:.0f} images per second")
         batches = Batches(
             gather=lambda rows: {"pixels": np.ascontiguousarray(images.images[rows])},
             num_remain=count,
@@ -56,7 +56,7 @@ def main(count: int) -> None:
         )
         free = waits(batches, 0.0)
         busy = waits(batches, 0.05)
-        print(f"a batch of {BATCH} every {free.mean() * 1e3:.2f} ms ({BATCH / free.mean():.0f} images a second) from the cache")
+        print(f"a batch of {BATCH} every {free.mean() * 1e3:.2f} ms ({BATCH / free.mean():.0f} images per second) from the cache")
         print(f"behind a step of 50 ms: waits {np.median(busy) * 1e3:.3f} ms (median), {busy.max() * 1e3:.3f} ms at most")
 
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.memory [--tpu=v5e:2x2] [CONFIG[:OPTION] ...]    # such as celebahq:remat; without cells all of them
 
 CONFIG: digits_tshirt, mnist_tshirt, cifar10, celebahq (stable_diffusion: sd_memory.py). OPTION: float32, bfloat16, remat,
-bfloat16+remat, and any of these with +aN for N microbatches a step in place of the config's number. Batch sizes, K and
+bfloat16+remat, and any of these with +aN for N microbatches per step in place of the config's number. Batch sizes, K and
 microbatches are the config's own; the networks of cifar10 and celebahq are those of their checkpoints.
 
 The figures are XLA's buffer assignment for the backend at hand: arguments (parameters, AdamW's two moments, the batch), which are
@@ -42,7 +42,8 @@ TABLE = {
     "cifar10": ("float32", "bfloat16", "remat", "float32+a4"),
     "celebahq": ("float32", "bfloat16", "remat", "bfloat16+remat"),
 }
-HEADER = "| config | option | images a microbatch | arguments, GiB | temporaries, GiB | in all, GiB |\n|---|---|---|---|---|---|"
+HEADER = """| config | option | images per microbatch | arguments, GiB | temporaries, GiB | in all, GiB |
+|---|---|---|---|---|---|"""
 
 
 def config_of(name: str):

@@ -3,7 +3,7 @@
     .venv-parity/bin/python -m tests.benchmarks.operations [--out FILE.json]
 
 FLOPs are XLA's own count of the compiled training step of the digits UNet (its convolutions are all direct): what 16 more
-images a batch add to a step, so that the optimizer, which does not grow with them, is left out. Memory is
+images per batch add to a step, so that the optimizer, which does not grow with them, is left out. Memory is
 XLA's plan for the temporary buffers of the loss and its gradient in eps_pred, CelebA-HQ's shape: 16 images of 196,608
 values, 10 neighbors.
 """
@@ -21,7 +21,7 @@ from tests.benchmarks.ours import make_data, make_module, make_state, make_step
 
 
 def step_flops(method: str, images: int) -> float:
-    """Returns the FLOPs of one compiled step on `images` images a batch."""
+    """Returns the FLOPs of one compiled step on `images` images per batch."""
     module, params = make_module("digits")
     batch, shared = make_data("digits", images, images)
     compiled = make_step(module, "digits", method).lower(make_state("digits", params), batch, shared, jax.random.key(1)).compile()
@@ -29,7 +29,7 @@ def step_flops(method: str, images: int) -> float:
 
 
 def published_loss(eps_pred, x_t, neighbors, gamma, sigma):
-    """ReTrack's loss as it is printed: K targets an image."""
+    """ReTrack's loss as it is printed: K targets per image."""
     v = (x_t[:, None] - expand(gamma, neighbors) * neighbors) / expand(sigma, neighbors)
     p = jax.lax.stop_gradient(losses.retrack_posterior(x_t, neighbors, gamma, sigma))
     return jnp.sum(p * jnp.sum(jnp.square(eps_pred[:, None] - v), axis=(2, 3, 4)), axis=1)

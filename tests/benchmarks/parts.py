@@ -18,7 +18,7 @@ from retrack_jax import parallel
 from retrack_jax.models import winograd
 
 BEGAN = time.perf_counter()
-# Images, pixels a side, channels in and out.
+# Images, pixels per side, channels in and out.
 SHAPES = ((1, 256, 128, 128), (2, 256, 256, 128), (2, 128, 128, 128), (16, 32, 128, 128), (16, 32, 256, 128), (16, 16, 256, 256))
 SAME = ((1, 1), (1, 1))
 

@@ -37,7 +37,7 @@ METRICS = ("frequency", "fid")
 
 
 def measure(experiment: PixelExperiment, workdir: Workdir, params, name: str, num_steps: int, images: int, sets: int) -> dict:
-    """Returns one row: network calls an image, seconds for 1,000 images, and each metric's values over the sets."""
+    """Returns one row: network calls per image, seconds for 1,000 images, and each metric's values over the sets."""
     config = experiment.config
     sampler = make_sampler(name, experiment.schedule, num_steps)
     p_sample = pmap_sample_fn(make_sample_fn(experiment.eps_fn, sampler, experiment.image_shape), output="float32")

@@ -123,7 +123,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: argparse.Namespace) -> dict:
-    """Returns images a second of both sides and their ratio, above 1 where we are the faster."""
+    """Returns images per second of both sides and their ratio, above 1 where we are the faster."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:

@@ -123,7 +123,7 @@ def test_membership_auc(rng):
 
 
 def test_relearning(models, target, rng):
-    """Fine-tuning that adds 0.01 copies a step: a model that kept a trace is back sooner than one that never knew."""
+    """Fine-tuning that adds 0.01 copies per step: a model that kept a trace is back sooner than one that never knew."""
 
     def train(copies, first_step, num_steps):
         return copies + 0.01 * num_steps

@@ -161,7 +161,7 @@ def inception_network(
       state: the weights by name, as `read_torch` returns them.
       digest: SHA-256 of the file.
       resize: `torchmetrics` (what the official code gives today) or `tf1` (torch-fidelity, TensorFlow): see `resize`.
-      batch_size: images a call.
+      batch_size: images per call.
 
     Raises:
       UserError: the weights are not this network's, or an unknown resize rule.

@@ -26,7 +26,7 @@ class FeatureNetwork:
       params: the network's variables.
       apply_fn: `apply_fn(params, batch) -> dict of arrays`, a pure function on one batch of prepared images.
       prepare: NumPy function from images `[N, H, W, C]`, uint8 or floats in [0, 1], to what `apply_fn` takes.
-      batch_size: images a call over the devices of one process, each with an equal share (rounded up).
+      batch_size: images per call over the devices of one process, each with an equal share (rounded up).
       pad: fill the last batch up, so that one shape is compiled; off where the images of a batch see each other. Then a batch
         lies on one device, and every process does all of them.
       num_labels: its logits are of the labels 0, ..., num_labels - 1 of the data that it was made for; 0: of classes of its own,

@@ -101,7 +101,7 @@ def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: in
     Args:
       state: the weights by name, from `sscd_disc_mixup.torchscript.pt`, or its `.torchvision.pt` or `.classy.pt`.
       digest: SHA-256 of the file.
-      batch_size: images a call; few, because the metric embeds one image or sixteen, and a batch is filled up.
+      batch_size: images per call; few, because the metric embeds one image or sixteen, and a batch is filled up.
 
     Raises:
       UserError: the weights are not this network's.
@@ -130,7 +130,7 @@ def mnist_resnet_network(
       digest: SHA-256 of the file.
       official: normalise by the statistics of each batch, as the official code does by leaving the network in training mode. Its
         score (`inception_score_official`) depends on batch size and order; nothing is padded then.
-      batch_size: images a call.
+      batch_size: images per call.
 
     Raises:
       UserError: the weights are not this network's.
