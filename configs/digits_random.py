@@ -3,8 +3,9 @@
     python -m retrack_jax.main --config=configs/digits_random.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_random.py:all --config.seeds=0
 
-Hardware: any CPU; two cores are enough. Scores: docs/comparison.md, measured; half a minute a run once pretrained. Forgotten and held-out digits are exchangeable, so
-the AUC of an attack that tells them apart means something here: 0.5 is chance, and the retrained model's own AUC is the measure.
+Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained. Scores: docs/comparison.md, measured.
+Forgotten and held-out digits are exchangeable, so the AUC of an attack that tells them apart means something here: 0.5 is chance,
+and the retrained model's own AUC is the measure.
 """
 
 import importlib.util

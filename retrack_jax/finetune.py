@@ -12,7 +12,7 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.train.loop import train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
-from retrack_jax.types import PyTree
+from retrack_jax.types import ModelEpsFn, PyTree
 from retrack_jax.unlearn.methods import METHODS
 
 _SEED = 0
@@ -20,7 +20,7 @@ _RATE_FIELD = "config.eval.relearning.learning_rate"
 
 
 def make_finetune(
-    eps_fn: Callable, schedule: Schedule, how: StepOptions, optimizer: optax.GradientTransformation, batch_size: int
+    eps_fn: ModelEpsFn, schedule: Schedule, how: StepOptions, optimizer: optax.GradientTransformation, batch_size: int
 ) -> Callable:
     """Returns `finetune(params, gather, num_images, should_stop) -> (state, train)`; what it compiles is shared by all models.
 

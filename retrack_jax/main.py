@@ -8,10 +8,9 @@ import traceback
 
 from retrack_jax.checks import UserError
 from retrack_jax.command_line import USAGE, parse
+from retrack_jax.exit_status import DONE, FAILED, USER_ERROR
 from retrack_jax.huge_pages import restart_with_huge_pages
 from retrack_jax.terminal import outlive_terminal
-
-DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 75
 
 
 def main(argv: list[str] | None = None) -> int:

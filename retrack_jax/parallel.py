@@ -1,7 +1,7 @@
 """The only pmap: its axis, its collectives, and how batches and keys meet devices.
 
 State is passed with `in_axes=None, out_axes=None`, un-stacked, and only the batch carries a device axis (and the moving average,
-where it is spread). pmap is `jit` over `shard_map` today, so such a state is donated, replicated once and saved by Orbax as it
+where it is sharded). pmap is `jit` over `shard_map` today, so such a state is donated, replicated once and saved by Orbax as it
 is; a move to `shard_map` touches this file alone.
 
 Randomness never depends on the device: a key is folded with each example's *global* index, so one device equals four, and four
@@ -125,7 +125,7 @@ def copy(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
 
 
-def own_share(tree: PyTree) -> PyTree:
+def local_shard(tree: PyTree) -> PyTree:
     """Inside `pmap`: returns this device's 1/D of every leaf, flat `[ceil(n / D)]`; zeros fill the last one's."""
     devices, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
 
@@ -137,19 +137,19 @@ def own_share(tree: PyTree) -> PyTree:
     return jax.tree.map(share, tree)
 
 
-def spread(tree: PyTree) -> PyTree:
+def shard_tree(tree: PyTree) -> PyTree:
     """Returns `tree`, which every device holds whole, with 1/D of it on each: leaves `[local devices, ceil(n / D)]`."""
-    return _p_spread()(tree, np.zeros(jax.local_device_count(), np.int32))
+    return _p_shard()(tree, np.zeros(jax.local_device_count(), np.int32))
 
 
-def gather(shares: PyTree, like: PyTree) -> PyTree:
-    """Undoes `spread`: every device holds all of it again, in the shapes of `like`, whatever the number of devices was."""
+def gather_tree(shares: PyTree, like: PyTree) -> PyTree:
+    """Undoes `shard_tree`: every device holds all of it again, in the shapes of `like`, whatever the number of devices was."""
     return _p_gather()(shares, like)
 
 
 @cache
-def _p_spread() -> Callable:
-    return pmap(lambda tree, _: own_share(tree), in_axes=(None, 0), out_axes=0)  # pmap refuses to map over nothing
+def _p_shard() -> Callable:
+    return pmap(lambda tree, _: local_shard(tree), in_axes=(None, 0), out_axes=0)  # pmap refuses to map over nothing
 
 
 @cache
@@ -240,7 +240,7 @@ def from_main(make: Callable[[], Value]) -> Value:
     return pickle.loads(packed)
 
 
-def share_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int) -> dict[str, np.ndarray]:
+def split_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int) -> dict[str, np.ndarray]:
     """Returns `apply(0, num_rows)`, of which each process does a share; all get all of it.
 
     Args:
@@ -264,7 +264,7 @@ def share_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int
     return whole
 
 
-def settle(tree: PyTree) -> PyTree:
+def block_on_cpu(tree: PyTree) -> PyTree:
     """Waits for `tree` where CPU devices share threads: collectives of two steps in flight could wait for each other forever."""
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.block_until_ready(tree)

@@ -13,7 +13,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from retrack_jax.checks import Preempted, UserError, check_int
-from retrack_jax.main import DONE, PREEMPTED
+from retrack_jax.exit_status import DONE, PREEMPTED
 
 _LAST_WORDS_SECONDS = 1.0
 

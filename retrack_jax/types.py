@@ -21,5 +21,7 @@ Array = jax.Array
 PyTree = Any
 Rng = jax.Array  # a key, or a batch of keys, from jax.random.key
 
-# eps_fn(x_t [B, H, W, C], t [B]) -> eps [B, H, W, C], the parameters closed over.
-EpsFn = Callable[..., Array]
+# eps_fn(params, x_t [B, H, W, C], t [B], *condition) -> eps [B, H, W, C].
+ModelEpsFn = Callable[..., Array]
+# eps_fn(x_t [B, H, W, C], t [B]) -> eps [B, H, W, C]: the same, all else closed over.
+EpsFn = Callable[[Array, Array], Array]

@@ -21,10 +21,10 @@ LEVELS = (
     {"workdir"},
     {"unlearn", "sampling", "metrics", "checkpoints", "data"},
     {"diffusion", "models", "neighbors"},
-    {"parallel", "packing", "writer", "files", "checks", "types", "huge_pages", "terminal"},
+    {"parallel", "packing", "writer", "files", "checks", "types", "huge_pages", "terminal", "exit_status"},
 )
 LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
-# These may use each other: the base of the pyramid, and the two halves of one door.
+# These may use each other: the base of the pyramid.
 _FREE = {
     ("files", "checks"),
     ("packing", "types"),
@@ -32,7 +32,6 @@ _FREE = {
     ("parallel", "packing"),
     ("parallel", "types"),
     ("writer", "checks"),
-    ("process", "main"),
 }
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import check_choice
 from retrack_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
-from retrack_jax.types import Array, EpsFn
+from retrack_jax.types import Array, ModelEpsFn
 
 
 def expand(a_B: Array, like: Array) -> Array:
@@ -57,7 +57,7 @@ def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction
     return (x_t - gamma * output) / sigma
 
 
-def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> EpsFn:
+def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsFn:
     """Returns `eps_fn(params, x_t, t, *cond, **kwargs)`, which gives eps whatever the network predicts.
 
     Losses, samplers and likelihood see only this. `x_t` is [B, ...], `t` int32 [B]; the result has x_t's shape and dtype.

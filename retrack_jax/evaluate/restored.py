@@ -13,14 +13,14 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
 from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.sampling.inject import inject, noised
-from retrack_jax.types import Array, PyTree, Rng
+from retrack_jax.types import Array, ModelEpsFn, PyTree, Rng
 
 T = 250  # how far the image is noised before it is restored (the official protocol)
 MOST_KEPT = 8  # images of a group whose pictures are kept; SSCD is of all
 
 
 def restore(
-    eps_fn: Callable, params: PyTree, schedule: Schedule, images: np.ndarray, rng: Rng
+    eps_fn: ModelEpsFn, params: PyTree, schedule: Schedule, images: np.ndarray, rng: Rng
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each image noised to t = 250, and what the model makes of that: two float32 `[F, H, W, C]` in [0, 1].
 
@@ -38,7 +38,7 @@ def restore(
 
 
 @functools.lru_cache(maxsize=8)
-def _p_restore(eps_fn: Callable) -> Callable:
+def _p_restore(eps_fn: ModelEpsFn) -> Callable:
     """Returns clean images `[D, b, H, W, C]` to noised and restored ones, `[D, b, 2, H, W, C]`, mapped over devices."""
 
     def pairs(params: PyTree, schedule: Schedule, x_0: Array, rngs: Rng) -> Array:

@@ -53,4 +53,4 @@ def in_blocks(
                 bar.update(len(parts[-1]))
         return {"scores": np.concatenate(parts)}
 
-    return parallel.share_rows(of_share, total)["scores"]
+    return parallel.split_rows(of_share, total)["scores"]

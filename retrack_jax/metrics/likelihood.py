@@ -30,7 +30,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
 from retrack_jax.metrics.blocks import in_blocks
-from retrack_jax.types import Array, PyTree, Rng
+from retrack_jax.types import Array, ModelEpsFn, PyTree, Rng
 
 MODES = ("official", "continuous")
 BETA_MIN, BETA_MAX = 0.1, 20.0
@@ -41,7 +41,7 @@ _FIRST_STEP = 1e-3  # The controller shrinks it where it is too long; finding a 
 
 
 def nll_bits_per_dim(
-    eps_fn: Callable,
+    eps_fn: ModelEpsFn,
     params: PyTree,
     schedule,
     images,
@@ -110,7 +110,7 @@ def nll_bits_per_dim(
 
 
 @functools.lru_cache(maxsize=8)
-def _p_log_likelihoods(eps_fn: Callable, mode: str, rtol: float, atol: float) -> Callable:
+def _p_log_likelihoods(eps_fn: ModelEpsFn, mode: str, rtol: float, atol: float) -> Callable:
     log_likelihoods = functools.partial(_log_likelihoods, eps_fn=eps_fn, mode=mode, rtol=rtol, atol=atol)
     return parallel.pmap(log_likelihoods, in_axes=(None, None, 0, None, 0, 0), out_axes=0)
 

@@ -24,7 +24,7 @@ from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
 from retrack_jax.diffusion.process import add_noise, eps_to_x0
 from retrack_jax.metrics.blocks import in_blocks
-from retrack_jax.types import PyTree, Rng
+from retrack_jax.types import ModelEpsFn, PyTree, Rng
 
 T_SEC, INTERVAL = 100, 10  # of equation 2: the paper's for CIFAR-10
 
@@ -38,7 +38,7 @@ class Auc(NamedTuple):
 
 
 def denoising_losses(
-    eps_fn: Callable,
+    eps_fn: ModelEpsFn,
     params: PyTree,
     schedule,
     images,
@@ -81,7 +81,7 @@ def denoising_losses(
 
 
 @functools.lru_cache(maxsize=8)
-def _p_pair_losses(eps_fn: Callable, num_noises: int) -> Callable:
+def _p_pair_losses(eps_fn: ModelEpsFn, num_noises: int) -> Callable:
     losses = functools.partial(_pair_losses, eps_fn=eps_fn, num_noises=num_noises)
     return parallel.pmap(losses, in_axes=(None, None, None, None, 0), out_axes=0)
 
@@ -102,14 +102,14 @@ def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noi
     return jnp.sum((eps_fn(params, x_t, t_B) - eps) ** 2, axis=(1, 2, 3))
 
 
-def loss_scores(eps_fn: Callable, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:
+def loss_scores(eps_fn: ModelEpsFn, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:
     """Returns the loss score of each image (equation 1), float64 `[N]`; arguments as in `denoising_losses`."""
     losses = denoising_losses(eps_fn, params, schedule, images, rng, num_noises=num_noises, **options)
     return -losses.mean(axis=1)
 
 
 def secmi_scores(
-    eps_fn: Callable,
+    eps_fn: ModelEpsFn,
     params: PyTree,
     schedule,
     images,
@@ -145,7 +145,7 @@ def secmi_scores(
 
 
 @functools.lru_cache(maxsize=8)
-def _p_t_error(eps_fn: Callable, t_sec: int, interval: int) -> Callable:
+def _p_t_error(eps_fn: ModelEpsFn, t_sec: int, interval: int) -> Callable:
     error = functools.partial(_t_error, eps_fn=eps_fn, t_sec=t_sec, interval=interval)
     return parallel.pmap(error, in_axes=(None, None, 0), out_axes=0)
 

@@ -27,11 +27,11 @@ _CHART = """
 .chart .title { font-size: 14px; font-weight: 600; fill: var(--ink); } .chart .note { font-size: 12px; }
 .chart .line, .chart .raw { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 .chart .raw { stroke-width: 1; opacity: .32; } .chart .dot { fill: var(--accent); }
-.chart .of-method { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
+.chart .of-method { fill: none; stroke: var(--c, var(--soft)); stroke-width: 2; stroke-linejoin: round; }
 .chart .gold { stroke: var(--m-retrain); stroke-dasharray: 5 5; opacity: .5; }
 .chart .error { fill: none; stroke-width: 1.6; opacity: .75; stroke: var(--c, var(--soft)); }
 .chart .point { fill: var(--c, var(--soft)); stroke: var(--paper); stroke-width: 1.5; }
-.chart .point.hollow { fill: var(--paper); stroke: var(--c); stroke-width: 2.2; }
+.chart .point.hollow { fill: var(--paper); stroke: var(--c, var(--soft)); stroke-width: 2.2; }
 .chart .label { font-size: 13px; paint-order: stroke; stroke: var(--paper); stroke-width: 4px;
   stroke-linejoin: round; fill: var(--c, var(--soft)); } .chart .strong { font-weight: 700; }
 """ + "".join(f".m-{m} {{ --c: var(--m-{m}); }}" for m in _METHODS)

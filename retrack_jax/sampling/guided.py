@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from retrack_jax.checks import check_number
 from retrack_jax.sampling.generate import SampleFn
 from retrack_jax.sampling.loop import Sampler, initial_noise, sample
-from retrack_jax.types import Array, EpsFn, PyTree, Rng
+from retrack_jax.types import Array, EpsFn, ModelEpsFn, PyTree, Rng
 
 
 class GuidedParams(NamedTuple):
@@ -29,7 +29,7 @@ class GuidedParams(NamedTuple):
     negative: Array
 
 
-def guided_eps_fn(eps_fn: Callable[..., Array], params: PyTree, prompt: Array, negative: Array, guidance: float) -> EpsFn:
+def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: Array, guidance: float) -> EpsFn:
     """Returns `eps_fn(x_t [B, ...], t [B])` with classifier-free guidance, equations (1) and (2).
 
     Args:
@@ -52,7 +52,7 @@ def guided_eps_fn(eps_fn: Callable[..., Array], params: PyTree, prompt: Array, n
 
 
 def sample_guided(
-    eps_fn: Callable[..., Array],
+    eps_fn: ModelEpsFn,
     params: PyTree,
     prompt: Array,
     negative: Array,
@@ -67,7 +67,7 @@ def sample_guided(
 
 
 def make_guided_sample_fn(
-    eps_fn: Callable[..., Array],
+    eps_fn: ModelEpsFn,
     decode_fn: Callable[[PyTree, Array], Array],
     sampler: Sampler,
     latent_shape: tuple[int, int, int],

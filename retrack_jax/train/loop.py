@@ -1,7 +1,7 @@
 """The loop: owns the order of things, not the mathematics.
 
-It reads metrics back only where they are logged or saved, so that the device is never waited for in between; a value that is not
-finite still names the step it first appeared at, and never reaches a checkpoint.
+It reads metrics back only where they are logged or saved, or every 10th step where there is no log, so that the device is not
+waited for in between; a value that is not finite still names the step it first appeared at, and never reaches a checkpoint.
 """
 
 import math
@@ -19,8 +19,8 @@ from retrack_jax.train.step import Shared
 from retrack_jax.types import PyTree, Rng
 from retrack_jax.writer import Writer, progress
 
-# Several processes ask each other whether to stop at least every so many steps, however seldom the log is written: what preempts
-# them gives minutes.
+# Without a log metrics are read every so many steps. Several processes ask each other whether to stop at least as often: what
+# preempts them gives minutes.
 _ASK_EVERY = 10
 
 
@@ -55,7 +55,7 @@ def train(
       writer: where scalars go, as `NAME_loss` and so on.
       should_stop: asked after every step, of several processes after every 10th at the least; true saves and raises `Preempted`.
       seconds_before: what the steps before `state.step` took; checkpoints carry the sum, so that a resumed run reports all of it.
-      shard_ema: whether the moving average lies spread over the devices meanwhile, as `p_step` must then expect it (step.py
+      shard_ema: whether the moving average lies sharded over the devices meanwhile, as `p_step` must then expect it (step.py
         `StepOptions`). It is saved and returned whole, so another number of devices can go on from there.
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
@@ -65,7 +65,7 @@ def train(
     """
     start = saved = int(state.step)
     if shard_ema:
-        state = state.spread_ema()
+        state = state.shard_ema()
     began = time.perf_counter()
     unread: list[tuple[int, PyTree]] = []
 
@@ -86,7 +86,7 @@ def train(
                 parallel.on_main(writer.flush)  # a restart begins at the checkpoint, so the log must reach it
             # The finished model needs no optimizer. The last state saved on the way stays beside it: should the model be damaged,
             # it is made again from there.
-            tree = model_tree(state) if step == num_steps else state_tree(state.whole())
+            tree = model_tree(state) if step == num_steps else state_tree(state.unshard_ema())
             store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step
 
@@ -96,16 +96,17 @@ def train(
         try:
             for step in steps:
                 state, metrics = p_step(state, next(made), shared, rng)
-                parallel.settle(metrics)
+                parallel.block_on_cpu(metrics)
                 done = step + 1
                 unread.append((done, metrics))
-                if writer is None or writer.due(done):
+                due = done % _ASK_EVERY == 0 if writer is None else writer.due(done)
+                if due:
                     read_metrics()
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
                 # One process may be told before the others, but all must save the same step, so all ask at the same ones. Asking
                 # costs a round trip: several processes do it where the metrics are read anyway, and seldom in between.
-                asks = jax.process_count() == 1 or writer is None or writer.due(done) or done % _ASK_EVERY == 0
+                asks = jax.process_count() == 1 or due or done % _ASK_EVERY == 0
                 if asks and done < num_steps and parallel.any_process(should_stop()):
                     save(done)
                     raise Preempted(f"{name} stopped at step {done} of {num_steps}")
@@ -115,7 +116,7 @@ def train(
     seconds = seconds_before + time.perf_counter() - began
     if store is not None:
         store.wait()
-    return state.whole(), seconds
+    return state.unshard_ema(), seconds
 
 
 def state_tree(state: TrainState) -> dict:

@@ -17,7 +17,7 @@ from retrack_jax.data.dataset import to_x_0
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.packing import pack
 from retrack_jax.train.state import TrainState
-from retrack_jax.types import Array, PyTree, Rng
+from retrack_jax.types import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
 
@@ -57,7 +57,7 @@ class StepOptions:
       t_min, t_max: timesteps are drawn from [t_min, t_max).
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
-      shard_ema: whether the state's moving average is spread over the devices (`TrainState.spread_ema`).
+      shard_ema: whether the state's moving average is sharded over the devices (`TrainState.shard_ema`).
     """
 
     options: Mapping[str, float] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class StepOptions:
     shard_ema: bool = False
 
 
-def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Callable:
+def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Callable:
     """Returns the step, mapped over devices: `(state, batch, shared, rng) -> (state, metrics)`.
 
     Args:
@@ -121,11 +121,11 @@ def make_train_step(method: Method, eps_fn: Callable, how: StepOptions) -> Calla
         return state.apply_gradients(grad), metrics
 
     if how.shard_ema:
-        return _with_spread_ema(step)
+        return _with_sharded_ema(step)
     return parallel.pmap(step, in_axes=(None, 0, None, None), donate_argnums=(0,))
 
 
-def _with_spread_ema(step: Callable) -> Callable:
+def _with_sharded_ema(step: Callable) -> Callable:
     """Maps `step` with the one part of the state that has a device axis passed by itself."""
 
     def split_step(rest: TrainState, ema: PyTree, batch: PyTree, shared: Shared, rng: Rng):
@@ -141,7 +141,7 @@ def _with_spread_ema(step: Callable) -> Callable:
     return whole_step
 
 
-def _close(eps_fn: Callable, params: PyTree, condition: tuple[Array, ...], dropout: bool = False) -> Callable:
+def _close(eps_fn: ModelEpsFn, params: PyTree, condition: tuple[Array, ...], dropout: bool = False) -> Callable:
     """Closes `eps_fn` over all but the noisy points and their keys, `(x_t, t, rngs)`."""
     if not dropout:
         return lambda x_t, t, rngs=None: eps_fn(params, x_t, t, *condition)

@@ -118,10 +118,10 @@ def test_a_spread_moving_average_is_the_same_and_saved_whole(tmp_path):
 
 def test_each_device_holds_its_share_alone():
     tree = {"a": jnp.arange(10.0).reshape(2, 5), "b": jnp.float32(7), "c": jnp.arange(8, dtype=jnp.float32)}
-    shares = parallel.spread(parallel.replicate(tree))
+    shares = parallel.shard_tree(parallel.replicate(tree))
     assert jax.tree.map(jnp.shape, shares) == {"a": (4, 3), "b": (4, 1), "c": (4, 2)}
     assert all(shard.data.shape[0] == 1 for leaf in jax.tree.leaves(shares) for shard in leaf.addressable_shards)
-    jax.tree.map(np.testing.assert_array_equal, parallel.gather(shares, tree), tree)
+    jax.tree.map(np.testing.assert_array_equal, parallel.gather_tree(shares, tree), tree)
 
 
 def test_damage_to_any_file_is_never_used(tmp_path, undisturbed, caplog):

@@ -76,7 +76,7 @@ class FeatureNetwork:
         check(images.ndim == 4 and len(images) > 0, f"images have shape {images.shape}; expected at least one, [N, H, W, C]")
         if not self.pad:
             return self._of_this_process(images, 0, len(images), desc)
-        return parallel.share_rows(lambda first, stop: self._of_this_process(images, first, stop, desc), len(images))
+        return parallel.split_rows(lambda first, stop: self._of_this_process(images, first, stop, desc), len(images))
 
     def _of_this_process(self, images, first: int, stop: int, desc: str) -> dict[str, np.ndarray]:
         size, devices = self.batch_size, jax.local_device_count()
