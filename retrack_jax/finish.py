@@ -9,7 +9,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.target import Target
 from retrack_jax.data.targets import slug
 from retrack_jax.evaluate.aggregate import summarize
-from retrack_jax.experiment import PixelExperiment
+from retrack_jax.experiment import Experiment
 from retrack_jax.stages import read_samples_or_explain
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 from retrack_jax.workdir import Workdir
@@ -18,7 +18,7 @@ from retrack_jax.workdir import Workdir
 def finish(
     workdir: Workdir,
     sweep: Sequence[tuple[str, str, int]],
-    pictured: Callable[[str], tuple[PixelExperiment, Target]],
+    pictured: Callable[[str], tuple[Experiment, Target]],
     redraw: bool = False,
 ) -> dict:
     """Writes summary.json and, where the workdir has several runs, the comparison; prints the table and where the report is.

@@ -2,7 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from retrack_jax.experiment import PixelExperiment, check_pixel_config
+from retrack_jax.experiment import Experiment
+from retrack_jax.pixels import PixelExperiment, check_pixel_config
 
 
 def check_experiment(config: ConfigDict) -> None:
@@ -15,7 +16,7 @@ def check_experiment(config: ConfigDict) -> None:
         check_pixel_config(config)
 
 
-def build_experiment(config: ConfigDict):
+def build_experiment(config: ConfigDict) -> Experiment:
     """Returns the experiment that the config describes."""
     if config.data.source == "concepts":
         from retrack_jax.text_to_image import TextToImageExperiment

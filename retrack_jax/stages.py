@@ -18,7 +18,7 @@ from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import Preempted, UserError, check
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.data.target import Target
-from retrack_jax.experiment import PixelExperiment
+from retrack_jax.experiment import Experiment
 from retrack_jax.train.loop import restore, train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -62,7 +62,7 @@ class Stages:
     """What the stages share: config, experiment, workdir, the flag that a preemption sets, and what is compiled already."""
 
     config: ConfigDict
-    experiment: PixelExperiment
+    experiment: Experiment
     workdir: Workdir
     should_stop: Callable[[], bool]
     programs: dict[str, Program]

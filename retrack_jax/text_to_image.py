@@ -1,6 +1,6 @@
 """The experiment in text and latents: Stable Diffusion, one concept a run.
 
-It offers the stages what `experiment.PixelExperiment` offers them. What differs:
+It offers the stages what experiment.py lists. What differs from images in pixels:
 
 * A target is the name of a concept, a folder of pictures with labels: 1 forgotten, 0 remaining. Rows number the pictures
   of all concepts that were asked for, one after the other, so that rows say by themselves which concept they belong to.

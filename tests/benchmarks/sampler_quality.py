@@ -23,7 +23,7 @@ from retrack_jax import command_line, recipe
 from retrack_jax.evaluate.pixel import EVALUATORS
 from retrack_jax.evaluate.results import evaluate
 from retrack_jax.evaluate.task import Subject
-from retrack_jax.experiment import PixelExperiment
+from retrack_jax.pixels import PixelExperiment
 from retrack_jax.process import set_up_jax
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
 from retrack_jax.stages import Model, Stages

@@ -14,9 +14,9 @@ from retrack_jax import build, recipe
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion import Schedule
-from retrack_jax.experiment import PixelExperiment
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.pixels import PixelExperiment
 from retrack_jax.unlearn.methods import METHODS
 
 TOY = {
