@@ -38,7 +38,7 @@ class Runner:
         self.config, self.workdir, self.should_stop = config, workdir, should_stop
         self._experiment = None
         self._prepared = False
-        self._programs = {}
+        self._steps = {}
 
     @property
     def experiment(self):
@@ -68,7 +68,7 @@ class Runner:
             experiment=self.experiment,
             workdir=self.workdir,
             should_stop=self.should_stop,
-            programs=self._programs,
+            steps=self._steps,
         )
         target = self._targets[spec]
         inputs = self.experiment.inputs(target)

@@ -40,21 +40,41 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledStep:
     """An optimizer and the step that is compiled with it; the runs of a sweep share one, so that it is traced once."""
 
     optimizer: optax.GradientTransformation
     ema_decay: Callable | None
-    step: Callable
+    p_step: Callable
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a training run needs beside its state; made only if there is a step left to take."""
+class TrainInputs:
+    """What a step takes beside the state; made only if there is a step left to take."""
 
-    step: Callable
     batches: Batches
     shared: Shared
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+      name: what logs call it.
+      mode: the `config.mode` that makes it, for advice.
+      recipe: its field of the config, `pretrain` or `unlearn`.
+      folder: where its checkpoints and log lie.
+      seed: decides its data order and noise.
+      only_existing: whether it is an error if it is not finished already.
+    """
+
+    name: str
+    mode: str
+    recipe: str
+    folder: epath.Path
+    seed: int
+    only_existing: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,42 +85,42 @@ class Stages:
     experiment: Experiment
     workdir: Workdir
     should_stop: Callable[[], bool]
-    programs: dict[str, Program]
+    steps: dict[str, CompiledStep]
 
     def pretrain(self, *, only_existing: bool = False) -> Model:
         """The model before unlearning: the config's checkpoint, else trained here from random weights on every image."""
         params = self.experiment.imported_params()
         if params is not None:
             return Model(parallel.replicate(params), 0, 0.0)
-        folder = self.workdir.pretrained
-        rows = self.experiment.all_rows()
-        return self._from_scratch(folder, rows, self.config.pretrain.seed, "pretrain", only_existing)
+        job = Job("pretrain", "pretrain", "pretrain", self.workdir.pretrained, self.config.pretrain.seed, only_existing)
+        return self._from_scratch(job, self.experiment.all_rows())
 
     def retrain(self, target: Target, seed: int, *, only_existing: bool = False) -> Model:
         """The gold standard: trained from random weights without the target's images."""
-        return self._from_scratch(self._folder(RETRAIN, target, seed), target.remain, seed, "retrain", only_existing)
+        job = Job("retrain", "unlearn", "pretrain", self._folder(RETRAIN, target, seed), seed, only_existing)
+        return self._from_scratch(job, target.remain)
 
-    def _from_scratch(self, folder: epath.Path, rows: np.ndarray, seed: int, name: str, only_existing: bool) -> Model:
+    def _from_scratch(self, job: Job, rows: np.ndarray) -> Model:
         recipe, experiment = self.config.pretrain, self.experiment
         shard_ema = self.config.compute.shard_ema
         how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout, shard_ema)
-        program = self._program("from scratch", METHODS["vanilla"], recipe, how, build.ema_decay_from(recipe))
+        step = self._compiled_step("from scratch", METHODS["vanilla"], recipe, how, build.ema_decay_from(recipe))
 
         def make_params() -> PyTree:
-            return experiment.init_params(seed)
+            return experiment.init_params(job.seed)
 
-        def make_work() -> Work:
+        def make_inputs() -> TrainInputs:
             batches = Batches(
                 gather=experiment.gather(rows),
                 num_remain=len(rows),
                 forget_rows=None,
                 remain_size=recipe.batch_size,
                 forget_size=0,
-                seed=seed,
+                seed=job.seed,
             )
-            return Work(program.step, batches, Shared(schedule=experiment.schedule))
+            return TrainInputs(batches, Shared(schedule=experiment.schedule))
 
-        return self._train(folder, program, make_params, make_work, seed, recipe.num_steps, name, only_existing)
+        return self._train(job, step, make_params, make_inputs)
 
     def unlearn(self, method_name: str, target: Target, seed: int, *, only_existing: bool = False) -> Model:
         """The model after `method_name` forgot the target."""
@@ -108,12 +128,12 @@ class Stages:
         if method.from_scratch:
             return self.retrain(target, seed, only_existing=only_existing)
         how = build.unlearn_options_from(recipe, method, experiment.num_timesteps, experiment.has_dropout)
-        program = self._program(method_name, method, recipe, how)
+        step = self._compiled_step(method_name, method, recipe, how)
 
         def make_params() -> PyTree:
             return self.pretrain(only_existing=True).params
 
-        def make_work() -> Work:
+        def make_inputs() -> TrainInputs:
             num_neighbors = recipe.num_neighbors if "neighbors" in method.streams else 0
             # Of one process: an approximate index of each host could find others, and steps average what should be one gradient.
             data = parallel.from_main(lambda: experiment.forget_data(target, num_neighbors, recipe.neighbor_backend))
@@ -134,10 +154,10 @@ class Stages:
                 forget_size=build.forget_batch_size(recipe, method),
                 seed=seed,
             )
-            return Work(program.step, batches, shared)
+            return TrainInputs(batches, shared)
 
-        folder = self._folder(method_name, target, seed)
-        return self._train(folder, program, make_params, make_work, seed, recipe.num_steps, "unlearn", only_existing)
+        job = Job("unlearn", "unlearn", "unlearn", self._folder(method_name, target, seed), seed, only_existing)
+        return self._train(job, step, make_params, make_inputs)
 
     def record(self, method_name: str, target: Target, seed: int) -> tuple[int, float]:
         """Returns the steps that a finished run of a method took, and their seconds."""
@@ -154,30 +174,23 @@ class Stages:
             return self.workdir.retrained(seed, target.slug)
         return self.workdir.run(method_name, seed, target.slug)
 
-    def _program(
+    def _compiled_step(
         self, name: str, method: Method, recipe: ConfigDict, how: StepOptions, ema_decay: Callable | None = None
-    ) -> Program:
-        if name not in self.programs:
-            step = make_train_step(method, self.experiment.eps_fn, how)
-            self.programs[name] = Program(build.optimizer_from(recipe), ema_decay, step)
-        return self.programs[name]
+    ) -> CompiledStep:
+        if name not in self.steps:
+            p_step = make_train_step(method, self.experiment.eps_fn, how)
+            self.steps[name] = CompiledStep(build.optimizer_from(recipe), ema_decay, p_step)
+        return self.steps[name]
 
     def _train(
-        self,
-        folder: epath.Path,
-        program: Program,
-        make_params: Callable[[], PyTree],
-        make_work: Callable[[], Work],
-        seed: int,
-        num_steps: int,
-        name: str,
-        only_existing: bool,
+        self, job: Job, step: CompiledStep, make_params: Callable[[], PyTree], make_inputs: Callable[[], TrainInputs]
     ) -> Model:
-        with RunStore(folder / "checkpoints") as store:
-            stage = "pretrain" if name == "pretrain" else "unlearn"
-            mend = f"run --config.mode={stage} first, or leave config.mode out to run every stage"
-            unfinished = UserError(f"{folder} has no finished model; {mend}")
-            if only_existing and store.latest_step() != num_steps:
+        """The finished model of `job`: restored, or trained from where its newest checkpoint stands."""
+        num_steps = self.config[job.recipe].num_steps
+        with RunStore(job.folder / "checkpoints") as store:
+            mend = f"run --config.mode={job.mode} first, or leave config.mode out to run every stage"
+            unfinished = UserError(f"{job.folder} has no finished model; {mend}")
+            if job.only_existing and store.latest_step() != num_steps:
                 raise unfinished
             # A run that goes on from a checkpoint needs the shapes alone; parameters would lie beside the restored ones.
             begun = store.latest_step() is not None
@@ -186,32 +199,37 @@ class Stages:
             def make_state() -> TrainState:
                 # `restore` only traces this where there is a checkpoint.
                 first = self.experiment.init_params(0) if begun else params
-                return create_state(first, program.optimizer, program.ema_decay)
+                return create_state(first, step.optimizer, step.ema_decay)
 
             state, seconds = restore(make_state, num_steps, store)
             if not isinstance(state, TrainState):
                 return Model(state, num_steps, seconds)
-            if only_existing:  # the newest checkpoint was damaged, and the one before is of a step on the way
+            if job.only_existing:  # the newest checkpoint was damaged, and the one before is of a step on the way
                 raise unfinished
-            work = make_work()
-            with Writer(folder / "log.jsonl", is_main=parallel.is_main_process(), every=self.config.log_every) as writer:
-                writer.truncate_after(int(state.step))
-                state, seconds = train(
-                    parallel.replicate(state),
-                    work.step,
-                    work.batches,
-                    parallel.replicate(work.shared),
-                    jax.random.key(seed),
-                    num_steps=num_steps,
-                    name=name,
-                    store=store,
-                    checkpoint_every=self.config.checkpoint_every,
-                    writer=writer,
-                    should_stop=self.should_stop,
-                    seconds_before=seconds,
-                    shard_ema=self.config.compute.shard_ema,
-                    rate_field=f"config.{'unlearn' if name == 'unlearn' else 'pretrain'}.learning_rate",
-                )
+            return self._take_steps(job, step, state, make_inputs(), store, seconds)
+
+    def _take_steps(
+        self, job: Job, step: CompiledStep, state: TrainState, inputs: TrainInputs, store: RunStore, seconds: float
+    ) -> Model:
+        num_steps = self.config[job.recipe].num_steps
+        with Writer(job.folder / "log.jsonl", is_main=parallel.is_main_process(), every=self.config.log_every) as writer:
+            writer.truncate_after(int(state.step))
+            state, seconds = train(
+                parallel.replicate(state),
+                step.p_step,
+                inputs.batches,
+                parallel.replicate(inputs.shared),
+                jax.random.key(job.seed),
+                num_steps=num_steps,
+                name=job.name,
+                store=store,
+                checkpoint_every=self.config.checkpoint_every,
+                writer=writer,
+                should_stop=self.should_stop,
+                seconds_before=seconds,
+                shard_ema=self.config.compute.shard_ema,
+                rate_field=f"config.{job.recipe}.learning_rate",
+            )
         return Model(state.eval_params, num_steps, seconds)
 
     def sample(self, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> None:

@@ -90,7 +90,7 @@ def main() -> None:
     set_up_jax(config.compute.cpu_devices)
     config, workdir = recipe.complete(config), Workdir(workdir)
     experiment = PixelExperiment(config)
-    stages = Stages(config=config, experiment=experiment, workdir=workdir, should_stop=lambda: False, programs={})
+    stages = Stages(config=config, experiment=experiment, workdir=workdir, should_stop=lambda: False, steps={})
     params = stages.pretrain(only_existing=True).params
     wanted = [tuple(row.split(":")) for row in arguments.only.split(",")] if arguments.only else ROWS
     rows = []
