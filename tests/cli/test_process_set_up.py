@@ -83,7 +83,8 @@ def test_a_tpu_without_a_cluster_is_one_clear_line(joined, monkeypatch):
 
 
 LASTING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 from retrack_jax.process import catch_termination
 from retrack_jax.terminal import outlive_terminal
 outlive_terminal()
