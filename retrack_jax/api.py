@@ -88,6 +88,9 @@ def unlearn(
       **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
         method's own, such as `lam`. `dropout=True` trains with the network's dropout on.
 
+    Each call compiles its step anew; `jax.config.update("jax_compilation_cache_dir", DIR)` keeps compiled programs, as the
+    command does.
+
     Raises:
       UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not
       divide, images of different kinds, timesteps outside the schedule.

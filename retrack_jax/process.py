@@ -188,13 +188,25 @@ def has_tpu_devices() -> bool:
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
+def num_visible_gpus() -> int:
+    """Returns how many NVIDIA GPUs this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(glob.glob("/dev/nvidia[0-9]*")) if chosen is None else len([name for name in chosen.split(",") if name])
+
+
 def warn_of_idle_accelerator() -> None:
-    """Warns where a GPU or TPU is present but jax can only use the CPU."""
+    """Warns where a GPU or TPU is present but jax can only use the CPU, or a task of SLURM fewer GPUs than there are."""
     import jax
 
+    log = logging.getLogger(__name__)
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if jax.default_backend() == "gpu" and tasks and jax.process_count() > 1:
+        used, visible = int(tasks[0]) * jax.local_device_count(), num_visible_gpus()
+        if used < visible:
+            how = f"one task drives one GPU, so start as many: --ntasks-per-node={visible}"
+            log.warning("%d of the %d GPUs of this node are used; %s", used, visible, how)
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
         return
-    log = logging.getLogger(__name__)
     if os.path.exists("/dev/nvidia0"):
         how = 'install it with `pip install -e ".[cuda]"` or `make demo JAX=cuda`'
         log.warning("an NVIDIA GPU is present but jax runs on the CPU; %s", how)

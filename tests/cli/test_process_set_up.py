@@ -82,6 +82,19 @@ def test_a_tpu_without_a_cluster_is_one_clear_line(joined, monkeypatch):
         process.join_processes()
 
 
+@pytest.mark.parametrize(
+    ("tasks", "visible", "warned"), [("1(x2)", "0,1,2,3", True), ("4(x2)", "0,1,2,3", False), ("1(x2)", "0", False)]
+)
+def test_a_slurm_task_that_leaves_gpus_idle_is_warned_of(tasks, visible, warned, monkeypatch, caplog):
+    """jax gives each task of SLURM one GPU, however many there are."""
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name, value in (("default_backend", "gpu"), ("process_count", 2), ("local_device_count", 1)):
+        monkeypatch.setattr(jax, name, lambda value=value: value)
+    process.warn_of_idle_accelerator()
+    assert ("1 of the 4 GPUs of this node are used" in caplog.text) == warned
+
+
 LASTING = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
