@@ -17,6 +17,7 @@ from retrack_jax.data.pipeline import Batches
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.neighbors.copies import warn_of_copies
+from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.train.loop import train
 from retrack_jax.train.state import create_state
@@ -115,10 +116,8 @@ def unlearn(
     if "neighbors" in entry.streams:
         rows, _ = nearest(forget, remain, recipe.num_neighbors, recipe.neighbor_backend)
         warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
-        distinct, positions = np.unique(rows, return_inverse=True)
-        shared = shared.replace(
-            neighbors={name: remain[distinct]}, neighbor_rows=positions.reshape(rows.shape).astype(np.int32)
-        )
+        distinct, positions = distinct_neighbors(rows)
+        shared = shared.replace(neighbors={name: remain[distinct]}, neighbor_rows=positions)
     if recipe.retain_loss == "distillation":
         shared = shared.replace(reference=params)
     how = build.unlearn_options_from(recipe, entry, schedule.num_train_timesteps, recipe.dropout)

@@ -112,6 +112,14 @@ def _check_sizes(config: ConfigDict) -> None:
     check_number("config.pretrain.ema_inv_gamma", pretrain.ema_inv_gamma, 0.0, above=True)
 
 
+def check_num_neighbors(config: ConfigDict, num_remain: int, spec: str) -> None:
+    """Raises `UserError` where a method of the config asks for more neighbors than remain beside the target `spec`."""
+    method, k = METHODS.get(config.method), config.unlearn.num_neighbors
+    if config.method == ALL or (method is not None and "neighbors" in method.streams):
+        few = f"config.unlearn.num_neighbors (K) is {k}, but only {num_remain} images remain beside {spec}; choose a smaller K"
+        check(k <= num_remain, few)
+
+
 def fit_to_devices(config: ConfigDict) -> ConfigDict:
     """Returns `config` with fewer microbatches, and a larger batch of samples, where the devices at hand ask for it; logs both.
 

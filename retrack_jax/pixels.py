@@ -28,13 +28,13 @@ from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.finetune import make_finetune
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
 from retrack_jax.neighbors.copies import warn_of_copies
+from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.rows import Rows
 from retrack_jax.pixel_model import check_fits, load_unet
 from retrack_jax.report.pixel_pictures import copies_of, forgotten_and_neighbors
 from retrack_jax.sampling import SAMPLERS, make_sampler
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 from retrack_jax.types import PyTree
-from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
 
 
@@ -99,10 +99,7 @@ class PixelExperiment:
         forget = resolve_target(spec, self.images)
         remain = np.setdiff1d(self.all_rows(), forget)
         check(len(remain) > 0, f"the target {spec!r} is the whole set of {len(self.images)} images; nothing would remain")
-        method, k = METHODS.get(self.config.method), self.config.unlearn.num_neighbors
-        if self.config.method == ALL or (method is not None and "neighbors" in method.streams):
-            few = f"config.unlearn.num_neighbors (K) is {k}, but only {len(remain)} images remain; choose a smaller K"
-            check(k <= len(remain), few)
+        build.check_num_neighbors(self.config, len(remain), spec)
         return make_target(spec, forget, remain, self.images.images[forget])
 
     def gather(self, rows: np.ndarray):
@@ -134,9 +131,9 @@ class PixelExperiment:
         warn_of_copies(
             forget["pixels"], self.images.images[rows[:, 0]], lambda row: f"{ids[target.unique[row]]} and {ids[rows[row, 0]]}"
         )
-        distinct, positions = np.unique(rows, return_inverse=True)
+        distinct, positions = distinct_neighbors(rows)
         bank = np.ascontiguousarray(self.images.images[distinct])
-        return ForgetData(forget, {"pixels": bank}, positions.reshape(rows.shape).astype(np.int32), distances=distances)
+        return ForgetData(forget, {"pixels": bank}, positions, distances=distances)
 
     @property
     def cache_dir(self) -> epath.Path:

@@ -32,12 +32,12 @@ from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.evaluate import concept as metrics
 from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.results import Results, evaluate
+from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.prompt_sampler import PromptSampler
 from retrack_jax.report.grids import thumbnails
 from retrack_jax.text_to_image_config import check_text_to_image
 from retrack_jax.types import PyTree
-from retrack_jax.unlearn.methods import ALL, METHODS
 from retrack_jax.workdir import Workdir
 
 
@@ -132,10 +132,7 @@ class TextToImageExperiment:
         member = self._members[spec]
         rows = np.arange(len(member.concept.images)) + member.first_row
         forget, remain = rows[member.concept.forget], rows[member.concept.remain]
-        method, k = METHODS.get(self.config.method), self.config.unlearn.num_neighbors
-        if self.config.method == ALL or (method is not None and "neighbors" in method.streams):
-            few = f"config.unlearn.num_neighbors (K) is {k}, but only {len(remain)} pictures of {spec} remain; choose a smaller K"
-            check(k <= len(remain), few)
+        build.check_num_neighbors(self.config, len(remain), spec)
         return make_target(spec, forget, remain, member.concept.images.images[member.concept.forget])
 
     def gather(self, rows: np.ndarray):
@@ -165,8 +162,7 @@ class TextToImageExperiment:
         rng = jax.random.key(self.config.data.latent_seed)
         forget_x_0, remain_x_0 = latents.draw(forget, rng), latents.draw(remain, rng)
         found, distances = nearest(forget_x_0, remain_x_0, num_neighbors, backend)
-        distinct, positions = np.unique(found, return_inverse=True)
-        positions = positions.reshape(found.shape).astype(np.int32)
+        distinct, positions = distinct_neighbors(found)
         pictures = thumbnails(images[remain[distinct]])[positions]
         return ForgetData({"x_0": forget_x_0}, {"x_0": remain_x_0[distinct]}, positions, pictures, distances)
 

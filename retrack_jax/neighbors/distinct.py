@@ -25,3 +25,9 @@ def distinct_rows(rows_FD: np.ndarray, kind_F: np.ndarray | None = None) -> tupl
             firsts.append(row)
         inverse_F[row] = first[key]
     return np.array(firsts, np.int64), inverse_F
+
+
+def distinct_neighbors(rows_FK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (the distinct rows [M], sorted; int32 [F, K], which of them each neighbor is): one copy of each on the device."""
+    distinct_M, positions = np.unique(rows_FK, return_inverse=True)
+    return distinct_M, positions.reshape(rows_FK.shape).astype(np.int32)

@@ -228,8 +228,3 @@ def order(names) -> list[str]:
 def method_label(method: str) -> str:
     """Returns how a method is written in prose: `retrack` is ReTrack."""
     return METHODS.get(method, (method,))[0]
-
-
-def frequency_bound(num_samples: int) -> float:
-    """Returns the 95% upper bound on a frequency of which `num_samples` independent samples showed none: 1 - 0.05^(1/n)."""
-    return 1.0 - 0.05 ** (1.0 / num_samples)

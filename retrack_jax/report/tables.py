@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retrack_jax.report.catalogue import METHODS, Metric, describe, frequency_bound, method_label, order
+from retrack_jax.metrics.frequency import frequency_upper_bound
+from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label, order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def with_bound(name: str, value, num_samples: int | None) -> str:
     """Returns the metric as text; a frequency of 0 with the 95% bound that so many samples give."""
     text = describe(name).text(value)
     if name == "frequency" and value == 0 and num_samples:
-        return f"0 (< {100 * frequency_bound(num_samples):.2f}%)"
+        return f"0 (< {100 * frequency_upper_bound(0, num_samples):.2f}%)"
     return text
 
 

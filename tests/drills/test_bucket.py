@@ -74,7 +74,7 @@ def test_files_of_a_run_lie_in_the_bucket(bucket, tmp_path):
     work = Workdir(bucket)
     folder = work.run("retrack", 0, "t")
     assert str(folder) == f"{bucket}/retrack/seed0-t"
-    work.claim(folder, {"a": 1})
+    work.claim(folder, {"a": 1}, {})
     work.check_claim(folder, {"a": 1})
     with pytest.raises(files.UserError, match="another config's run"):
         work.check_claim(folder, {"a": 2})
@@ -112,7 +112,7 @@ def test_files_of_a_run_lie_in_the_bucket(bucket, tmp_path):
     }
     page = (tmp_path / "store" / "bucket" / "work" / "report.html").read_text()
     assert 'href="retrack/seed0-t/report.html"' in page
-    assert json.loads((tmp_path / "store/bucket/work/retrack/seed0-t/config.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "store/bucket/work/retrack/seed0-t/config.json").read_text()) == {"a": 1, "inputs": {}}
 
 
 def test_sampling_goes_on_from_parts_in_the_bucket(bucket):

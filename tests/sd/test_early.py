@@ -31,7 +31,7 @@ def changed(config, **fields):
         ({"sampling.guidance_scale": -1.0}, "guidance_scale"),
         ({"sampling.sampler": "dmp"}, "config.sampling.sampler is 'dmp'; choose one of .*; did you mean 'pndm'"),
         ({"sampling.sampler": "pndm", "sampling.num_steps": 1}, "PNDM steps is 1"),
-        ({"unlearn.num_neighbors": 11}, "K. is 11, but only 10 pictures of red_circle remain"),
+        ({"unlearn.num_neighbors": 11}, "K. is 11, but only 10 images remain beside red_circle"),
         ({"export": "all"}, "pipeline, unet, none"),
         ({"method": "retrain"}, "cannot be pretrained or retrained"),
     ],
