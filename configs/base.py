@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     """Returns the fields with the values that all of the paper's experiments share (method.md: ReTrack's official recipe)."""
     config = ConfigDict()
     config.name = ""  # reports' title; the default workdir is runs/NAME of the config file
-    config.method = "retrack"  # or siss siss_no_is erasediff neggrad vanilla retrain pretrained, or all
+    config.method = "retrack"  # what follows the colon in --config=FILE.py:METHOD
     config.mode = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
     config.seeds = (0,)  # each seed x target is one run
     config.targets = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs

@@ -111,6 +111,7 @@ def unlearn(
 
     remain, forget = np.asarray(remain), np.asarray(forget)
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")
+    check(len(remain) > 0 and len(forget) > 0, f"{len(remain)} images remain and {len(forget)} are forgotten; give some of both")
     name = _kind(remain, forget)
     shared = Shared(schedule=schedule, forget={name: forget})
     if "neighbors" in entry.streams:

@@ -56,6 +56,7 @@ def _check_training(recipe: ConfigDict, where: str, takes_place: bool = True) ->
     check_number(f"{where}learning_rate", recipe.learning_rate, 0.0, above=True)
     for name in ("b1", "b2"):
         check_number(f"{where}{name}", recipe[name], 0.0, 1.0)
+        check(recipe[name] < 1.0, f"{where}{name} is {recipe[name]}; it must be below 1: an average of nothing divides by zero")
     for name in ("eps", "weight_decay", "clip_norm"):
         check_number(f"{where}{name}", recipe[name], 0.0)
     if takes_place:
@@ -105,6 +106,8 @@ def _check_sizes(config: ConfigDict) -> None:
             check_int(f"config.model.{name}", config.model[name])
     check_int("config.data.resolution", config.data.resolution, minimum=0)
     check_int("config.eval.grid_images", config.eval.grid_images)
+    if "dropout" in config.model:
+        check_number("config.model.dropout", config.model.dropout, 0.0, 1.0)
     pretrain = config.pretrain
     check_int("config.pretrain.seed", pretrain.seed, minimum=0, maximum=2**31 - 1)
     check_number("config.pretrain.ema_max_decay", pretrain.ema_max_decay, 0.0, 1.0)
@@ -159,10 +162,11 @@ def effective_config(config: ConfigDict, method: str) -> ConfigDict:
     """Returns the config of one method's run: under `all`, each method takes its own recipe."""
     one = config.copy_and_resolve_references()
     one.unlock()
-    if config.method == ALL and method in config.recipes:
+    if config.method == ALL and method in config.get("recipes", {}):
         one.unlearn.update(config.recipes[method])
     one.method = method
-    del one.recipes
+    if "recipes" in one:
+        del one.recipes
     one.lock()
     return one
 

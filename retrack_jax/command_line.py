@@ -43,7 +43,10 @@ def parse(argv: list[str]):
     except Exception as error:
         raise UserError(_place_in_config(error, path) or _explained(error, argv, config_flag)) from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
-    _keep_overrides(argv, config)
+    given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]}
+    if "config.method" in given:
+        raise UserError(f"name the method behind the config file, --config={path}:METHOD: its own recipe comes with it there")
+    _keep_overrides(given, config)
     return config, values.workdir or f"runs/{Path(path).stem}"
 
 
@@ -55,13 +58,13 @@ def _quoted(argument: str) -> str:
     return f"{name}={tuple(value.split(','))!r}"
 
 
-def _keep_overrides(argv: list[str], config) -> None:
+def _keep_overrides(given: set[str], config) -> None:
     """Takes what the command line gives out of the methods' own recipes: under `all` it wins too, as it does for one method.
 
     All but lambda, ReTrack's weight and SISS's mixture: under `all` a number that is meant for one is no number for the other,
     so a method whose recipe has a lambda keeps it (`--config.recipes.siss.lam` changes that).
     """
-    given = {argument.partition("=")[0].removeprefix("--config.unlearn.") for argument in argv}
+    given = {name.removeprefix("config.unlearn.") for name in given}
     if config.method == "all":
         given -= {"lam"}
     for recipe in config.get("recipes", {}).values():

@@ -58,6 +58,8 @@ class PixelExperiment:
         check_fits(self.module, self.images)
         check_score_network(config.eval.get("score_network", FEATURES), config.eval.metrics, self.image_shape)
         self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
+        # Before anything is trained: not every sampler takes every number of steps.
+        self._sampler = make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_steps)
         self.has_dropout = self.module.dropout > 0
 
     @property
@@ -142,9 +144,8 @@ class PixelExperiment:
 
     @cached_property
     def _p_sample(self):
-        sampler = make_sampler(self.config.sampling.sampler, self.schedule, self.config.sampling.num_steps)
         output = "float32" if self.config.save_float else "uint8"
-        return pmap_sample_fn(make_sample_fn(self.eps_fn, sampler, self.image_shape), output=output)
+        return pmap_sample_fn(make_sample_fn(self.eps_fn, self._sampler, self.image_shape), output=output)
 
     def num_samples(self, target: Target) -> int:
         """How many images `sample` makes."""

@@ -58,7 +58,8 @@ class Runner:
         folder = self.workdir.run(method, seed, slug(spec))
         plain = json.loads(config.to_json_best_effort())
         shared, own = comparable(plain, model_only=True), comparable(plain)
-        parallel.together(lambda: self._check_claims({self.workdir.pretrained: (shared, None), folder: (own, None)}))
+        ours = {folder.parent: (own, None), folder: (own, None)} if method != PRETRAINED else {folder: (own, None)}
+        parallel.together(lambda: self._check_claims({self.workdir.pretrained: (shared, None), **ours}))
         mode = config.mode
         if mode == "run" and parallel.from_main(lambda: self._is_done(folder, config, slug(spec), seed)):
             return
@@ -74,9 +75,11 @@ class Runner:
         inputs = self.experiment.inputs(target)
         _check_same_everywhere(inputs)
         before = self.experiment.pretrained_folder(self.workdir, target)
-        claims = {before: (shared, inputs), self.workdir.pretrained: (shared, self.experiment.inputs()), folder: (own, inputs)}
-        parallel.together(lambda: self._check_claims(claims))
-        for place, claimed in claims.items():
+        models = {before: (shared, inputs), self.workdir.pretrained: (shared, self.experiment.inputs())}
+        # All runs of a method are of one recipe, for the summary takes their means.
+        runs = {place: (own, inputs if place == folder else {}) for place in ours}
+        parallel.together(lambda: self._check_claims({**models, **runs}))
+        for place, claimed in models.items():
             self.workdir.claim(place, *claimed)
         if mode in ("run", "unlearn"):
             self._prepare_sweep()
@@ -84,6 +87,9 @@ class Runner:
         if mode in ("run", "pretrain"):
             self._pretrain(stages)
         self._stop_if_asked("unlearning")
+        if mode != "pretrain":  # which leaves the recipe open
+            for place, claimed in runs.items():
+                self.workdir.claim(place, *claimed)
         if mode in ("run", "unlearn") and method != PRETRAINED:
             model = stages.unlearn(method, target, seed)
             self._stop_if_asked("the export")

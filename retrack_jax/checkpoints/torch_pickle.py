@@ -13,10 +13,23 @@ from retrack_jax.checkpoints.torch_values import FUNCTIONS, Global, Record, is_k
 from retrack_jax.checks import UserError
 
 _MAX_OPCODES = 20_000_000
+_MAX_DEPTH = 100  # of tuples in tuples, which Python hashes and prints by recursion
+_MAX_COPIED = 50_000_000  # elements that calls copy: a list in the memo can be asked for any number of times
 
 
 class _Mark:
     pass
+
+
+class _Tuple(tuple):
+    """A tuple with the depth of tuples in it, 1 where there is none."""
+
+    depth: int
+
+    def __new__(cls, items, depth: int):
+        made = super().__new__(cls, items)
+        made.depth = depth
+        return made
 
 
 def load(stream, where: str) -> Any:
@@ -42,8 +55,10 @@ def load(stream, where: str) -> Any:
         return value
     except UserError:
         raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, EOFError, MemoryError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (
+        ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, EOFError, MemoryError, RecursionError
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {error}"[:300]
         raise UserError(f"{where}: its pickle is damaged ({reason}); download the file again") from error
 
 
@@ -54,6 +69,7 @@ class _Machine:
         self.where = where
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def refuse(self, name: str) -> UserError:
         return UserError(
@@ -63,6 +79,13 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def push_tuple(self, items: tuple) -> None:
+        """Pushes a tuple that knows how deep tuples lie in it."""
+        depth = 1 + max((item.depth for item in items if type(item) is _Tuple), default=0)
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{self.where}: its pickle has tuples {depth} deep, which torch.save does not write; refused")
+        self.push(_Tuple(items, depth))
 
     def pop_mark(self) -> list[Any]:
         for i in range(len(self.stack) - 1, -1, -1):
@@ -107,7 +130,7 @@ class _Machine:
         self.push({})
 
     def tuple_(self, _):
-        self.push(tuple(self.pop_mark()))
+        self.push_tuple(tuple(self.pop_mark()))
 
     def list_(self, _):
         self.push(self.pop_mark())
@@ -117,13 +140,17 @@ class _Machine:
         self.push(dict(zip(items[::2], items[1::2], strict=True)))
 
     def tuple1_(self, _):
-        self.stack[-1:] = [(self.stack[-1],)]
+        self.push_tuple((self.stack.pop(),))
 
     def tuple2_(self, _):
-        self.stack[-2:] = [tuple(self.stack[-2:])]
+        items = tuple(self.stack[-2:])
+        del self.stack[-2:]
+        self.push_tuple(items)
 
     def tuple3_(self, _):
-        self.stack[-3:] = [tuple(self.stack[-3:])]
+        items = tuple(self.stack[-3:])
+        del self.stack[-3:]
+        self.push_tuple(items)
 
     def append_(self, _):
         value = self.stack.pop()
@@ -195,7 +222,14 @@ class _Machine:
             return
         if (function.module, function.name) not in FUNCTIONS:
             raise self.refuse(f"a call of {function.module}.{function.name}")
-        self.push(FUNCTIONS[function.module, function.name](*args))
+        self.copied += sum(len(arg) for arg in args if isinstance(arg, (tuple, list, dict)))
+        if self.copied > _MAX_COPIED:
+            raise UserError(f"{self.where}: its pickle copies more than any checkpoint's; refused")
+        made = FUNCTIONS[function.module, function.name](*args)
+        if type(made) is tuple:
+            self.push_tuple(made)
+        else:
+            self.push(made)
 
     def newobj_(self, _):
         args, cls = self.stack.pop(), self.stack.pop()

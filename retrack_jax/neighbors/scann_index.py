@@ -160,7 +160,10 @@ class ScannIndex:
                 if certain:
                     indices_QK[row], squares_QK[row] = kept[order], squares[order]
                 elif count == self._size:
-                    raise RuntimeError(f"ScaNN returned {len(found)} of {self._size} images when asked for all of them")
+                    raise UserError(
+                        f"ScaNN found {len(found)} of {self._size} images when asked for all: one may hold NaN or infinity; "
+                        "the backend exact names it"
+                    )
                 else:
                     unsettled.append(row)
             open_rows, spare = np.array(unsettled, np.int64), 4 * spare

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
@@ -67,12 +68,13 @@ def train(
     if shard_ema:
         state = state.shard_ema()
     began = time.perf_counter()
+    mend = rate_field or f"config.{name}.learning_rate"
     unread: list[tuple[int, PyTree]] = []
 
     def read_metrics() -> None:
         scalars = {}
         for step, metrics in jax.device_get(unread):
-            _check_finite(name, step, metrics, store, rate_field or f"config.{name}.learning_rate")
+            _check_finite(name, step, metrics, store, mend)
             scalars[step] = {f"{name}_{key}": value for key, value in metrics.items()}
         unread.clear()
         if writer is not None:  # on a full disk process 0 alone fails
@@ -81,6 +83,8 @@ def train(
     def save(step: int) -> None:
         nonlocal saved
         read_metrics()
+        # The metrics of a step are those of the parameters before its update.
+        _check_finite(name, step, {"a parameter": 0.0 if _all_finite(state.params) else math.nan}, store, mend)
         if store is not None and step != saved:
             if writer is not None:
                 parallel.on_main(writer.flush)  # a restart begins at the checkpoint, so the log must reach it
@@ -143,6 +147,11 @@ def restore(make_state: Callable[[], TrainState], num_steps: int, store: RunStor
     if meta["step"] == num_steps:
         return tree["params"], meta["seconds"]
     return abstract.replace(**tree), meta["seconds"]
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None, rate_field: str) -> None:

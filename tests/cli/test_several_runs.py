@@ -62,6 +62,15 @@ def test_numbers_of_two_networks_never_stand_side_by_side():
         _check_same_networks(ours, {"pretrained": other}, "runs/x")
 
 
+def test_a_second_recipe_of_a_method_is_refused_for_other_seeds_too(tmp_path, capsys):
+    """The summary takes means over a method's runs. A stage that reads no recipe leaves it open."""
+    command = ["retrack_jax", CONFIG]
+    assert main([*command, *flags(tmp_path, mode="pretrain")]) == 0
+    assert main([*command, *flags(tmp_path, unlearn__lam=0.02)]) == 0
+    assert main([*command, *flags(tmp_path, unlearn__lam=0.3, seeds=1)]) == 2
+    assert "retrack holds another config's run: config.unlearn.lam (0.02 there, 0.3 now)" in capsys.readouterr().err
+
+
 def test_one_command_at_a_time(tmp_path):
     holder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from retrack_jax import parallel
+from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.data.pipeline import Batches
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state
-from retrack_jax.train.step import Shared, StepOptions, _close, _stream_rngs, make_train_step
+from retrack_jax.train.step import Shared, StepOptions, _close, _neighbors, _stream_rngs, make_train_step
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
@@ -205,3 +206,20 @@ def test_a_batch_is_addressed_by_step_and_changes_with_the_seed():
 def test_an_epoch_sees_every_image_once():
     seen = np.concatenate([parallel.unshard_batch(batches(8)(step))["remain"]["pixels"] for step in range(5)])
     assert len(np.unique(seen.reshape(40, -1), axis=0)) == 40
+
+
+def test_the_window_of_t_reaches_the_draws(monkeypatch):
+    """At t = 0 the noise is all but invisible and cannot be predicted; at t = 999 it is the image itself."""
+    losses = [
+        float(run("vanilla", monkeypatch, steps=1, how=StepOptions(t_min=t, t_max=t + 1))[1]["loss"]) for t in (0, 999)
+    ]
+    mixed = float(run("vanilla", monkeypatch, steps=1, how=StepOptions(t_max=1000))[1]["loss"])
+    assert len({round(loss, 4) for loss in (*losses, mixed)}) == 3
+
+
+def test_each_forgotten_image_has_its_own_neighbors():
+    pixels = toys.images(4)
+    here = Shared(schedule=SCHEDULE, neighbors={"pixels": jnp.asarray(pixels)}, neighbor_rows=jnp.array([[0, 1], [3, 2]]))
+    found = _neighbors(here, jnp.array([1, 0, 1]))
+    expected = pixels_to_model(pixels)[[[3, 2], [0, 1], [3, 2]]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)

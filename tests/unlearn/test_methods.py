@@ -12,7 +12,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.process import make_eps_fn
 from retrack_jax.parallel import example_rngs
-from retrack_jax.unlearn import losses
+from retrack_jax.unlearn import combine, losses
 from retrack_jax.unlearn.methods import METHODS, Method, get_method
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
@@ -81,7 +81,8 @@ def test_distillation_at_the_pretrained_parameters_has_no_gradient(rng):
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(jax.grad(main)(params)))
 
 
-def test_siss_in_one_pass_agrees_in_expectation_with_two(rng):
+@pytest.mark.parametrize("lam", [0.2, 0.5])
+def test_siss_in_one_pass_agrees_in_expectation_with_two(lam, rng):
     """Both gradients of SISS, averaged over 400 draws, within four standard errors of siss_no_is in every one of 8 directions.
 
     Pairs are near and t large, so that the weights, whose mean is 1, have a variance that 400 draws can average out.
@@ -97,7 +98,7 @@ def test_siss_in_one_pass_agrees_in_expectation_with_two(rng):
         def term(which):
             def value(vector):
                 rngs = example_rngs(draw_rng, jnp.arange(size))
-                there = context(unravel(vector), {"lam": 0.5}, t_min=500)
+                there = context(unravel(vector), {"lam": lam}, t_min=500)
                 forget_rngs = example_rngs(draw_rng, size + jnp.arange(size))
                 found = METHODS[name].terms(there, Stream(remain_x, rngs), Stream(forget_x, forget_rngs))
                 return getattr(found, which)
@@ -127,3 +128,27 @@ def test_an_option_that_no_config_has_keeps_its_default():
     own = Method(streams=frozenset({"forget"}), terms=METHODS["neggrad"].terms, options={"lam": 0.01, "hush_weight": 2.0})
     options = build.unlearn_options_from(base.get_config().unlearn, own, 1000, dropout=False).options
     assert options == {"lam": 0.005, "hush_weight": 2.0}
+
+
+def test_a_scale_of_zero_asks_for_the_automatic_one():
+    main, correction = {"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([0.0, 2.0])}
+    for scale, expected in ((0.0, combine.siss_auto(main, correction, 0.1)), (5.0, combine.siss(main, correction, 5.0))):
+        for name in ("siss", "siss_no_is"):
+            found = METHODS[name].combine(main, correction, {"siss_scale": scale, "siss_share": 0.1})
+            np.testing.assert_array_equal(found["a"], expected["a"])
+    assert not np.allclose(combine.siss_auto(main, correction, 0.1)["a"], combine.siss(main, correction, 5.0)["a"])
+
+
+def test_uniform_noise_is_not_negative_and_fills_its_range(rng):
+    drawn = Stream(jnp.zeros((64, *toys.SHAPE)), example_rngs(rng, jnp.arange(64))).uniform()
+    assert 0 <= drawn.min() < 0.02 and 0.98 < drawn.max() < 1 and abs(float(drawn.mean()) - 0.5) < 0.03
+
+
+def test_options_of_the_config_reach_the_step():
+    recipe = base.get_config().unlearn
+    recipe.update({"lam_schedule": "linear", "lam": 0.0, "lam_end": 1.0, "num_steps": 5, "retain_loss": "distillation"})
+    recipe.update({"t_min": 250, "t_max": 750, "accumulation": 2})
+    how = build.unlearn_options_from(recipe, METHODS["retrack"], 1000, dropout=True)
+    assert (how.t_min, how.t_max, how.distill, how.dropout, how.accumulation) == (250, 750, True, True, 2)
+    assert [float(how.lam_fn(jnp.asarray(step))) for step in (0, 2, 4)] == [0.0, 0.5, 1.0]
+    assert build.unlearn_options_from(recipe, METHODS["vanilla"], 1000, dropout=False).lam_fn is None
