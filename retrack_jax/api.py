@@ -11,18 +11,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from retrack_jax import build, parallel
+from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, suggestion
-from retrack_jax.data.pipeline import Batches
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.config import build
+from retrack_jax.data.batches import Batches
+from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.neighbors.copies import warn_of_copies
 from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.search import nearest
+from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.loop import train
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, make_train_step
-from retrack_jax.types import PyTree, Rng
 from retrack_jax.unlearn.methods import METHODS, get_method
 
 # The official CIFAR-10 and MNIST values; configs/base.py says what each is.
@@ -60,7 +61,7 @@ def run(config: ConfigDict, workdir) -> dict:
     Raises:
       UserError (a ValueError): what the user can mend.
     """
-    from retrack_jax.run import run as run_config
+    from retrack_jax.run.sweep import run as run_config
 
     return run_config(config, workdir)
 

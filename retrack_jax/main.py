@@ -7,10 +7,10 @@ import sys
 import traceback
 
 from retrack_jax.checks import UserError
-from retrack_jax.command_line import USAGE, parse
-from retrack_jax.exit_status import DONE, FAILED, USER_ERROR
-from retrack_jax.huge_pages import restart_with_huge_pages
-from retrack_jax.terminal import outlive_terminal
+from retrack_jax.cli.exit_status import DONE, FAILED, USER_ERROR
+from retrack_jax.cli.flags import USAGE, parse
+from retrack_jax.cli.huge_pages import restart_with_huge_pages
+from retrack_jax.cli.terminal import outlive_terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,12 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     if {"-h", "--help", "--helpfull"} & set(argv[1:]):
         print(USAGE)
         return DONE
-    from retrack_jax.process import is_one_of_many, leave
+    from retrack_jax.cli.process import is_one_of_many, leave
 
     try:
         config, workdir = parse(argv)
         # Only now: importing jax takes longer than telling the user about a mistyped flag.
-        from retrack_jax.process import run_command
+        from retrack_jax.cli.process import run_command
 
         status = run_command(config, workdir)
     except UserError as error:

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import Diverged, Preempted, UserError
-from retrack_jax.packing import pack
-from retrack_jax.types import Array, PyTree, Rng
+from retrack_jax.notation import Array, PyTree, Rng
 
 AXIS = "batch"
 _CHUNK = 1 << 30  # bytes that process 0 sends at once; what they number fits 32 bits, the whole of it need not
@@ -38,13 +37,9 @@ def pmap(fn: Callable, in_axes, out_axes=None, *, donate_argnums=(), static_broa
     )
 
 
-def pmean_tree(tree: PyTree) -> PyTree:
-    """Averages every leaf over all devices of all processes.
-
-    Small leaves travel as one (see packing.py). Accelerators' compilers do the same by themselves.
-    """
-    packed, unpack = pack(tree)
-    return unpack(jax.lax.pmean(packed, AXIS))
+def pmean(tree: PyTree) -> PyTree:
+    """Inside `pmap`: returns `tree` with every leaf averaged over all devices of all processes."""
+    return jax.lax.pmean(tree, AXIS)
 
 
 def local_rows(global_rows: int) -> slice:

@@ -1,4 +1,4 @@
-"""Writes tests/data/diffusers with the real PyTorch and diffusers; run by hand in the environment of `make parity`:
+"""Writes tests/fixtures/diffusers with the real PyTorch and diffusers; run by hand in the environment of `make parity`:
 
     python tests/make_fixtures.py
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parent / "data" / "diffusers"
+ROOT = Path(__file__).parent / "fixtures" / "diffusers"
 TINY = {
     "sample_size": 8,
     "block_out_channels": (4, 8),

@@ -1,4 +1,4 @@
-"""Writes tests/data/tfds.zip: tiny data sets that TFDS itself prepared, so that `make test` needs no TensorFlow.
+"""Writes tests/fixtures/tfds.zip: tiny data sets that TFDS itself prepared, so that `make test` needs no TensorFlow.
 
     pip install tensorflow-cpu tensorflow-datasets importlib_resources && python tests/make_tfds_fixtures.py
 
@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-TARGET = Path(__file__).with_name("data") / "tfds"
+TARGET = Path(__file__).with_name("fixtures") / "tfds"
 ROWS = {"mnist": 40, "fashion_mnist": 12, "cifar10": 50, "celeb_a_hq": 12}
 
 

@@ -1,4 +1,4 @@
-"""Makes tests/data/tiny_sd: a Stable Diffusion pipeline of random weights and two concepts of drawn pictures, in the
+"""Makes tests/fixtures/tiny_sd: a Stable Diffusion pipeline of random weights and two concepts of drawn pictures, in the
 official layout.
 
     python -m tests.make_tiny_sd [FOLDER]
@@ -6,7 +6,7 @@ official layout.
 Needs no PyTorch. Every size is a toy's (pictures 32 x 32, latents 8 x 8 x 4, 0.2 M parameters), every file is of the kind
 that the real ones are: fp16 safetensors, CLIP's vocab.json and merges.txt, a PNDM scheduler config, PNG pictures, labels, a
 joblib of k-means.
-The result is committed; run this again only to change it, and then record tests/data/sd_parity.npz again too.
+The result is committed; run this again only to change it, and then record tests/fixtures/sd_parity.npz again too.
 """
 
 import json
@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checkpoints.names import to_torch
-from retrack_jax.checkpoints.safetensors_io import write_safetensors
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
+from retrack_jax.weights.names import to_torch
+from retrack_jax.weights.safetensors_io import write_safetensors
 
-FOLDER = Path(__file__).parent / "data" / "tiny_sd"
+FOLDER = Path(__file__).parent / "fixtures" / "tiny_sd"
 SIDE = 32
 PROMPTS = {
     "red_circle": ("A Red Circle, on a green wall!", "a picture of something round and red"),

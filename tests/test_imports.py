@@ -8,30 +8,26 @@ PACKAGE = Path(__file__).parent.parent / "retrack_jax"
 # From the top down. Names in one entry are beside each other.
 LEVELS = (
     {"main"},
-    {"process", "command_line", "api"},
+    {"cli", "api"},
     {"run"},
-    {"runner"},
-    {"finish", "kinds"},
-    {"stages", "text_to_image", "pixels"},
-    {"experiment"},
-    {"recipe", "finetune"},
-    {"prompt_sampler", "text_to_image_config", "pixel_model"},
-    {"build", "provenance"},
-    {"train", "evaluate", "report"},
-    {"workdir"},
-    {"unlearn", "sampling", "metrics", "checkpoints", "data"},
-    {"diffusion", "models", "neighbors"},
-    {"parallel", "packing", "writer", "files", "checks", "types", "huge_pages", "terminal", "exit_status"},
+    {"problem"},
+    {"config"},
+    {"evaluate", "report"},
+    {"train"},
+    {"unlearn", "sampling", "metrics", "checkpoints"},
+    {"neighbors"},
+    {"data"},
+    {"diffusion", "models", "weights"},
+    {"parallel", "log", "files", "checks", "notation"},
 )
 LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
 # These may use each other: the base of the pyramid.
 _FREE = {
     ("files", "checks"),
-    ("packing", "types"),
+    ("log", "checks"),
     ("parallel", "checks"),
-    ("parallel", "packing"),
-    ("parallel", "types"),
-    ("writer", "checks"),
+    ("parallel", "notation"),
+    ("problem", "run"),
 }
 
 

@@ -2,8 +2,8 @@
 
 from retrack_jax.checkpoints.diffusers_export import export_diffusers
 from retrack_jax.checkpoints.diffusers_import import import_diffusers, read_schedule_config
-from retrack_jax.checkpoints.pipeline import load_pipeline, prompt_embeddings
-from retrack_jax.checkpoints.pipeline_export import export_pipeline
+from retrack_jax.checkpoints.stable_diffusion import load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.stable_diffusion_export import export_pipeline
 
 __all__ = [
     "export_diffusers", "export_pipeline", "import_diffusers", "load_pipeline", "prompt_embeddings", "read_schedule_config",

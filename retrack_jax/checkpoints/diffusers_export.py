@@ -7,11 +7,11 @@ from typing import Any
 from etils import epath
 
 from retrack_jax.checkpoints.diffusers_import import UNET_FOLDERS
-from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, to_torch
-from retrack_jax.checkpoints.safetensors_io import write_safetensors
 from retrack_jax.checks import UserError
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
-from retrack_jax.types import PyTree
+from retrack_jax.notation import PyTree
+from retrack_jax.weights.names import DIFFUSERS, RenameTable, to_torch
+from retrack_jax.weights.safetensors_io import write_safetensors
 
 # In the model card of every export: it marks a folder as ours to replace. Any other folder with content is left alone.
 _HEADING = "## Exported by retrack_jax"

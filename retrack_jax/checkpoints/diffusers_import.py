@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, from_torch
-from retrack_jax.checkpoints.safetensors_io import SafetensorsFile, ShardedFile
-from retrack_jax.checkpoints.torch_reader import TorchFile
 from retrack_jax.checks import UserError
 from retrack_jax.files import read_json
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.models.unet2d_condition import UNet2DCondition
-from retrack_jax.types import PyTree
+from retrack_jax.notation import PyTree
+from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch
+from retrack_jax.weights.safetensors_io import SafetensorsFile, ShardedFile
+from retrack_jax.weights.torch_reader import TorchFile
 
 UNET_FOLDERS = ("unet", "unet_ema")
 _STEM = "diffusion_pytorch_model"

@@ -15,7 +15,7 @@ from etils import epath
 
 from retrack_jax import parallel
 from retrack_jax.checks import UserError
-from retrack_jax.types import PyTree
+from retrack_jax.notation import PyTree
 
 log = logging.getLogger(__name__)
 # Status words of TensorStore and gRPC for what has nothing to do with the bytes of a file.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.data.row_view import Rows
 from retrack_jax.files import array_digest, json_digest
-from retrack_jax.neighbors.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, part
-from retrack_jax.data.targets import resolve_target
+from retrack_jax.data.target_names import resolve_target
 
 
 def without(images: ImageSet, spec: str) -> ImageSet:

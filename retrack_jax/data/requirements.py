@@ -9,15 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.concepts import CLASSIFIER, INFO, LABELS
 from retrack_jax.data.downloads import KAGGLE, hub, unzip
-from retrack_jax.data.folder_source import list_images, named_images
-from retrack_jax.data.load import CELEBAHQ_TFDS, data_folder, data_format
-from retrack_jax.data.parquet_source import parquet_files
 from retrack_jax.data.required_model import checkpoint_parts, metric_networks
 from retrack_jax.data.requirement import Requirement, if_file, matching, requirement
-from retrack_jax.data.targets import resolve_target
-from retrack_jax.data.tfds_source import find_prepared, prepare_command
+from retrack_jax.data.sources.concepts import CLASSIFIER, INFO, LABELS
+from retrack_jax.data.sources.folder import list_images, named_images
+from retrack_jax.data.sources.load import CELEBAHQ_TFDS, data_folder, data_format
+from retrack_jax.data.sources.parquet import parquet_files
+from retrack_jax.data.sources.tfds import find_prepared, prepare_command
+from retrack_jax.data.target_names import resolve_target
 
 GET = "get it: "  # what launch/download.sh looks for
 _HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from retrack_jax.checks import UserError, check_choice, check_int, check_number, suggestion
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

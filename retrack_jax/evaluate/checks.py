@@ -4,8 +4,8 @@ from ml_collections import ConfigDict
 
 from retrack_jax import parallel
 from retrack_jax.checks import check, check_choice, check_int, check_number
+from retrack_jax.evaluate.images import METRIC_NAMES
 from retrack_jax.evaluate.networks import NETWORKS
-from retrack_jax.evaluate.pixel import METRIC_NAMES
 from retrack_jax.metrics.features.resize import RULES
 
 

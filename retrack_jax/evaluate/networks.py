@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints.torch_reader import read_torch, read_torchscript
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.digits import TSHIRT_LABEL
+from retrack_jax.data.sources.digits import TSHIRT_LABEL
 from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
@@ -22,6 +21,7 @@ from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
+from retrack_jax.weights.torch_reader import read_torch, read_torchscript
 
 NETWORKS = ("digits", "inception")
 FEATURES, MNIST_RESNET = "features", "mnist_resnet"

@@ -12,8 +12,8 @@ from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
 from retrack_jax.metrics.blocks import in_blocks
+from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.sampling.inject import inject, noised
-from retrack_jax.types import Array, ModelEpsFn, PyTree, Rng
 
 T = 250  # how far the image is noised before it is restored (the official protocol)
 MOST_KEPT = 8  # images of a group whose pictures are kept; SSCD is of all

@@ -9,7 +9,7 @@ from etils import epath
 from retrack_jax.data.dataset import Rows
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.metrics.features.network import FeatureNetwork
-from retrack_jax.types import PyTree, Rng
+from retrack_jax.notation import PyTree, Rng
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,8 +7,8 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checks import check_int
-from retrack_jax.types import Array
-from retrack_jax.writer import progress
+from retrack_jax.log import progress
+from retrack_jax.notation import Array
 
 MOST_IMAGES = 256
 MOST_PIXELS = MOST_IMAGES * 32 * 32

@@ -19,7 +19,7 @@ from retrack_jax.metrics.arrays import unit_images
 from retrack_jax.metrics.features.clip_image import ClipTowers
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.models.tokenizer import ClipTokenizer
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 PROMPTS = ("Good photo.", "Bad photo.")
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)

@@ -30,7 +30,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
 from retrack_jax.metrics.blocks import in_blocks
-from retrack_jax.types import Array, ModelEpsFn, PyTree, Rng
+from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
 MODES = ("official", "continuous")
 BETA_MIN, BETA_MAX = 0.1, 20.0

@@ -22,9 +22,9 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
-from retrack_jax.diffusion.process import add_noise, eps_to_x0
+from retrack_jax.diffusion.conversions import add_noise, eps_to_x0
 from retrack_jax.metrics.blocks import in_blocks
-from retrack_jax.types import ModelEpsFn, PyTree, Rng
+from retrack_jax.notation import ModelEpsFn, PyTree, Rng
 
 T_SEC, INTERVAL = 100, 10  # of equation 2: the paper's for CIFAR-10
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 
 class GroupNorm(nn.Module):

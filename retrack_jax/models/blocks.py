@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from retrack_jax.models.attention import Attention
 from retrack_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import check, check_choice, check_int
 from retrack_jax.models.layer_norm import LayerNorm
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 # All that decides what the encoder computes; the dozens of other keys that transformers writes are of generation and training.
 _FIELDS = (

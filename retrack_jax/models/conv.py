@@ -23,8 +23,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from retrack_jax.models import winograd
-from retrack_jax.types import Array
+from retrack_jax.models.cpu import winograd
+from retrack_jax.notation import Array
 
 _Padding = tuple[tuple[int, int], tuple[int, int]]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 
 @jax.custom_jvp

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 
 class LayerNorm(nn.Module):

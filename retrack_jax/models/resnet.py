@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import activation
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 
 def upsample_nearest(x: Array) -> Array:

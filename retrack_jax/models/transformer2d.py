@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from retrack_jax.models.attention import Attention, GroupNorm
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.layer_norm import LayerNorm
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 
 class GEGLU(nn.Module):

@@ -13,7 +13,7 @@ from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D
 from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import GaussianFourierProjection, TimestepEmbedding, activation, silu, timestep_embedding
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 # Block type -> (attention, resampler); the resampler None is the config's downsample_type or upsample_type.
 _DOWN_BLOCKS = {

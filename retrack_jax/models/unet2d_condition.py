@@ -19,7 +19,7 @@ from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import TimestepEmbedding, activation, timestep_embedding
 from retrack_jax.models.resnet import Downsample2D, Upsample2D
 from retrack_jax.models.transformer2d import Transformer2DModel
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 # Options of UNet2DConditionModel that are supported at one value only, that of every Stable Diffusion 1.x and 2.x checkpoint.
 _FIXED = {

@@ -18,7 +18,7 @@ from retrack_jax.models.config_format import ConfigFormat, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import activation, silu
 from retrack_jax.models.resnet import Upsample2D
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 _FORMAT = ConfigFormat(
     class_name="AutoencoderKL",

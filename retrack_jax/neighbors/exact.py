@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.neighbors.rows import Rows
+from retrack_jax.data.row_view import Rows
 
 _CHUNK = 1024
 _LOW_BITS = 13  # a chunk's squared distance is below 2^26: both halves of it sum in int32 over 2^13 and more chunks

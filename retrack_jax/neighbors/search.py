@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int
+from retrack_jax.data.row_view import Rows
 from retrack_jax.neighbors import exact
 from retrack_jax.neighbors.distinct import distinct_rows
-from retrack_jax.neighbors.rows import Rows
 
 BACKENDS = ("auto", "scann", "exact")
 MEMORY_BUDGET = 3 << 29  # bytes that ScaNN may take; it holds the set twice as float32 while it builds

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax.files import read_json, write_text
+from retrack_jax.log import read_log
 from retrack_jax.report import grids
 from retrack_jax.report.catalogue import describe, method_label
 from retrack_jax.report.charts import curves
@@ -17,7 +18,6 @@ from retrack_jax.report.page import details, escape, facts, figure, page, sectio
 from retrack_jax.report.stored import first_images
 from retrack_jax.report.strips import neighbor_strips, restored_strips
 from retrack_jax.report.tables import before_after_rows
-from retrack_jax.writer import read_log
 
 _SHOWN = 64  # samples in a grid where the run's config names no number
 _NAMES = {"samples": "", "original": "Original prompt", "modified": "Modified prompt"}

@@ -13,8 +13,8 @@ import numpy as np
 from flax import struct
 
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.notation import Array
 from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
-from retrack_jax.types import Array
 
 
 @struct.dataclass

@@ -20,8 +20,8 @@ from flax import struct
 
 from retrack_jax.checks import check_choice, check_int
 from retrack_jax.diffusion.schedule import SPACINGS, Schedule
+from retrack_jax.notation import Array
 from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
-from retrack_jax.types import Array
 
 
 @struct.dataclass

@@ -18,8 +18,8 @@ from etils import epath
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import Diverged, UserError, check_choice, check_int
+from retrack_jax.notation import Array, PyTree, Rng
 from retrack_jax.sampling.loop import Sampler, initial_noise, sample
-from retrack_jax.types import Array, PyTree, Rng
 
 SampleFn = Callable[[PyTree, Rng], Array]
 OUTPUTS = ("float32", "uint8")

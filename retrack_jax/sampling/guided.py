@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from retrack_jax.checks import check_number
+from retrack_jax.notation import Array, EpsFn, ModelEpsFn, PyTree, Rng
 from retrack_jax.sampling.generate import SampleFn
 from retrack_jax.sampling.loop import Sampler, initial_noise, sample
-from retrack_jax.types import Array, EpsFn, ModelEpsFn, PyTree, Rng
 
 
 class GuidedParams(NamedTuple):

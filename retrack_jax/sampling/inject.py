@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 
 from retrack_jax.checks import check_int
-from retrack_jax.diffusion.process import add_noise
+from retrack_jax.diffusion.conversions import add_noise
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.notation import Array, EpsFn, Rng
 from retrack_jax.sampling.ddpm import DDPM
 from retrack_jax.sampling.loop import initial_noise, sample, start_at
-from retrack_jax.types import Array, EpsFn, Rng
 
 
 def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int = 250) -> Array:

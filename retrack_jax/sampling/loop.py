@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.types import Array, EpsFn, PyTree, Rng
+from retrack_jax.notation import Array, EpsFn, PyTree, Rng
 
 Rows = dict[str, np.ndarray]
 

@@ -19,8 +19,8 @@ from flax import struct
 
 from retrack_jax.checks import UserError, check_int
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.notation import Array
 from retrack_jax.sampling.loop import Rows, float32_rows
-from retrack_jax.types import Array
 
 _WEIGHTS = np.array([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
                      [55 / 24, -59 / 24, 37 / 24, -9 / 24]])  # fmt: skip

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import Diverged, Preempted
-from retrack_jax.data.pipeline import prefetch
+from retrack_jax.data.batches import prefetch
+from retrack_jax.log import Writer, progress
+from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
-from retrack_jax.types import PyTree, Rng
-from retrack_jax.writer import Writer, progress
 
 # Without a log metrics are read every so many steps. Several processes ask each other whether to stop at least as often: what
 # preempts them gives minutes.

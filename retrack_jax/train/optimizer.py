@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from retrack_jax.checks import check_choice
-from retrack_jax.packing import pack
-from retrack_jax.types import Array, PyTree
+from retrack_jax.models.cpu.packing import pack
+from retrack_jax.notation import Array, PyTree
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 LAM_SCHEDULES = ("constant", "linear", "cosine")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from retrack_jax import parallel
-from retrack_jax.types import Array, PyTree
+from retrack_jax.notation import Array, PyTree
 
 
 @flax.struct.dataclass

@@ -15,9 +15,9 @@ import optax
 from retrack_jax import parallel
 from retrack_jax.data.dataset import to_x_0
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.packing import pack
+from retrack_jax.models.cpu.packing import pack
+from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.train.state import TrainState
-from retrack_jax.types import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
 
@@ -114,7 +114,9 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
                 return main_grad, None, logs
             return main_grad, jax.grad(lambda params: terms(params, microbatch).correction)(state.params), logs
 
-        main_grad, correction_grad, logs = parallel.pmean_tree(_accumulate(gradients, batch, how.accumulation))
+        # Small leaves travel as one (models/cpu/packing.py); accelerators' compilers do the same by themselves.
+        packed, unpack = pack(_accumulate(gradients, batch, how.accumulation))
+        main_grad, correction_grad, logs = unpack(parallel.pmean(packed))
         grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)
         # Packed as the optimizer packs it, so that the compiler computes the norm once for this and for the clipping.
         metrics = {**logs, "grad_norm": optax.tree.norm(pack(grad)[0])}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from retrack_jax.types import Array, PyTree
+from retrack_jax.notation import Array, PyTree
 
 # A gradient of zero has no direction. Its norm is held above this, far below any gradient's, so that the quotients stay finite.
 _TINY = 1e-20

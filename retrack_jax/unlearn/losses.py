@@ -29,8 +29,8 @@ and (5) splits into one weighted target and a spread that does not depend on the
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.diffusion.process import expand
-from retrack_jax.types import Array
+from retrack_jax.diffusion.conversions import expand
+from retrack_jax.notation import Array
 
 # Weights of (4) are at most 1/lambda and 1/(1-lambda), except at lambda 0 or 1 for points that the mixture never draws, where
 # they are unbounded. Cutting them at e^60 keeps their product with a squared norm finite in float32.

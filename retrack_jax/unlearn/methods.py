@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from retrack_jax.checks import check_choice
-from retrack_jax.diffusion.process import expand
-from retrack_jax.types import Array, PyTree
+from retrack_jax.diffusion.conversions import expand
+from retrack_jax.notation import Array, PyTree
 from retrack_jax.unlearn import combine, losses
 from retrack_jax.unlearn.streams import Context, Stream
 

@@ -12,9 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.diffusion.process import add_noise
+from retrack_jax.diffusion.conversions import add_noise
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.types import Array, Rng
+from retrack_jax.notation import Array, Rng
 from retrack_jax.unlearn import losses
 
 # Each draw of an example has its own fold, so that adding a draw never changes another. Clean latents are drawn in train/step.py.

@@ -23,7 +23,7 @@ STEPS = 200
 
 def waits(batches, step_seconds: float) -> np.ndarray:
     """Seconds that each step waits for its batch."""
-    from retrack_jax.data.pipeline import prefetch
+    from retrack_jax.data.batches import prefetch
 
     waited = []
     stream = prefetch(batches, 0, STEPS)
@@ -36,8 +36,8 @@ def waits(batches, step_seconds: float) -> np.ndarray:
 
 
 def main(count: int) -> None:
-    from retrack_jax.data.load import load_images
-    from retrack_jax.data.pipeline import Batches
+    from retrack_jax.data.batches import Batches
+    from retrack_jax.data.sources.load import load_images
 
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder), count)

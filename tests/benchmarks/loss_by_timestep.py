@@ -13,7 +13,7 @@ import numpy as np
 
 from retrack_jax.checkpoints import import_diffusers, read_schedule_config
 from retrack_jax.data.dataset import pixels_to_model
-from retrack_jax.data.digits import tshirt
+from retrack_jax.data.sources.digits import tshirt
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.metrics.membership import denoising_losses
 from retrack_jax.unlearn.methods import METHODS

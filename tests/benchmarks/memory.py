@@ -27,7 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from retrack_jax import build
+from retrack_jax.config import build
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.state import create_state

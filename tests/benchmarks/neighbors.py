@@ -151,7 +151,7 @@ def jpeg_theirs(folder: str) -> dict:
 
 def jpeg_ours(folder: str, cache_dir: str) -> dict:
     start = time.perf_counter()
-    from retrack_jax.data.load import load_images
+    from retrack_jax.data.sources.load import load_images
     from retrack_jax.neighbors import nearest
 
     images = load_images({"source": "folder", "dir": folder, "cache_dir": cache_dir})

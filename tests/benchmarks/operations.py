@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.diffusion.process import expand
+from retrack_jax.diffusion.conversions import expand
 from retrack_jax.unlearn import losses
 from tests.benchmarks.ours import make_data, make_module, make_state, make_step
 

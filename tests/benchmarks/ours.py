@@ -10,12 +10,12 @@ from retrack_jax import parallel
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.notation import PyTree
 from retrack_jax.sampling.ddpm import DDPM
 from retrack_jax.sampling.generate import make_sample_fn, pmap_sample_fn
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
-from retrack_jax.types import PyTree
 from retrack_jax.unlearn.methods import get_method
 from tests.benchmarks.networks import BATCH, NETWORKS, NUM_NEIGHBORS, RECIPE, SISS_SCALE
 

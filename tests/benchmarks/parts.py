@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.models import winograd
+from retrack_jax.models.cpu import winograd
 
 BEGAN = time.perf_counter()
 # Images, pixels per side, channels in and out.
@@ -58,9 +58,9 @@ def update(devices: int = 2) -> None:
 
     parts = {
         "neither": lambda state, grad: state.replace(params=grad),
-        "average": lambda state, grad: state.replace(params=parallel.pmean_tree(grad)),
+        "average": lambda state, grad: state.replace(params=parallel.pmean(grad)),
         "optimizer": lambda state, grad: state.apply_gradients(grad),
-        "both": lambda state, grad: state.apply_gradients(parallel.pmean_tree(grad)),
+        "both": lambda state, grad: state.apply_gradients(parallel.pmean(grad)),
     }
     for name, part in parts.items():
         state, ones = make_state("cifar10", make_module("cifar10")[1]), np.ones(devices, np.float32)

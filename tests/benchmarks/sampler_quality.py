@@ -19,15 +19,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from retrack_jax import command_line, recipe
-from retrack_jax.evaluate.pixel import EVALUATORS
+from retrack_jax.cli import flags as command_line
+from retrack_jax.cli.process import set_up_jax
+from retrack_jax.config import rules as recipe
+from retrack_jax.evaluate.images import EVALUATORS
 from retrack_jax.evaluate.results import evaluate
 from retrack_jax.evaluate.task import Subject
-from retrack_jax.pixels import PixelExperiment
-from retrack_jax.process import set_up_jax
+from retrack_jax.problem.pixels import PixelExperiment
+from retrack_jax.run.training import Model, Stages
+from retrack_jax.run.workdir import Workdir
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
-from retrack_jax.stages import Model, Stages
-from retrack_jax.workdir import Workdir
 
 ROWS = (
     ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddpm", 50), ("ddpm", 20), ("ddim", 100), ("ddim", 50), ("ddim", 20),

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint
 
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.train.optimizer import make_optimizer

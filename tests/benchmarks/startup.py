@@ -21,7 +21,7 @@ from pathlib import Path
 
 STEP = """
 if "{side}" == "ours":  # as the command does
-    from retrack_jax.huge_pages import restart_with_huge_pages
+    from retrack_jax.cli.huge_pages import restart_with_huge_pages
     restart_with_huge_pages()
 from tests.benchmarks.{side} import make_training
 make_training("{network}", "retrack", checkpoint={checkpoint!r})()

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from retrack_jax.huge_pages import restart_with_huge_pages
+from retrack_jax.cli.huge_pages import restart_with_huge_pages
 from tests.benchmarks.measure import peak_resident_bytes
 
 # Before JAX or torch start: only what is used is allocated, so that the peak is a peak and not a reservation.

@@ -19,13 +19,13 @@ import pytest
 import safetensors.numpy
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
-from retrack_jax.checkpoints.names import DIFFUSERS, RenameTable, from_torch, to_torch
-from retrack_jax.checkpoints.safetensors_io import SafetensorsFile, write_safetensors
-from retrack_jax.checkpoints.torch_reader import read_torch
 from retrack_jax.checks import UserError
+from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, to_torch
+from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
+from retrack_jax.weights.torch_reader import read_torch
 from tests import toys
 
-DATA = Path(__file__).parents[1] / "data" / "diffusers"
+DATA = Path(__file__).parents[1] / "fixtures" / "diffusers"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from retrack_jax import runner
 from retrack_jax.main import main
+from retrack_jax.run.sweep import one_run as runner
 from tests.tiny import flags
 
 FEW = {

@@ -8,8 +8,8 @@ import sys
 import jax
 import pytest
 
-from retrack_jax import process
 from retrack_jax.checks import UserError
+from retrack_jax.cli import process
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_a_slurm_task_that_leaves_gpus_idle_is_warned_of(tasks, visible, warned,
 LASTING = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-from retrack_jax.process import catch_termination
-from retrack_jax.terminal import outlive_terminal
+from retrack_jax.cli.process import catch_termination
+from retrack_jax.cli.terminal import outlive_terminal
 outlive_terminal()
 stop = catch_termination()
 print("begun", file=sys.stderr, flush=True)
@@ -148,7 +148,7 @@ def test_a_failure_of_one_of_many_ends_at_once(monkeypatch):
 
 RESTART = """
 import os, pathlib, sys
-from retrack_jax import huge_pages
+from retrack_jax.cli import huge_pages
 huge_pages._POLICY = pathlib.Path(sys.argv[1])
 huge_pages.restart_with_huge_pages()
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[2:])

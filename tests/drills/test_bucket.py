@@ -14,15 +14,15 @@ from etils.epath import backend, gpath
 from retrack_jax import files
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.checkpoints.diffusers_export import is_whole
+from retrack_jax.log import Writer, read_log
 from retrack_jax.report.comparison import comparison_report
 from retrack_jax.report.html import run_report
+from retrack_jax.run.training import read_samples
+from retrack_jax.run.workdir import Workdir
 from retrack_jax.sampling.generate import generate
-from retrack_jax.stages import read_samples
-from retrack_jax.workdir import Workdir
-from retrack_jax.writer import Writer, read_log
 from tests import toys
 
-DATA = Path(__file__).parents[1] / "data" / "diffusers"
+DATA = Path(__file__).parents[1] / "fixtures" / "diffusers"
 
 
 class ObjectStore(backend._OsPathBackend):

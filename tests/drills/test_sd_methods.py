@@ -10,7 +10,7 @@ import pytest
 
 from retrack_jax.checkpoints import export_pipeline, load_pipeline
 from retrack_jax.checkpoints.diffusers_import import unet_inputs
-from retrack_jax.run import run
+from retrack_jax.run.sweep import run
 from tests.sd.test_sweep import quick_config
 from tests.sd.tiny import PIPELINE, hasty_compiler
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from retrack_jax.data.dataset import image_set
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.evaluate.images import EVALUATORS
 from retrack_jax.evaluate.networks import feature_network
-from retrack_jax.evaluate.pixel import EVALUATORS
 from retrack_jax.evaluate.results import (
     Evaluator,
     Inapplicable,

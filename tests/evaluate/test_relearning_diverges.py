@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.conversions import make_eps_fn
+from retrack_jax.evaluate.finetune import make_finetune
 from retrack_jax.evaluate.memory import relearning
 from retrack_jax.evaluate.results import Evaluator, evaluate
-from retrack_jax.finetune import make_finetune
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.step import StepOptions
 from tests import toys

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.data.dataset import pixels_to_model
-from retrack_jax.diffusion.process import make_eps_fn
-from retrack_jax.evaluate.pixel import EVALUATORS
+from retrack_jax.diffusion.conversions import make_eps_fn
+from retrack_jax.evaluate.images import EVALUATORS
 from retrack_jax.evaluate.restored import MOST_KEPT, keep_pictures, restore
 from retrack_jax.evaluate.results import Unavailable, evaluate
 from retrack_jax.evaluate.task import Subject

@@ -11,7 +11,7 @@ from retrack_jax.metrics.features.resize import pil_shorter_side, resize_matrix
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_names, sscd_network
 from tests.metrics.feature_weights import inception_shapes, mnist_shapes, random_images, random_state, sscd_shapes
 
-RECORDED = np.load(Path(__file__).parents[1] / "data" / "metrics" / "networks.npz")
+RECORDED = np.load(Path(__file__).parents[1] / "fixtures" / "metrics" / "networks.npz")
 DIGEST = "d" * 64
 
 

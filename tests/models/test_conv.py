@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from retrack_jax.models import winograd
 from retrack_jax.models.conv import Conv, conv
+from retrack_jax.models.cpu import winograd
 
 SAME = ((1, 1), (1, 1))
 # kernel size, strides, padding, height: the networks' four kinds, then odd ones (unused last rows, uneven padding, wide padding).

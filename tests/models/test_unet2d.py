@@ -21,7 +21,7 @@ from retrack_jax.models.embeddings import silu, timestep_embedding
 from retrack_jax.models.resnet import ResnetBlock2D, downsample_mean, upsample_nearest
 from retrack_jax.models.unet2d import UNet2D
 
-DATA = Path(__file__).parents[1] / "data" / "diffusers"
+DATA = Path(__file__).parents[1] / "fixtures" / "diffusers"
 FIXTURES = ("safetensors", "old_pipeline", "sharded_pipeline/unet", "averaged/unet_ema", "float16", "bfloat16")
 TINY = dict(
     in_channels=1,

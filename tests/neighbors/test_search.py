@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retrack_jax.data.row_view import Rows
 from retrack_jax.neighbors import exact, nearest, search
 from retrack_jax.neighbors.distinct import distinct_rows
-from retrack_jax.neighbors.rows import Rows
 
 ENGINES = ("exact", "scann", "auto")
 

@@ -1,4 +1,4 @@
-"""Writes `tests/data/losses/parity.npz`: small inputs and what the float64 oracle makes of them.
+"""Writes `tests/fixtures/losses/parity.npz`: small inputs and what the float64 oracle makes of them.
 
     python -m tests.oracles.record
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from tests.oracles import losses
 
-PATH = pathlib.Path(__file__).resolve().parents[1] / "data" / "losses" / "parity.npz"
+PATH = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "losses" / "parity.npz"
 TIMES = (0, 1, 100, 500, 750, 999)
 SHAPE = (4, 4, 2)
 MIXTURES = (0.0, 0.1, 0.5, 1.0)

@@ -1,4 +1,6 @@
-"""Writes tests/data/metrics/networks.npz: what PyTorch's feature networks give at weights from a seed. Run by hand with PyTorch:
+"""Writes tests/fixtures/metrics/networks.npz: what PyTorch's feature networks give at weights from a seed.
+
+Run by hand with PyTorch:
 
     python -m tests.parity.record_metrics
 
@@ -14,7 +16,7 @@ from retrack_jax.metrics.features.resize import pil_shorter_side
 from tests.metrics.feature_weights import inception_shapes, mnist_shapes, random_images, random_state, sscd_shapes
 from tests.parity import torch_twins
 
-PATH = Path(__file__).parents[1] / "data" / "metrics" / "networks.npz"
+PATH = Path(__file__).parents[1] / "fixtures" / "metrics" / "networks.npz"
 
 
 def main():

@@ -1,5 +1,5 @@
 """Records what transformers and diffusers give for the tiny pipeline, for tests that run without PyTorch:
-tests/data/sd_parity.npz.
+tests/fixtures/sd_parity.npz.
 
     .venv-parity/bin/python -m tests.parity.record_sd
 """

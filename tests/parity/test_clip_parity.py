@@ -13,10 +13,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from retrack_jax.checkpoints.torch_reader import read_torchscript  # noqa: E402
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids  # noqa: E402
 from retrack_jax.metrics.features.clip_image import towers_from_openai  # noqa: E402
 from retrack_jax.models.tokenizer import load_tokenizer  # noqa: E402
+from retrack_jax.weights.torch_reader import read_torchscript  # noqa: E402
 from tests.sd.tiny import PIPELINE  # noqa: E402
 
 torch.set_num_threads(1)

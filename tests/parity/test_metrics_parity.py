@@ -12,7 +12,6 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from retrack_jax.checkpoints.torch_reader import read_torch, read_torchscript  # noqa: E402
 from retrack_jax.files import file_digest  # noqa: E402
 from retrack_jax.metrics.feature_metrics import evaluate_features, feature_stats, stats_of  # noqa: E402
 from retrack_jax.metrics.features.inception import inception_network  # noqa: E402
@@ -21,6 +20,7 @@ from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_netwo
 from retrack_jax.metrics.fid import fid  # noqa: E402
 from retrack_jax.metrics.inception_score import split_scores  # noqa: E402
 from retrack_jax.metrics.moments import moments_of  # noqa: E402
+from retrack_jax.weights.torch_reader import read_torch, read_torchscript  # noqa: E402
 from tests.metrics.feature_weights import inception_shapes, mnist_shapes, random_images, random_state, sscd_shapes  # noqa: E402
 from tests.parity import torch_twins  # noqa: E402
 

@@ -13,8 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from retrack_jax.checkpoints import export_diffusers, export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
-from retrack_jax.checkpoints.names import from_torch  # noqa: E402
-from retrack_jax.diffusion.process import make_eps_fn  # noqa: E402
+from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402
 from retrack_jax.diffusion.schedule import Schedule  # noqa: E402
 from retrack_jax.models.clip_text import ClipTextEncoder  # noqa: E402
 from retrack_jax.models.tokenizer import load_tokenizer  # noqa: E402
@@ -23,6 +22,7 @@ from retrack_jax.models.vae import AutoencoderKL  # noqa: E402
 from retrack_jax.sampling import make_sampler  # noqa: E402
 from retrack_jax.sampling.guided import guided_eps_fn  # noqa: E402
 from retrack_jax.sampling.loop import num_calls  # noqa: E402
+from retrack_jax.weights.names import from_torch  # noqa: E402
 from tests.sd.prompts200 import PROMPTS  # noqa: E402
 from tests.sd.tiny import PIPELINE  # noqa: E402
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints.pipeline import load_pipeline
+from retrack_jax.checkpoints.stable_diffusion import load_pipeline
 from tests.sd.tiny import CONCEPTS, PIPELINE, RECORDED
 
 

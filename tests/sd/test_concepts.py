@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.concepts import list_concepts, load_concept
-from retrack_jax.data.prompts import prompts_of
+from retrack_jax.data.sources.concepts import list_concepts, load_concept
+from retrack_jax.data.sources.prompts import prompts_of
 
 NAME = "red_circle"
 

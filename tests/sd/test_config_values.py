@@ -3,7 +3,7 @@
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.text_to_image_config import check_text_to_image
+from retrack_jax.config.text_to_image import check_text_to_image
 from tests.sd.tiny import tiny_config
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from configs import stable_diffusion
-from retrack_jax import build
 from retrack_jax.checks import UserError
-from retrack_jax.run import run
-from retrack_jax.text_to_image import TextToImageExperiment
+from retrack_jax.config import build
+from retrack_jax.problem.text_to_image import TextToImageExperiment
+from retrack_jax.run.sweep import run
 from tests.sd.tiny import tiny_config
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints.pipeline import prompt_embeddings
+from retrack_jax.checkpoints.stable_diffusion import prompt_embeddings
 from retrack_jax.checks import UserError
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.sampling import make_sampler
 from retrack_jax.sampling.generate import generate, pmap_sample_fn
 from retrack_jax.sampling.guided import GuidedParams, guided_eps_fn, make_guided_sample_fn

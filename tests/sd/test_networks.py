@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints.pipeline import prompt_embeddings
+from retrack_jax.checkpoints.stable_diffusion import prompt_embeddings
 from retrack_jax.checks import UserError
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.transformer2d import Transformer2DModel

@@ -10,8 +10,8 @@ import pytest
 from retrack_jax.api import unlearn
 from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, load_pipeline, prompt_embeddings
 from retrack_jax.checkpoints.diffusers_import import unet_inputs
-from retrack_jax.checkpoints.safetensors_io import SafetensorsFile
 from retrack_jax.checks import UserError
+from retrack_jax.weights.safetensors_io import SafetensorsFile
 from tests.sd.tiny import PIPELINE, hasty_compiler
 
 
@@ -65,8 +65,8 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_names_without_the_old_prefix_and_position_numbers(folder, pipeline):
     """transformers 5 writes no `text_model.`; old versions wrote a buffer of positions besides."""
-    from retrack_jax.checkpoints.names import TorchTensor
-    from retrack_jax.checkpoints.safetensors_io import write_safetensors
+    from retrack_jax.weights.names import TorchTensor
+    from retrack_jax.weights.safetensors_io import write_safetensors
 
     path = folder / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): np.array(value) for name, value in SafetensorsFile(path).items()}

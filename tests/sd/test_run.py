@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retrack_jax import text_to_image
 from retrack_jax.api import run
-from retrack_jax.checkpoints.names import TorchTensor
-from retrack_jax.checkpoints.pipeline import load_pipeline
-from retrack_jax.checkpoints.safetensors_io import write_safetensors
+from retrack_jax.checkpoints.stable_diffusion import load_pipeline
 from retrack_jax.checks import UserError
-from retrack_jax.data.concepts import load_concept
-from retrack_jax.evaluate.concept import (
+from retrack_jax.data.sources.concepts import load_concept
+from retrack_jax.evaluate.networks import load_sscd
+from retrack_jax.evaluate.prompts import (
     CLASSIFIERS,
     EVALUATORS,
     METRIC_NAMES,
@@ -27,8 +25,10 @@ from retrack_jax.evaluate.concept import (
     memorised_of_both,
     memorised_samples,
 )
-from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.results import Unavailable, evaluate
+from retrack_jax.problem import text_to_image
+from retrack_jax.weights.names import TorchTensor
+from retrack_jax.weights.safetensors_io import write_safetensors
 from tests.metrics.feature_weights import random_state, sscd_shapes
 from tests.sd.openai_clip import openai_tensors
 from tests.sd.test_sweep import files_of

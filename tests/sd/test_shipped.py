@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from retrack_jax.checkpoints import import_diffusers
-from retrack_jax.run import run
-from retrack_jax.text_to_image import TextToImageExperiment
+from retrack_jax.problem.text_to_image import TextToImageExperiment
+from retrack_jax.run.sweep import run
 from retrack_jax.train.loop import Preempted
 from tests.sd.tiny import hasty_compiler, tiny_config
 

@@ -7,10 +7,10 @@ import jax
 
 from configs import stable_diffusion
 
-ROOT = Path(__file__).parents[1] / "data" / "tiny_sd"
+ROOT = Path(__file__).parents[1] / "fixtures" / "tiny_sd"
 PIPELINE = ROOT / "pipeline"
 CONCEPTS = ROOT / "concepts"
-RECORDED = Path(__file__).parents[1] / "data" / "sd_parity.npz"
+RECORDED = Path(__file__).parents[1] / "fixtures" / "sd_parity.npz"
 
 
 def tiny_config(tmp_path, method="retrack"):

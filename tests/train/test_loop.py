@@ -11,15 +11,15 @@ import pytest
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import UserError
-from retrack_jax.data.pipeline import Batches, prefetch
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.data.batches import Batches, prefetch
+from retrack_jax.diffusion.conversions import make_eps_fn
+from retrack_jax.log import Writer, read_log
 from retrack_jax.train import loop
 from retrack_jax.train.loop import Preempted, restore, train
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS
-from retrack_jax.writer import Writer, read_log
 from tests import toys
 
 SCHEDULE, IMAGES = toys.schedule(), toys.images(40)

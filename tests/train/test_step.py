@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from retrack_jax import parallel
+from retrack_jax.data.batches import Batches
 from retrack_jax.data.dataset import pixels_to_model
-from retrack_jax.data.pipeline import Batches
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
 from retrack_jax.train.state import create_state

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from retrack_jax import build
 from retrack_jax.checks import UserError
+from retrack_jax.config import build
 from retrack_jax.data.dataset import pixels_to_model
-from retrack_jax.diffusion.process import make_eps_fn
+from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.parallel import example_rngs
 from retrack_jax.unlearn import combine, losses
 from retrack_jax.unlearn.methods import METHODS, Method, get_method

@@ -16,7 +16,7 @@ import numpy as np
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.features.layers import BatchNorm, conv, import_weights
 from retrack_jax.models.clip_text import ClipTextEncoder
-from retrack_jax.types import Array, PyTree
+from retrack_jax.notation import Array, PyTree
 
 
 class Bottleneck(nn.Module):

@@ -15,7 +15,7 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.files import write_npz
 from retrack_jax.metrics.arrays import pixel_images
 from retrack_jax.metrics.features.network import FeatureNetwork, params_digest, unit_grey
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 NAME = "digit-net"
 SIDE = 8

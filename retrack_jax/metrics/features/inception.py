@@ -20,7 +20,7 @@ from retrack_jax.metrics.arrays import pixel_images
 from retrack_jax.metrics.features.layers import BatchNorm, avg_pool_3x3, conv, import_weights, max_pool
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb
 from retrack_jax.metrics.features.resize import RULES, resize_matrix
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 NAME = "inception-v3-fid"
 FILE = "weights-inception-2015-12-05-6726825d.pth"

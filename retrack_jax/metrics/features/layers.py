@@ -10,7 +10,7 @@ from flax import traverse_util
 from jax import lax
 
 from retrack_jax.metrics.features.network import take_weights
-from retrack_jax.types import Array, PyTree
+from retrack_jax.notation import Array, PyTree
 
 
 class BatchNorm(nn.Module):

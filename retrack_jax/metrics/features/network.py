@@ -12,7 +12,7 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.files import array_digest
 from retrack_jax.metrics.arrays import check_images, unit_images
 from retrack_jax.metrics.blocks import shown_progress
-from retrack_jax.types import PyTree
+from retrack_jax.notation import PyTree
 
 
 @dataclass(frozen=True, eq=False)

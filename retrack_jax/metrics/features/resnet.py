@@ -19,7 +19,7 @@ from retrack_jax.metrics.arrays import pixel_images
 from retrack_jax.metrics.features.layers import BatchNorm, conv, import_weights, max_pool
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb, unit_grey
 from retrack_jax.metrics.features.resize import pil_shorter_side
-from retrack_jax.types import Array
+from retrack_jax.notation import Array
 
 SSCD_NAME = "sscd_disc_mixup"
 SSCD_SIDE = 288

@@ -1,0 +1,214 @@
+"""A whole Stable Diffusion folder, read: UNet, VAE, text encoder, tokenizer and noise schedule as diffusers lays them out.
+
+    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     and, carried along unread, safety_checker/
+    feature_extractor/
+
+Stable Diffusion 1.x and 2.x are supported. Weights in float16 are read into float32.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checkpoints.diffusers_import import load_params, open_weights, read_schedule_config, unet_inputs
+from retrack_jax.checks import UserError, check
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.files import file_digest, json_digest, read_json
+from retrack_jax.models.clip_text import ClipTextEncoder
+from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
+from retrack_jax.models.unet2d_condition import UNet2DCondition
+from retrack_jax.models.vae import AutoencoderKL
+from retrack_jax.notation import Array, PyTree
+from retrack_jax.weights.names import RenameTable, from_torch
+
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_PREFIX = "text_model."
+# A buffer of position numbers that old versions of transformers saved.
+_TEXT_TABLE = RenameTable(aliases=(), ignored=(r"embeddings\.position_ids",))
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """The parts of a text-to-image model. Modules are Linen modules; parameters are trees of arrays.
+
+    Attributes:
+      path: the folder they came from.
+      vae_digest: SHA-256 over the VAE's config and weights, which keys caches of latents.
+    """
+
+    path: Path
+    unet: UNet2DCondition
+    unet_params: PyTree
+    vae: AutoencoderKL
+    vae_params: PyTree
+    text_encoder: ClipTextEncoder
+    text_params: PyTree
+    tokenizer: ClipTokenizer
+    schedule: Schedule
+    vae_digest: str
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the UNet denoises."""
+        return self.vae.latent_channels
+
+    def encode_pixels(self, x_BHWC: Array) -> tuple[Array, Array]:
+        """Returns mean and std of the scaled latents of images in [-1, 1]; see `AutoencoderKL.encode`."""
+        return self.vae.apply({"params": self.vae_params}, x_BHWC, method="encode")
+
+
+def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> Pipeline:
+    """Returns the Stable Diffusion pipeline in the folder `path`.
+
+    Args:
+      path: the folder, as diffusers saves it; weights as safetensors or `.bin`, float32 or float16.
+      dtype: what the networks compute in.
+      param_dtype: what the UNet's parameters are kept in. bfloat16 halves them (3.4 to 1.7 GB for Stable Diffusion 1.x),
+        for sampling: an update smaller than 1/256 of a weight is lost in it, so train in float32.
+      remat: whether the UNet computes activations again in the backward pass.
+
+    Raises:
+      UserError: a part is missing or does not fit the others, or the folder is of another kind of model (Stable Diffusion
+        XL, say).
+    """
+    folder = Path(path).expanduser()
+    check_pipeline(folder)
+    unet = UNet2DCondition.from_config(_config(folder / "unet"), dtype=dtype, remat=remat)
+    vae = AutoencoderKL.from_config(_config(folder / "vae"), dtype=dtype)
+    text_encoder = ClipTextEncoder.from_config(_config(folder / "text_encoder"), dtype=dtype)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    _check_fit(folder, unet, vae, text_encoder, tokenizer)
+    schedule = Schedule.from_config(read_schedule_config(folder))
+
+    unet_params = load_params(unet, folder / "unet", *unet_inputs(unet))
+    if param_dtype != jnp.float32:
+        unet_params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), unet_params)
+    return Pipeline(
+        path=folder,
+        unet=unet,
+        unet_params=unet_params,
+        vae=vae,
+        vae_params=load_params(vae, folder / "vae", jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels))),
+        text_encoder=text_encoder,
+        text_params=_load_text(text_encoder, folder / "text_encoder"),
+        tokenizer=tokenizer,
+        schedule=schedule,
+        vae_digest=json_digest([_config(folder / "vae"), _weights_digest(folder / "vae"), str(jnp.dtype(dtype))]),
+    )
+
+
+def check_pipeline(folder) -> None:
+    """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
+    folder = Path(folder).expanduser()
+    check(
+        folder.is_dir(),
+        f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)",
+    )
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    check(isinstance(index, dict), f"{folder / 'model_index.json'} holds no JSON object; restore it")
+    name = str(index.get("_class_name", "StableDiffusionPipeline"))
+    if "XL" in name or (folder / "text_encoder_2").is_dir():
+        raise UserError(
+            f"{folder} holds Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder"
+        )
+    check(
+        name == "StableDiffusionPipeline",
+        f"{folder} holds a {name}, which is not supported; give a Stable Diffusion 1.x or 2.x folder",
+    )
+    missing = [part for part in _PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise UserError(
+            f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/stable_diffusion.md)"
+        )
+
+
+def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
+    """Returns float32 `[P, N, D]`: the text encoder's hidden states after its final norm, padding included, N = 77 for CLIP.
+
+    A prompt longer than 75 tokens is cut, with a warning that says how long it is.
+    """
+    for prompt in prompts:
+        if (count := pipeline.tokenizer.count(prompt)) > pipeline.tokenizer.length:
+            _log.warning("a prompt of %d tokens is cut to %d: %.60s", count, pipeline.tokenizer.length, prompt)
+    ids = pipeline.tokenizer(prompts)
+    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array:
+    return module.apply({"params": params}, ids_PN).astype(jnp.float32)
+
+
+def _load_text(module: ClipTextEncoder, folder: Path) -> PyTree:
+    """Reads the weights of transformers' `CLIPTextModel`, whose names began with `text_model.` until version 5."""
+    target = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    stem = "pytorch_model" if not [*folder.glob("model*.safetensors*")] else "model"
+    path, state = open_weights(folder, stem)
+    return from_torch(_Unprefixed(state), target, table=_TEXT_TABLE, where=str(path))
+
+
+def _weights_digest(folder: Path) -> str | list[str]:
+    """SHA-256 of the weights file in `folder`, or of an index and of each file that it names."""
+    path, _ = open_weights(folder)
+    if not path.name.endswith(".index.json"):
+        return file_digest(path)
+    shards = sorted(set(read_json(path)["weight_map"].values()))
+    return [file_digest(path), *(file_digest(folder / shard) for shard in shards)]
+
+
+class _Unprefixed(Mapping[str, np.ndarray]):
+    """A view of named tensors without the prefix."""
+
+    def __init__(self, state):
+        self._state = state
+        self._names = {name.removeprefix(_PREFIX): name for name in state}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._state[self._names[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._state.shape(self._names[name])
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _config(folder: Path) -> dict:
+    check((folder / "config.json").is_file(), f"no config.json in {folder}; download the whole pipeline")
+    config = read_json(folder / "config.json")
+    check(isinstance(config, dict), f"{folder / 'config.json'} holds no JSON object; restore it")
+    return config
+
+
+def _check_fit(
+    folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: ClipTextEncoder, tokenizer: ClipTokenizer
+) -> None:
+    """Raises `UserError` if the parts are not of one model."""
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    check(scheduler.is_file(), f"no {scheduler}; it is the noise schedule that the model was trained with")
+    fits = unet.in_channels == unet.out_channels == vae.latent_channels
+    check(
+        fits,
+        f"{folder}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels and the VAE's latents have "
+        f"{vae.latent_channels}; inpainting, depth and upscaling models are not supported",
+    )
+    fits = unet.cross_attention_dim == text.hidden_size
+    check(
+        fits,
+        f"{folder}: the UNet reads prompts of {unet.cross_attention_dim} features, the text encoder gives {text.hidden_size}",
+    )
+    fits = (
+        max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < text.vocab_size
+        and tokenizer.length <= text.max_position_embeddings
+    )
+    check(fits, f"{folder}: the tokenizer's ids or length do not fit the text encoder's {text.vocab_size} tokens")

@@ -1,0 +1,88 @@
+"""A Stable Diffusion folder with an unlearned UNet, written for diffusers' `StableDiffusionPipeline.from_pretrained`."""
+
+import re
+import shutil
+from pathlib import Path
+
+from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licences, model_card, move_into_place
+from retrack_jax.checkpoints.stable_diffusion import Pipeline
+from retrack_jax.checks import UserError, check
+from retrack_jax.files import beside, read_json, write_bytes, write_json, write_text
+from retrack_jax.notation import PyTree
+
+# Weights of one precision among several: `model.fp16.safetensors`.
+_VARIANT = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\.\w+(\.safetensors|\.bin)")
+
+
+def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
+    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads: the source's parts, and the UNet
+    `unet_params`.
+
+    The source's licence files and model card are carried along, the card with `note` below: a model unlearned from Stable
+    Diffusion is a derivative, and its licence asks for that. The folder appears whole or not at all.
+
+    Raises:
+      UserError: `path` is the source or holds something else, is not local, or cannot be written.
+    """
+    check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
+    path, source = Path(path), pipeline.path
+    check_replaceable(path, source)
+    temporary = beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        export_diffusers(temporary / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)
+        parts = [
+            entry
+            for entry in sorted(source.iterdir())
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "unet"
+        ]
+        for part in parts:
+            shutil.copytree(part, temporary / part.name, symlinks=False)
+            _name_plainly(temporary / part.name)
+        write_json(temporary / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
+        write_text(temporary / "README.md", model_card(source, note))
+        for name, content in licences(source).items():
+            write_bytes(temporary / name, content)
+        move_into_place(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_plainly(folder: Path) -> None:
+    """Renames a variant's weights where there are no others of their kind: the UNet beside them is exported as no variant, and
+    diffusers reads all parts of one pipeline under one variant."""
+    variants: dict[str, list[Path]] = {}
+    for file in folder.iterdir():
+        if found := _VARIANT.fullmatch(file.name):
+            variants.setdefault(found[1] + found[2], []).append(file)
+    for name, files in variants.items():
+        if len(files) == 1 and not (folder / name).exists():
+            files[0].rename(folder / name)
+
+
+def _model_index(source: Path, parts: set[str]) -> dict:
+    """The source's index without the parts that the source itself lacks, which diffusers would look for."""
+    default = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if (source / "model_index.json").is_file():
+        default = read_json(source / "model_index.json")
+    else:
+        default["scheduler"][1] = read_json(source / "scheduler" / "scheduler_config.json").get(
+            "_class_name", "PNDMScheduler"
+        )
+    return {
+        name: [None, None] if isinstance(value, list) and name not in parts else value for name, value in default.items()
+    }

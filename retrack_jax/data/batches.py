@@ -1,0 +1,114 @@
+"""Seeded batches, addressed by step: a resumed run sees the batches that it would have seen.
+
+The order is a function of (seed, stream, epoch) and nothing else, so there is no iterator to save. Each process takes its own
+rows of the global batch. Batches are made ahead in a thread.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from retrack_jax import parallel
+from retrack_jax.notation import PyTree
+
+
+@dataclass(frozen=True)
+class IndexStream:
+    """Endless epochs over `num_items`, each in a fresh order that `seed` and `stream` decide."""
+
+    num_items: int
+    seed: int
+    stream: int
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Returns the items at positions `start` to `start + count` of the stream, int64 `[count]`."""
+        positions = np.arange(start, start + count)
+        epochs, offsets = np.divmod(positions, self.num_items)
+        rows = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = _permutation(self.num_items, self.seed, self.stream, int(epoch))[offsets[here]]
+        return rows
+
+
+@lru_cache(maxsize=8)
+def _permutation(num_items: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(num_items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Makes this process's part of the global batch of any step.
+
+    Attributes:
+      gather: `rows -> {name: array [b, ...]}`, reads remaining images in the form that `data.dataset.to_x_0` takes; None where
+        the method has no remain stream.
+      num_remain: remaining images.
+      forget_rows: int `[F]`, for each forgotten image its row of what train/step.py holds on the device (copies share one), or
+        None.
+      remain_size, forget_size: global batch sizes; 0 leaves the stream out.
+      seed: decides the order of both streams.
+    """
+
+    gather: Callable[[np.ndarray], dict[str, np.ndarray]] | None
+    num_remain: int
+    forget_rows: np.ndarray | None
+    remain_size: int
+    forget_size: int
+    seed: int
+
+    def __call__(self, step: int) -> PyTree:
+        """Returns the batch of `step` with a device axis: what train/step.py takes."""
+        batch = {}
+        if self.remain_size:
+            batch["remain_index"], rows = self._rows(step, 0, self.num_remain, self.remain_size)
+            batch["remain"] = self.gather(rows)
+        if self.forget_size:
+            batch["forget_index"], rows = self._rows(step, 1, len(self.forget_rows), self.forget_size)
+            batch["forget_row"] = self.forget_rows[rows].astype(np.int32)
+        return parallel.shard_batch(batch)
+
+    def _rows(self, step: int, stream: int, num_items: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        local = parallel.local_rows(size)
+        rows = IndexStream(num_items, self.seed, stream).take(step * size, size)
+        return np.arange(size, dtype=np.int32)[local], rows[local]
+
+
+def prefetch(make: Callable[[int], PyTree], start: int, stop: int, depth: int = 2) -> Iterator[PyTree]:
+    """Yields `make(step)` for each step of `range(start, stop)`, made up to `depth` ahead in a thread, whose errors it raises."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stopping = threading.Event()
+
+    def put(item) -> bool:
+        while not stopping.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        for step in range(start, stop):
+            try:
+                item = (make(step), None)
+            except Exception as error:  # handed to the consumer, which raises it
+                item = (None, error)
+            if not put(item) or item[1] is not None:
+                return
+
+    thread = threading.Thread(target=work, daemon=True, name="prefetch")
+    thread.start()
+    try:
+        for _ in range(start, stop):
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        stopping.set()
+        thread.join()

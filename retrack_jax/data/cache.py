@@ -1,0 +1,177 @@
+"""Images decoded once into a file of raw uint8 pixels that training, neighbors and metrics map into memory.
+
+Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, SHA-256 of the pixels and of its own fields), which is
+written last and so commits both. The key covers what the pixels depend on: the source files (name, size, time of change),
+the decoding rules and Pillow's version. Pixels, names and labels are checked against their digests when they are loaded; a
+damaged or partial set is decoded again, never trusted.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax import files
+from retrack_jax.checks import UserError, check
+from retrack_jax.data.dataset import ImageSet, check_distinct
+from retrack_jax.data.decode import VERSION, DecodeOptions, decode_many
+from retrack_jax.log import progress
+
+logger = logging.getLogger(__name__)
+_READ_BYTES = 1 << 24
+
+
+def decoded_images(
+    name: str,
+    encoded: Callable[[], Iterable[tuple[str, object]]],
+    count: int,
+    options: DecodeOptions,
+    *,
+    cache_dir,
+    source_key: object,
+    labels: Callable[[], Sequence[int]] | None = None,
+) -> ImageSet:
+    """Returns the decoded images of a source, from the cache where it has them.
+
+    Args:
+      name: what the source is called.
+      encoded: called only if something must be decoded; gives (id, bytes or path) of each of `count` images, and raises
+        `UserError` for what it cannot read.
+      cache_dir: a local folder; an address such as `gs://` is refused.
+      source_key: JSON value that changes whenever the source's content does.
+      labels: called with `encoded`; the label of each image, in the same order.
+
+    Raises:
+      UserError: corrupt images (unless `options.skip_corrupt`), images that do not agree, duplicate names, no space on the
+        disk.
+    """
+    import PIL
+
+    check(
+        "://" not in str(cache_dir),
+        f"config.data.cache_dir is {cache_dir}; set it to a local folder: decoded images are mapped into memory",
+    )
+    key = files.json_digest([VERSION, PIL.__version__, asdict(options), source_key])[:32]
+    pixels_path = Path(cache_dir).expanduser() / "images" / f"{key}.pixels"
+    meta_path = pixels_path.with_suffix(".json")
+    with _alone(pixels_path):
+        found = _load(name, pixels_path, meta_path)
+        if found is None:
+            _decode_to_file(name, encoded, count, options, pixels_path, meta_path, labels)
+            found = _load(name, pixels_path, meta_path)
+    if found is None:
+        raise UserError(f"{pixels_path} does not hold what was just written to it; check the disk, or set config.data.cache_dir")
+    return found
+
+
+@contextmanager
+def _alone(path: Path):
+    """Waits for another process that decodes the same set; then removes what a killed one left half-written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent} ({error.strerror}); set config.data.cache_dir") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            left.unlink()
+        yield
+
+
+def _load(name: str, pixels_path: Path, meta_path: Path) -> ImageSet | None:
+    try:
+        meta = json.loads(meta_path.read_text())
+        if meta.pop("meta_digest") != files.json_digest(meta):  # names say what to forget
+            raise ValueError("its fields do not match their digest")
+        shape, digest, ids, labels, left_out = tuple(meta["shape"]), *map(meta.get, ("digest", "ids", "labels", "skipped"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); decoding again", meta_path, error)
+        return None
+    if not pixels_path.is_file() or pixels_path.stat().st_size != np.prod(shape) or pixels_digest(pixels_path, shape) != digest:
+        logger.warning("%s does not match its digest; decoding again", pixels_path)
+        return None
+    for skipped, reason in left_out:
+        logger.warning("%s: left out corrupt image %s (%s)", name, skipped, reason)
+    labels = None if labels is None else np.array(labels, np.int64)
+    return ImageSet(np.memmap(pixels_path, np.uint8, "r", shape=shape), tuple(ids), labels, digest, name)
+
+
+def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, labels) -> None:
+    ids, kept, skipped, shape = [], [], [], None
+
+    def write(temporary):
+        nonlocal shape
+        with open(temporary, "wb") as file:
+            decoded = decode_many(encoded(), options)
+            for row, (image_id, image) in enumerate(progress(decoded, f"decode {name}", total=count, unit="image")):
+                if isinstance(image, str):
+                    skipped.append((image_id, image))
+                    continue
+                if shape is None:
+                    shape = image.shape
+                    _check_space(pixels_path, count * image.nbytes)
+                ids.append(image_id)
+                kept.append(row)
+                file.write(np.ascontiguousarray(image).data)
+            _check_decoded(name, ids, skipped, options)
+
+    meta_path.unlink(missing_ok=True)  # until the new pixels are whole, nothing may claim the old ones
+    files.write_whole(pixels_path, write, advice=files.IN_CACHE)
+    meta = {
+        "name": name,
+        "shape": [len(ids), *shape],
+        "digest": pixels_digest(pixels_path, (len(ids), *shape)),
+        "ids": ids,
+        "labels": None if labels is None else [int(label) for label in np.asarray(labels())[kept]],
+        "skipped": skipped,
+    }
+    files.write_json(meta_path, meta | {"meta_digest": files.json_digest(meta)}, advice=files.IN_CACHE)
+
+
+def _check_decoded(name, ids, skipped, options) -> None:
+    if skipped and not options.skip_corrupt:
+        named = ", ".join(f"{image_id} ({reason})" for image_id, reason in skipped[:3])
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise UserError(
+            f"{name}: {len(skipped)} of {len(ids) + len(skipped)} images cannot be decoded: {named}{more}; "
+            "mend or remove them, or set config.data.skip_corrupt=True to leave them out"
+        )
+    if not ids:
+        raise UserError(f"{name}: no image could be decoded")
+    check_distinct(name, ids)
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(
+            f"decoded images need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free; "
+            "set config.data.cache_dir"
+        )
+
+
+def pixels_digest(path: Path, shape: tuple[int, ...]) -> str:
+    """Returns `files.array_digest` of a file of raw uint8 pixels, read, not mapped: mapped pages count as memory."""
+    sha = hashlib.sha256(f"{np.dtype(np.uint8).str}{shape}".encode())
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(_READ_BYTES)
+        while size := file.readinto(buffer):
+            sha.update(memoryview(buffer)[:size])
+    return sha.hexdigest()
+
+
+def file_key(path: Path, name: str | None = None) -> list:
+    """Returns [name, size, time of change] of a file: what says that it is still the same one."""
+    status = os.stat(path)
+    return [name or path.name, status.st_size, status.st_mtime_ns]

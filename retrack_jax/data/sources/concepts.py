@@ -1,0 +1,153 @@
+"""A concept's folder: the pictures that a text-to-image model draws for one prompt, sorted into memorised and not.
+
+CONCEPT/images/*.png            all pictures
+CONCEPT/kmeans_labels.json      file name -> 1 memorised (to forget), 0 not (to remain)
+CONCEPT/clustering_info.json    {"mem_idx": 12, ...}: images/CONCEPT_012.png is memorised, SSCD compares with it
+CONCEPT/kmeans_classifier.joblib
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.checks import UserError, check, suggestion
+from retrack_jax.data.cache import decoded_images, file_key
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.files import json_digest, read_json
+
+logger = logging.getLogger(__name__)
+LABELS, INFO, CLASSIFIER = "kmeans_labels.json", "clustering_info.json", "kmeans_classifier.joblib"
+REMAIN, FORGET = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """One concept's pictures.
+
+    Attributes:
+      name: the folder's name.
+      folder: where it is.
+      images: its labelled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
+      memorised: the memorised picture, uint8 `[H, W, 3]`.
+      memorised_name: its file name.
+    """
+
+    name: str
+    folder: Path
+    images: ImageSet
+    memorised: np.ndarray
+    memorised_name: str
+
+    @property
+    def forget(self) -> np.ndarray:
+        """Rows of the pictures to forget."""
+        return np.flatnonzero(self.images.labels == FORGET)
+
+    @property
+    def remain(self) -> np.ndarray:
+        """Rows of the pictures that remain."""
+        return np.flatnonzero(self.images.labels == REMAIN)
+
+
+def list_concepts(root) -> list[str]:
+    """Returns the concepts below `root`, sorted: the folders with an `images` folder. Raises `UserError` if there are none."""
+    root = Path(root).expanduser()
+    check(root.is_dir(), f"no folder {root}; set config.data.dir to the folder that holds one folder per concept")
+    names = sorted(folder.name for folder in root.iterdir() if (folder / "images").is_dir())
+    check(len(names) > 0, f"no concept in {root} (a folder with an images folder in it); set config.data.dir")
+    return names
+
+
+def read_labels(folder) -> dict[str, int]:
+    """Returns file name -> 0 or 1 from the concept's labels file.
+
+    Raises:
+      UserError: there is no such file, a label is neither 0 nor 1, a labelled picture does not exist, or one label has no
+        picture.
+    """
+    folder = Path(folder)
+    path = folder / LABELS
+    check(path.is_file(), f"no {LABELS} in {folder}; it says which pictures are memorised (1) and which are not (0)")
+    labels = read_json(path)
+    whole = isinstance(labels, dict) and all(type(label) is int and label in (0, 1) for label in labels.values())
+    check(whole, f"{path} must hold a JSON object of file name: 0 or 1")
+    missing = [name for name in labels if not (folder / "images" / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{path} labels {len(missing)} of {len(labels)} pictures that are not in {folder / 'images'}, such as {missing[0]}; "
+            "restore the pictures, or remove them from the file"
+        )
+    for label, meaning in (
+        (FORGET, "memorised (label 1), so there is nothing to forget"),
+        (REMAIN, "unlike it (label 0) to remain"),
+    ):
+        check(label in labels.values(), f"{path}: no picture is {meaning}")
+    return labels
+
+
+def memorised_name(folder, name: str) -> str:
+    """Returns the file name of the concept's memorised picture, from `mem_idx`. Raises `UserError` if it is not there."""
+    folder = Path(folder)
+    path = folder / INFO
+    check(path.is_file(), f"no {INFO} in {folder}; its mem_idx names the memorised picture")
+    info = read_json(path)
+    index = info.get("mem_idx") if isinstance(info, dict) else None
+    check(type(index) is int and index >= 0, f"{path}: mem_idx is {index!r}; it must be the number of the memorised picture")
+    picture = f"{name}_{index:03d}.png"
+    check(
+        (folder / "images" / picture).is_file(),
+        f"no memorised picture {folder / 'images' / picture}, which mem_idx in {path} names",
+    )
+    return picture
+
+
+def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
+    """Returns the concept `name` below `root`, its pictures decoded once into the cache.
+
+    Args:
+      root: the folder that holds one folder per concept.
+      resolution: side in pixels that pictures must have, or are brought to; 0 takes them as they are.
+      cache_dir: where decoded pictures are kept.
+
+    Raises:
+      UserError: there is no such concept; its labels are missing or do not fit its pictures; there is no memorised picture, or
+        it is labelled to remain; a picture cannot be decoded.
+    """
+    folder = Path(root).expanduser() / name
+    if not (folder / "images").is_dir():
+        raise UserError(
+            f"no concept {name!r} in {root}{suggestion(name, list_concepts(root))}; looked for {folder / 'images'}"
+        )
+    labels = read_labels(folder)
+    memorised = memorised_name(folder, name)
+    if labels.get(memorised) == REMAIN:
+        raise UserError(
+            f"{folder / INFO} names {memorised} as the memorised picture and {folder / LABELS} labels it 0, to remain: it would "
+            "be trained to stay; correct one of them"
+        )
+    unlabelled = sum(file.is_file() and file.name not in labels for file in (folder / "images").iterdir())
+    if unlabelled:
+        logger.info("%s: %d pictures without a label in %s are left out", name, unlabelled, folder / "images")
+    options = DecodeOptions(resolution=resolution, channels=3)
+
+    def load(title: str, names: list[str], values) -> ImageSet:
+        key = json_digest([[file_key(folder / "images" / image, image) for image in names], values])
+        return decoded_images(
+            title,
+            lambda: ((image, folder / "images" / image) for image in names),
+            len(names),
+            options,
+            cache_dir=cache_dir,
+            source_key=["concept", key],
+            labels=None if values is None else (lambda: values),
+        )
+
+    images = load(name, list(labels), list(labels.values()))
+    if memorised in labels:
+        picture = images.images[list(images.ids).index(memorised)]
+    else:
+        picture = load(f"{name} (memorised)", [memorised], None).images[0]
+    return Concept(name, folder, images, np.asarray(picture), memorised)

@@ -1,0 +1,127 @@
+"""Hugging Face parquet files, as `hf download` leaves them: an image column of encoded bytes, and perhaps a label.
+
+Image `hf:ROW` is row ROW over all files of the split in the order of their names, the numbers that the official ReTrack
+code uses.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.checks import UserError
+from retrack_jax.data.cache import decoded_images, file_key
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.decode import DecodeOptions
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def parquet_files(folder, split: str = "train") -> list[Path]:
+    """Returns the parquet files of `split` in `folder` and below it, sorted: those named SPLIT-*, else all if none is named
+    for a split.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        return [folder]
+    found = sorted(folder.rglob("*.parquet"))
+    of_split = [path for path in found if path.name.startswith(f"{split}-") or path.stem == split]
+    if found and not of_split and not any(path.name.split("-")[0] in ("train", "test", "validation") for path in found):
+        of_split = found
+    if not of_split:
+        raise UserError(
+            f"no {split}-*.parquet in {folder} or below it; set config.data.dir, or see config.mode=check for the download"
+        )
+    return of_split
+
+
+def load_parquet(
+    folder, options: DecodeOptions, *, cache_dir, name: str = "parquet", split: str = "train", rows: Sequence[int] | None = None
+) -> ImageSet:
+    """Returns the images (and labels, where there are some) of the parquet files in `folder`, in the order of their rows.
+
+    Args:
+      rows: only these, in rising order; None takes all.
+
+    Raises:
+      UserError: no file, a damaged one, no image column; and as `decoded_images` does.
+    """
+    paths = parquet_files(folder, split)
+    tables = [_open(path) for path in paths]
+    image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
+    label_column = _column(tables[0], paths[0], LABEL_COLUMNS, required=False)
+    for table, path in zip(tables, paths, strict=True):
+        for column in (image_column, label_column):
+            _column(table, path, (column,) if column else (), required=column is not None)
+    total = sum(table.metadata.num_rows for table in tables)
+    rows = range(total) if rows is None else rows
+    if not len(rows) or rows[-1] >= total:
+        raise UserError(
+            f"{paths[0].parent} has {total} rows of {split}; {len(rows)} rows up to {max(rows, default=0)} are needed"
+        )
+    return decoded_images(
+        name,
+        lambda: _encoded(tables, paths, image_column, set(rows)),
+        len(rows),
+        options,
+        cache_dir=cache_dir,
+        source_key=["parquet", [file_key(path) for path in paths], list(rows) if len(rows) < total else "all"],
+        labels=(lambda: _labels(tables, paths, label_column)[list(rows)]) if label_column else None,
+    )
+
+
+def _open(path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}); download it again") from error
+
+
+def _column(table, path: Path, names: tuple[str, ...], required: bool = True) -> str | None:
+    present = table.schema_arrow.names
+    found = next((name for name in names if name in present), None)
+    if found is None and required:
+        raise UserError(f"{path} has no column named {' or '.join(names)}; it has {', '.join(present)}")
+    return found
+
+
+def _encoded(tables, paths, column: str, rows: set[int]) -> Iterator[tuple[str, bytes]]:
+    start = 0
+    for batch in _batches(tables, paths, column):
+        wanted = [row for row in range(batch.num_rows) if start + row in rows]
+        for row, value in zip(wanted, batch.column(0).take(wanted).to_pylist() if wanted else (), strict=True):
+            encoded = value.get("bytes") if isinstance(value, dict) else value
+            yield f"hf:{start + row}", encoded if isinstance(encoded, bytes) else b""
+        start += batch.num_rows
+
+
+def _labels(tables, paths, column: str) -> np.ndarray:
+    import pyarrow
+
+    parts = []
+    for batch in _batches(tables, paths, column):
+        labels = batch.column(0)
+        if not pyarrow.types.is_integer(labels.type) or labels.null_count:
+            kind = f"{labels.type}, {labels.null_count} of {len(labels)} missing" if labels.null_count else labels.type
+            raise UserError(
+                f"column {column!r} of {paths[0].parent} holds no whole numbers ({kind}); "
+                "number the classes from 0, or remove the column"
+            )
+        parts.append(labels.to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(parts)
+
+
+def _batches(tables, paths, column: str) -> Iterator:
+    """Yields the record batches of one column of every file; what pyarrow cannot read is one line that names the file."""
+    for table, path in zip(tables, paths, strict=True):
+        try:
+            yield from table.iter_batches(batch_size=1024, columns=[column])
+        except Exception as error:  # pyarrow's own kinds, OSError among them: the cache would take it for a full disk
+            raise UserError(f"{path} is damaged: column {column!r} cannot be read ({error}); download it again") from error

@@ -1,0 +1,159 @@
+"""What to forget, by stable names: a name, `a+b+c`, `@list.txt`, a glob, `label:7`, `random:0.05`."""
+
+import fnmatch
+import hashlib
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.checks import UserError, check, nearest_names
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.sources.cifar10 import other_name
+
+_RANDOM, _RANDOM_SEED = "random:", 0x0F05
+_SHOWN = 8  # names of a list that `described` spells out
+_SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
+
+
+def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
+    """Returns the rows that `spec` names, int64, sorted, each once.
+
+    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target per line; `label:N`; `random:SHARE`; a glob
+    (`* ? [...]`); the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
+    `tfds:train_20000`).
+
+    Raises:
+      UserError: nothing has that name (with the nearest ones), a label that no image has, several images with that file name.
+    """
+    names = _Names(images)
+    rows = np.unique(np.array(names.rows(str(spec).strip()), np.int64))
+    check(len(rows) < len(images), f"the target {spec!r} is the whole set of {len(images)} images; nothing would remain to keep")
+    return rows
+
+
+class _Names:
+    def __init__(self, images: ImageSet):
+        self._images = images
+        self._row_of = {name: row for row, name in enumerate(images.ids)}
+
+    def rows(self, spec: str) -> list[int]:
+        check(bool(spec), "a target is empty; name an image, a+b+c, @list.txt, a glob or label:7")
+        if spec in self._row_of:
+            return [self._row_of[spec]]
+        if _is_group(spec):
+            return [row for part in spec.split("+") for row in self.rows(part.strip())]
+        if spec.startswith("@"):
+            return [row for line in _list_lines(spec) for row in self._listed(line, spec)]
+        if spec.startswith("label:"):
+            return self._with_label(spec.removeprefix("label:"))
+        if is_random(spec):
+            return self._random_share(spec.removeprefix(_RANDOM))
+        if any(sign in spec for sign in "*?["):
+            found = fnmatch.filter(self._images.ids, spec)
+            check(bool(found), f"no image of {self._images.name} matches {spec!r}; names look like {self._examples()}")
+            return [self._row_of[name] for name in found]
+        return [self._by_other_name(spec)]
+
+    def _listed(self, line: str, spec: str) -> list[int]:
+        nested = line not in self._row_of and any(part.strip().startswith("@") for part in line.split("+"))
+        check(not nested, f"{_list_path(spec)} (the target is {spec!r}) names another list, {line!r}; write its names instead")
+        return self.rows(line)
+
+    def _with_label(self, text: str) -> list[int]:
+        labels = self._images.labels
+        check(labels is not None, f"the target is 'label:{text}', but {self._images.name} has no labels; name images instead")
+        check(
+            re.fullmatch(r"-?\d+", text) is not None, f"the target is 'label:{text}'; a label is a whole number, such as label:7"
+        )
+        rows = np.flatnonzero(np.asarray(labels) == int(text)).tolist()
+        if not rows:
+            present = np.unique(labels)
+            shown = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
+            raise UserError(f"no image of {self._images.name} has label {text}; its labels are {shown}")
+        return rows
+
+    def _random_share(self, text: str) -> list[int]:
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        count = round(share * len(self._images)) if 0.0 < share < 1.0 else 0
+        total = len(self._images)
+        check(count > 0, f"the target is 'random:{text}'; give the share of {total} images to forget, such as random:0.05")
+        return np.random.default_rng(_RANDOM_SEED).permutation(len(self._images))[:count].tolist()
+
+    def _by_other_name(self, name: str) -> int:
+        ending = [row for known, row in self._row_of.items() if known.endswith("/" + name)]
+        if len(ending) > 1:
+            shown = ", ".join(self._images.ids[row] for row in ending[:3])
+            raise UserError(f"{len(ending)} images are named {name!r}: {shown}; give the path below the folder")
+        if ending:
+            return ending[0]
+        other = other_name(name)
+        if self._images.name.startswith("cifar10") and other in self._row_of:
+            return self._row_of[other]
+        near = nearest_names(name, self._images.ids)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"names look like {self._examples()}"
+        raise UserError(f"no image of {self._images.name} is named {name!r}; {hint}")
+
+    def _examples(self) -> str:
+        ids = self._images.ids
+        return ", ".join(dict.fromkeys((ids[0], ids[len(ids) // 2], ids[-1])))
+
+
+def is_random(spec: str) -> bool:
+    """Whether `spec` asks for a random share of the images: the same ones for every seed and method."""
+    return spec.strip().startswith(_RANDOM)
+
+
+def _is_group(spec: str) -> bool:
+    return "+" in spec and not (spec.startswith("@") and _list_path(spec).exists())
+
+
+def _list_path(spec: str) -> Path:
+    return Path(spec[1:]).expanduser()
+
+
+def _list_lines(spec: str) -> list[str]:
+    path = _list_path(spec)
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path} (the target is {spec!r}); it lists what to forget, one name per line") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} (the target is {spec!r}): {error}") from error
+    lines = [line for line in lines if line]
+    check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name per line")
+    return lines
+
+
+def described(spec: str) -> str:
+    """Returns a target in words for others to read: a list by its file's name and the first eight names in it, not its path."""
+    parts = []
+    for part in spec.split("+") if _is_group(spec) else [spec]:
+        if part.strip().startswith("@"):
+            names = _list_lines(part.strip())
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            part = f"{Path(part.strip()[1:]).name} ({', '.join(names[:_SHOWN])}{more})"
+        parts.append(part.strip())
+    return " + ".join(parts)
+
+
+def slug(spec: str) -> str:
+    """Returns a file name for a target: the spec itself where it can be one, else cleaned, cut and with a short hash.
+
+    Two targets never share one. That of `@list.txt` changes with what the file lists.
+    """
+    spec = str(spec).strip()
+    source = spec
+    for part in spec.split("+") if _is_group(spec) else [spec]:
+        if part.strip().startswith("@"):
+            source += "\n" + "\n".join(sorted(set(_list_lines(part.strip()))))
+    shown = Path(spec).name if spec.startswith("@") else spec  # the folder of a list says nothing about the target
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", shown).strip("._-")
+    common = re.fullmatch(r"(label|hf|tfds|random):[A-Za-z0-9_.]+", spec) is not None
+    if common or (plain == spec and not re.match(r"(label|hf|tfds|random)_", spec) and len(plain) <= _SLUG_LENGTH):
+        return plain
+    return f"{plain[:_SLUG_LENGTH]}-{hashlib.sha256(source.encode()).hexdigest()[:8]}".strip("-")

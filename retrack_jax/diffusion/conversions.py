@@ -1,0 +1,77 @@
+"""The forward process and the conversions between what networks predict.
+
+    (1) x_t   = gamma x_0 + sigma eps
+    (2) x_0   = (x_t - sigma eps) / gamma
+    (3) v     = gamma eps - sigma x_0          so   eps = gamma v + sigma x_t
+    (4) score = -eps / sigma                   the gradient of log p_t at x_t
+
+Every function takes gamma and sigma as [B], the schedule's tables at each image's t, and works for any trailing shape.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from retrack_jax.checks import check_choice
+from retrack_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
+from retrack_jax.notation import Array, ModelEpsFn
+
+
+def expand(a_B: Array, like: Array) -> Array:
+    """Returns `a_B` [B] as [B, 1, ..., 1] with the rank of `like`, so that the product broadcasts explicitly."""
+    return a_B.reshape(a_B.shape + (1,) * (like.ndim - a_B.ndim))
+
+
+def add_noise(x_0: Array, eps: Array, gamma_B: Array, sigma_B: Array) -> Array:
+    """Returns x_t [B, ...]: equation (1)."""
+    return expand(gamma_B, x_0) * x_0 + expand(sigma_B, eps) * eps
+
+
+def eps_to_x0(eps: Array, x_t: Array, gamma_B: Array, sigma_B: Array) -> Array:
+    """Returns x_0 [B, ...]: equation (2). Divides by gamma, so errors in eps grow by sigma/gamma, 157 at the end of DDPM's
+    schedule.
+    """
+    return (x_t - expand(sigma_B, eps) * eps) / expand(gamma_B, x_t)
+
+
+def eps_to_score(eps: Array, sigma_B: Array) -> Array:
+    """Returns the score [B, ...]: equation (4)."""
+    return -eps / expand(sigma_B, eps)
+
+
+def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction_type: str) -> Array:
+    """Returns eps [B, ...] from a network's output of any prediction type: equations (2) and (3).
+
+    Args:
+      output, x_t: [B, ...].
+      gamma_B, sigma_B: [B].
+      prediction_type: `epsilon`, `v_prediction` or `sample`, diffusers' names. A `sample` network's eps divides by sigma, 0.01 at
+        t = 0.
+    """
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    if prediction_type == "epsilon":
+        return output
+    gamma, sigma = expand(gamma_B, x_t), expand(sigma_B, x_t)
+    if prediction_type == "v_prediction":
+        return gamma * output + sigma * x_t
+    return (x_t - gamma * output) / sigma
+
+
+def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsFn:
+    """Returns `eps_fn(params, x_t, t, *cond, **kwargs)`, which gives eps whatever the network predicts.
+
+    Losses, samplers and likelihood see only this. `x_t` is [B, ...], `t` int32 [B]; the result has x_t's shape and dtype.
+
+    Args:
+      apply_fn: a Linen module's `apply`; called as `apply_fn({"params": params}, x_t, t, *cond, **kwargs)`.
+      schedule: its `prediction_type` and tables make the conversion.
+    """
+
+    def eps_fn(params, x_t, t, *cond, **kwargs):
+        output = apply_fn({"params": params}, x_t, t, *cond, **kwargs).astype(x_t.dtype)
+        if schedule.prediction_type == "epsilon":
+            return output
+        gamma_B, sigma_B = (jnp.take(table, t).astype(x_t.dtype) for table in (schedule.gamma, schedule.sigma))
+        return to_eps(output, x_t, gamma_B, sigma_B, schedule.prediction_type)
+
+    return eps_fn

@@ -1,0 +1,32 @@
+"""A tree of arrays as few arrays: large leaves by themselves, all small ones in one vector.
+
+A UNet has hundreds of biases and scales. On CPU each costs a fixed price in every operation over the whole tree: a meeting of
+all devices in a collective, an instruction of its own to compile, read and build in an update.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.flatten_util import ravel_pytree
+
+from retrack_jax.notation import PyTree
+
+_SMALL = 1 << 17  # values of a leaf that is packed with others
+
+
+def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Returns `{"large": [leaf, ...], "small": vector}` with the values of `tree`, and the function that takes it back.
+
+    What works on each value alone, and norms and means over all of them, is the same on the packed tree. `small` has the
+    dtype that its leaves promote to; each leaf gets back its own.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    is_large = [leaf.size > _SMALL for leaf in leaves]
+    large = [leaf for leaf, apart in zip(leaves, is_large, strict=True) if apart]
+    small, split = ravel_pytree([leaf for leaf, apart in zip(leaves, is_large, strict=True) if not apart])
+
+    def unpack(packed: PyTree) -> PyTree:
+        large, small = iter(packed["large"]), iter(split(packed["small"]))
+        return structure.unflatten([next(large if apart else small) for apart in is_large])
+
+    return {"large": large, "small": small}, unpack

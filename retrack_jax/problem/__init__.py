@@ -1,0 +1,1 @@
+"""One data set, one denoiser, one codec and one conditioning, composed."""

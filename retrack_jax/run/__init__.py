@@ -1,0 +1,1 @@
+"""A command's runs: train or load, sample, evaluate, report."""

@@ -1,0 +1,1 @@
+"""Files of weights, read without running anything they hold, and PyTorch's names."""

@@ -1,0 +1,85 @@
+"""The recipe of custom data: rules that meet the official recipes, and fill only what is not given."""
+
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.config import rules as recipe
+from tests.data.checking import config_of
+
+
+def test_rules_meet_the_official_recipes():
+    cifar, celeba = config_of("cifar10").unlearn, config_of("celebahq").unlearn
+    for official, chosen in ((cifar, recipe.rules(50_000, 32)), (celeba, recipe.rules(30_000, 256))):
+        assert {name: official[name] for name in chosen} == chosen
+    assert recipe.rules(5, 64)["num_neighbors"] == 5
+
+
+def test_custom_recipe_fills_only_what_is_not_given(tmp_path, jpeg_folder):
+    folder, _ = jpeg_folder(6)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"sample_size": 64}')
+    config = config_of("custom")
+    for field, value in (("checkpoint", str(tmp_path / "model")), ("targets", ("00001.jpg",))):
+        config[field] = value
+    config.data.dir = str(folder)
+    config.unlearn.lam = 0.3
+    chosen = recipe.complete(config)
+    assert chosen.data.resolution == 64 and chosen.unlearn.num_neighbors == 5 and chosen.unlearn.lam == 0.3
+    assert chosen.unlearn.learning_rate == pytest.approx(1.26e-5)
+    assert recipe.complete(chosen) is chosen and recipe.complete(config_of("cifar10")).unlearn.lam == 0.02
+
+
+def custom_config(tmp_path, source, path, targets, model='{"sample_size": 16}'):
+    """configs/custom.py with a model folder that holds its config alone."""
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text(model)
+    config = config_of("custom")
+    config.checkpoint, config.targets = str(tmp_path / "model"), targets
+    config.data.source, config.data.dir, config.data.cache_dir = source, str(path), str(tmp_path / "cache")
+    return config
+
+
+def test_custom_k_is_at_most_what_remains_of_the_largest_target(tmp_path, jpeg_folder):
+    folder, _ = jpeg_folder(12)
+    (tmp_path / "forget.txt").write_text("".join(f"{row:05d}.jpg\n" for row in range(5)))
+    config = custom_config(tmp_path, "folder", folder, ("00001.jpg", f"@{tmp_path / 'forget.txt'}"))
+    assert recipe.complete(config).unlearn.num_neighbors == 7
+    config.data.exclude = "00010.jpg+00011.jpg"
+    assert recipe.complete(config).unlearn.num_neighbors == 5
+    config.data.exclude, config.data.held_out = "", 0.25
+    config.targets = ("*[02].jpg",)
+    assert recipe.complete(config).unlearn.num_neighbors < 9  # three are held out, and some of the others forgotten
+    config.targets = ("nobody.jpg",)
+    with pytest.raises(UserError, match="no image of folder, training part is named 'nobody.jpg'"):
+        recipe.complete(config)
+
+
+@pytest.mark.parametrize("source", ["npz", "parquet"])
+def test_custom_takes_arrays_and_tables_too(tmp_path, parquet_file, source):
+    path, pixels = parquet_file(np.arange(8) % 4, size=16)
+    if source == "npz":
+        path = tmp_path / "images.npz"
+        np.savez(path, images=pixels, labels=np.arange(8) % 4)
+    chosen = recipe.complete(custom_config(tmp_path, source, path, ("label:1",)))
+    assert chosen.unlearn.num_neighbors == 6 and chosen.data.resolution == (0 if source == "npz" else 16)
+
+
+def test_a_model_config_that_is_no_object_is_one_line(tmp_path, jpeg_folder):
+    config = custom_config(tmp_path, "folder", jpeg_folder(3)[0], ("00001.jpg",), model="[16]")
+    with pytest.raises(UserError, match="config.json holds no JSON object"):
+        recipe.complete(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("checkpoint", "checkpoint is empty"), ("targets", "targets is empty"), ("dir", "dir is empty")]
+)
+def test_custom_says_which_flag_is_missing(tmp_path, jpeg_folder, field, message):
+    config = config_of("custom")
+    config.checkpoint, config.targets, config.data.dir = "model", ("a",), str(jpeg_folder(2)[0])
+    if field == "dir":
+        config.data.dir = ""
+    else:
+        config[field] = type(config[field])()
+    with pytest.raises(UserError, match=message):
+        recipe.complete(config)

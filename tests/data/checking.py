@@ -1,0 +1,25 @@
+"""Shared by the tests of config.mode=check: configs by name, and what is printed for them."""
+
+import importlib.util
+import io
+from pathlib import Path
+
+from retrack_jax.config import rules as recipe
+from retrack_jax.data.requirements import print_requirements
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config_of(name: str):
+    """The config of configs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def printed(config) -> str:
+    """What config.mode=check prints for it."""
+    file = io.StringIO()
+    print_requirements(config.to_dict(), recipe.unset(config), file)
+    return file.getvalue()

@@ -1,0 +1,42 @@
+"""The held-out part: the same images in memory or in a file, of which the training part is never copied whole."""
+
+import numpy as np
+import pytest
+
+from retrack_jax.checks import UserError
+from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.held_out import split_held_out
+from retrack_jax.data.row_view import Rows
+from retrack_jax.neighbors.cache import cached_nearest
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 5, 5, 1), dtype=np.uint8)
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    PIXELS.tofile(tmp_path / "a.pixels")
+    pixels = np.memmap(tmp_path / "a.pixels", np.uint8, "r", shape=PIXELS.shape)
+    return ImageSet(pixels, [f"{row}.png" for row in range(40)], np.arange(40) % 4, "digest", "set")
+
+
+def test_a_memory_map_is_not_copied(mapped, tmp_path):
+    in_memory = image_set("set", PIXELS, mapped.ids, mapped.labels)
+    parts = zip(split_held_out(mapped, 0.25), split_held_out(in_memory, 0.25), (True, False), strict=True)
+    for ours, theirs, lazy in parts:
+        assert isinstance(ours.images, Rows) == lazy
+        assert list(ours.ids) == list(theirs.ids)
+        np.testing.assert_array_equal(np.asarray(ours.images), theirs.images)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    training, _ = split_held_out(mapped, 0.25)
+    other, _ = split_held_out(mapped, 0.3)
+    assert len({training.digest, other.digest, mapped.digest}) == 3
+    found = cached_nearest(training, [3], 5, exclude=[3], cache_dir=tmp_path / "ours")
+    expected = cached_nearest(split_held_out(in_memory, 0.25)[0], [3], 5, exclude=[3], cache_dir=tmp_path / "theirs")
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_shares(mapped):
+    assert split_held_out(mapped, 0.0) == (mapped, None)
+    for share in (0.001, 0.999):
+        with pytest.raises(UserError, match="both parts need some"):
+            split_held_out(mapped, share)
