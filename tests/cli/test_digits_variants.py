@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.main import main
-from retrack_jax.run.sweep import one_run as runner
+from retrack_jax.run import one_run as runner
 from tests.tiny import flags
 
 FEW = {

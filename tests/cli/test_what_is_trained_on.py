@@ -6,7 +6,7 @@ import pytest
 from retrack_jax.data.batches import Batches
 from retrack_jax.data.sources.digits import digits_tshirt
 from retrack_jax.main import main
-from retrack_jax.run.sweep import training as stages
+from retrack_jax.run import training as stages
 from tests.tiny import flags
 
 GROUP = ("digit_0003", "digit_0007", "digit_0011")
