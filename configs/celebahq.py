@@ -11,14 +11,11 @@ Hardware: one accelerator of 24 GB (`--config.compute.remat=True` for less). Tim
 the real data; the README says what was.
 """
 
-import importlib.util
-from pathlib import Path
+from retrack_jax.config.base import base_config, with_method
 
 
 def get_config(method=None):
-    base = _base()
-    config = base.get_config()
-    config.name = "celebahq"
+    config = base_config("celebahq", pretrained_here=False)
     config.targets = tuple(f"{number}.jpg" for number in range(10_001, 10_011))
     config.checkpoint = "checkpoints/celeba_hq/pretrained/ddpm_ema_celebahq_256"
 
@@ -30,17 +27,9 @@ def get_config(method=None):
     config.unlearn.batch_size = 64
     config.unlearn.accumulation = 16  # microbatches of 4; on more than 4 devices fewer of them, chosen by the run
     config.unlearn.learning_rate = 5e-6
-    config.unlearn.siss_scale = 500.0
+    config.unlearn.siss.scale = config.unlearn.siss_no_is.scale = 500.0
     config.sampling.batch_size = 32
     config.eval.metrics = ("fid", "sscd", "nll_bits_per_dim")
     config.eval.fid_reference = "all"
     config.eval.grid_images = 25
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
-
-
-def _base():
-    # Config files are loaded by path, so that a copy of one outside this folder works as long as base.py lies beside it.
-    spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return with_method(config, method)

@@ -12,14 +12,11 @@ Hardware: one accelerator of 16 GB. Drawing 10,000 images in 1000 steps, for eac
 expect: not measured by us on the real data; the README says what was.
 """
 
-import importlib.util
-from pathlib import Path
+from retrack_jax.config.base import base_config, with_method
 
 
 def get_config(method=None):
-    base = _base()
-    config = base.get_config()
-    config.name = "cifar10"
+    config = base_config("cifar10", pretrained_here=False)
     config.targets = tuple(f"hf:{row}" for row in range(10_000, 10_010))
     config.checkpoint = "checkpoints/cifar10/pretrained/ddpm_ema_cifar10_32"
 
@@ -30,18 +27,10 @@ def get_config(method=None):
 
     config.unlearn.num_steps = 60
     config.unlearn.learning_rate = 2e-5
-    config.unlearn.lam = 0.02
-    config.unlearn.siss_scale = 5.0
+    config.unlearn.retrack.lam = 0.02
+    config.unlearn.siss.scale = config.unlearn.siss_no_is.scale = 5.0
     config.sampling.num_steps = 1000
     config.sampling.batch_size = 128
     config.eval.metrics = ("fid", "inception_score", "sscd", "nll_bits_per_dim")
     config.eval.fid_reference = "all"
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
-
-
-def _base():
-    # Config files are loaded by path, so that a copy of one outside this folder works as long as base.py lies beside it.
-    spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return with_method(config, method)

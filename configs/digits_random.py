@@ -8,13 +8,11 @@ Forgotten and held-out digits are exchangeable, so the AUC of an attack that tel
 and the retrained model's own AUC is the measure.
 """
 
-import importlib.util
-from pathlib import Path
+from retrack_jax.config.base import config_beside, with_method
 
 
 def get_config(method=None):
-    base = _load("base")
-    config = _load("digits_tshirt").get_config()
+    config = config_beside(__file__, "digits_tshirt").get_config()
     config.unlock()
     config.name = "digits_random"
     config.targets = ("random:0.05",)
@@ -23,12 +21,4 @@ def get_config(method=None):
     config.eval.metrics = ("membership_auc", "membership_auc_secmi", "fid", "kid", "forget_loss")
     config.eval.frequency_threshold = 0.0  # ordinary digits: a sample that resembles one of them says nothing
     config.eval.mark_name = "forgotten digit"
-    return base.with_method(config, method, recipes=config.recipes.to_dict())
-
-
-def _load(name):
-    # Config files are loaded by path, so that a copy of one outside this folder works as long as the others lie beside it.
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return with_method(config, method)

@@ -12,14 +12,11 @@ SISS's own checkpoint (its folder `unet_ema` and config) can be given instead.
 Hardware: one accelerator of 16 GB. Time and score to expect: not measured by us on the real data; the README says what was.
 """
 
-import importlib.util
-from pathlib import Path
+from retrack_jax.config.base import base_config, with_method
 
 
 def get_config(method=None):
-    base = _base()
-    config = base.get_config()
-    config.name = "mnist_tshirt"
+    config = base_config("mnist_tshirt")
     config.targets = ("label:10",)
     config.seeds = tuple(range(10))
     config.log_every = 10
@@ -40,18 +37,10 @@ def get_config(method=None):
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )
 
-    config.unlearn.siss_scale = 5.0
+    config.unlearn.siss.scale = config.unlearn.siss_no_is.scale = 5.0
     config.sampling.num_images = 50_000
     config.eval.mark_name = "T-shirt"
     config.eval.metrics = ("frequency", "fid", "inception_score", "inception_score_official", "nll_bits_per_dim")
     config.eval.score_network = "mnist_resnet"  # behind the inception scores; or features: the network behind fid
     config.eval.frequency_threshold = 10.0  # L2 in [0, 1] pixels; the nearest digit is at 11.49
-    return base.with_method(config, method, recipes={"siss": {"lam": 0.5}})
-
-
-def _base():
-    # Config files are loaded by path, so that a copy of one outside this folder works as long as base.py lies beside it.
-    spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return with_method(config, method)

@@ -1,5 +1,4 @@
-"""The recipe for data that has none of its own: fields that a config leaves as None, chosen by rules from size and
-resolution.
+"""The recipe for data that has none: numbers that a config leaves as None, chosen by rules from size and resolution.
 
 With S the side of the images in pixels, between 32 and 256, and N the images that remain, the fewest of any target:
 
@@ -9,13 +8,12 @@ With S the side of the images in pixels, between 32 and 256, and N the images th
     (4)  60 steps of 128 images up to S = 64, else 40 steps of 64 in 16 parts
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from retrack_jax.checks import UserError, check
-from retrack_jax.config import build
+from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
@@ -25,13 +23,11 @@ from retrack_jax.data.target_names import resolve_target
 from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
 
-_FROM_CHECKPOINT = ("cifar10", "celebahq", "concepts")  # sources of configs that have no pretraining recipe
-_RETRAINED = ("digits_tshirt", "mnist_tshirt", "concepts")  # the config has the checkpoint's recipe, or refuses it by itself
 log = logging.getLogger(__name__)
 
 
 def rules(num_remain: int, resolution: int) -> dict[str, float | int]:
-    """Returns the fields of `config.unlearn` where `num_remain` images of `resolution` pixels per side remain, by (1) to (4)."""
+    """Returns the options of unlearning if `num_remain` images of `resolution` pixels a side remain, by (1) to (4)."""
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
     small = resolution <= 64
     return {
@@ -44,76 +40,79 @@ def rules(num_remain: int, resolution: int) -> dict[str, float | int]:
     }
 
 
-def open_fields(config: ConfigDict) -> list[str]:
-    """Returns the fields of `rules` that the config leaves to it, and `resolution` where that is left to the model."""
-    names = [name for name in rules(1, 32) if config.unlearn[name] is None]
-    return names + (["resolution"] if config.data.resolution is None else [])
+def open_fields(options: Options) -> list[str]:
+    """Returns the numbers that the config leaves to `rules`, and `resolution` if that is left to the model."""
+    recipes = [recipe for name, recipe in options.methods.items() if name in options.method_names] + [options.unlearn]
+    names = {name for recipe in recipes for name in _open_in(recipe)}
+    return [name for name in rules(1, 32) if name in names] + ["resolution"] * (options.data.resolution is None)
 
 
-def unset(config: ConfigDict) -> dict[str, str]:
+def _open_in(recipe: UnlearnOptions) -> list[str]:
+    return [name for name in rules(1, 32) for one in (recipe, recipe.own) if getattr(one, name, 0) is None]
+
+
+def unset(options: Options) -> dict[str, str]:
     """Returns what the user must still set: field -> what to set it to."""
-    chosen_by_rules = bool(open_fields(config))
+    chosen_by_rules = bool(open_fields(options))
     missing = {}
-    if not config.checkpoint and chosen_by_rules:
+    if not options.checkpoint and chosen_by_rules:
         missing["config.checkpoint"] = "set it to the folder of your model, as diffusers saved it"
-    elif not config.checkpoint and config.data.source in _FROM_CHECKPOINT:
-        missing["config.checkpoint"] = f"{config.data.source} has no pretraining recipe; set it to a folder that diffusers saved"
-    if not config.data.dir and chosen_by_rules:
+    elif not options.checkpoint and options.pretrain.num_steps is None:
+        missing["config.checkpoint"] = f"{options.name} has no pretraining recipe; set it to a folder that diffusers saved"
+    if not options.data.dir and chosen_by_rules:
         missing["config.data.dir"] = "set it to the folder of the model's training images"
-    if not any(str(target).strip() for target in config.targets):
-        missing["config.targets"] = "name the images to forget: @list.txt, or a+b+c"
+    if not options.target_specs:
+        missing["config.targets"] = "name the images to forget, such as --config.targets=@list.txt, a+b+c or label:7"
     return missing
 
 
-def check_retraining(config: ConfigDict) -> None:
-    """Raises `UserError` where a model is to be retrained as its checkpoint was, and the config does not know how that was."""
-    from_scratch = config.method in METHODS and METHODS[config.method].from_scratch
-    if from_scratch and config.checkpoint and config.data.source not in _RETRAINED:
-        raise UserError(
-            f"config.method is {config.method}, but how {config.checkpoint} was trained is not in this config; "
-            "choose another method"
-        )
-
-
-def complete(config: ConfigDict) -> ConfigDict:
-    """Returns `config` with every None of `data.resolution` and of the fields of `rules` chosen; itself if there is none.
+def complete(options: Options) -> Options:
+    """Returns `options` with every number of `open_fields` chosen; itself if there is none.
 
     Raises:
-      UserError: something of `unset`; the model or the images are not where the config says; a target that is not there.
+      UserError: something of `unset`; the model or the images are not where the config says; a target that is not there; a model
+        that is to be retrained by a recipe that the config does not have.
     """
-    for field, advice in unset(config).items():
+    for field, advice in unset(options).items():
         raise UserError(f"{field} is empty; {advice}")
-    check_retraining(config)
-    names = open_fields(config)
+    from_scratch = options.method in METHODS and METHODS[options.method].from_scratch
+    check(
+        not from_scratch or options.pretrain.num_steps is not None,
+        f"config.method is {options.method}, but how {options.checkpoint} was trained is not in this config; choose another method",
+    )
+    names = open_fields(options)
     if not names:
-        return config
-    config = config.copy_and_resolve_references()
-    arrays = data_format(config.data.source, config.data.format) == "npz"  # they come in their size, whatever the model's
-    resolution = config.data.resolution or _sample_size(config.checkpoint)
-    chosen = rules(1, resolution) | {"resolution": 0 if arrays else resolution}
+        return options
+    side = options.data.resolution or _sample_size(options.checkpoint)
     if "resolution" in names:
-        config.data.resolution = chosen["resolution"]
-    if "num_neighbors" in names:
-        chosen |= {"num_neighbors": rules(_fewest_remaining(config), resolution)["num_neighbors"]}
-    for name in names:
-        (config.data if name == "resolution" else config.unlearn)[name] = chosen[name]
-    log.info("chosen by the rules of retrack_jax/recipe.py: %s", {name: chosen[name] for name in names})
-    return config
+        arrays = data_format(options.data.source, options.data.format) == "npz"  # they come in their size, whatever the model's
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=0 if arrays else side))
+    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side)
+    methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
+    shown = {name: {**chosen, "resolution": options.data.resolution}[name] for name in names}
+    log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
+    return dataclasses.replace(options, methods=methods, unlearn=_filled(options.unlearn, chosen))
 
 
-def _fewest_remaining(config: ConfigDict) -> int:
+def _filled(recipe: UnlearnOptions, chosen: dict) -> UnlearnOptions:
+    def fill(record, **more):
+        return dataclasses.replace(record, **{name: chosen[name] for name in chosen if getattr(record, name, 0) is None}, **more)
+
+    return fill(recipe, own=fill(recipe.own))
+
+
+def _fewest_remaining(options: Options) -> int:
     """How many images remain, the fewest of any target."""
-    training, _ = split_held_out(_names(config), config.data.held_out)
-    images = without(training, config.data.exclude)
-    return min(len(images) - len(resolve_target(spec, images)) for spec in build.target_specs(config))
+    training, _ = split_held_out(_names(options), options.data.held_out)
+    images = without(training, options.data.exclude)
+    return min(len(images) - len(resolve_target(spec, images)) for spec in options.target_specs)
 
 
-def _names(config: ConfigDict) -> ImageSet:
+def _names(options: Options) -> ImageSet:
     """The images by name: a folder's without decoding, else the decoded images, which the run needs in any case."""
-    source = config.data.source
-    if data_format(source, config.data.format) == "folder":
-        return named_images(config.data.dir, source)
-    return load_images(config.data.to_dict())
+    if data_format(options.data.source, options.data.format) == "folder":
+        return named_images(options.data.dir, options.data.source)
+    return load_images(dataclasses.asdict(options.data))
 
 
 def _sample_size(checkpoint: str) -> int:

@@ -1,9 +1,11 @@
-"""What one run forgets, as rows and as what the training step holds."""
+"""What one run forgets: rows of a set of images, and what the training step holds of them."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.sources.concepts import Concept
 from retrack_jax.data.target_names import slug
 from retrack_jax.neighbors.distinct import distinct_rows
 from retrack_jax.notation import PyTree
@@ -11,36 +13,50 @@ from retrack_jax.notation import PyTree
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What one run forgets: rows of the image set.
+    """What one run forgets.
 
     Attributes:
       spec: as the user wrote it; slug: its name in paths.
+      images: the training images, which the rows below number.
       forget, remain: int rows; together the whole set.
       unique: rows of the distinct forgotten images, in the order of their pixels; copy_of `[F]`: for each forgotten row,
         which of them it is.
+      concept: where the images come from, if they are pictures of one concept.
     """
 
     spec: str
     slug: str
+    images: ImageSet
     forget: np.ndarray
     remain: np.ndarray
     unique: np.ndarray
     copy_of: np.ndarray
+    concept: Concept | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ForgetData:
-    """What the training step holds on the device about a target (see train/step.py `Shared`), and what the report shows."""
+    """What the training step holds on the device about a target (train/step.py `Shared`), and what the report shows.
+
+    Attributes:
+      forget: the distinct forgotten examples, as `data.dataset.to_x_0` takes them.
+      neighbors: their distinct neighbors, likewise; neighbor_rows: int `[F, K]`, rows of `neighbors`.
+      neighbor_positions: int `[F, K]`, the same neighbors as rows of the target's images.
+      distances: float32 `[F, K]`, Euclidean, in the space that the network denoises.
+    """
 
     forget: PyTree
     neighbors: PyTree | None = None
     neighbor_rows: np.ndarray | None = None
-    neighbor_images: np.ndarray | None = None  # uint8 [F, K, H, W, C]
+    neighbor_positions: np.ndarray | None = None
     distances: np.ndarray | None = None
 
 
-def make_target(spec: str, forget: np.ndarray, remain: np.ndarray, pictures: np.ndarray) -> Target:
-    """Returns the target of the rows `forget`, whose images are `pictures` `[F, H, W, C]`: copies are equal in every pixel."""
+def make_target(
+    spec: str, images: ImageSet, forget: np.ndarray, remain: np.ndarray, concept: Concept | None = None
+) -> Target:
+    """Returns the target of the rows `forget` of `images`. Copies, which are equal in every pixel, share one row of `unique`."""
+    pictures = images.images[forget]
     first, copy_of = distinct_rows(pictures)
     order = np.array(sorted(range(len(first)), key=lambda i: pictures[first[i]].tobytes()))
-    return Target(spec, slug(spec), forget, remain, forget[first[order]], np.argsort(order)[copy_of])
+    return Target(spec, slug(spec), images, forget, remain, forget[first[order]], np.argsort(order)[copy_of], concept)

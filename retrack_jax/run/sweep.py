@@ -1,16 +1,24 @@
 """What the command does: checks, then every method, target and seed, then the summary."""
 
+import dataclasses
+import itertools
+import json
 import logging
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check
-from retrack_jax.config import build
-from retrack_jax.config import rules as recipe
-from retrack_jax.problem.kinds import check_experiment
-from retrack_jax.run.one_run import Runner, methods_of
+from retrack_jax.config.devices import fit_to_devices
+from retrack_jax.config.options import Options, read_config
+from retrack_jax.config.rules import complete, open_fields, unset
+from retrack_jax.problem.problem import Problem, build_problem, check_problem
+from retrack_jax.run.context import RunContext
+from retrack_jax.run.one_run import run_one
+from retrack_jax.run.summary import summarize_workdir
 from retrack_jax.run.workdir import Workdir
+from retrack_jax.unlearn.methods import METHODS
 
 log = logging.getLogger(__name__)
 
@@ -26,47 +34,69 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     Raises:
       UserError: something that the user can mend.
     """
-    if config.mode == "check":
-        check_needs(config)
+    options = read_config(config)
+    if options.mode == "check":
+        check_needs(options)
         return {}
-    config = recipe.complete(config)
-    config = build.fit_to_devices(config)
-    check_experiment(config)
-    for method in methods_of(config):  # each has its own recipe: all are told wrong before the first one runs
-        build.check_config(build.effective_config(config, method))
+    parallel.check_same_everywhere("the config", _flat(dataclasses.asdict(options)))
+    options = fit_to_devices(parallel.together(lambda: complete(options)))
+    check_problem(options)
     workdir = Workdir(workdir)
     with workdir.alone():
-        return sweep(Runner(config, workdir, should_stop))
+        problem = parallel.together(lambda: build_problem(options))
+        targets = {spec: parallel.together(lambda spec=spec: problem.target(spec)) for spec in options.target_specs}
+        for target in targets.values():
+            parallel.check_same_everywhere("the files", problem.digests(target))
+        context = RunContext(problem, targets, workdir, should_stop)
+        _prepare(context)
+        return _sweep(context)
 
 
-def sweep(runner: Runner) -> dict:
-    """Runs every method, target and seed, and returns the summary. One that diverges says nothing on the others, which go on.
+def _sweep(context: RunContext) -> dict:
+    """Runs every method, target and seed, and returns the summary. A run that diverges does not end the others.
 
     Raises:
-      UserError: something that the user can mend; what diverged only once all is done that can be.
+      UserError: something that the user can mend; what diverged, only after everything else is done.
     """
-    config, diverged = runner.config, []
-    for method in methods_of(config):
-        for spec in build.target_specs(config):
-            for seed in config.seeds:
-                try:
-                    runner.run_one(method, spec, seed)
-                except Diverged as error:
-                    log.error("%s, target %s, seed %d: %s", method, spec, seed, error)
-                    diverged.append(f"{method}, target {spec}, seed {seed}: {error}")
-    summary = runner.finish()
+    options, diverged = context.options, []
+    sweep = list(itertools.product(options.method_names, options.target_specs, options.seeds))
+    for method, spec, seed in sweep:
+        try:
+            run_one(context, method, spec, seed)
+        except Diverged as error:
+            log.error("%s, target %s, seed %d: %s", method, spec, seed, error)
+            diverged.append(f"{method}, target {spec}, seed {seed}: {error}")
+    summary = summarize_workdir(context, sweep)
     check(not diverged, "; ".join(diverged))
     return summary
 
 
-def check_needs(config: ConfigDict) -> None:
-    """Lists what the config needs, found or missing, then checks its values, except those that depend on what is missing."""
-    from retrack_jax.data.requirements import print_requirements
+def _prepare(context: RunContext) -> None:
+    """Finds the neighbors of all targets of a sweep in one pass over the images."""
+    options, problem = context.options, context.problem
+    methods = [name for name in options.method_names if name in METHODS and "neighbors" in METHODS[name].streams]
+    if options.mode not in ("run", "unlearn") or len(context.targets) == 1:
+        return
+    for name in methods:
+        recipe = options.recipe(name)
+        targets = list(context.targets.values())
+        parallel.on_main(lambda: problem.codec.prepare(targets, recipe.num_neighbors, recipe.neighbor_backend))
 
-    needed = print_requirements(config.to_dict(), recipe.unset(config))
+
+def check_needs(options: Options) -> None:
+    """Lists what the config needs, found or missing, then checks its values, except those that depend on what is missing."""
+    from retrack_jax.data.checklist import print_requirements
+
+    needed = print_requirements(dataclasses.asdict(options), unset(options))
     if all(item.found or item.optional for item in needed):
-        config = recipe.complete(config)
-    if not recipe.open_fields(config):
-        check_experiment(config)
-        for method in methods_of(config):
-            build.check_config(build.effective_config(config, method))
+        options = complete(options)
+    if not open_fields(options):
+        check_problem(fit_to_devices(options))
+
+
+def _flat(fields: dict, prefix: str = "config.") -> dict[str, str]:
+    """Returns every leaf of nested dicts by its dotted name, as JSON."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": json.dumps(value)}
+    return flat

@@ -1,6 +1,6 @@
-"""The workdir: where each thing lies, whose run it holds, and the one command at a time that may write there.
+"""The workdir: where each result lies, what it was made from, and the one command at a time that may write there.
 
-    pretrained/                 checkpoints/ samples.npz metrics-TARGET.json diffusers/
+    pretrained/                 config.json checkpoints/ samples.npz metrics-TARGET.json
     retrained/seed0-TARGET/     checkpoints/
     METHOD/seed0-TARGET/        config.json metrics.json log.jsonl samples.npz samples.png checkpoints/ report.html diffusers/
     summary.json report.html
@@ -8,7 +8,6 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import uuid
@@ -20,20 +19,11 @@ from etils import epath
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import UserError, check
+from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
 log = logging.getLogger(__name__)
-PRETRAINED, RETRAINED = "pretrained", "retrained"
-_INPUTS = "inputs"  # in config.json beside the fields of the config: digests of what was read
-
-# Fields that may differ between two commands on one workdir: what to do next, where files lie, how often to log and save, what
-# only costs memory or time (so that a run goes on on a machine with other devices), and which metrics to compute and what to
-# export, for each is kept by itself (runner.py).
-_FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes", "export"}
-_FREE_NESTED = {
-    "data.cache_dir", "data.dir", "data.encode_batch_size", "sampling.batch_size", "eval.weights_dir", "eval.metrics",
-    "eval.classifier", "compute.cpu_devices", "compute.remat", "compute.shard_ema", "pretrain.accumulation",
-    "unlearn.accumulation",
-}  # fmt: skip
+RETRAINED = "retrained"
+_FORMAT = 2  # of config.json
 
 
 class Workdir:
@@ -106,45 +96,54 @@ class Workdir:
         """The folder of the model before unlearning."""
         return self.root / PRETRAINED
 
-    def retrained(self, seed: int, slug: str) -> epath.Path:
-        """The folder of the model retrained without the target's images."""
-        return self.root / RETRAINED / f"seed{seed}-{slug}"
+    def model(self, method: str, seed: int, slug: str) -> epath.Path:
+        """The folder of a method's checkpoints: its results' own, except that what is retrained lies by itself."""
+        retrained = method in METHODS and METHODS[method].from_scratch
+        return self.root / RETRAINED / f"seed{seed}-{slug}" if retrained else self.run(method, seed, slug)
 
     def run(self, method: str, seed: int, slug: str) -> epath.Path:
-        """The folder of one run."""
+        """The folder of one run's results."""
         return self.root / method / f"seed{seed}-{slug}"
 
-    def check_claim(self, folder: epath.Path, config: Mapping, inputs: Mapping[str, str] | None = None) -> None:
-        """Raises `UserError`, with what differs, if `folder` holds a run of another config, or one that read other `inputs`.
+    def check(self, folder: epath.Path, reads: Mapping[str, Mapping]) -> None:
+        """Raises `UserError`, with what differs, if `folder` holds a result that was made from something else than `reads`.
 
         Args:
-          folder: of a run, or of a model that runs share.
-          config: its comparable part.
-          inputs: what was read, such as images or weights, by name -> digest; None before they are read.
+          folder: of a run, of a model that runs share, or of all runs of a method.
+          reads: section -> what results of that kind are made from now (reads.py). A section that `folder` does not have binds
+            nothing, and one that is left out here is not compared.
         """
         path = folder / "config.json"
         if not path.exists():
             return
-        stored = files.read_json(path)
-        # Of the stored one too: it may hold a field that has become free since it was written.
-        differing = _differences(comparable(stored), json.loads(json.dumps(config)))
-        if differing:
+        stored = _sections(path)
+        for section, now in reads.items():
+            if section not in stored:
+                continue
+            differing = _differences(stored[section], now)
+            if not differing:
+                continue
+            if section == "inputs":
+                names = " and ".join(name for name, _, _ in differing)
+                raise UserError(f"{folder} holds a run with other {names} than the config names now; choose another --workdir")
             shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            raise UserError(f"{folder} holds another config's run: {shown}{more}; choose another --workdir")
-        read_then = stored.get(_INPUTS, {})
-        if others := [name for name, digest in (inputs or {}).items() if read_then.get(name, digest) != digest]:
-            names = " and ".join(others)
-            raise UserError(f"{folder} holds a run with other {names} than the config names now; choose another --workdir")
+            whose = "another config's run" if section == "model" else f"{section} of another config"
+            raise UserError(f"{folder} holds {whose}: {shown}{more}; choose another --workdir")
 
-    def claim(self, folder: epath.Path, config: Mapping, inputs: Mapping[str, str]) -> None:
-        """Writes `config` and the digests of `inputs` to `folder/config.json`.
+    def record(self, folder: epath.Path, reads: Mapping[str, Mapping]) -> None:
+        """Writes into `folder/config.json` what the results of each section of `reads` are made from.
 
-        To be called only once all that the config names was found: a mistyped command claims nothing.
+        To be called only once all that the config names is there: a mistyped command leaves nothing.
         """
         path = folder / "config.json"
-        claimed = {**config, _INPUTS: dict(inputs)}
-        parallel.on_main(lambda: None if path.exists() else files.write_json(path, claimed))
+
+        def write() -> None:
+            stored = _sections(path) if path.exists() else {"format": _FORMAT}
+            if any(section not in stored for section in reads):
+                files.write_json(path, {**reads, **stored})
+
+        parallel.on_main(write)
 
     def _check_shared(self) -> None:
         """Refuses a workdir that the processes do not share: process 0 writes a token and all must read it."""
@@ -164,24 +163,26 @@ class Workdir:
             raise UserError(f"--workdir {self.root} is not shared by all processes; {hint}")
 
 
-def comparable(config: Mapping, *, model_only: bool = False) -> dict:
-    """Returns the part of a config (a plain dict) that a run's results depend on; `model_only`: without the unlearning recipe."""
-    left_out = _FREE - {"method"} | {_INPUTS} | ({"unlearn", "method"} if model_only else set())
-    kept = {name: value for name, value in config.items() if name not in left_out}
-    for name in _FREE_NESTED:
-        group, field = name.split(".")
-        if group in kept:
-            kept[group] = {key: value for key, value in kept[group].items() if key != field}
-    return kept
+def _sections(path: epath.Path) -> dict:
+    """Returns what a `config.json` holds. Raises `UserError` for one of an older version, or one that is damaged."""
+    stored = files.read_json(path)
+    if not isinstance(stored, dict) or not all(isinstance(value, dict) for name, value in stored.items() if name != "format"):
+        stored = {}
+    check(
+        stored.get("format") == _FORMAT,
+        f"{path} is damaged or was written by another version of retrack_jax, whose runs cannot be continued; choose another "
+        "--workdir (reports that are finished can still be opened)",
+    )
+    return stored
 
 
 def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str, object, object]]:
-    found = []
+    differing = []
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += _differences(before, now, f"{prefix}{name}.")
+            differing += _differences(before, now, f"{prefix}{name}.")
         # An option that is newer than the workdir is off by default, and off it changes nothing.
         elif before != now and not (name not in old and not now):
-            found.append((prefix + name, before, now))
-    return found
+            differing.append((prefix + name, before, now))
+    return differing

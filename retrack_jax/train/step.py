@@ -4,8 +4,8 @@ The order is part of the method (see unlearn/combine.py): the gradients of each 
 devices, combined into one, and only then clipped and applied.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import flax.struct
 import jax
@@ -19,6 +19,7 @@ from retrack_jax.models.cpu.packing import pack
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.train.state import TrainState
 from retrack_jax.unlearn.methods import Method
+from retrack_jax.unlearn.options import MethodOptions
 from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
 
 # Folds of a step's key: one per stream, which its examples' keys come from.
@@ -31,11 +32,12 @@ class Shared:
 
     Attributes:
       schedule: the noise schedule.
-      forget: the forgotten images, as `to_x_0` takes them, leaves `[F, ...]`; or None.
+      forget: the forgotten examples, as `to_x_0` takes them, leaves `[F, ...]`; or None.
       neighbors: the distinct neighbors of all of them, leaves `[M, ...]`; or None.
       neighbor_rows: int `[F, K]`, rows of `neighbors`; or None.
       reference: the frozen pretrained parameters, for the distillation loss; or None.
-      condition: further arguments of the network, such as a prompt's embedding.
+      conditions: what examples' `condition` are rows of, `[P, ...]`, such as embeddings of prompts. A table of one row is passed
+        to the network as it is and broadcasts. None: the network takes no condition, or the rows themselves (labels).
     """
 
     schedule: Schedule
@@ -43,7 +45,7 @@ class Shared:
     neighbors: PyTree | None = None
     neighbor_rows: Array | None = None
     reference: PyTree | None = None
-    condition: tuple[Array, ...] = ()
+    conditions: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,8 @@ class StepOptions:
     """How a step runs.
 
     Attributes:
-      options: the method's hyperparameters.
-      lam_fn: `step -> lambda` in place of `options["lam"]`, or None.
+      options: the method's own options.
+      num_steps: of the run, which options that change over it follow.
       accumulation: microbatches per step; gradients are averaged over them.
       t_min, t_max: timesteps are drawn from [t_min, t_max).
       distill: whether the retain loss matches the pretrained network rather than the noise.
@@ -60,8 +62,8 @@ class StepOptions:
       shard_ema: whether the state's moving average is sharded over the devices (`TrainState.shard_ema`).
     """
 
-    options: Mapping[str, float] = field(default_factory=dict)
-    lam_fn: Callable[[Array], Array | float] | None = None
+    options: MethodOptions = MethodOptions()
+    num_steps: int = 1
     accumulation: int = 1
     t_min: int = 0
     t_max: int
@@ -75,25 +77,23 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
 
     Args:
       method: an entry of the table of methods.
-      eps_fn: `(params, x_t, t, *condition, **kwargs) -> eps_pred`.
+      eps_fn: `(params, x_t, t, *condition, **kwargs) -> eps_pred`; it is given a condition if the examples have one.
       how: how the step runs.
 
-    The step takes a batch with a device axis: `remain` as `to_x_0` takes it and `remain_index` `[D, b]`, the examples' global
-    indices in the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and `forget_index`. `rng` is the run's base key. It
-    donates the state. Metrics are float32 scalars, means over the batch of sums over pixels.
+    The step takes a batch with a device axis: `remain`, examples as `to_x_0` takes them with their `condition` if they have one, and
+    `remain_index` `[D, b]`, their global indices in the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and `forget_index`.
+    `rng` is the run's base key. The step donates the state. Metrics are float32 scalars, means over the batch of sums over pixels.
     """
 
     def step(state: TrainState, batch: PyTree, shared: Shared, rng: Rng):
         step_rng = jax.random.fold_in(rng, state.step)
-        options = dict(how.options)
-        if how.lam_fn is not None:
-            options["lam"] = how.lam_fn(state.step)
+        options = how.options.at(state.step, how.num_steps)
 
         def terms(params: PyTree, microbatch: PyTree):
             context = Context(
                 schedule=shared.schedule,
-                eps_fn=_close(eps_fn, params, shared.condition, how.dropout),
-                reference_fn=_close(eps_fn, shared.reference, shared.condition) if how.distill else None,
+                eps_fn=_close(eps_fn, params, shared.conditions, how.dropout),
+                reference_fn=_close(eps_fn, shared.reference, shared.conditions) if how.distill else None,
                 options=options,
                 t_min=how.t_min,
                 t_max=how.t_max,
@@ -143,17 +143,23 @@ def _with_sharded_ema(step: Callable) -> Callable:
     return whole_step
 
 
-def _close(eps_fn: ModelEpsFn, params: PyTree, condition: tuple[Array, ...], dropout: bool = False) -> Callable:
-    """Closes `eps_fn` over all but the noisy points and their keys, `(x_t, t, rngs)`."""
+def _close(eps_fn: ModelEpsFn, params: PyTree, conditions: Array | None, dropout: bool = False) -> Callable:
+    """Closes `eps_fn` over all but the noisy points: `(x_t, t, condition, rngs) -> eps_pred`, `condition` rows of `conditions`."""
+
+    def arguments(condition: Array | None) -> tuple[Array, ...]:
+        if conditions is None:
+            return () if condition is None else (condition,)
+        return (conditions if conditions.shape[0] == 1 else conditions[condition],)
+
     if not dropout:
-        return lambda x_t, t, rngs=None: eps_fn(params, x_t, t, *condition)
+        return lambda x_t, t, condition=None, rngs=None: eps_fn(params, x_t, t, *arguments(condition))
 
-    # One example at a time, so that its masks hang on its own key and not on what shares its device; compiled as one batch.
-    @jax.vmap
-    def predict(x_t, t, rng):
-        return eps_fn(params, x_t[None], t[None], *condition, deterministic=False, rngs={"dropout": rng})[0]
+    # One example at a time, so that its masks depend on its own key and not on what shares its device; compiled as one batch.
+    def predict(x_t, t, condition, rng):
+        x_t, t, condition = jax.tree.map(lambda leaf: leaf[None], (x_t, t, condition))
+        return eps_fn(params, x_t, t, *arguments(condition), deterministic=False, rngs={"dropout": rng})[0]
 
-    return predict
+    return jax.vmap(predict)
 
 
 def _streams(method: Method, microbatch: PyTree, shared: Shared, step_rng: Rng) -> tuple[Stream | None, Stream | None]:
@@ -161,14 +167,18 @@ def _streams(method: Method, microbatch: PyTree, shared: Shared, step_rng: Rng) 
     remain = forget = None
     if "remain" in method.streams:
         rngs, posterior_rngs = _stream_rngs(step_rng, _REMAIN, microbatch["remain_index"])
-        remain = Stream(x_0=to_x_0(microbatch["remain"], posterior_rngs), rngs=rngs)
+        remain = _stream(microbatch["remain"], rngs, posterior_rngs)
     if "forget" in method.streams:
         rngs, posterior_rngs = _stream_rngs(step_rng, _FORGET, microbatch["forget_index"])
         rows = microbatch["forget_row"]
-        forget = Stream(x_0=to_x_0(_take(shared.forget, rows), posterior_rngs), rngs=rngs)
+        forget = _stream(_take(shared.forget, rows), rngs, posterior_rngs)
         if "neighbors" in method.streams:
             forget = forget.replace(neighbors=_neighbors(shared, rows))
     return remain, forget
+
+
+def _stream(examples: PyTree, rngs: Rng, posterior_rngs: Rng) -> Stream:
+    return Stream(x_0=to_x_0(examples, posterior_rngs), rngs=rngs, condition=examples.get("condition"))
 
 
 def _neighbors(shared: Shared, rows: Array) -> Array:

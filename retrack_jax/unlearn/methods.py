@@ -1,7 +1,8 @@
 """The only table of methods: name -> streams it needs, its terms, how their gradients combine.
 
-To add a method, write one function `(context, remain, forget) -> Terms` from the losses, and one entry in `METHODS`.
-`forget` is None for a method without that stream. A method with one term leaves `correction` out.
+To add a method, write one function `(context, remain, forget) -> Terms` from the losses, and one entry in `METHODS`; a method with
+options of its own adds a record of them (options.py). A stream that the method does not ask for is None. A method with one term
+leaves `correction` out.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from retrack_jax.checks import check_choice
 from retrack_jax.diffusion.conversions import expand
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.unlearn import combine, losses
+from retrack_jax.unlearn.options import EraseDiffOptions, MethodOptions, RetrackOptions, SissNoIsOptions, SissOptions
 from retrack_jax.unlearn.streams import Context, Stream
 
 
@@ -53,7 +55,7 @@ def erasediff(context: Context, remain: Stream, forget: Stream) -> Terms:
 
 def siss(context: Context, remain: Stream, forget: Stream) -> Terms:
     """Both terms from one forward pass at points of the mixture of remaining and forgotten images."""
-    mixture = context.options["lam"]
+    mixture = context.options.mixture
     from_forget = expand(remain.bernoulli(mixture), remain.x_0)
     points = context.noise(remain, jnp.where(from_forget, forget.x_0, remain.x_0))
     (eps_pred,) = context.predict(points)
@@ -83,7 +85,7 @@ def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
     unlearn = losses.retrack(
         eps_forget, points_forget.x_t, forget.neighbors, points_forget.gamma, points_forget.sigma
     ).mean()
-    lam = context.options["lam"]
+    lam = context.options.lam
     return Terms(main=lam * unlearn + (1 - lam) * retain, logs={"unlearn": unlearn, "retain": retain})
 
 
@@ -94,46 +96,37 @@ class Method:
     Attributes:
       streams: of "remain", "forget" and "neighbors", what it needs.
       terms: the function that computes its terms.
+      options: the record of its own options, with their defaults.
       combine: `(main gradient, correction gradient, options) -> gradient` for a method with two terms, else None.
-      options: the hyperparameters it reads, with defaults.
       paired: whether remain and forget batches are used in pairs and so must be of one size.
       from_scratch: whether training starts from random weights rather than from the pretrained ones.
     """
 
     streams: frozenset[str]
     terms: Callable[[Context, Stream | None, Stream | None], Terms]
-    combine: Callable[[PyTree, PyTree, Mapping[str, float | Array]], PyTree] | None = None
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: type[MethodOptions] = MethodOptions
+    combine: Callable[[PyTree, PyTree, MethodOptions], PyTree] | None = None
     paired: bool = False
     from_scratch: bool = False
 
 
-def _rescale(main: PyTree, correction: PyTree, options: Mapping[str, float | Array]) -> PyTree:
-    # A scale of 0 asks for SISS's automatic choice.
-    if options["siss_scale"] == 0:
-        return combine.siss_auto(main, correction, options["siss_share"])
-    return combine.siss(main, correction, options["siss_scale"])
+def _rescale(main: PyTree, correction: PyTree, options: SissNoIsOptions) -> PyTree:
+    if options.scale == 0:
+        return combine.siss_auto(main, correction, options.share)
+    return combine.siss(main, correction, options.scale)
 
 
-def _erase(main: PyTree, correction: PyTree, options: Mapping[str, float | Array]) -> PyTree:
-    return combine.erasediff(main, correction, options["erasediff_eta"])
+def _erase(main: PyTree, correction: PyTree, options: EraseDiffOptions) -> PyTree:
+    return combine.erasediff(main, correction, options.eta)
 
 
-_SISS = {"siss_scale": 0.0, "siss_share": 0.1}
+_BOTH = frozenset({"remain", "forget"})
 
 METHODS: dict[str, Method] = {
-    "retrack": Method(
-        streams=frozenset({"remain", "forget", "neighbors"}), terms=retrack, options={"lam": 0.005}
-    ),
-    "siss": Method(
-        streams=frozenset({"remain", "forget"}), terms=siss, combine=_rescale, options={"lam": 0.5, **_SISS}, paired=True
-    ),
-    "siss_no_is": Method(
-        streams=frozenset({"remain", "forget"}), terms=siss_no_is, combine=_rescale, options=_SISS
-    ),
-    "erasediff": Method(
-        streams=frozenset({"remain", "forget"}), terms=erasediff, combine=_erase, options={"erasediff_eta": 1e-3}
-    ),
+    "retrack": Method(streams=_BOTH | {"neighbors"}, terms=retrack, options=RetrackOptions),
+    "siss": Method(streams=_BOTH, terms=siss, options=SissOptions, combine=_rescale, paired=True),
+    "siss_no_is": Method(streams=_BOTH, terms=siss_no_is, options=SissNoIsOptions, combine=_rescale),
+    "erasediff": Method(streams=_BOTH, terms=erasediff, options=EraseDiffOptions, combine=_erase),
     "neggrad": Method(streams=frozenset({"forget"}), terms=neggrad),
     "vanilla": Method(streams=frozenset({"remain"}), terms=vanilla),
     "retrain": Method(streams=frozenset({"remain"}), terms=vanilla, from_scratch=True),

@@ -5,8 +5,8 @@ draws are the same on one device and on four. A `Context` turns streams into noi
 fused.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import flax.struct
 import jax
@@ -16,6 +16,7 @@ from retrack_jax.diffusion.conversions import add_noise
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array, Rng
 from retrack_jax.unlearn import losses
+from retrack_jax.unlearn.options import MethodOptions
 
 # Each draw of an example has its own fold, so that adding a draw never changes another. Clean latents are drawn in train/step.py.
 _TIME, _NOISE, _MASK, _UNIFORM, POSTERIOR, _DROPOUT = range(6)
@@ -29,11 +30,13 @@ class Stream:
       x_0: `[B, H, W, C]` float32, in the space that the network denoises.
       rngs: `[B]` keys, one per example.
       neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
+      condition: int32 `[B]`, the row of the table of conditions that each example is drawn under; None for an unconditional network.
     """
 
     x_0: Array
     rngs: Rng
     neighbors: Array | None = None
+    condition: Array | None = None
 
     def bernoulli(self, probability: float | Array) -> Array:
         """Returns bool `[B]`, true with `probability`."""
@@ -47,7 +50,10 @@ class Stream:
 
 @flax.struct.dataclass
 class Noised:
-    """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`; `rngs` are for dropout masks."""
+    """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`.
+
+    `rngs` are for dropout masks; `condition` is the stream's.
+    """
 
     x_t: Array
     t: Array
@@ -55,6 +61,7 @@ class Noised:
     gamma: Array
     sigma: Array
     rngs: Rng
+    condition: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +70,16 @@ class Context:
 
     Attributes:
       schedule: the noise schedule.
-      eps_fn: `(x_t, t, rngs) -> eps_pred`, the parameters being trained closed over.
-      reference_fn: `(x_t, t) -> eps_pred` with the frozen pretrained parameters, or None.
-      options: the method's hyperparameters (numbers, or traced scalars where they follow a schedule).
+      eps_fn: `(x_t, t, condition, rngs) -> eps_pred`, the parameters being trained closed over.
+      reference_fn: the same with the frozen pretrained parameters, or None.
+      options: the method's own options (numbers, or traced scalars if they follow a schedule).
       t_min, t_max: timesteps are drawn uniformly from [t_min, t_max).
     """
 
     schedule: Schedule
-    eps_fn: Callable[[Array, Array, Rng], Array]
-    options: Mapping[str, float | Array] = field(default_factory=dict)
-    reference_fn: Callable[[Array, Array], Array] | None = None
+    eps_fn: Callable[[Array, Array, Array | None, Rng], Array]
+    options: MethodOptions = MethodOptions()
+    reference_fn: Callable[[Array, Array, Array | None], Array] | None = None
     t_min: int = 0
     t_max: int
 
@@ -87,13 +94,16 @@ class Context:
 
         t, eps, rngs = jax.vmap(draw)(stream.rngs)
         gamma, sigma = self.schedule.gamma[t], self.schedule.sigma[t]
-        return Noised(x_t=add_noise(x_0, eps, gamma, sigma), t=t, eps=eps, gamma=gamma, sigma=sigma, rngs=rngs)
+        return Noised(
+            x_t=add_noise(x_0, eps, gamma, sigma), t=t, eps=eps, gamma=gamma, sigma=sigma, rngs=rngs, condition=stream.condition
+        )
 
     def predict(self, *noised: Noised) -> tuple[Array, ...]:
         """Returns the prediction at each batch of noisy points, from one forward pass over all of them."""
-        if len(noised) == 1:
-            return (self.eps_fn(noised[0].x_t, noised[0].t, noised[0].rngs),)
-        eps_pred = self.eps_fn(*(jnp.concatenate(parts) for parts in zip(*((n.x_t, n.t, n.rngs) for n in noised), strict=True)))
+        points = [(n.x_t, n.t, n.condition, n.rngs) for n in noised]
+        if len(points) == 1:
+            return (self.eps_fn(*points[0]),)
+        eps_pred = self.eps_fn(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *points))
         sizes = [n.x_t.shape[0] for n in noised]
         return tuple(jnp.split(eps_pred, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]))
 
@@ -101,4 +111,5 @@ class Context:
         """Returns `[B]`: the vanilla loss, or the distance to the frozen pretrained prediction when distilling."""
         if self.reference_fn is None:
             return losses.vanilla(eps_pred, noised.eps)
-        return losses.vanilla(eps_pred, jax.lax.stop_gradient(self.reference_fn(noised.x_t, noised.t)))
+        reference = self.reference_fn(noised.x_t, noised.t, noised.condition)
+        return losses.vanilla(eps_pred, jax.lax.stop_gradient(reference))

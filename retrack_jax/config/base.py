@@ -1,0 +1,43 @@
+"""What the files in `configs/` start from and end with."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict, config_dict
+
+from retrack_jax.config.options import default_config
+
+
+def base_config(name: str, *, pretrained_here: bool = True) -> ConfigDict:
+    """Returns every field of options.py with its default, which all of the paper's experiments share.
+
+    Args:
+      name: of the config file.
+      pretrained_here: whether the config has a recipe for pretraining. One that has none needs `config.checkpoint`.
+    """
+    config = default_config()
+    config.name = name
+    if not pretrained_here:
+        config.pretrain.num_steps = config_dict.placeholder(int)
+    return config
+
+
+def with_method(config: ConfigDict, method: str | None) -> ConfigDict:
+    """Returns `config` with `method` chosen and locked: an override of a field that does not exist fails with the nearest name.
+
+    Args:
+      config: the fields.
+      method: what follows the colon in `--config=FILE:METHOD`; None or empty keeps the default.
+    """
+    config.method = method or config.method
+    config.lock()
+    return config
+
+
+def config_beside(file: str, name: str) -> ModuleType:
+    """Returns the config `name`.py in the folder of `file`, which starts from it; config files are loaded by path."""
+    spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,449 @@
+"""The fields of a config, typed and self-checking. Each has one default, and it stands here.
+
+`default_config()` lays them out as the `ConfigDict` that `configs/*.py` and the command line change; `read_config` turns that into
+these records and checks every value. Nothing below this package sees a `ConfigDict`.
+
+A message of a check starts with the field's name; whoever makes the record puts before it where the user sets it.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict, config_dict
+
+from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
+from retrack_jax.data.decode import CROPS
+from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
+from retrack_jax.evaluate.prompts import CLASSIFIERS
+from retrack_jax.metrics.features.resize import RULES
+from retrack_jax.neighbors.search import BACKENDS
+from retrack_jax.sampling import SAMPLERS
+from retrack_jax.notation import Array
+from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer
+from retrack_jax.train.step import StepOptions
+from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, Method
+from retrack_jax.unlearn.options import MethodOptions
+
+MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
+DTYPES = ("float32", "bfloat16")
+EXPORTS = ("pipeline", "unet", "none")
+RETAIN_LOSSES = ("standard", "distillation")
+_MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """`config.data`: which images, and how they become pixels."""
+
+    source: str = ""  # a key of data.sources.SOURCES
+    dir: str = ""  # where the files are; ~ is expanded
+    format: str = ""  # how that source's files are kept: tfds, parquet, folder; empty: its first
+    tfds_name: str = ""  # with source tfds: its name there, such as mnist
+    split: str = "train"
+    copies: int = 0  # T-shirts added to the digits, by sources that add any
+    resolution: int | None = 0  # pixels a side; 0: as they are; None: the model's own
+    channels: int = 0  # 1 or 3 converts; 0: as they are
+    crop: str = "center"  # how an image of another shape becomes square: center, or none to refuse it
+    held_out: float = 0.0  # share of the images, drawn at random, that no model trains on; membership needs it
+    exclude: str = ""  # images that an earlier run made the checkpoint forget, written as a target is
+    skip_corrupt: bool = False  # leave out images that cannot be decoded, rather than refuse to run
+    cache_dir: str = "~/.cache/retrack_jax"  # decoded images, latents and neighbors
+    original_prompts: str = "original_prompts.json"  # of concepts: below data.dir, or absolute
+    modified_prompts: str = "modified_prompts.json"
+    encode_batch_size: int = 4  # pictures that a VAE encodes at once
+    latent_seed: int = 0  # of the one draw of forgotten and neighbor latents that ReTrack keeps
+
+    def __post_init__(self):
+        check_int("resolution", self.resolution or 0, minimum=0)
+        check_int("copies", self.copies, minimum=0)
+        check_choice("crop", self.crop, CROPS)
+        check_number("held_out", self.held_out, 0.0, 1.0)
+        check_int("encode_batch_size", self.encode_batch_size)
+        check_int("latent_seed", self.latent_seed, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """`config.model`: diffusers' UNet2DModel fields and defaults. A checkpoint's own config.json wins."""
+
+    sample_size: int = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    layers_per_block: int = 2
+    block_out_channels: tuple = (224, 448, 672, 896)
+    down_block_types: tuple = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    up_block_types: tuple = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    attention_head_dim: int = 8  # channels per head
+    add_attention: bool = True
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    act_fn: str = "silu"
+    dropout: float = 0.0
+    downsample_padding: int = 1
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+    def __post_init__(self):
+        for name in ("layers_per_block", "in_channels", "out_channels", "norm_num_groups"):
+            check_int(name, getattr(self, name))
+        check_number("dropout", self.dropout, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """`config.schedule`: diffusers' scheduler fields. A checkpoint's own scheduler_config.json wins."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction_type: str = "epsilon"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    variance_type: str = "fixed_small"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    def __post_init__(self):
+        check_int("num_train_timesteps", self.num_train_timesteps, minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What pretraining and unlearning have in common: AdamW's settings and the size of a step.
+
+    A number that is None is left to the rules for data without a recipe (rules.py).
+    """
+
+    num_steps: int | None
+    batch_size: int | None = 128  # images per step, over all devices and microbatches
+    accumulation: int | None = 1  # microbatches per step
+    learning_rate: float | None
+    learning_rate_schedule: str = "constant"  # or cosine
+    warmup_steps: int = 0
+    b1: float = 0.95
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-6
+    clip_norm: float = 0.0  # of the gradient of a sum over pixels; 0: none
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "accumulation"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name))
+        check_int("warmup_steps", self.warmup_steps, minimum=0)
+        check_choice("learning_rate_schedule", self.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, 0.0, above=True)
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            check_number(name, value, 0.0, 1.0)
+            check(value < 1.0, f"{name} is {value}; it must be below 1: an average of nothing divides by zero")
+        for name in ("eps", "weight_decay", "clip_norm"):
+            check_number(name, getattr(self, name), 0.0)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns AdamW as these options describe it."""
+        return make_optimizer(
+            learning_rate=self.learning_rate,
+            num_steps=self.num_steps or 1,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            schedule=self.learning_rate_schedule,
+            warmup_steps=self.warmup_steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainingOptions):
+    """`config.pretrain`: from random weights, with or without the forgotten images (SISS's recipe for MNIST)."""
+
+    num_steps: int | None = 117_500  # None: the config has no recipe, and its model comes from a checkpoint
+    learning_rate: float | None = 1e-4
+    learning_rate_schedule: str = "cosine"
+    warmup_steps: int = 500
+    ema_power: float = 0.75
+    ema_inv_gamma: float = 1.0
+    ema_max_decay: float = 0.9999  # 0: no moving average
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_int("seed", self.seed, minimum=0, maximum=_MAX_SEED)
+        check_number("ema_max_decay", self.ema_max_decay, 0.0, 1.0)
+        check_number("ema_power", self.ema_power, 0.0)
+        check_number("ema_inv_gamma", self.ema_inv_gamma, 0.0, above=True)
+
+    def ema_decay(self) -> Callable[[Array], Array] | None:
+        """Returns `step -> decay` of the moving average, or None if there is none."""
+        if not self.ema_max_decay:
+            return None
+        return make_ema_decay(power=self.ema_power, inv_gamma=self.ema_inv_gamma, max_decay=self.ema_max_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnOptions(TrainingOptions):
+    """`config.unlearn`: what all methods share, and as `own` the options of one method."""
+
+    num_steps: int | None = 50
+    learning_rate: float | None = 5e-5
+    clip_norm: float = 1.0
+    forget_batch_size: int = 0  # noisy copies of forgotten images per step; 0: as many as remaining ones
+    num_neighbors: int | None = 10  # K
+    neighbor_backend: str = "auto"  # or scann, exact
+    t_min: int = 0  # timesteps are drawn from [t_min, t_max)
+    t_max: int | None = None  # None: all that the schedule has
+    retain_loss: str = "standard"  # or distillation: match the pretrained model
+    own: MethodOptions = MethodOptions()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_int("forget_batch_size", self.forget_batch_size, minimum=0)
+        if self.num_neighbors is not None:
+            check_int("num_neighbors", self.num_neighbors)
+        check_choice("neighbor_backend", self.neighbor_backend, BACKENDS)
+        check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
+        check_int("t_min", self.t_min, minimum=0)
+        if self.t_max is not None:
+            check_int("t_max", self.t_max, minimum=self.t_min + 1)
+
+    def check_window(self, num_timesteps: int, where: str = "config.unlearn.") -> None:
+        """Raises `UserError` unless [t_min, t_max) is a part of [0, `num_timesteps`)."""
+        check_int(f"{where}t_min", self.t_min, minimum=0, maximum=num_timesteps - 1)
+        if self.t_max is not None:
+            check_int(f"{where}t_max", self.t_max, minimum=self.t_min + 1, maximum=num_timesteps)
+
+    def step_options(self, num_timesteps: int, dropout: bool) -> StepOptions:
+        """Returns how a step runs, on a schedule of `num_timesteps`; `dropout`: whether the network has any."""
+        return StepOptions(
+            options=self.own,
+            num_steps=self.num_steps,
+            accumulation=self.accumulation,
+            t_min=self.t_min,
+            t_max=num_timesteps if self.t_max is None else self.t_max,
+            distill=self.retain_loss == "distillation",
+            dropout=dropout,
+        )
+
+    def forget_size(self, method: Method) -> int:
+        """Returns how many forgotten images a step of `method` takes."""
+        return (self.forget_batch_size or self.batch_size) if "forget" in method.streams else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """`config.sampling`: image i is the same for every model and any batch size."""
+
+    sampler: str = "ddpm"  # or ddim, dpm_solver, pndm
+    num_steps: int = 50
+    num_images: int = 10_000  # of each prompt, where there are prompts
+    batch_size: int = 500  # images at once, over all devices
+    seed: int = 0
+    guidance_scale: float = 7.5  # of conditional networks; at most 1: none
+    negative_prompt: str = ""
+
+    def __post_init__(self):
+        check_choice("sampler", self.sampler, SAMPLERS)
+        for name in ("num_steps", "num_images", "batch_size"):
+            check_int(name, getattr(self, name))
+        check_int("seed", self.seed, minimum=0, maximum=_MAX_SEED)
+        check_number("guidance_scale", self.guidance_scale, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelearningOptions:
+    """`config.eval.relearning`: fine-tuning until the forgotten image is back, for relearning_steps."""
+
+    steps: tuple = (10, 20, 40, 80, 160)  # where the curve is measured; its last step censors it
+    learning_rate: float = 1e-4
+    batch_size: int = 64
+
+    def __post_init__(self):
+        rise = all(isinstance(b, int) and a < b for a, b in zip((0, *self.steps), self.steps, strict=False))
+        check(rise and len(self.steps) > 0, f"steps is {tuple(self.steps)}; give whole numbers that rise from above 0")
+        check_number("learning_rate", self.learning_rate, 0.0, above=True)
+        check_int("batch_size", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """`config.eval`: which metrics, by which networks."""
+
+    metrics: tuple = ("fid",)
+    features: str = "inception"  # behind fid kid precision recall inception_score: inception, or digits (trained here)
+    score_network: str = "features"  # behind the inception scores: features, the network behind fid, or mnist_resnet
+    weights_dir: str = "~/.cache/retrack_jax/weights"  # feature networks' files
+    fid_resize: str = "torchmetrics"  # or tf1
+    fid_reference: str = "remain"  # or all: every training image
+    frequency_threshold: float = 0.0  # L2 in [0, 1] pixels to the forgotten image, below which a sample counts as one
+    nll_probes: int = 1  # Rademacher probes of the divergence
+    classifier: str = "joblib"  # of concepts: the shipped k-means, read without unpickling; or labels: refitted from the labels
+    relearning: RelearningOptions = RelearningOptions()
+    mark_name: str = "forgotten image"  # what the report calls what is forgotten
+    grid_images: int = 64  # samples shown in samples.png
+
+    def __post_init__(self):
+        check_choice("features", self.features, NETWORKS)
+        check_choice("score_network", self.score_network, SCORE_NETWORKS)
+        check_choice("fid_resize", self.fid_resize, RULES)
+        check_choice("fid_reference", self.fid_reference, ("remain", "all"))
+        check_choice("classifier", self.classifier, CLASSIFIERS)
+        check_number("frequency_threshold", self.frequency_threshold, 0.0)
+        check_int("nll_probes", self.nll_probes)
+        check_int("grid_images", self.grid_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """`config.compute`: what costs or saves memory and time."""
+
+    dtype: str = "float32"  # or bfloat16: the network computes in it, weights stay float32
+    param_dtype: str = "float32"  # of a latent model's UNet while it samples; bfloat16 is half. Training is in float32 always
+    remat: bool = False  # compute activations again in the backward pass, to save memory
+    cpu_devices: int = 1  # where jax runs on the CPU: devices that share each batch; with 2, digits use two cores fully
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("param_dtype", self.param_dtype, DTYPES)
+        check_int("cpu_devices", self.cpu_devices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A whole config."""
+
+    name: str = ""  # reports' title; the default workdir is runs/NAME of the config file
+    method: str = "retrack"  # what follows the colon in --config=FILE.py:METHOD
+    mode: str = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
+    seeds: tuple = (0,)  # each seed x target is one run
+    targets: tuple = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
+    checkpoint: str = ""  # a diffusers folder with the pretrained model; empty: pretrain here
+    export: str = "unet"  # what a run leaves for diffusers: the network, the whole pipeline that it came from, or none
+    log_every: int = 1  # steps
+    checkpoint_every: int = 100  # steps; unlearning and pretraining also save at their end
+    save_float: bool = False  # keep float samples in samples.npz as well as the uint8 ones
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    pretrain: PretrainOptions = PretrainOptions()
+    unlearn: UnlearnOptions = UnlearnOptions()
+    methods: Mapping[str, UnlearnOptions] = field(default_factory=dict)  # `unlearn` as each method takes it
+    sampling: SamplingOptions = SamplingOptions()
+    eval: EvalOptions = EvalOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+    def __post_init__(self):
+        check_choice("method", self.method, (*METHODS, PRETRAINED, ALL))
+        check_choice("mode", self.mode, MODES)
+        check(len(self.seeds) > 0, "seeds is empty; give at least one, such as --config.seeds=0")
+        for seed in self.seeds:
+            check_int("seeds", seed, minimum=0, maximum=_MAX_SEED)
+        check_int("log_every", self.log_every)
+        check_int("checkpoint_every", self.checkpoint_every, minimum=0)
+        check_choice("export", self.export, EXPORTS)
+
+    def recipe(self, method: str) -> UnlearnOptions:
+        """Returns the options of unlearning as `method` takes them."""
+        return self.methods.get(method, self.unlearn)
+
+    @property
+    def target_specs(self) -> list[str]:
+        """The targets, one a run; commas inside an entry separate targets as well."""
+        return [spec.strip() for entry in self.targets for spec in str(entry).split(",") if spec.strip()]
+
+    @property
+    def method_names(self) -> list[str]:
+        """The methods to run: under `all`, those that make sense for the config, the retrained model first."""
+        if self.method != ALL:
+            return [self.method]
+        # Retraining needs the pretraining recipe; a config whose model comes from a checkpoint has none.
+        names = [name for name, method in METHODS.items() if not (method.from_scratch and self.checkpoint)]
+        return sorted(names, key=lambda name: not METHODS[name].from_scratch)
+
+
+def default_config() -> ConfigDict:
+    """Returns every field with its default, those that are None as typed placeholders.
+
+    `config.unlearn.METHOD` holds a method's own options, and a placeholder for every shared field, which overrides it.
+    """
+    config = _laid_out(Options, leave_out=("methods",))
+    shared = [one for one in fields(UnlearnOptions) if one.name != "own"]
+    for name, method in METHODS.items():
+        if not method.from_scratch:
+            own = _laid_out(method.options)
+            for one in shared:
+                own[one.name] = config_dict.placeholder(_plain_type(one.type))
+            config.unlearn[name] = own
+    return config
+
+
+def read_config(config: ConfigDict) -> Options:
+    """Returns the typed options that `config` describes.
+
+    Raises:
+      UserError: a value that no run can use; the message starts with the field, as `config.data.copies`.
+    """
+    values = _plain(config)
+    unlearn = values.pop("unlearn")
+    shared = {name: value for name, value in unlearn.items() if name not in METHODS}
+    methods = {name: unlearn_options(name, shared, unlearn[name], "config.unlearn.") for name in METHODS if name in unlearn}
+    groups = {one.name: one.type for one in fields(Options) if dataclasses.is_dataclass(one.type) and one.name in values}
+    relearning = values["eval"].pop("relearning", {})
+    values["eval"]["relearning"] = _make(RelearningOptions, relearning, "config.eval.relearning.")
+    made = {name: _make(kind, values.pop(name), f"config.{name}.") for name, kind in groups.items()}
+    made["unlearn"] = _make(UnlearnOptions, shared, "config.unlearn.")
+    return _make(Options, {**values, **made, "methods": methods}, "config.")
+
+
+def unlearn_options(method: str, shared: Mapping, own: Mapping, where: str) -> UnlearnOptions:
+    """Returns the options of one method: the shared fields, those that `own` sets for it, and its own.
+
+    Args:
+      method: a key of `METHODS`.
+      shared: fields of `UnlearnOptions`; those left out take their defaults.
+      own: fields of either record. None leaves a shared one as it is.
+      where: goes before a field's name in a message.
+    """
+    kind = METHODS[method].options
+    names = {one.name for one in fields(kind)}
+    overrides = {name: value for name, value in own.items() if name not in names and value is not None}
+    mine = _make(kind, {name: value for name, value in own.items() if name in names}, f"{where}{method}." if where else "")
+    return _make(UnlearnOptions, {**shared, **overrides, "own": mine}, where)
+
+
+def _make(kind: type, values: Mapping, where: str):
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+
+
+def _laid_out(kind: type, leave_out: tuple[str, ...] = ()) -> ConfigDict:
+    config = ConfigDict()
+    for one in fields(kind):
+        if one.name in leave_out or one.type is MethodOptions:
+            continue
+        if dataclasses.is_dataclass(one.type):
+            config[one.name] = _laid_out(one.type)
+        else:
+            config[one.name] = config_dict.placeholder(_plain_type(one.type)) if one.default is None else one.default
+    return config
+
+
+def _plain_type(kind: Any) -> type:
+    """Returns the type of a field's values, without None."""
+    if typing.get_origin(kind) is types.UnionType:
+        return next(one for one in typing.get_args(kind) if one is not types.NoneType)
+    return kind
+
+
+def _plain(config: ConfigDict) -> dict:
+    return {name: _plain(value) if isinstance(value, ConfigDict) else value for name, value in config.items()}

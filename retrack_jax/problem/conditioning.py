@@ -1,0 +1,71 @@
+"""What the network is told about each example: nothing, or a prompt's embedding."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from retrack_jax.notation import Array
+from retrack_jax.problem.target import Target
+
+
+class Conditioning(Protocol):
+    """What training and sampling ask.
+
+    Attributes:
+      of_target: whether samples, and so the pretrained model's too, depend on the target.
+    """
+
+    of_target: bool
+
+    def table(self, target: Target) -> Array | None:
+        """The table that examples' conditions are rows of (train/step.py `Shared.conditions`)."""
+
+    def sampled(self, target: Target) -> dict[str, Array | None]:
+        """Name in `samples.npz` -> the condition `[1, ...]` that those samples are drawn under."""
+
+    def describe(self, name: str, target: Target) -> str:
+        """What the samples `name` depend on, to be part of their fingerprint."""
+
+
+class Unconditional:
+    """A network that takes noisy images and timesteps alone."""
+
+    of_target = False
+
+    def table(self, target: Target) -> None:
+        return None
+
+    def sampled(self, target: Target) -> dict[str, None]:
+        return {"samples": None}
+
+    def describe(self, name: str, target: Target) -> str:
+        return ""
+
+
+class PairedPrompts:
+    """A concept's two prompts: training is conditioned on the modified one, and samples are drawn of both.
+
+    Image i of both starts from the same noise. The original prompt is the one that reproduced the memorised picture.
+
+    Args:
+      encode: a prompt to its embedding, float32 `[1, N, D]`.
+      negative_prompt: what guidance leads away from.
+    """
+
+    of_target = True
+
+    def __init__(self, encode: Callable[[str], Array], negative_prompt: str):
+        self._encode, self._negative_prompt = encode, negative_prompt
+
+    @property
+    def null(self) -> Array:
+        """The condition that guidance leads away from, `[1, N, D]`."""
+        return self._encode(self._negative_prompt)
+
+    def table(self, target: Target) -> Array:
+        return self._encode(target.concept.prompts.modified)
+
+    def sampled(self, target: Target) -> dict[str, Array]:
+        return {kind: self._encode(prompt) for kind, prompt in target.concept.prompts.items()}
+
+    def describe(self, name: str, target: Target) -> str:
+        return dict(target.concept.prompts.items())[name]

@@ -1,0 +1,131 @@
+"""The network that is trained, with its noise schedule: a checkpoint's, or a new one of the config's shape."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, read_schedule_config
+from retrack_jax.checkpoints.run_store import tree_digest
+from retrack_jax.checkpoints.stable_diffusion import Pipeline
+from retrack_jax.checks import check
+from retrack_jax.config.options import Options
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.diffusion.conversions import make_eps_fn
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.models.unet2d_condition import UNet2DCondition
+from retrack_jax.notation import ModelEpsFn, PyTree
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A network, its noise schedule and what it predicts.
+
+    Attributes:
+      module: the Linen module.
+      schedule: the noise schedule, which says what the network predicts.
+      shape: of what it denoises, (H, W, C).
+      params: the checkpoint's parameters, on the host, since a training step donates what it is given; None: to be trained here.
+      condition: the smallest condition that the network takes, or nothing.
+      export: `(path, params, note)` writes the network as diffusers saves it; `note` goes into its card.
+    """
+
+    module: UNet2D | UNet2DCondition
+    schedule: Schedule
+    shape: tuple[int, int, int]
+    params: PyTree | None
+    condition: tuple[jax.Array, ...]
+    export: Callable[[object, PyTree, str], None]
+
+    @cached_property
+    def eps_fn(self) -> ModelEpsFn:
+        """`(params, x_t, t, *condition) -> eps`: one function object, so that programs are compiled once."""
+        return make_eps_fn(self.module.apply, self.schedule)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the network has dropout, which training turns on."""
+        return self.module.dropout > 0
+
+    def init_params(self, seed: int) -> PyTree:
+        """Returns random parameters."""
+        inputs = jnp.zeros((1, *self.shape)), jnp.zeros((1,), jnp.int32), *self.condition
+        return jax.jit(self.module.init)(jax.random.key(seed), *inputs)["params"]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Name -> digest of the weights that were read."""
+        return {} if self.params is None else {"weights in config.checkpoint": tree_digest(self.params)}
+
+
+def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
+    """Returns the unconditional network of `config.checkpoint`, or a new one of the shape of `config.model`, for `images`.
+
+    Raises:
+      UserError: a checkpoint that is not there, not whole or not supported, or that cannot take the images; fields of
+        `config.model` that make no network.
+    """
+    own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
+    if options.checkpoint:
+        module, params = import_diffusers(options.checkpoint)
+        stored = read_schedule_config(options.checkpoint)
+        if stored is None:
+            log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", options.checkpoint)
+        module, params = module.clone(**own), jax.device_get(params)
+    else:
+        module, params, stored = UNet2D.from_config(dataclasses.asdict(options.model), **own), None, None
+    _check_fits(module, images)
+    schedule = Schedule.from_config(stored or dataclasses.asdict(options.schedule))
+
+    def export(path, params: PyTree, note: str) -> None:
+        source = options.checkpoint or None
+        export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)
+
+    return Denoiser(module, schedule, images.images.shape[1:], params, (), export)
+
+
+def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
+    """Returns the UNet of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
+
+    def export(path, params: PyTree, note: str) -> None:
+        params = jax.device_get(params)
+        if kind == "pipeline":
+            export_pipeline(path, pipeline, params, note=note)
+        else:
+            source = pipeline.path / "unet"
+            export_diffusers(path, pipeline.unet, params, schedule=pipeline.schedule, source=source, note=note)
+
+    prompt = jnp.zeros((1, 1, pipeline.unet.cross_attention_dim))
+    params = jax.device_get(pipeline.unet_params)
+    return Denoiser(pipeline.unet, pipeline.schedule, shape, params, (prompt,), export)
+
+
+def _check_fits(module, images: ImageSet) -> None:
+    """Raises `UserError` if the network cannot take the images, or makes another number of channels than they have."""
+    height, width, channels = images.images.shape[1:]
+    check(
+        isinstance(module, UNet2D),
+        "the network in config.checkpoint takes a prompt; configs/stable_diffusion.py unlearns such networks, with captioned data",
+    )
+    check(
+        channels == module.in_channels,
+        f"the images of {images.name} have {channels} channels and the network takes {module.in_channels}; "
+        "choose the data and the checkpoint that belong together",
+    )
+    check(
+        channels == module.out_channels,
+        f"the network makes {module.out_channels} channels of {channels}; one that also predicts a variance is not supported",
+    )
+    factor = 2 ** (len(module.block_out_channels) - 1)
+    check(
+        np.all(np.array([height, width]) % factor == 0),
+        f"the images of {images.name} are {height}x{width}; the network needs sides that {factor} divides; set "
+        "config.data.resolution",
+    )

@@ -1,0 +1,223 @@
+"""How a problem is evaluated and shown: which table of metrics, against what, and which pictures a report has."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Protocol
+
+import jax
+import numpy as np
+from etils import epath
+
+from retrack_jax import files
+from retrack_jax.checks import check_choice
+from retrack_jax.config.options import Options
+from retrack_jax.data.row_view import Rows
+from retrack_jax.evaluate import images, prompts
+from retrack_jax.evaluate.networks import check_score_network, feature_network, load_sscd, score_network
+from retrack_jax.evaluate.finetune import make_finetune
+from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
+from retrack_jax.evaluate.task import Subject, Task
+from retrack_jax.metrics.frequency import target_distances
+from retrack_jax.notation import PyTree
+from retrack_jax.problem.codec import LatentCodec, PixelCodec
+from retrack_jax.problem.denoiser import Denoiser
+from retrack_jax.problem.target import Target
+from retrack_jax.problem.training_data import ImageData
+from retrack_jax.data.target_names import is_random
+from retrack_jax.report.grids import thumbnails
+from retrack_jax.train.step import StepOptions
+
+SHOWN = 8  # of a large group a page shows some
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model to evaluate.
+
+    Attributes:
+      params, pretrained: `() -> parameters` of the model and of the one before unlearning, called only if needed.
+      arrays: the model's `samples.npz`.
+      path: the JSON file that keeps what is computed, stopped or not.
+      workdir: where networks that are trained for metrics lie.
+      should_stop: asked between metrics; true raises `Preempted`.
+    """
+
+    params: Callable[[], PyTree]
+    pretrained: Callable[[], PyTree]
+    arrays: Arrays
+    path: epath.Path
+    workdir: epath.Path
+    should_stop: Callable[[], bool] = lambda: False
+
+
+class Evaluation(Protocol):
+    """What runs ask of an evaluation."""
+
+    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
+        """Returns the metrics of `config.eval.metrics` for one model."""
+
+    def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
+        """Returns the arrays that the report of a run shows, from the samples of both models (`report.html.run_report`)."""
+
+    def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
+        """Returns the arrays that the comparison shows, from method -> samples (`report.comparison.comparison_report`)."""
+
+
+class ImageEvaluation:
+    """Unconditional images: FID and its kin, frequency, likelihood, what the model still knows of the forgotten images."""
+
+    def __init__(self, options: Options, data: ImageData, denoiser: Denoiser, codec: PixelCodec):
+        self._options, self._data, self._denoiser, self._codec = options, data, denoiser, codec
+        for name in options.eval.metrics:
+            check_choice("config.eval.metrics", name, images.METRIC_NAMES)
+        check_score_network(options.eval.score_network, options.eval.metrics, denoiser.shape)
+
+    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
+        wanted = self._options.eval.metrics
+        if is_complete(model.path, wanted):
+            return read_results(model.path)
+        pictures = epath.Path(model.path).parent / f"sscd-{target.slug}.npz"
+        subject = Subject(model.params(), model.arrays["samples"], model.arrays.get("samples_float"), pictures)
+        task = self._task(target, model)
+        return evaluate(images.evaluators(task), wanted, task, subject, model.path, model.should_stop)
+
+    def _task(self, target: Target, model: EvaluatedModel) -> Task:
+        options, data, denoiser = self._options.eval, self._data, self._denoiser
+        everything = options.fid_reference == "all"
+        rows = np.arange(len(target.images)) if everything else target.remain
+        return Task(
+            forgotten=np.ascontiguousarray(target.images.images[target.unique]),
+            reference=Rows(target.images.images, rows),
+            reference_digest=files.json_digest([target.images.digest, files.array_digest(rows)]),
+            reference_name=f"{len(rows)} {'training' if everything else 'remaining'} images of {target.images.name}",
+            cache_dir=epath.Path(self._options.data.cache_dir).expanduser() / "features",
+            eps_fn=denoiser.eps_fn,
+            schedule=denoiser.schedule,
+            features=lambda: feature_network(
+                options.features, target.images, model.workdir / "features", options.weights_dir, options.fid_resize
+            ),
+            sscd=lambda: load_sscd(options.weights_dir),
+            classifier=score_network(options.score_network, options.weights_dir),
+            held_out=data.held_out.images if data.held_out is not None and is_random(target.spec) else None,
+            label=_label_of(target),
+            finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten, model.should_stop),
+            relearning=tuple(options.relearning.steps),
+            pretrained=model.pretrained,
+            threshold=options.frequency_threshold,
+            nll_probes=options.nll_probes,
+            rng=jax.random.key(self._options.sampling.seed),
+        )
+
+    def _finetune(self, params: PyTree, target: Target, with_forgotten: bool, should_stop: Callable[[], bool]):
+        rows = np.concatenate([target.remain, target.unique]) if with_forgotten else target.remain
+        return self._make_finetune(params, self._codec.gather(target.images, rows), len(rows), should_stop)
+
+    @cached_property
+    def _make_finetune(self) -> Callable:
+        denoiser, recipe = self._denoiser, self._options.eval.relearning
+        # The model's own recipe, at a constant rate.
+        training = dataclasses.replace(
+            self._options.pretrain, learning_rate=recipe.learning_rate, learning_rate_schedule="constant", warmup_steps=0
+        )
+        how = StepOptions(t_max=denoiser.schedule.num_train_timesteps, dropout=denoiser.has_dropout)
+        return make_finetune(denoiser.eps_fn, denoiser.schedule, how, training.optimizer(), recipe.batch_size)
+
+    def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
+        marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
+        return {"before": before["samples"], "after": after["samples"], **marks, **self._of_target(target)}
+
+    def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
+        marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
+        shown = {name: arrays["samples"] for name, arrays in samples.items()}
+        return {"samples": shown, "marked": None if None in marked.values() else marked, **self._of_target(target)}
+
+    def _marks(self, target: Target, arrays: Arrays) -> np.ndarray | None:
+        """bool `[N]`: which samples lie nearer to a forgotten image than the threshold; None without a threshold."""
+        threshold = self._options.eval.frequency_threshold
+        if not threshold:
+            return None
+        return target_distances(arrays.get("samples_float", arrays["samples"]), target.images.images[target.unique]) < threshold
+
+    def _of_target(self, target: Target) -> dict:
+        return {"mark_name": self._options.eval.mark_name, **_neighbor_pictures(self._options, self._codec, target)}
+
+
+class PromptEvaluation:
+    """A concept's two prompts: SSCD, CLIP-IQA and the success rate of each, from samples alone."""
+
+    def __init__(self, options: Options, tokenizer, codec: LatentCodec):
+        self._options, self._tokenizer, self._codec = options, tokenizer, codec
+        for name in options.eval.metrics:
+            check_choice("config.eval.metrics", name, prompts.METRIC_NAMES)
+
+    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
+        samples, wanted = prompts.PromptSamples(model.arrays), self._options.eval.metrics
+        return evaluate(prompts.EVALUATORS, wanted, self._task(target), samples, model.path, model.should_stop)
+
+    def _task(self, target: Target) -> prompts.ConceptTask:
+        classifier = self._options.eval.classifier
+        return prompts.ConceptTask(
+            concept=target.concept,
+            centers=lambda: prompts.concept_centers(target.concept, classifier),
+            centers_name=prompts.CLASSIFIERS[classifier],
+            sscd=lambda: self._sscd,
+            clip_iqa=lambda: self._clip_iqa,
+        )
+
+    # Each network is read and compiled once for the whole sweep.
+    @cached_property
+    def _sscd(self):
+        return load_sscd(self._options.eval.weights_dir)
+
+    @cached_property
+    def _clip_iqa(self):
+        return prompts.load_clip_iqa(self._options.eval.weights_dir, self._tokenizer, batch_size=4)
+
+    def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
+        marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
+        return {"before": _small(before), "after": _small(after), **marks, **self._of_target(target)}
+
+    def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
+        marks = {name: self._marks(target, arrays) for name, arrays in samples.items()}
+        marked = None if None in marks.values() else {name: kinds["original"] for name, kinds in marks.items()}
+        shown = {name: _small(arrays)["original"] for name, arrays in samples.items()}
+        return {"samples": shown, "marked": marked, **self._of_target(target)}
+
+    def _marks(self, target: Target, arrays: Arrays) -> dict[str, np.ndarray] | None:
+        return prompts.memorised_of_both(self._task(target), prompts.PromptSamples(arrays))
+
+    def _of_target(self, target: Target) -> dict:
+        pictures = _neighbor_pictures(self._options, self._codec, target)
+        small = {name: _thumbnails(pictures[name]) for name in ("forgotten", "neighbors")}
+        return {**pictures, **small}
+
+
+def _neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target: Target) -> dict:
+    """Returns `forgotten` uint8 `[F, H, W, C]`, `neighbors` uint8 `[F, K, H, W, C]` and `distances` `[F, K]` of the first images.
+
+    K is `num_neighbors`, or as many as remain: methods that search no neighbors set no bound on it.
+    """
+    recipe, few = options.recipe(options.method), dataclasses.replace(target, unique=target.unique[:SHOWN])
+    data = codec.forget_data(few, min(recipe.num_neighbors, len(target.remain)), recipe.neighbor_backend)
+    neighbors = target.images.images[data.neighbor_positions]
+    return {"forgotten": target.images.images[few.unique], "neighbors": neighbors, "distances": data.distances}
+
+
+def _label_of(target: Target) -> int | None:
+    """The label that all forgotten images and no remaining one have, or None."""
+    if target.images.labels is None:
+        return None
+    labels = np.unique(target.images.labels[target.forget])
+    alone = len(labels) == 1 and labels[0] not in target.images.labels[target.remain]
+    return int(labels[0]) if alone else None
+
+
+def _small(arrays: Arrays) -> Arrays:
+    return {kind: thumbnails(arrays[kind]) for kind in prompts.KINDS}
+
+
+def _thumbnails(images_: np.ndarray) -> np.ndarray:
+    flat = thumbnails(images_.reshape(-1, *images_.shape[-3:]))
+    return flat.reshape(*images_.shape[:-3], *flat.shape[1:])

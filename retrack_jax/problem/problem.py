@@ -1,0 +1,133 @@
+"""A problem is composed: data x denoiser x codec x conditioning, with what draws samples of it and what evaluates them.
+
+Everything that differs between kinds of data and kinds of model is in one of the parts, so that a new kind is a new part and the
+runs (run/) know none of them.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from etils import epath
+
+from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
+from retrack_jax.checks import check, check_int
+from retrack_jax.config.options import Options
+from retrack_jax.data.sources.load import SOURCES
+from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
+from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
+from retrack_jax.problem.denoiser import Denoiser, latent_denoiser, pixel_denoiser
+from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation, PromptEvaluation
+from retrack_jax.problem.sampler import ProblemSampler
+from retrack_jax.problem.target import Target
+from retrack_jax.problem.training_data import ConceptData, ImageData
+from retrack_jax.unlearn.methods import METHODS
+
+# Fields of config.data that only images take, with the values that change nothing.
+_OF_IMAGES = {"format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is unlearned, from what.
+
+    Attributes:
+      options: the config.
+      data: training images, and what targets name.
+      denoiser: network and noise schedule.
+      codec: between pixels and the space that the network denoises.
+      conditioning: what the network is told about each example.
+      sampler: draws samples.
+      evaluation: metrics and pictures.
+    """
+
+    options: Options
+    data: ImageData | ConceptData
+    denoiser: Denoiser
+    codec: PixelCodec | LatentCodec
+    conditioning: Conditioning
+    sampler: ProblemSampler
+    evaluation: Evaluation
+
+    def target(self, spec: str) -> Target:
+        """Returns what the user asked to forget. Raises `UserError` if it is not there, or leaves too few images."""
+        target, options = self.data.target(spec), self.options
+        for name in options.method_names:
+            k = options.recipe(name).num_neighbors
+            check(
+                name not in METHODS or "neighbors" not in METHODS[name].streams or k <= len(target.remain),
+                f"config.unlearn.num_neighbors (K) is {k}, but only {len(target.remain)} images remain besides {spec}; choose a "
+                "smaller K",
+            )
+        return target
+
+    def digests(self, target: Target | None = None) -> dict[str, str]:
+        """Returns name -> digest of all that was read; without a target, of what does not depend on one."""
+        return {**self.data.digests(target), **self.denoiser.digests, **self.codec.digests}
+
+    def describe(self, target: Target) -> dict:
+        """Returns what was remembered and forgotten, for provenance, as plain JSON."""
+        return {
+            **self.data.describe(target),
+            "inputs": self.digests(target),
+            "num_forget": len(target.forget),
+            "num_remain": len(target.remain),
+            "checkpoint": self.options.checkpoint or "pretrained here",
+        }
+
+
+def check_problem(options: Options) -> None:
+    """Raises `UserError`, before anything is loaded, for fields that the kind of data of the config cannot use."""
+    if not options.checkpoint:  # a checkpoint has its own schedule
+        _check_timesteps(options, options.schedule.num_train_timesteps)
+    if not SOURCES[options.data.source].concepts:
+        return
+    check(
+        bool(options.checkpoint),
+        "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
+    )
+    check(bool(options.data.dir), "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts")
+    check_int("config.data.resolution", options.data.resolution)
+    for name, unused in _OF_IMAGES.items():
+        value = getattr(options.data, name)
+        check(value == unused, f"config.data.{name} is {value!r}, which concepts have no use for; leave it at {unused!r}")
+
+
+def build_problem(options: Options) -> Problem:
+    """Returns the problem that the config describes, its data and weights read.
+
+    Raises:
+      UserError: anything that the user can mend: files that are missing or do not fit each other or the config.
+    """
+    check_problem(options)
+    kind = _concepts if SOURCES[options.data.source].concepts else _images
+    problem = kind(options)
+    _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
+    return problem
+
+
+def _images(options: Options) -> Problem:
+    """Images in pixels and an unconditional network."""
+    data = ImageData(options.data)
+    denoiser = pixel_denoiser(options, data.images)
+    codec, conditioning = PixelCodec(epath.Path(options.data.cache_dir).expanduser()), Unconditional()
+    sampler = ProblemSampler(options, denoiser, codec, conditioning)
+    return Problem(options, data, denoiser, codec, conditioning, sampler, ImageEvaluation(options, data, denoiser, codec))
+
+
+def _concepts(options: Options) -> Problem:
+    """The paper's Stable Diffusion experiment: pictures of one concept, latents, one fixed prompt for every example."""
+    pipeline = load_pipeline(options.checkpoint, dtype=jnp.dtype(options.compute.dtype), remat=options.compute.remat)
+    codec = LatentCodec(pipeline.vae, pipeline.vae_params, pipeline.vae_digest, options.data)
+    check_resolution(codec, options.data.resolution, len(pipeline.unet.block_out_channels), pipeline.path)
+    denoiser = latent_denoiser(pipeline, codec.latent_shape, options.export)
+    conditioning = PairedPrompts(lambda prompt: prompt_embeddings(pipeline, [prompt]), options.sampling.negative_prompt)
+    sampler = ProblemSampler(options, denoiser, codec, conditioning)
+    evaluation = PromptEvaluation(options, pipeline.tokenizer, codec)
+    return Problem(options, ConceptData(options.data), denoiser, codec, conditioning, sampler, evaluation)
+
+
+def _check_timesteps(options: Options, num_timesteps: int) -> None:
+    """Raises `UserError` for timesteps that a schedule of `num_timesteps` does not have."""
+    check_int("config.sampling.num_steps", options.sampling.num_steps, maximum=num_timesteps)
+    for name in options.method_names:
+        options.recipe(name).check_window(num_timesteps)

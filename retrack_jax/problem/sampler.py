@@ -1,0 +1,93 @@
+"""Samples of a problem: unconditional images, or images of each of a target's conditions, decoded to pixels."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from retrack_jax import files
+from retrack_jax.config.options import Options
+from retrack_jax.data.dataset import unit_to_pixels
+from retrack_jax.notation import PyTree
+from retrack_jax.problem.codec import LatentCodec, PixelCodec
+from retrack_jax.problem.conditioning import Conditioning
+from retrack_jax.problem.denoiser import Denoiser
+from retrack_jax.problem.target import Target
+from retrack_jax.sampling import make_sampler
+from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
+from retrack_jax.sampling.guided import GuidedParams, make_guided_sample_fn
+
+
+class ProblemSampler:
+    """Draws samples, with one program for every target and every model.
+
+    Raises:
+      UserError: a number of steps that the sampler cannot make; not every sampler takes every number.
+    """
+
+    def __init__(self, options: Options, denoiser: Denoiser, codec: PixelCodec | LatentCodec, conditioning: Conditioning):
+        self._options, self._denoiser, self._codec, self._conditioning = options.sampling, denoiser, codec, conditioning
+        self._param_dtype = jnp.dtype(options.compute.param_dtype)
+        sampler = make_sampler(options.sampling.sampler, denoiser.schedule, options.sampling.num_steps)
+        if isinstance(codec, LatentCodec):
+            guidance = options.sampling.guidance_scale
+            sample_fn = make_guided_sample_fn(denoiser.eps_fn, codec.decode, sampler, denoiser.shape, guidance=guidance)
+        else:
+            sample_fn = make_sample_fn(denoiser.eps_fn, sampler, denoiser.shape)
+        self._p_sample = pmap_sample_fn(sample_fn, output="float32" if options.save_float else "uint8")
+        fields = dataclasses.asdict(options.sampling)
+        # Image i is the same in any batch and among any number, so finished parts stay of use when these change.
+        settings = {name: value for name, value in fields.items() if name not in ("batch_size", "num_images")}
+        self.digest = files.json_digest([
+            settings, denoiser.schedule.to_config(), options.save_float, denoiser.shape, codec.digests, options.compute.dtype,
+            options.compute.param_dtype,
+        ])  # fmt: skip
+
+    def total(self, target: Target) -> int:
+        """Returns how many images `sample` draws."""
+        return self._options.num_images * len(self._conditioning.sampled(target))
+
+    def sample(
+        self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress: Callable[[int, int], None]
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays of `samples.npz`: uint8 `[N, H, W, C]` by name, and with `config.save_float` NAME_float in [0, 1].
+
+        Args:
+          target: whose conditions are drawn.
+          params: the network's, replicated; they are used up if they are to be halved.
+          out_dir: where finished parts are kept, so that a run that was stopped continues.
+          fingerprint: of the parameters; parts of other parameters or settings are ignored.
+          progress: called with (images done, in all) after every batch; what it raises ends sampling.
+        """
+        params = _converted(params, self._param_dtype)
+        options, total, arrays = self._options, self.total(target), {}
+        for number, (name, condition) in enumerate(self._conditioning.sampled(target).items()):
+            depends_on = [fingerprint, self.digest, self._conditioning.describe(name, target)]
+            images = generate(
+                self._p_sample,
+                params if condition is None else GuidedParams(params, self._codec.params, condition, self._conditioning.null),
+                rng=jax.random.key(options.seed),
+                num_images=options.num_images,
+                batch_size=options.batch_size,
+                out_dir=epath.Path(out_dir) / name,
+                fingerprint=files.json_digest(depends_on),
+                progress=lambda done, _, number=number: progress(number * options.num_images + done, total),
+            )
+            arrays |= {name: images} if images.dtype == np.uint8 else {name: unit_to_pixels(images), f"{name}_float": images}
+        return arrays
+
+
+def _converted(params: PyTree, dtype) -> PyTree:
+    """Returns `params` in `dtype`. Each leaf is deleted once it is converted: both copies together would save nothing."""
+
+    def convert(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == dtype:
+            return leaf
+        converted = jax.block_until_ready(leaf.astype(dtype))
+        leaf.delete()
+        return converted
+
+    return jax.tree.map(convert, params)

@@ -1,0 +1,96 @@
+"""Each method's options: one record a method, one default an option.
+
+`config.unlearn.METHOD.NAME` sets an option, and so does the keyword `NAME` of `api.unlearn`. Every message starts with the option's
+name, so that whoever makes a record can put before it where the user set it.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+
+from retrack_jax.checks import check, check_choice, check_number
+from retrack_jax.notation import Array
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """The options of a method that has none."""
+
+    def at(self, step: Array, num_steps: int) -> "MethodOptions":
+        """Returns the options at `step`, an int32 scalar in [0, num_steps): an option that follows a schedule becomes traced."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrackOptions(MethodOptions):
+    """ReTrack: lambda L_unlearn + (1 - lambda) L_R."""
+
+    lam: float | None = 0.005  # lambda, in [0, 1]: the weight of the unlearning term; None: left to the rules (config/rules.py)
+    lam_schedule: str = "constant"  # or linear, cosine: from lam to lam_end over the run
+    lam_end: float | None = None
+
+    def __post_init__(self):
+        if self.lam is not None:
+            check_number("lam", self.lam, 0.0, 1.0)
+        _check_schedule("lam", self.lam_schedule, self.lam_end)
+
+    def at(self, step: Array, num_steps: int) -> "RetrackOptions":
+        return replace(self, lam=_scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SissNoIsOptions(MethodOptions):
+    """SISS without importance sampling: g_main - (s/||g_corr||) g_corr."""
+
+    scale: float = 0.0  # s; 0: `share` of the main gradient's norm
+    share: float = 0.1
+
+    def __post_init__(self):
+        check_number("scale", self.scale, 0.0)
+        check_number("share", self.share, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SissOptions(SissNoIsOptions):
+    """SISS: points are noised from forgotten images with probability `mixture`, else from remaining ones."""
+
+    mixture: float = 0.5  # lambda of the SISS paper, in [0, 1]
+    mixture_schedule: str = "constant"  # or linear, cosine: from mixture to mixture_end over the run
+    mixture_end: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("mixture", self.mixture, 0.0, 1.0)
+        _check_schedule("mixture", self.mixture_schedule, self.mixture_end)
+
+    def at(self, step: Array, num_steps: int) -> "SissOptions":
+        return replace(self, mixture=_scheduled(self.mixture, self.mixture_end, self.mixture_schedule, step, num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EraseDiffOptions(MethodOptions):
+    """EraseDiff: g_R + max(eta - <g_R, g_c>/||g_c||^2, 0) g_c."""
+
+    eta: float = 1e-3
+
+    def __post_init__(self):
+        check_number("eta", self.eta, 0.0)
+
+
+def _check_schedule(name: str, shape: str, end: float | None) -> None:
+    check_choice(f"{name}_schedule", shape, SHAPES)
+    if shape != "constant":
+        check(end is not None, f"{name}_end is not set; {name}_schedule goes from {name} to {name}_end")
+        check_number(f"{name}_end", end, 0.0, 1.0)
+
+
+def _scheduled(start: float, end: float | None, shape: str, step: Array, num_steps: int) -> float | Array:
+    """Returns `start` if `shape` is constant, else the value at `step` on a line or half a cosine from `start` to `end`."""
+    if shape == "constant":
+        return start
+    progress = jnp.clip(step.astype(jnp.float32) / max(num_steps - 1, 1), 0.0, 1.0)
+    if shape == "cosine":
+        progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
+    return start + (end - start) * progress
