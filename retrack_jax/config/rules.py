@@ -19,8 +19,7 @@ from retrack_jax.config import build
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.sources.folder import named_images
-from retrack_jax.data.sources.load import data_format, load_images
+from retrack_jax.data.sources.load import data_format, known_names, load_images
 from retrack_jax.data.target_names import resolve_target
 from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
@@ -110,10 +109,8 @@ def _fewest_remaining(config: ConfigDict) -> int:
 
 def _names(config: ConfigDict) -> ImageSet:
     """The images by name: a folder's without decoding, else the decoded images, which the run needs in any case."""
-    source = config.data.source
-    if data_format(source, config.data.format) == "folder":
-        return named_images(config.data.dir, source)
-    return load_images(config.data.to_dict())
+    data = config.data.to_dict()
+    return known_names(data) or load_images(data)
 
 
 def _sample_size(checkpoint: str) -> int:

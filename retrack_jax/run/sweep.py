@@ -61,7 +61,7 @@ def sweep(runner: Runner) -> dict:
 
 def check_needs(config: ConfigDict) -> None:
     """Lists what the config needs, found or missing, then checks its values, except those that depend on what is missing."""
-    from retrack_jax.data.requirements import print_requirements
+    from retrack_jax.data.checklist import print_requirements
 
     needed = print_requirements(config.to_dict(), recipe.unset(config))
     if all(item.found or item.optional for item in needed):
