@@ -9,7 +9,8 @@ processes equal one.
 """
 
 import pickle
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import Diverged, Preempted, UserError
+from retrack_jax.checks import Diverged, Preempted, UserError, check
 from retrack_jax.notation import Array, PyTree, Rng
 
 AXIS = "batch"
@@ -88,6 +89,37 @@ def all_processes_agree(value: int) -> bool:
 
     gathered = multihost_utils.process_allgather(jnp.asarray(value, jnp.int32))
     return bool((np.asarray(gathered) == value).all())
+
+
+def check_same_everywhere(what: str, values: Mapping[str, str]) -> None:
+    """Raises `UserError` on every process, naming what differs, unless all processes passed the same `values`.
+
+    Called before anything else that processes do together: with another number of steps one would wait for the others forever.
+
+    Args:
+      what: what the values are, for the message.
+      values: name -> text, in any order.
+    """
+    if jax.process_count() == 1:
+        return
+    names = sorted(values)
+    check(
+        all_processes_agree(_checksum("\n".join(names))),
+        f"the processes have other fields in {what}; give every host the same version of retrack_jax and the same config",
+    )
+    from jax.experimental import multihost_utils
+
+    mine = np.array([_checksum(values[name]) for name in names], np.int32)
+    same = (np.asarray(multihost_utils.process_allgather(mine)) == mine).all(axis=0)
+    differing = [f"{name} ({values[name][:60]} here)" for name, agrees in zip(names, same, strict=True) if not agrees]
+    # Process 0 agrees with itself, so all learn here whether any process differs.
+    if any_process(bool(differing)):
+        shown = ", ".join(differing[:4]) or "another process says which"
+        raise UserError(f"the processes differ in {what}: {shown}; give every host the same")
+
+
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode()) >> 1
 
 
 def barrier(name: str) -> None:

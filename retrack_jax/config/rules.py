@@ -17,8 +17,7 @@ from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.sources.folder import named_images
-from retrack_jax.data.sources.load import data_format, load_images
+from retrack_jax.data.sources.load import data_format, known_names, load_images
 from retrack_jax.data.target_names import resolve_target
 from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
@@ -110,9 +109,8 @@ def _fewest_remaining(options: Options) -> int:
 
 def _names(options: Options) -> ImageSet:
     """The images by name: a folder's without decoding, else the decoded images, which the run needs in any case."""
-    if data_format(options.data.source, options.data.format) == "folder":
-        return named_images(options.data.dir, options.data.source)
-    return load_images(dataclasses.asdict(options.data))
+    data = dataclasses.asdict(options.data)
+    return known_names(data) or load_images(data)
 
 
 def _sample_size(checkpoint: str) -> int:

@@ -4,8 +4,8 @@ Images stay uint8, in memory or in a memory map; only a batch at a time becomes 
 floor loses one level on 63 of 256 values, so metrics take real images from the uint8 array and never through the model's space.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class ImageSet:
       labels: int `[N]`, or None where the source has none.
       digest: SHA-256 of the pixels, which keys every cache that is made from them.
       name: what the source is called in reports.
+      other_name: a name -> the name of the same image in the source's other numbering, or None where it has none.
     """
 
     images: np.ndarray | Rows
@@ -33,6 +34,7 @@ class ImageSet:
     labels: np.ndarray | None
     digest: str
     name: str
+    other_name: Callable[[str], str | None] | None = None
 
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -69,9 +71,11 @@ def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = Fa
     name, ids = f"{images.name}, {which}", [images.ids[row] for row in rows]
     labels = None if images.labels is None else np.asarray(images.labels)[rows]
     if isinstance(images.images, np.memmap | Rows) and not in_memory:
-        digest = json_digest([images.digest, array_digest(rows)])
-        return ImageSet(Rows(images.images, rows), ids, labels, digest, name)
-    return image_set(name, images.images[rows], ids, labels)
+        pixels, digest = Rows(images.images, rows), json_digest([images.digest, array_digest(rows)])
+    else:
+        pixels = images.images[rows]
+        digest = array_digest(pixels)
+    return replace(images, images=pixels, ids=tuple(ids), labels=labels, digest=digest, name=name)
 
 
 def pixels_to_model(pixels):

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.downloads import ALSO, KAGGLE, NETWORKS, checkpoint_command, curl, unzip_file
-from retrack_jax.data.requirement import METRICS_LEFT_OUT, Requirement, if_file, matching, requirement
+from retrack_jax.data.commands import ALSO, KAGGLE, NETWORKS, curl, unzip_file
+from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, if_file, matching, requirement
+from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.files import read_json
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
@@ -22,8 +23,9 @@ def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
     if not checkpoint:
         return
     folder = Path(checkpoint).expanduser()
-    how = {"command": checkpoint_command(source, folder), "advice": "set config.checkpoint to a folder that diffusers saved"}
-    yield from _pipeline(folder, how) if source == "concepts" else _unet(folder, how)
+    command, advice = SOURCES[source].checkpoint_command(folder), "set config.checkpoint to a folder that diffusers saved"
+    how = {"command": command, "advice": advice}
+    yield from _pipeline(folder, how) if SOURCES[source].gives_concepts else _unet(folder, how)
 
 
 def _unet(folder: Path, how: dict) -> Iterator[Requirement]:

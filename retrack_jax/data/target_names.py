@@ -10,7 +10,6 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check, nearest_names
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.cifar10 import other_name
 
 _RANDOM, _RANDOM_SEED = "random:", 0x0F05
 _SHOWN = 8  # names of a list that `described` spells out
@@ -21,8 +20,8 @@ def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
     In this order: a name as it stands; parts joined by `+`; `@FILE`, one target per line; `label:N`; `random:SHARE`; a glob
-    (`* ? [...]`); the last part of a path, where only one image has it; for CIFAR-10 the name in its other order (`hf:10000` is
-    `tfds:train_20000`).
+    (`* ? [...]`); the last part of a path, if only one image has it; the name in the source's other numbering
+    (`ImageSet.other_name`).
 
     Raises:
       UserError: nothing has that name (with the nearest ones), a label that no image has, several images with that file name.
@@ -91,8 +90,8 @@ class _Names:
             raise UserError(f"{len(ending)} images are named {name!r}: {shown}; give the path below the folder")
         if ending:
             return ending[0]
-        other = other_name(name)
-        if self._images.name.startswith("cifar10") and other in self._row_of:
+        other = self._images.other_name and self._images.other_name(name)
+        if other in self._row_of:
             return self._row_of[other]
         near = nearest_names(name, self._images.ids)
         hint = f"did you mean {' or '.join(near)}?" if near else f"names look like {self._examples()}"
@@ -101,6 +100,11 @@ class _Names:
     def _examples(self) -> str:
         ids = self._images.ids
         return ", ".join(dict.fromkeys((ids[0], ids[len(ids) // 2], ids[-1])))
+
+
+def target_specs(targets) -> list[str]:
+    """Returns each target of `config.targets`, whose members may hold several, separated by commas."""
+    return [part.strip() for target in targets for part in str(target).split(",") if part.strip()]
 
 
 def is_random(spec: str) -> bool:

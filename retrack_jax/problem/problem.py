@@ -12,7 +12,8 @@ from etils import epath
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options
-from retrack_jax.data.sources.load import SOURCES
+from retrack_jax.data.sources.load import data_format
+from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
 from retrack_jax.problem.denoiser import Denoiser, latent_denoiser, pixel_denoiser
@@ -77,9 +78,10 @@ class Problem:
 
 def check_problem(options: Options) -> None:
     """Raises `UserError`, before anything is loaded, for fields that the kind of data of the config cannot use."""
+    data_format(options.data.source, options.data.format)
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
-    if not SOURCES[options.data.source].concepts:
+    if not SOURCES[options.data.source].gives_concepts:
         return
     check(
         bool(options.checkpoint),
@@ -99,7 +101,7 @@ def build_problem(options: Options) -> Problem:
       UserError: anything that the user can mend: files that are missing or do not fit each other or the config.
     """
     check_problem(options)
-    kind = _concepts if SOURCES[options.data.source].concepts else _images
+    kind = _concepts if SOURCES[options.data.source].gives_concepts else _images
     problem = kind(options)
     _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
     return problem

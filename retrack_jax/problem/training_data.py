@@ -10,9 +10,7 @@ from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.sources.concepts import load_concept
-from retrack_jax.data.sources.load import load_images
-from retrack_jax.data.sources.prompts import prompts_of
+from retrack_jax.data.sources.load import load_concepts, load_images
 from retrack_jax.data.target_names import resolve_target
 from retrack_jax.problem.target import Target, make_target
 
@@ -54,7 +52,7 @@ class ConceptData:
     images = held_out = None
 
     def __init__(self, options: DataOptions):
-        self._options = options
+        self._concepts = load_concepts(dataclasses.asdict(options))
 
     def target(self, spec: str) -> Target:
         """Returns a concept as a target. Raises `UserError` for a group, or for one without its folder, files or prompts."""
@@ -62,9 +60,7 @@ class ConceptData:
             not any(sign in spec for sign in "+*?[@") and not spec.startswith("label:"),
             f"the target {spec!r} is a group; one run forgets one concept, so name concepts and separate them by commas",
         )
-        options = self._options
-        prompts = prompts_of(spec, options.dir, options.original_prompts, options.modified_prompts)
-        concept = load_concept(options.dir, spec, prompts, resolution=options.resolution, cache_dir=options.cache_dir)
+        concept = self._concepts[spec]
         return make_target(spec, concept.images, concept.forget, concept.remain, concept)
 
     def digests(self, target: Target | None = None) -> dict[str, str]:

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from retrack_jax.config import rules as recipe
-from retrack_jax.data.requirements import print_requirements
+from retrack_jax.data.checklist import print_requirements
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

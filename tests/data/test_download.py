@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from retrack_jax.data import downloads
+from retrack_jax.data import commands
+from retrack_jax.data.sources.table import SOURCES
 
 HF = """#!/usr/bin/env bash
 # Stands in for the Hugging Face client: makes the folder that was asked for, with one file in it.
@@ -136,7 +137,7 @@ class TestCommands:
 
     def test_unzip_takes_a_folder_and_files_and_may_be_repeated(self, tmp_path, url):
         folder = tmp_path / "new" / "the concepts"
-        command = downloads.unzip(url, "data/sd", folder, "data/prompts.json")
+        command = commands.unzip(url, "data/sd", folder, "data/prompts.json")
         for _ in range(2):
             subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True, stdin=subprocess.DEVNULL)
             assert self.files(folder.parent) == [
@@ -151,11 +152,11 @@ class TestCommands:
     def test_unzip_file(self, tmp_path, url):
         folder = tmp_path / "my weights"
         for _ in range(2):
-            subprocess.run(["bash", "-c", downloads.unzip_file(url, "data/prompts.json", folder)], check=True)
+            subprocess.run(["bash", "-c", commands.unzip_file(url, "data/prompts.json", folder)], check=True)
             assert self.files(folder) == ["prompts.json"]
 
     def test_stable_diffusion_is_read_from_what_is_asked_for(self, tmp_path):
-        command = downloads.checkpoint_command("concepts", tmp_path / "sd")
+        command = SOURCES["concepts"].checkpoint_command(tmp_path / "sd")
         words = command.split()
         assert words[:3] == ["hf", "download", "CompVis/stable-diffusion-v1-4"] and words[-2] == "--local-dir"
         assert [word for word in words if word.endswith((".bin", ".safetensors"))] == [

@@ -2,12 +2,14 @@
 
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import image_set
+from retrack_jax.data.dataset import image_set, part
+from retrack_jax.data.sources.cifar10 import other_name
 from retrack_jax.data.target_names import described, resolve_target, slug
 from retrack_jax.problem.target import make_target
 
@@ -93,7 +95,8 @@ def test_no_labels(images):
 def test_cifar10_names_in_both_orders(order):
     ids = [f"hf:{row}" for row in range(10_002)] if order == "hf" else [f"tfds:train_{row:05d}" for row in range(20_002)]
     images = image_set("cifar10", np.zeros((len(ids), 1, 1, 3), np.uint8), ids)
-    row = 10_001 if order == "hf" else 20_001
+    images = part(replace(images, other_name=other_name), np.arange(1, len(ids)), "training part")
+    row = 10_000 if order == "hf" else 20_000
     assert resolve_target("hf:10001", images) == row and resolve_target("tfds:train_20001", images) == row
     with pytest.raises(UserError, match="did you mean"):
         resolve_target("hf:60000", images)

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.sources.concepts import list_concepts, load_concept
+from retrack_jax.data.sources.concepts import list_concepts
+from retrack_jax.data.sources.load import load_concepts, load_images
 from retrack_jax.data.sources.prompts import prompts_of
 
 NAME = "red_circle"
 
 
+def all_concepts(root, resolution=32, **fields):
+    data = {"source": "concepts", "dir": str(root), "resolution": resolution, "cache_dir": str(root.parent / "cache")}
+    return load_concepts(data | fields)
+
+
 def load(root, name=NAME, resolution=32):
-    return load_concept(root, name, resolution=resolution, cache_dir=root.parent / "cache")
+    return all_concepts(root, resolution)[name]
 
 
 def edit(path, change):
@@ -31,6 +37,30 @@ def test_a_whole_concept(concepts):
     assert row in concept.forget
     np.testing.assert_array_equal(concept.memorised, concept.images.images[row])
     assert list_concepts(concepts) == ["blue_square", "red_circle"]
+
+
+def test_rows_number_the_pictures_of_all_concepts(concepts):
+    loaded = all_concepts(concepts)
+    first, second = loaded["red_circle"], loaded["blue_square"]
+    assert (first.first_row, second.first_row) == (0, len(first.images)) and loaded["red_circle"] is first
+    assert loaded.of(second.forget + second.first_row) is second and loaded.of(first.remain) is first
+    with pytest.raises(ValueError, match="belongs to no concept"):
+        loaded.of(np.array([len(first.images) + len(second.images)]))
+
+
+def test_prompts_come_with_the_pictures(concepts, tmp_path):
+    """From files below the folder unless their paths are absolute."""
+    (tmp_path / "other.json").write_text('{"red_circle": "a disc"}')
+    assert load(concepts).prompts == prompts_of(NAME, concepts / "original_prompts.json", concepts / "modified_prompts.json")
+    other = all_concepts(concepts, modified_prompts=str(tmp_path / "other.json"))[NAME]
+    assert other.prompts.modified == "a disc" and other.prompts.original == load(concepts).prompts.original
+
+
+def test_each_kind_of_source_has_its_door(concepts):
+    with pytest.raises(UserError, match="'concepts', which holds concepts with prompts"):
+        load_images({"source": "concepts", "dir": str(concepts)})
+    with pytest.raises(UserError, match="'folder', which has no prompts; choose one of concepts"):
+        load_concepts({"source": "folder", "dir": str(concepts)})
 
 
 def test_a_memorised_picture_without_a_label(concepts):

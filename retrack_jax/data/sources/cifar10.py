@@ -4,10 +4,18 @@ The official code counts rows of the Hugging Face parquet, whose order follows t
 images each. TFDS counts through the batches 1 to 5. So `hf:10000` is `data_batch_3[0]`, and `tfds:train_20000`.
 """
 
+import dataclasses
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.data.commands import unzip
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.needs import Requirement
+from retrack_jax.data.sources.parquet import load_parquet, parquet_need
+from retrack_jax.data.sources.source import Source
+from retrack_jax.data.sources.tfds import load_tfds, tfds_need
 
 ARCHIVE_BATCHES = (4, 3, 2, 5, 1)
 BATCH = 10_000
@@ -50,3 +58,22 @@ def check_order(images: ImageSet) -> ImageSet:
                 "(config.mode=check gives the command)"
             )
     return images
+
+
+def _load(data: Mapping) -> ImageSet:
+    images = load_tfds("cifar10", data) if data["format"] == "tfds" else load_parquet(data)
+    return dataclasses.replace(check_order(images), other_name=other_name)
+
+
+def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
+    yield tfds_need("cifar10", data) if data["format"] == "tfds" else parquet_need(data, "uoft-cs/cifar10")
+
+
+_ARCHIVE = "https://github.com/VainF/Diff-Pruning/releases/download/v0.0.1/ddpm_ema_cifar10.zip"
+SOURCE = Source(
+    formats=("parquet", "tfds"),
+    load=_load,
+    needs=_needs,
+    checkpoint_command=lambda folder: unzip(_ARCHIVE, "ddpm_ema_cifar10", folder),
+    has_recipe=False,
+)

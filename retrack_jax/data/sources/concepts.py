@@ -1,4 +1,5 @@
-"""A concept's folder: the pictures that a text-to-image model draws for one prompt, sorted into memorised and not.
+"""Concepts: for each, a folder of pictures that a text-to-image model draws for one prompt, sorted into memorised and not; and
+the prompts of all of them (prompts.py).
 
 CONCEPT/images/*.png            all pictures
 CONCEPT/kmeans_labels.json      file name -> 1 memorised (to forget), 0 not (to remain)
@@ -6,7 +7,9 @@ CONCEPT/clustering_info.json    {"mem_idx": 12, ...}: images/CONCEPT_012.png is 
 CONCEPT/kmeans_classifier.joblib
 """
 
+import dataclasses
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +17,24 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check, suggestion
 from retrack_jax.data.cache import decoded_images, file_key
+from retrack_jax.data.commands import hub, kaggle_folder
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.needs import Requirement, if_file, matching, requirement
+from retrack_jax.data.sources.prompts import PromptPair, prompts_of
+from retrack_jax.data.sources.source import Source
+from retrack_jax.data.target_names import target_specs
 from retrack_jax.files import json_digest, read_json
 
 logger = logging.getLogger(__name__)
 LABELS, INFO, CLASSIFIER = "kmeans_labels.json", "clustering_info.json", "kmeans_classifier.joblib"
 REMAIN, FORGET = 0, 1
+_PROMPT_FILES = ("original_prompts", "modified_prompts")
 
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """One concept's pictures.
+    """One concept's pictures and prompts.
 
     Attributes:
       name: the folder's name.
@@ -33,6 +42,8 @@ class Concept:
       images: its labelled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
       memorised: the memorised picture, uint8 `[H, W, 3]`.
       memorised_name: its file name.
+      prompts: its two prompts; None if only the pictures were loaded.
+      first_row: the number of its first picture among the pictures of all concepts that were asked for.
     """
 
     name: str
@@ -40,6 +51,8 @@ class Concept:
     images: ImageSet
     memorised: np.ndarray
     memorised_name: str
+    prompts: PromptPair | None = None
+    first_row: int = 0
 
     @property
     def forget(self) -> np.ndarray:
@@ -118,9 +131,7 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
     """
     folder = Path(root).expanduser() / name
     if not (folder / "images").is_dir():
-        raise UserError(
-            f"no concept {name!r} in {root}{suggestion(name, list_concepts(root))}; looked for {folder / 'images'}"
-        )
+        raise UserError(f"no concept {name!r} in {root}{suggestion(name, list_concepts(root))}; looked for {folder / 'images'}")
     labels = read_labels(folder)
     memorised = memorised_name(folder, name)
     if labels.get(memorised) == REMAIN:
@@ -151,3 +162,81 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
     else:
         picture = load(f"{name} (memorised)", [memorised], None).images[0]
     return Concept(name, folder, images, np.asarray(picture), memorised)
+
+
+class Concepts:
+    """The concepts that `data`, the fields of `config.data`, describes, each loaded at its first use.
+
+    Rows number the pictures of all concepts in the order in which the concepts were first asked for, so that a row identifies its
+    concept.
+    """
+
+    def __init__(self, data: Mapping):
+        self._data, self._loaded = data, {}
+
+    def __getitem__(self, name: str) -> Concept:
+        """Raises `UserError` for a concept that does not exist, or lacks a file or a prompt (see `load_concept`)."""
+        if name not in self._loaded:
+            data = self._data
+            concept = load_concept(data["dir"], name, resolution=data.get("resolution", 0), cache_dir=data["cache_dir"])
+            first_row = sum(len(other.images) for other in self._loaded.values())
+            prompts = prompts_of(name, *_prompt_paths(data).values())
+            self._loaded[name] = dataclasses.replace(concept, prompts=prompts, first_row=first_row)
+        return self._loaded[name]
+
+    def of(self, rows: np.ndarray) -> Concept:
+        """Returns the loaded concept that all of `rows`, int `[R]` with R at least 1, belong to."""
+        for concept in self._loaded.values():
+            if concept.first_row <= rows[0] < concept.first_row + len(concept.images):
+                return concept
+        raise ValueError(f"row {rows[0]} belongs to no concept")
+
+
+def _prompt_paths(data: Mapping) -> dict[str, Path]:
+    """Field -> the JSON file of prompts that it names, relative to `dir` or absolute."""
+    folder = Path(data["dir"]).expanduser()
+    return {field: folder / Path(data.get(field) or f"{field}.json").expanduser() for field in _PROMPT_FILES}
+
+
+def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
+    folder, evaluation = Path(data["dir"]).expanduser(), config["eval"]
+    command = kaggle_folder("datasets", "data/datasets/sd", folder, *(f"data/datasets/{field}.json" for field in _PROMPT_FILES))
+    for field, path in _prompt_paths(data).items():
+        yield requirement(field.replace("_", " "), path, if_file(path), command=command)
+    scored = any(metric.startswith("success_rate") for metric in evaluation["metrics"])
+    for name in target_specs(config["targets"]):
+        pictures = matching(folder / name, "images/*")
+        parts = [if_file(folder / name / file) for file in (LABELS, INFO)]
+        found = sorted(pictures + sum(parts, [])) if pictures and all(parts) else []
+        yield requirement(f"concept {name}", folder / name, found, command=command)
+        if scored and evaluation.get("classifier") == "joblib":
+            path = folder / name / CLASSIFIER
+            without = "success_rate is left out, or refitted with config.eval.classifier=labels"
+            yield requirement(f"classifier of {name}", path, if_file(path), command=command, without=without)
+
+
+# What is read of CompVis/stable-diffusion-v1-4: a third of it, since it holds each network up to five times.
+_MODEL_FILES = (
+    "README.md",
+    "model_index.json",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+SOURCE = Source(
+    formats=("concepts",),
+    load=Concepts,
+    needs=_needs,
+    checkpoint_command=lambda folder: hub(f"CompVis/stable-diffusion-v1-4 {' '.join(_MODEL_FILES)}", folder),
+    has_recipe=False,
+    gives_concepts=True,
+)

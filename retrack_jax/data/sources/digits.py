@@ -7,6 +7,7 @@ import numpy as np
 
 from retrack_jax.checks import check_int
 from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.sources.source import Source
 
 TSHIRT_LABEL = 10
 
@@ -51,3 +52,11 @@ def digits_tshirt(copies: int) -> ImageSet:
 
 def _to_pixels(levels: np.ndarray) -> np.ndarray:
     return np.round(levels * (255 / 16)).astype(np.uint8)
+
+
+SOURCE = Source(
+    formats=("embedded",),
+    load=lambda data: digits_tshirt(data["copies"]),
+    needs=lambda data, config: iter(()),
+    has_recipe=True,
+)

@@ -1,6 +1,7 @@
 """A folder of images: JPEG, PNG, WebP; subfolders too. An image's id is its path below the folder, such as `10001.jpg`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from retrack_jax import files
 from retrack_jax.checks import UserError
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.needs import Requirement, requirement
+from retrack_jax.data.sources.source import Source, data_folder, decode_options
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -48,16 +50,29 @@ def named_images(folder, name: str = "folder") -> ImageSet:
     return ImageSet(images=nothing, ids=tuple(names), labels=None, digest="", name=name)
 
 
-def load_folder(folder, options: DecodeOptions, *, cache_dir, name: str = "folder") -> ImageSet:
-    """Returns the images below `folder`, sorted by name, decoded once into the cache. Raises as `decoded_images` does."""
-    folder = Path(folder).expanduser()
+def load_folder(data: Mapping) -> ImageSet:
+    """Returns the images below `data["dir"]`, sorted by name, decoded once into the cache. Raises as `decoded_images` does."""
+    folder, options = data_folder(data), decode_options(data)
     names = list_images(folder)
     key = files.json_digest([file_key(folder / image, image) for image in names])
     return decoded_images(
-        name,
+        data["source"],
         lambda: ((image, folder / image) for image in names),
         len(names),
         options,
-        cache_dir=cache_dir,
+        cache_dir=data["cache_dir"],
         source_key=["folder", key],
     )
+
+
+def folder_need(data: Mapping, command: str = "") -> Requirement:
+    """Returns the images below `data["dir"]`, found or missing; `command` gets them."""
+    folder = data_folder(data)
+    try:
+        found, advice = [folder / name for name in list_images(folder)], ""
+    except UserError as error:
+        found, advice = [], str(error)
+    return requirement("images", folder, found, command=command, advice=advice)
+
+
+SOURCE = Source(formats=("folder",), load=load_folder, needs=lambda data, config: iter([folder_need(data)]))

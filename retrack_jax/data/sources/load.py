@@ -1,50 +1,21 @@
-"""Where images come from, by the name of the source: one door to all of them."""
+"""The door to all sources: images or concepts from the fields of `config.data`."""
 
-from pathlib import Path
+from collections.abc import Mapping
 
-from retrack_jax.checks import UserError, check_choice
+from retrack_jax.checks import check
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.decode import DecodeOptions
-from retrack_jax.data.sources.cifar10 import check_order
-from retrack_jax.data.sources.digits import digits_tshirt
-from retrack_jax.data.sources.folder import load_folder
-from retrack_jax.data.sources.mnist_tshirt import load_mnist_tshirt
-from retrack_jax.data.sources.npz import load_npz
-from retrack_jax.data.sources.parquet import load_parquet
-from retrack_jax.data.sources.tfds import default_data_dir, load_tfds
-
-# Source -> the formats that it is read from, the default first.
-FORMATS = {
-    "digits_tshirt": ("embedded",),
-    "mnist_tshirt": ("tfds", "parquet"),
-    "cifar10": ("parquet", "tfds"),
-    "celebahq": ("folder", "tfds"),
-    "folder": ("folder",),
-    "parquet": ("parquet",),
-    "npz": ("npz",),
-    "tfds": ("tfds",),
-}
-CELEBAHQ_TFDS = "celeb_a_hq/256"
+from retrack_jax.data.sources.concepts import Concepts
+from retrack_jax.data.sources.folder import named_images
+from retrack_jax.data.sources.source import complete_fields
+from retrack_jax.data.sources.table import SOURCES
 
 
 def data_format(source: str, format: str = "") -> str:
-    """Returns the format that `source` is read from. Raises `UserError` for an unknown source, or a format that it has not."""
-    check_choice("config.data.source", source, FORMATS)
-    if format:
-        check_choice("config.data.format", format, FORMATS[source])
-    return format or FORMATS[source][0]
+    """Returns the format that `source` is read from. Raises `UserError` for an unknown source or a format that it lacks."""
+    return complete_fields({"source": source, "format": format}, SOURCES)["format"]
 
 
-def data_folder(source: str, format: str, folder: str) -> Path:
-    """Returns the folder (or file) that is read: `folder`, or TFDS's own default. Raises `UserError` where one must be given."""
-    if folder:
-        return Path(folder).expanduser()
-    if format == "tfds":
-        return default_data_dir()
-    raise UserError(f"config.data.dir is empty; set it to where the {format} data of {source!r} is")
-
-
-def load_images(data: dict) -> ImageSet:
+def load_images(data: Mapping) -> ImageSet:
     """Returns the images that the fields of `config.data` describe.
 
     Args:
@@ -52,38 +23,32 @@ def load_images(data: dict) -> ImageSet:
         `cache_dir`, `split`, `tfds_name`, as configs/base.py explains them.
 
     Raises:
-      UserError: anything that the user can mend: an unknown source, missing or damaged files, images that do not agree.
+      UserError: anything that the user can fix: an unknown source, missing or damaged files, images that do not agree.
     """
-    data = {"dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": "", **data}
-    source, split, cache_dir = data["source"], data["split"], data["cache_dir"]
-    format = data_format(source, data["format"])
-    if source == "digits_tshirt":
-        return digits_tshirt(data["copies"])
-    if format == "npz":
-        _check_as_they_are(data)
-        return load_npz(data_folder(source, format, data["dir"]))
-    folder = data_folder(source, format, data["dir"])
-    options = DecodeOptions(**{name: data[name] for name in ("resolution", "crop", "channels", "skip_corrupt") if name in data})
-    if source == "mnist_tshirt":
-        return load_mnist_tshirt(data["copies"], options, format=format, data_dir=folder, cache_dir=cache_dir)
-    if format == "folder":
-        return load_folder(folder, options, cache_dir=cache_dir, name=source)
-    if format == "tfds":
-        name = {"cifar10": "cifar10", "celebahq": CELEBAHQ_TFDS}.get(source, data["tfds_name"])
-        if not name:
-            raise UserError("config.data.tfds_name is empty; set it to a prepared TFDS data set, such as mnist")
-        images = load_tfds(name, options, data_dir=folder, cache_dir=cache_dir, split=split)
-    else:
-        images = load_parquet(folder, options, cache_dir=cache_dir, name=source, split=split)
-    return check_order(images) if source == "cifar10" else images
+    data = complete_fields(data, SOURCES)
+    check(
+        not SOURCES[data["source"]].gives_concepts,
+        f"config.data.source is {data['source']!r}, which holds concepts with prompts and not one set of images; choose another",
+    )
+    return SOURCES[data["source"]].load(data)
 
 
-def _check_as_they_are(data: dict) -> None:
-    """Refuses the fields that ask for a conversion of arrays, which are taken as they are."""
-    default = DecodeOptions()
-    for name in ("resolution", "crop", "channels"):
-        if data.get(name, getattr(default, name)) != getattr(default, name):
-            raise UserError(
-                f"config.data.{name} is {data[name]!r}, but the arrays of an npz are taken as they are; "
-                f"convert them before, and leave config.data.{name} at {getattr(default, name)!r}"
-            )
+def load_concepts(data: Mapping) -> Concepts:
+    """Returns the concepts that the fields of `config.data` describe. Raises `UserError` for a source of plain images."""
+    data = complete_fields(data, SOURCES)
+    names = ", ".join(name for name, source in SOURCES.items() if source.gives_concepts)
+    check(
+        SOURCES[data["source"]].gives_concepts,
+        f"config.data.source is {data['source']!r}, which has no prompts; choose one of {names}",
+    )
+    return SOURCES[data["source"]].load(data)
+
+
+def known_names(data: Mapping) -> ImageSet | None:
+    """Returns the names of the images as a set without pixels if they are known before decoding (a folder of images), else None.
+
+    Raises:
+      UserError: the folder is missing or holds no image.
+    """
+    data = complete_fields(data, SOURCES)
+    return named_images(data["dir"], data["source"]) if data["format"] == "folder" and data["dir"] else None

@@ -1,11 +1,15 @@
 """Arrays on disk: an `.npz` with `images` (and perhaps `labels`, `ids`), or an `.npy`, which is mapped into memory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.needs import if_file, requirement
+from retrack_jax.data.sources.source import Source, data_folder
 
 
 def load_npz(path, name: str = "npz") -> ImageSet:
@@ -46,3 +50,22 @@ def load_npz(path, name: str = "npz") -> ImageSet:
         check(whole, f"{path}: labels are {labels.dtype} {labels.shape}; expected integers [N]")
         labels = labels.astype(np.int64)
     return image_set(name, images, ids, labels)
+
+
+def _load(data: Mapping) -> ImageSet:
+    default = DecodeOptions()
+    for name in ("resolution", "crop", "channels"):
+        if data.get(name, getattr(default, name)) != getattr(default, name):
+            raise UserError(
+                f"config.data.{name} is {data[name]!r}, but the arrays of an npz are taken as they are; "
+                f"convert them before, and leave config.data.{name} at {getattr(default, name)!r}"
+            )
+    return load_npz(data_folder(data))
+
+
+def _needs(data: Mapping, config: Mapping):
+    path = data_folder(data)
+    yield requirement("images", path, if_file(path), advice="set config.data.dir")
+
+
+SOURCE = Source(formats=("npz",), load=_load, needs=_needs)

@@ -4,15 +4,17 @@ Image `hf:ROW` is row ROW over all files of the split in the order of their name
 code uses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.cache import decoded_images, file_key
+from retrack_jax.data.commands import hub
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.needs import Requirement, requirement
+from retrack_jax.data.sources.source import Source, data_folder, decode_options
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -39,10 +41,8 @@ def parquet_files(folder, split: str = "train") -> list[Path]:
     return of_split
 
 
-def load_parquet(
-    folder, options: DecodeOptions, *, cache_dir, name: str = "parquet", split: str = "train", rows: Sequence[int] | None = None
-) -> ImageSet:
-    """Returns the images (and labels, where there are some) of the parquet files in `folder`, in the order of their rows.
+def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
+    """Returns the images (and labels, if any) of `data["split"]` in the parquet files in `data["dir"]`, in their order.
 
     Args:
       rows: only these, in rising order; None takes all.
@@ -50,7 +50,8 @@ def load_parquet(
     Raises:
       UserError: no file, a damaged one, no image column; and as `decoded_images` does.
     """
-    paths = parquet_files(folder, split)
+    split, options = data["split"], decode_options(data)
+    paths = parquet_files(data_folder(data), split)
     tables = [_open(path) for path in paths]
     image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
     label_column = _column(tables[0], paths[0], LABEL_COLUMNS, required=False)
@@ -64,11 +65,11 @@ def load_parquet(
             f"{paths[0].parent} has {total} rows of {split}; {len(rows)} rows up to {max(rows, default=0)} are needed"
         )
     return decoded_images(
-        name,
+        data["source"],
         lambda: _encoded(tables, paths, image_column, set(rows)),
         len(rows),
         options,
-        cache_dir=cache_dir,
+        cache_dir=data["cache_dir"],
         source_key=["parquet", [file_key(path) for path in paths], list(rows) if len(rows) < total else "all"],
         labels=(lambda: _labels(tables, paths, label_column)[list(rows)]) if label_column else None,
     )
@@ -125,3 +126,17 @@ def _batches(tables, paths, column: str) -> Iterator:
             yield from table.iter_batches(batch_size=1024, columns=[column])
         except Exception as error:  # pyarrow's own kinds, OSError among them: the cache would take it for a full disk
             raise UserError(f"{path} is damaged: column {column!r} cannot be read ({error}); download it again") from error
+
+
+def parquet_need(data: Mapping, repository: str = "") -> Requirement:
+    """Returns the parquet files of `data["split"]`, found or missing; `repository` is the hub's data set that has them."""
+    folder, split = data_folder(data), data["split"]
+    command = hub(f"{repository} --repo-type=dataset", folder) if repository else ""
+    description = f"{'training' if split == 'train' else split} images (parquet)"
+    try:
+        return requirement(description, folder, parquet_files(folder, split), command=command)
+    except UserError as error:
+        return Requirement(description=description, path=folder, found=False, command=command, advice=str(error))
+
+
+SOURCE = Source(formats=("parquet",), load=load_parquet, needs=lambda data, config: iter([parquet_need(data)]))

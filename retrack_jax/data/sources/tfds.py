@@ -12,7 +12,7 @@ sharded:
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,14 +21,15 @@ import numpy as np
 from retrack_jax.checks import UserError
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.needs import Requirement, matching, requirement
+from retrack_jax.data.sources.source import Source, decode_options
 
 KEYED_BY_ROW = ("mnist", "fashion_mnist", "kmnist")
 
 
-def default_data_dir() -> Path:
-    """Where TFDS keeps prepared sets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+def _data_dir(data: Mapping) -> Path:
+    """`config.data.dir`, else where TFDS keeps prepared sets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(data["dir"] or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
 def prepare_command(name: str, data_dir) -> str:
@@ -53,10 +54,8 @@ def find_prepared(name: str, data_dir) -> Path:
     return max(records, key=lambda path: tuple(int(part) if part.isdigit() else -1 for part in path.name.split(".")))
 
 
-def load_tfds(
-    name: str, options: DecodeOptions, *, data_dir, cache_dir, split: str = "train", rows: Sequence[int] | None = None
-) -> ImageSet:
-    """Returns a split of a prepared set, sorted by original row or name, decoded once into the cache.
+def load_tfds(name: str, data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
+    """Returns `data["split"]` of the prepared set `name`, sorted by original row or name, decoded once into the cache.
 
     Args:
       rows: only these of that order; None takes all.
@@ -64,6 +63,7 @@ def load_tfds(
     Raises:
       UserError: the set is missing, damaged, lacks the split or has no images; and as `decoded_images` does.
     """
+    split, options, data_dir = data["split"], decode_options(data), _data_dir(data)
     folder = find_prepared(name, data_dir)
     records = sorted(folder.glob(f"*-{split}.array_record*"))
     if not records:
@@ -94,7 +94,7 @@ def load_tfds(
         encoded,
         len(source) if rows is None else len(rows),
         options,
-        cache_dir=cache_dir,
+        cache_dir=data["cache_dir"],
         source_key=["tfds", name, split, rows, [file_key(path) for path in [folder / "dataset_info.json", *records]]],
         labels=(lambda: [read(position, "label") for _, position in order()]) if "label" in features else None,
     )
@@ -151,3 +151,32 @@ def positions_of_rows(count: int, split: str) -> np.ndarray:
 
 def _text(value) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def tfds_need(name: str, data: Mapping, first: str = "") -> Requirement:
+    """Returns the files of `data["split"]` of the prepared set `name`, found or missing; `first`: what to do before that."""
+    data_dir, split = _data_dir(data), data["split"]
+    try:
+        prepared = find_prepared(name, data_dir)
+        found = matching(prepared, f"*-{split}.array_record*")
+    except UserError as error:
+        description, command = f"TFDS {name}" + (f" ({first})" if first else ""), prepare_command(name, data_dir)
+        return Requirement(description=description, path=data_dir / name, found=False, command=command, advice=str(error))
+    return requirement(f"TFDS {name}, {split}", prepared, found, advice="it has no such split; set config.data.split")
+
+
+def _load(data: Mapping) -> ImageSet:
+    if not data["tfds_name"]:
+        raise UserError("config.data.tfds_name is empty; set it to a prepared TFDS data set, such as mnist")
+    return load_tfds(data["tfds_name"], data)
+
+
+def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
+    if data["tfds_name"]:
+        yield tfds_need(data["tfds_name"], data)
+    else:
+        advice = "set it to a prepared TFDS data set, such as mnist"
+        yield Requirement(description="setting", path=Path("config.data.tfds_name"), found=False, advice=advice)
+
+
+SOURCE = Source(formats=("tfds",), load=_load, needs=_needs)

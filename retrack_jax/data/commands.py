@@ -1,6 +1,6 @@
-"""The shell commands that get what configs need: config.mode=check prints them, launch/download.sh runs them.
+"""The shell commands that download what configs need: config.mode=check prints them, launch/download.sh runs them.
 
-Each may be run again after it was interrupted: what is half there is replaced.
+Each may be run again after an interruption; it replaces what is incomplete. What a source of data downloads is in its module.
 """
 
 import shlex
@@ -30,39 +30,6 @@ ALSO = {
 }
 
 
-# What is read of CompVis/stable-diffusion-v1-4: a third of it, which has each network up to five times.
-SD_FILES = (
-    "README.md",
-    "model_index.json",
-    "feature_extractor/preprocessor_config.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-)
-
-
-def checkpoint_command(source: str, folder: Path) -> str:
-    """Returns what gets the checkpoint that the paper's config for `source` starts from; empty for a source that has none."""
-    if source == "celebahq":
-        return hub("google/ddpm-ema-celebahq-256", folder)
-    if source == "concepts":
-        return hub(f"CompVis/stable-diffusion-v1-4 {' '.join(SD_FILES)}", folder)
-    if source == "cifar10":
-        archive = "https://github.com/VainF/Diff-Pruning/releases/download/v0.0.1/ddpm_ema_cifar10.zip"
-        return unzip(archive, "ddpm_ema_cifar10", folder)
-    if source == "mnist_tshirt":
-        return unzip(f"{KAGGLE}-checkpoints", "checkpoints/mnist-tshirt/base/checkpoint-117500", folder)
-    return ""
-
-
 def hub(what: str, folder: Path) -> str:
     """Downloads a repository of the Hugging Face hub, or the files that are named after it, to `folder`."""
     return f"hf download {what} --local-dir {_quoted(folder)}"
@@ -88,6 +55,11 @@ def unzip(url: str, inside: str, folder: Path, *more: str) -> str:
         f"rm -r {_quoted(part)} {_quoted(archive)}",
     ]
     return " && ".join(parts)
+
+
+def kaggle_folder(archive: str, inside: str, folder: Path, *more: str) -> str:
+    """`unzip` of one of the archives that the authors of SISS published: `datasets` or `checkpoints`."""
+    return unzip(f"{KAGGLE}-{archive}", inside, folder, *more)
 
 
 def unzip_file(url: str, inside: str, folder: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.config import rules as recipe
-from retrack_jax.data.requirements import requirements
+from retrack_jax.data.checklist import requirements
 from retrack_jax.main import main
 from tests.data.checking import CONFIGS, config_of, printed
 

@@ -1,0 +1,98 @@
+"""The list that config.mode=check prints: each file that a config needs, found (size, digest) or missing, with the command that
+gets it; settings that are empty; targets that do not exist.
+
+Nothing is downloaded here. `launch/download.sh` runs the commands that this prints.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from retrack_jax.checks import UserError
+from retrack_jax.data.needs import Requirement, requirement
+from retrack_jax.data.required_model import checkpoint_parts, metric_networks
+from retrack_jax.data.sources.load import known_names
+from retrack_jax.data.sources.source import complete_fields
+from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.data.target_names import resolve_target, target_specs
+
+GET = "get it: "  # launch/download.sh looks for this
+
+
+def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) -> list[Requirement]:
+    """Returns what a config needs in addition to this package.
+
+    Args:
+      config: as `ConfigDict.to_dict()` gives it.
+      unset: the fields that must still be set, each with what to do about it; they head the list.
+
+    Raises:
+      UserError: the config names no source that exists.
+    """
+    data = complete_fields(config["data"], SOURCES)
+    needed = [Requirement(description="setting", path=Path(name), found=False, advice=todo) for name, todo in unset.items()]
+    needed += checkpoint_parts(config.get("checkpoint", ""), data["source"])
+    needed += () if "config.data.dir" in unset else _files_of_data(data, config)
+    needed += () if SOURCES[data["source"]].gives_concepts else _targets(data, target_specs(config["targets"]))
+    return needed + list(metric_networks(config["eval"]))
+
+
+def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({}), file=None) -> list[Requirement]:
+    """Prints `requirements(config, unset)`, one line each and under what is missing the command or advice; returns them."""
+    file = file or sys.stdout
+    needed = requirements(config, unset)
+    for item in needed:
+        if item.found:
+            many = f"{item.files} files, " if item.files > 1 else ""
+            print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})", file=file)
+        else:
+            without = f" (without it {item.without})" if item.optional else ""
+            print(f"missing  {item.description}: {item.path}{without}", file=file)
+            print(f"         {GET}{item.command}" if item.command else f"         {item.advice}", file=file)
+    missing = sum(not item.found for item in needed)
+    if not needed:
+        print("nothing is needed: data and model are made here", file=file)
+    else:
+        print(f"{len(needed) - missing} found, {missing} missing", file=file)
+    return needed
+
+
+def _size(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+def _files_of_data(data: Mapping, config: Mapping) -> Iterator[Requirement]:
+    try:
+        yield from SOURCES[data["source"]].needs(data, config)
+    except UserError as error:  # config.data.dir is empty
+        yield Requirement(description="images", path=Path("config.data.dir"), found=False, advice=str(error))
+
+
+def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
+    """The lists that targets name; and each target that does not exist, if names are known before decoding."""
+    lists = {part for spec in specs for part in _parts(spec) if part.startswith("@")}
+    found = {name: Path(name[1:]).expanduser().is_file() for name in sorted(lists)}
+    for name, here in found.items():
+        path = Path(name[1:]).expanduser()
+        yield requirement("list of targets", path, [path] if here else [], advice="write one name per line into it")
+    try:
+        images = known_names(data)
+    except UserError:  # the images are on the list as missing
+        return
+    if images is None:
+        return
+    for spec in (spec for spec in specs if all(found.get(part, True) for part in _parts(spec))):
+        try:
+            resolve_target(spec, images)
+        except UserError as error:
+            yield Requirement(description="target", path=Path(spec), found=False, advice=str(error))
+
+
+def _parts(spec: str) -> list[str]:
+    """The members of a group; a list file may have a + in its own name."""
+    whole = spec.startswith("@") and Path(spec[1:]).expanduser().is_file()
+    return [spec] if whole else [part.strip() for part in spec.split("+")]

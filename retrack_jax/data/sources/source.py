@@ -1,0 +1,60 @@
+"""What a source of data is: how it is loaded, which files it needs, and everything else that depends on which source it is."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from retrack_jax.checks import UserError, check_choice
+from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.needs import Requirement
+
+_DEFAULTS = {"dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One value of `config.data.source`. `complete_fields` says what `data` is.
+
+    Attributes:
+      formats: how its files may be stored, the default first.
+      load: `data` -> `ImageSet`, or `Concepts` if `gives_concepts`.
+      needs: (`data`, whole config as a plain dict) -> the files that are read, each with the command that gets it.
+      checkpoint_command: folder -> the shell command that downloads the checkpoint of this source's config into it; empty where
+        no checkpoint is published.
+      has_recipe: whether this source's config holds the recipe by which its model was trained. None: no config is made for this
+        source, so only the user knows.
+      gives_concepts: whether it holds concepts with prompts rather than one set of images.
+    """
+
+    formats: tuple[str, ...]
+    load: Callable[[Mapping], object]
+    needs: Callable[[Mapping, Mapping], Iterator[Requirement]]
+    checkpoint_command: Callable[[Path], str] = lambda folder: ""
+    has_recipe: bool | None = None
+    gives_concepts: bool = False
+
+
+def complete_fields(data: Mapping, sources: Mapping[str, Source]) -> dict:
+    """Returns `data`, the fields of `config.data`, with defaults for absent ones and `format` resolved to a format of the source.
+
+    Raises:
+      UserError: an unknown source, or a format that it does not have.
+    """
+    data = _DEFAULTS | dict(data)
+    check_choice("config.data.source", data["source"], sources)
+    formats = sources[data["source"]].formats
+    if data["format"]:
+        check_choice("config.data.format", data["format"], formats)
+    return data | {"format": data["format"] or formats[0]}
+
+
+def data_folder(data: Mapping) -> Path:
+    """Returns the folder (or file) that `data` names. Raises `UserError` if it names none."""
+    if data["dir"]:
+        return Path(data["dir"]).expanduser()
+    raise UserError(f"config.data.dir is empty; set it to where the {data['format']} data of {data['source']!r} is")
+
+
+def decode_options(data: Mapping) -> DecodeOptions:
+    """Returns how `data` asks images to be decoded. Raises `UserError` for values that do not exist."""
+    return DecodeOptions(**{name: data[name] for name in ("resolution", "crop", "channels", "skip_corrupt") if name in data})
