@@ -8,8 +8,6 @@ Hardware: one accelerator of 24 GB for ReTrack, on paper (docs/stable_diffusion.
 expect: not measured by us on the real model; the tests run all of this on a toy, and the networks are compared with diffusers'.
 """
 
-import importlib.util
-from pathlib import Path
 from retrack_jax.config.base import base_config, with_method
 
 # The official sweep, in its order.

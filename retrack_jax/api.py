@@ -5,6 +5,7 @@
     params = unlearn(module.apply, params, schedule, remain, forget, method="retrack", rng=jax.random.key(0), num_steps=50)
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,8 @@ from ml_collections import ConfigDict
 
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, suggestion
-from retrack_jax.config import build
+from retrack_jax.config.devices import check_unlearning_step
+from retrack_jax.config.options import UnlearnOptions, unlearn_options
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
@@ -25,30 +27,6 @@ from retrack_jax.train.loop import train
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, make_train_step
 from retrack_jax.unlearn.methods import METHODS, get_method
-
-# The official CIFAR-10 and MNIST values; configs/base.py says what each is.
-_TRAINING = {
-    "num_steps": 50,
-    "batch_size": 128,
-    "forget_batch_size": 0,
-    "accumulation": 1,
-    "learning_rate": 5e-5,
-    "learning_rate_schedule": "constant",
-    "warmup_steps": 0,
-    "b1": 0.95,
-    "b2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 1e-6,
-    "clip_norm": 1.0,
-    "num_neighbors": 10,
-    "neighbor_backend": "auto",
-    "t_min": 0,
-    "t_max": None,
-    "retain_loss": "standard",
-    "lam_end": None,
-    "lam_schedule": "constant",
-    "dropout": False,
-}
 
 
 def run(config: ConfigDict, workdir) -> dict:
@@ -99,16 +77,12 @@ def unlearn(
     """
     entry = get_method(method)
     check(not entry.from_scratch, f"method {method!r} trains from random weights; use train.loop for it")
-    known = {**_TRAINING, **entry.options}
-    for name in options:
-        if name not in known:
-            every = {name for other in METHODS.values() for name in other.options}
-            if name in every:
-                raise UserError(f"method {method!r} does not read the option {name!r}")
-            raise UserError(f"there is no option {name!r}{suggestion(name, known)}")
-    recipe = ConfigDict({**known, **options})
-    build.check_unlearning(recipe, entry, where="")
-    build.check_window(recipe, schedule.num_train_timesteps, where="")
+    dropout = options.pop("dropout", False)
+    _check_names(method, options)
+    shared = {name: options[name] for name in options if name in _names(UnlearnOptions)}
+    recipe = unlearn_options(method, shared, {name: options[name] for name in options if name not in shared}, where="")
+    check_unlearning_step(recipe, entry, where="")
+    recipe.check_window(schedule.num_train_timesteps, where="")
 
     remain, forget = np.asarray(remain), np.asarray(forget)
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")
@@ -122,23 +96,37 @@ def unlearn(
         shared = shared.replace(neighbors={name: remain[distinct]}, neighbor_rows=positions)
     if recipe.retain_loss == "distillation":
         shared = shared.replace(reference=params)
-    how = build.unlearn_options_from(recipe, entry, schedule.num_train_timesteps, recipe.dropout)
+    how = recipe.step_options(schedule.num_train_timesteps, dropout)
     order_rng, step_rng = jax.random.split(rng)
     batches = Batches(
         gather=lambda rows: {name: remain[rows]},
         num_remain=len(remain),
         forget_rows=np.arange(len(forget)),
         remain_size=recipe.batch_size if "remain" in entry.streams else 0,
-        forget_size=build.forget_batch_size(recipe, entry),
+        forget_size=recipe.forget_size(entry),
         seed=int(jax.random.bits(order_rng, dtype="uint32")),
     )
     # The step donates its state: it works on a copy, and the caller's parameters stay.
-    state = create_state(parallel.copy(params), build.optimizer_from(recipe))
+    state = create_state(parallel.copy(params), recipe.optimizer())
     state, _ = train(
         parallel.replicate(state), make_train_step(entry, make_eps_fn(apply_fn, schedule), how), batches,
         parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
     )  # fmt: skip
     return state.params
+
+
+def _names(record: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(record)} - {"own"}
+
+
+def _check_names(method: str, options: dict) -> None:
+    """Raises `UserError` for a keyword that is no option, or only another method's."""
+    known = _names(UnlearnOptions) | _names(METHODS[method].options) | {"dropout"}
+    for name in options:
+        if name not in known:
+            others = {option for other in METHODS.values() for option in _names(other.options)}
+            check(name not in others, f"method {method!r} does not read the option {name!r}")
+            raise UserError(f"there is no option {name!r}{suggestion(name, known)}")
 
 
 def _kind(remain: np.ndarray, forget: np.ndarray) -> str:

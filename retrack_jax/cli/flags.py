@@ -1,5 +1,6 @@
 """Flags to a config: every mistake becomes one line that names the nearest right thing. Imports nothing heavy."""
 
+import sys
 import traceback
 from pathlib import Path
 
@@ -16,8 +17,21 @@ FIELD    any field of the config, such as
                             one target may be a+b+c, @list.txt, a glob, or label:7
            checkpoint       a diffusers folder with the pretrained model
 
-configs/base.py lists the fields with their units and sources; those of one config alone stand in its file.
+retrack_jax/config/options.py lists the fields with their units and sources. A method's own options are
+config.unlearn.METHOD.FIELD, such as --config.unlearn.retrack.lam=0.01; that spelling also overrides a shared field for it.
 Exit status: 0 done, 2 something you can mend, 75 preempted."""
+
+
+# Fields that had another name before a method's options were its own.
+_RENAMED = {
+    "config.unlearn.lam": "config.unlearn.retrack.lam (ReTrack's weight) or --config.unlearn.siss.mixture (SISS's mixture)",
+    "config.unlearn.lam_schedule": "config.unlearn.retrack.lam_schedule or --config.unlearn.siss.mixture_schedule",
+    "config.unlearn.lam_end": "config.unlearn.retrack.lam_end or --config.unlearn.siss.mixture_end",
+    "config.unlearn.siss_scale": "config.unlearn.siss.scale (and --config.unlearn.siss_no_is.scale)",
+    "config.unlearn.siss_share": "config.unlearn.siss.share (and --config.unlearn.siss_no_is.share)",
+    "config.unlearn.erasediff_eta": "config.unlearn.erasediff.eta",
+    "config.recipes": "config.unlearn.METHOD.FIELD",
+}
 
 
 def parse(argv: list[str]):
@@ -46,7 +60,7 @@ def parse(argv: list[str]):
     given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]}
     if "config.method" in given:
         raise UserError(f"name the method behind the config file, --config={path}:METHOD: its own recipe comes with it there")
-    _keep_overrides(given, config)
+    _tell_overridden(given, config)
     return config, values.workdir or f"runs/{Path(path).stem}"
 
 
@@ -58,19 +72,16 @@ def _quoted(argument: str) -> str:
     return f"{name}={tuple(value.split(','))!r}"
 
 
-def _keep_overrides(given: set[str], config) -> None:
-    """Takes what the command line gives out of the methods' own recipes: under `all` it wins too, as it does for one method.
-
-    All but lambda, ReTrack's weight and SISS's mixture: under `all` a number that is meant for one is no number for the other,
-    so a method whose recipe has a lambda keeps it (`--config.recipes.siss.lam` changes that).
-    """
-    given = {name.removeprefix("config.unlearn.") for name in given}
-    if config.method == "all":
-        given -= {"lam"}
-    for recipe in config.get("recipes", {}).values():
-        with recipe.unlocked():
-            for name in given & set(recipe):
-                del recipe[name]
+def _tell_overridden(given: set[str], config) -> None:
+    """Prints a note if a shared option of the command line does not reach a method, because the config has one for that method."""
+    for name in sorted(given):
+        field = name.removeprefix("config.unlearn.")
+        if name == f"config.unlearn.{field}" and "." not in field:
+            for method in (config.method,) if config.method in config.unlearn else config.unlearn:
+                own = config.unlearn[method] if hasattr(config.unlearn[method], "keys") else {}
+                if own.get(field) is not None and f"config.unlearn.{method}.{field}" not in given:
+                    kept = f"config.unlearn.{method}.{field}={own[field]}"
+                    print(f"note: {kept} wins over --{name}, for the more specific field wins", file=sys.stderr)
 
 
 def _only(argv: list[str], prefix: str) -> str:
@@ -125,6 +136,8 @@ def _unknown_field(argv: list[str], config_flag: str, error: Exception) -> str:
         if argument.startswith("--config."):
             node, walked = module.get_config(*method), "config"
             for name in argument.removeprefix("--config.").partition("=")[0].split("."):
+                if f"{walked}.{name}" in _RENAMED:
+                    return f"--{walked}.{name} is --{_RENAMED[f'{walked}.{name}']} now"
                 if not hasattr(node, "keys") or name not in node:
                     choices = list(node.keys()) if hasattr(node, "keys") else []
                     return f"there is no field {walked}.{name}{suggestion(name, choices)}"

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 def fit_to_devices(options: Options) -> Options:
     """Returns `options` with fewer microbatches, and a larger batch of samples, if the devices at hand ask for it; logs both.
 
-    The images of a step stay those of the recipe: D devices take the place of D microbatches. Neither change moves a result by more
-    than rounding.
+    The images of a step stay those of the recipe: D devices take the place of D microbatches. Either change moves results by
+    rounding alone.
 
     Raises:
       UserError: a batch that a run of these options takes does not divide evenly over the devices.

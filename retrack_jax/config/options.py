@@ -1,7 +1,7 @@
 """The fields of a config, typed and self-checking. Each has one default, and it stands here.
 
-`default_config()` lays them out as the `ConfigDict` that `configs/*.py` and the command line change; `read_config` turns that into
-these records and checks every value. Nothing below this package sees a `ConfigDict`.
+`default_config()` lays them out as the `ConfigDict` that `configs/*.py` and the command line change; `read_config` turns that
+into these records and checks every value. Nothing below this package sees a `ConfigDict`.
 
 A message of a check starts with the field's name; whoever makes the record puts before it where the user sets it.
 """
@@ -22,8 +22,8 @@ from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
 from retrack_jax.evaluate.prompts import CLASSIFIERS
 from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.neighbors.search import BACKENDS
-from retrack_jax.sampling import SAMPLERS
 from retrack_jax.notation import Array
+from retrack_jax.sampling import SAMPLERS
 from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer
 from retrack_jax.train.step import StepOptions
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, Method

@@ -1,13 +1,12 @@
 """Between pixels and the space that the network denoises: examples for training, and neighbors in that space.
 
-An example is a dict that `data.dataset.to_x_0` turns into x_0: `pixels`, or the `mean` and `std` of a latent's posterior, which is
-drawn from at each access.
+An example is a dict that `data.dataset.to_x_0` turns into x_0: `pixels`, or the `mean` and `std` of a latent's posterior, which
+is drawn from at each access.
 """
 
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel

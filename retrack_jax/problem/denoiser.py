@@ -112,7 +112,7 @@ def _check_fits(module, images: ImageSet) -> None:
     height, width, channels = images.images.shape[1:]
     check(
         isinstance(module, UNet2D),
-        "the network in config.checkpoint takes a prompt; configs/stable_diffusion.py unlearns such networks, with captioned data",
+        "the network in config.checkpoint takes a prompt, and images alone have none; configs/stable_diffusion.py has prompts",
     )
     check(
         channels == module.in_channels,

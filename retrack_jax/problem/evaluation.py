@@ -13,9 +13,10 @@ from retrack_jax import files
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
 from retrack_jax.data.row_view import Rows
+from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import images, prompts
-from retrack_jax.evaluate.networks import check_score_network, feature_network, load_sscd, score_network
 from retrack_jax.evaluate.finetune import make_finetune
+from retrack_jax.evaluate.networks import check_score_network, feature_network, load_sscd, score_network
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.frequency import target_distances
@@ -24,7 +25,6 @@ from retrack_jax.problem.codec import LatentCodec, PixelCodec
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
 from retrack_jax.problem.training_data import ImageData
-from retrack_jax.data.target_names import is_random
 from retrack_jax.report.grids import thumbnails
 from retrack_jax.train.step import StepOptions
 
@@ -131,7 +131,7 @@ class ImageEvaluation:
     def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
         marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
         shown = {name: arrays["samples"] for name, arrays in samples.items()}
-        return {"samples": shown, "marked": None if None in marked.values() else marked, **self._of_target(target)}
+        return {"samples": shown, "marked": _all_or_none(marked), **self._of_target(target)}
 
     def _marks(self, target: Target, arrays: Arrays) -> np.ndarray | None:
         """bool `[N]`: which samples lie nearer to a forgotten image than the threshold; None without a threshold."""
@@ -181,7 +181,7 @@ class PromptEvaluation:
 
     def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
         marks = {name: self._marks(target, arrays) for name, arrays in samples.items()}
-        marked = None if None in marks.values() else {name: kinds["original"] for name, kinds in marks.items()}
+        marked = _all_or_none({name: kinds and kinds["original"] for name, kinds in marks.items()})
         shown = {name: _small(arrays)["original"] for name, arrays in samples.items()}
         return {"samples": shown, "marked": marked, **self._of_target(target)}
 
@@ -203,6 +203,10 @@ def _neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target
     data = codec.forget_data(few, min(recipe.num_neighbors, len(target.remain)), recipe.neighbor_backend)
     neighbors = target.images.images[data.neighbor_positions]
     return {"forgotten": target.images.images[few.unique], "neighbors": neighbors, "distances": data.distances}
+
+
+def _all_or_none(marks: dict) -> dict | None:
+    return None if any(mark is None for mark in marks.values()) else marks
 
 
 def _label_of(target: Target) -> int | None:

@@ -87,7 +87,8 @@ def check_problem(options: Options) -> None:
         bool(options.checkpoint),
         "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
     )
-    check(bool(options.data.dir), "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts")
+    empty = "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts"
+    check(bool(options.data.dir), empty)
     check_int("config.data.resolution", options.data.resolution)
     for name, unused in _OF_IMAGES.items():
         value = getattr(options.data, name)

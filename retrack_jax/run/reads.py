@@ -1,8 +1,8 @@
 """What each result of a run is made from. Two results are the same run's if, and only if, these are equal.
 
-Every folder of results keeps it in `config.json`, one section for each kind of result: `model`, `inputs`, `samples`, `evaluation`.
-A section is written with its result and binds only that: a field that only sampling reads binds samples, and another method's
-option binds nothing. What only costs memory or time is in none, so that a run continues on a machine with other devices.
+Every folder of results keeps it in `config.json`, one section for each kind of result: `model`, `inputs`, `samples`,
+`evaluation`. A section is written with its result and binds only that: a field that only sampling reads binds samples, and
+another method's option binds nothing. What only costs memory or time is in none, so that a run continues on other devices.
 """
 
 import dataclasses

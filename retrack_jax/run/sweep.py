@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from retrack_jax.checks import Diverged, check
 from retrack_jax.config.devices import fit_to_devices
 from retrack_jax.config.options import Options, read_config
 from retrack_jax.config.rules import complete, open_fields, unset
-from retrack_jax.problem.problem import Problem, build_problem, check_problem
+from retrack_jax.problem.problem import build_problem, check_problem
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.one_run import run_one
 from retrack_jax.run.summary import summarize_workdir
@@ -77,10 +78,9 @@ def _prepare(context: RunContext) -> None:
     methods = [name for name in options.method_names if name in METHODS and "neighbors" in METHODS[name].streams]
     if options.mode not in ("run", "unlearn") or len(context.targets) == 1:
         return
-    for name in methods:
-        recipe = options.recipe(name)
-        targets = list(context.targets.values())
-        parallel.on_main(lambda: problem.codec.prepare(targets, recipe.num_neighbors, recipe.neighbor_backend))
+    targets = list(context.targets.values())
+    for num_neighbors, backend in {(options.recipe(name).num_neighbors, options.recipe(name).neighbor_backend) for name in methods}:
+        parallel.on_main(partial(problem.codec.prepare, targets, num_neighbors, backend))
 
 
 def check_needs(options: Options) -> None:

@@ -153,10 +153,9 @@ def _compiled(
 
 def load(job: Job, context: RunContext) -> Model:
     """Returns the finished model of `job`. Raises `UserError`, with the mode that makes it, if the run has not finished."""
-    unfinished = UserError(
-        f"{job.folder} has no finished model; run --config.mode={'pretrain' if job.name == 'pretrain' else 'unlearn'} first, or leave "
-        "config.mode out to run every stage"
-    )
+    mode = "pretrain" if job.name == "pretrain" else "unlearn"
+    advice = f"run --config.mode={mode} first, or leave config.mode out to run every stage"
+    unfinished = UserError(f"{job.folder} has no finished model; {advice}")
     with RunStore(job.folder / "checkpoints") as store:
         if store.latest_step() != job.recipe.num_steps:
             raise unfinished

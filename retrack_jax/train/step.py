@@ -80,9 +80,10 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
       eps_fn: `(params, x_t, t, *condition, **kwargs) -> eps_pred`; it is given a condition if the examples have one.
       how: how the step runs.
 
-    The step takes a batch with a device axis: `remain`, examples as `to_x_0` takes them with their `condition` if they have one, and
-    `remain_index` `[D, b]`, their global indices in the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and `forget_index`.
-    `rng` is the run's base key. The step donates the state. Metrics are float32 scalars, means over the batch of sums over pixels.
+    The step takes a batch with a device axis: `remain`, examples as `to_x_0` takes them, with their `condition` if they have
+    one, and `remain_index` `[D, b]`, their global indices in the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and
+    `forget_index`. `rng` is the run's base key. The step donates the state. Metrics are float32 scalars, means over the batch
+    of sums over pixels.
     """
 
     def step(state: TrainState, batch: PyTree, shared: Shared, rng: Rng):
@@ -144,7 +145,7 @@ def _with_sharded_ema(step: Callable) -> Callable:
 
 
 def _close(eps_fn: ModelEpsFn, params: PyTree, conditions: Array | None, dropout: bool = False) -> Callable:
-    """Closes `eps_fn` over all but the noisy points: `(x_t, t, condition, rngs) -> eps_pred`, `condition` rows of `conditions`."""
+    """Returns `(x_t, t, condition, rngs) -> eps_pred`, all else closed over; `condition` are rows of `conditions`."""
 
     def arguments(condition: Array | None) -> tuple[Array, ...]:
         if conditions is None:

@@ -1,8 +1,8 @@
 """The only table of methods: name -> streams it needs, its terms, how their gradients combine.
 
-To add a method, write one function `(context, remain, forget) -> Terms` from the losses, and one entry in `METHODS`; a method with
-options of its own adds a record of them (options.py). A stream that the method does not ask for is None. A method with one term
-leaves `correction` out.
+To add a method, write one function `(context, remain, forget) -> Terms` from the losses, and one entry in `METHODS`; if it has
+options, add a record of them (options.py). A stream that the method does not ask for is None. A method with one term leaves
+`correction` out.
 """
 
 from collections.abc import Callable, Mapping

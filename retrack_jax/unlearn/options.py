@@ -1,7 +1,7 @@
 """Each method's options: one record a method, one default an option.
 
-`config.unlearn.METHOD.NAME` sets an option, and so does the keyword `NAME` of `api.unlearn`. Every message starts with the option's
-name, so that whoever makes a record can put before it where the user set it.
+`config.unlearn.METHOD.NAME` sets an option, and so does the keyword `NAME` of `api.unlearn`. Every message starts with the
+option's name, so that whoever makes a record can put before it where the user set it.
 """
 
 from dataclasses import dataclass, replace

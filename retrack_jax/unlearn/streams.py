@@ -30,7 +30,7 @@ class Stream:
       x_0: `[B, H, W, C]` float32, in the space that the network denoises.
       rngs: `[B]` keys, one per example.
       neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
-      condition: int32 `[B]`, the row of the table of conditions that each example is drawn under; None for an unconditional network.
+      condition: int32 `[B]`, each example's row of the table of conditions; None for an unconditional network.
     """
 
     x_0: Array

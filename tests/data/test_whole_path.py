@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from retrack_jax.problem.pixels import PixelExperiment
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
@@ -17,7 +18,6 @@ from retrack_jax.config import rules as recipe
 from retrack_jax.diffusion import Schedule
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.problem.pixels import PixelExperiment
 from retrack_jax.unlearn.methods import METHODS
 
 TOY = {
