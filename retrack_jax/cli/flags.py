@@ -73,7 +73,7 @@ def _quoted(argument: str) -> str:
 
 
 def _tell_overridden(given: set[str], config) -> None:
-    """Prints a note if a shared option of the command line does not reach a method, because the config has one for that method."""
+    """Prints a note if a shared option of the command line does not reach a method, because the config has one for it."""
     for name in sorted(given):
         field = name.removeprefix("config.unlearn.")
         if name == f"config.unlearn.{field}" and "." not in field:

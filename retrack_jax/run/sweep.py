@@ -78,9 +78,9 @@ def _prepare(context: RunContext) -> None:
     methods = [name for name in options.method_names if name in METHODS and "neighbors" in METHODS[name].streams]
     if options.mode not in ("run", "unlearn") or len(context.targets) == 1:
         return
-    targets = list(context.targets.values())
-    for num_neighbors, backend in {(options.recipe(name).num_neighbors, options.recipe(name).neighbor_backend) for name in methods}:
-        parallel.on_main(partial(problem.codec.prepare, targets, num_neighbors, backend))
+    recipes, targets = [options.recipe(name) for name in methods], list(context.targets.values())
+    for search in {(recipe.num_neighbors, recipe.neighbor_backend) for recipe in recipes}:
+        parallel.on_main(partial(problem.codec.prepare, targets, *search))
 
 
 def check_needs(options: Options) -> None:
