@@ -134,7 +134,6 @@ def get_config() -> ConfigDict:
     compute.dtype = "float32"  # or bfloat16: the network computes in it, weights stay float32
     compute.remat = False  # compute activations again in the backward pass, to save memory
     compute.cpu_devices = 1  # where jax runs on the CPU: devices that share each batch; with 2, digits use two cores fully
-    compute.shard_ema = False  # while pretraining each device keeps its share of the moving average, not all of it
     return config
 
 

@@ -228,10 +228,9 @@ def unlearn_options_from(recipe: ConfigDict, method: Method, num_timesteps: int,
     )
 
 
-def pretrain_options_from(recipe: ConfigDict, num_timesteps: int, dropout: bool, shard_ema: bool = False) -> StepOptions:
+def pretrain_options_from(recipe: ConfigDict, num_timesteps: int, dropout: bool) -> StepOptions:
     """Returns how a step of `config.pretrain` runs."""
-    shard_ema = shard_ema and bool(recipe.ema_max_decay)
-    return StepOptions(accumulation=recipe.accumulation, t_max=num_timesteps, dropout=dropout, shard_ema=shard_ema)
+    return StepOptions(accumulation=recipe.accumulation, t_max=num_timesteps, dropout=dropout)
 
 
 def forget_batch_size(recipe: ConfigDict, method: Method, where: str = "config.unlearn.") -> int:

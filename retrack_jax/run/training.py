@@ -103,8 +103,7 @@ class Stages:
 
     def _from_scratch(self, job: Job, rows: np.ndarray) -> Model:
         recipe, experiment = self.config.pretrain, self.experiment
-        shard_ema = self.config.compute.shard_ema
-        how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout, shard_ema)
+        how = build.pretrain_options_from(recipe, experiment.num_timesteps, experiment.has_dropout)
         step = self._compiled_step("from scratch", METHODS["vanilla"], recipe, how, build.ema_decay_from(recipe))
 
         def make_params() -> PyTree:
@@ -228,7 +227,6 @@ class Stages:
                 writer=writer,
                 should_stop=self.should_stop,
                 seconds_before=seconds,
-                shard_ema=self.config.compute.shard_ema,
                 rate_field=f"config.{job.recipe}.learning_rate",
             )
         return Model(state.eval_params, num_steps, seconds)

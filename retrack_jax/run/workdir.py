@@ -31,7 +31,7 @@ _INPUTS = "inputs"  # in config.json beside the fields of the config: digests of
 _FREE = {"mode", "method", "seeds", "targets", "log_every", "checkpoint_every", "recipes", "export"}
 _FREE_NESTED = {
     "data.cache_dir", "data.dir", "data.encode_batch_size", "sampling.batch_size", "eval.weights_dir", "eval.metrics",
-    "eval.classifier", "compute.cpu_devices", "compute.remat", "compute.shard_ema", "pretrain.accumulation",
+    "eval.classifier", "compute.cpu_devices", "compute.remat", "pretrain.accumulation",
     "unlearn.accumulation",
 }  # fmt: skip
 
