@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.files import array_digest, json_digest
 
 
@@ -28,7 +28,7 @@ class ImageSet:
       name: what the source is called in reports.
     """
 
-    images: np.ndarray | Rows
+    images: np.ndarray | RowView
     ids: Sequence[str]
     labels: np.ndarray | None
     digest: str
@@ -68,9 +68,9 @@ def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = Fa
     """
     name, ids = f"{images.name}, {which}", [images.ids[row] for row in rows]
     labels = None if images.labels is None else np.asarray(images.labels)[rows]
-    if isinstance(images.images, np.memmap | Rows) and not in_memory:
+    if isinstance(images.images, np.memmap | RowView) and not in_memory:
         digest = json_digest([images.digest, array_digest(rows)])
-        return ImageSet(Rows(images.images, rows), ids, labels, digest, name)
+        return ImageSet(RowView(images.images, rows), ids, labels, digest, name)
     return image_set(name, images.images[rows], ids, labels)
 
 

@@ -17,7 +17,7 @@ from retrack_jax.config import build
 from retrack_jax.data.dataset import ImageSet, unit_to_pixels
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.data.sources.load import load_images
 from retrack_jax.data.target_names import is_random, resolve_target
 from retrack_jax.diffusion.conversions import make_eps_fn
@@ -216,10 +216,10 @@ class PixelExperiment:
         rows = self.all_rows() if everything else target.remain
         return Task(
             forgotten=np.ascontiguousarray(self.images.images[target.unique]),
-            reference=Rows(self.images.images, rows),
+            reference=RowView(self.images.images, rows),
             reference_digest=files.json_digest([self.images.digest, files.array_digest(rows)]),
             reference_name=f"{len(rows)} {'training' if everything else 'remaining'} images of {self.images.name}",
-            cache_dir=self.cache_dir / "features",
+            cache_dir=self.cache_dir,
             eps_fn=self.eps_fn,
             schedule=self.schedule,
             features=lambda: feature_network(
