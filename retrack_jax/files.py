@@ -1,18 +1,20 @@
-"""Files that are whole or absent, and digests of what they hold.
+"""Files that are whole or absent, caches of them under a key, and digests of what they hold.
 
-Paths are `etils.epath` paths, so that a workdir may be a folder or a `gs://` address. A file is written beside its final name and
-renamed. An object store has no rename, but there an object appears only when it is whole, so writing it directly is as safe.
+Paths are `etils.epath` paths, so that a workdir may be a folder or a `gs://` address. A file is written under a temporary name in
+the same folder and renamed. In an object store an object appears only when it is whole, so it is written directly.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
@@ -21,8 +23,12 @@ from retrack_jax.checks import UserError
 
 _CHUNK = 1 << 22
 _DAY_SECONDS = 86_400
-IN_WORKDIR = "choose another --workdir"  # what to do where a file cannot be written
+_JSON_BYTES = 64 << 20
+IN_WORKDIR = "choose another --workdir"  # what to do if a file cannot be written
 IN_CACHE = "set config.data.cache_dir"
+MAKE_AGAIN = "delete it, and the same command makes it again"
+Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
 
 
 def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_WORKDIR) -> None:
@@ -30,7 +36,7 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
 
     Args:
       path: where the file is to be.
-      write: writes it; what it reads meanwhile must raise no `OSError`, which would be taken for one of the disk written to.
+      write: writes it; it must catch any `OSError` of what it reads, which would be taken for an error of the disk written to.
       advice: how the user chooses another place.
 
     Raises:
@@ -52,14 +58,14 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
 
 
 def beside(path, ending: str = "tmp"):
-    """Returns `.NAME.HOST.PID.ENDING` beside `path`: a name of this process alone, also where hosts share the disk."""
+    """Returns `.NAME.HOST.PID.ENDING` in the folder of `path`: a name that only this process uses, even on a shared disk."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{ending}")
 
 
 def sweep_temporaries(root: Path) -> None:
-    """Removes what processes that are gone left `beside` files in `root` and two levels of folders below.
+    """Removes temporary files (`beside`) of processes that are gone, in `root` and two levels of folders below.
 
-    Of another host's process nobody here knows whether it is gone; what it left is removed once it is a day old.
+    This host cannot tell whether a process of another host is gone, so temporary files of those are removed after a day.
     """
     for path in (path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}.*")):
         found = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.(tmp|old)", path.name)
@@ -77,7 +83,7 @@ def _host() -> str:
 def _is_old(path: Path) -> bool:
     try:
         return time.time() - path.stat().st_mtime > _DAY_SECONDS
-    except FileNotFoundError:  # renamed by its living owner meanwhile
+    except FileNotFoundError:  # its owner has renamed it meanwhile
         return False
 
 
@@ -112,13 +118,41 @@ def write_json(path, value, *, advice: str = IN_WORKDIR) -> None:
 
 
 def read_json(path):
-    """Returns the JSON value in the file at `path`. Raises `UserError` if it is missing or is not JSON."""
+    """Returns the JSON value in the file at `path`.
+
+    Raises:
+      UserError: the file is missing, is a folder, is larger than 64 MB, is nested too deeply, or is not JSON in UTF-8.
+    """
     try:
-        return json.loads(epath.Path(path).read_text())
+        with epath.Path(path).open("rb") as file:
+            data = file.read(_JSON_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; expected a JSON file") from error
+    if len(data) > _JSON_BYTES:
+        raise UserError(f"{path} is larger than {_JSON_BYTES >> 20} MB; expected a JSON file")
+    try:
+        return json.loads(data.decode())
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid JSON (nested too deeply); restore or delete it") from error
+    except ValueError as error:  # also not UTF-8, and a number of too many digits
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def read_npz(path, names: Sequence[str] | None = None, *, advice: str = MAKE_AGAIN) -> dict[str, np.ndarray]:
+    """Returns name -> array of the `.npz` at `path`: all of them, or `names` alone.
+
+    Raises:
+      UserError: the file is missing, is damaged, lacks one of `names` or holds pickled objects; ends with `advice`.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in (archive.files if names is None else names)}
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
 
 def write_npz(path, *, advice: str = IN_WORKDIR, **arrays) -> None:
@@ -129,6 +163,26 @@ def write_npz(path, *, advice: str = IN_WORKDIR, **arrays) -> None:
             np.savez_compressed(file, **arrays)
 
     write_whole(path, write, advice=advice)
+
+
+def cache_path(cache_dir, kind: str, key, ending: str) -> epath.Path:
+    """Returns `cache_dir/kind/KEY.ending`, the file of what depends on the JSON value `key` and on nothing else."""
+    return epath.Path(cache_dir).expanduser() / kind / f"{json_digest(key)[:32]}.{ending}"
+
+
+def read_cached(path, read: Callable[[epath.Path], Value]) -> Value | None:
+    """Returns `read(path)`; None if there is no such file, or if it cannot be read: the caller then makes it again.
+
+    Caches are written whole under a name that is their key, so what can be read is trusted.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except (UserError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        logger.warning("cannot read %s (%s); making it again", path, error)
+        return None
 
 
 def file_digest(path) -> str:

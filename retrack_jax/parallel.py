@@ -1,8 +1,8 @@
 """The only pmap: its axis, its collectives, and how batches and keys meet devices.
 
-State is passed with `in_axes=None, out_axes=None`, un-stacked, and only the batch carries a device axis (and the moving average,
-where it is sharded). pmap is `jit` over `shard_map` today, so such a state is donated, replicated once and saved by Orbax as it
-is; a move to `shard_map` touches this file alone.
+State is passed with `in_axes=None, out_axes=None`, un-stacked, and only the batch carries a device axis. pmap is
+`jit` over `shard_map` today, so such a state is donated, replicated once and saved by Orbax as it is; a move to `shard_map`
+touches this file alone.
 
 Randomness never depends on the device: a key is folded with each example's *global* index, so one device equals four, and four
 processes equal one.
@@ -11,7 +11,7 @@ processes equal one.
 import pickle
 import zlib
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -150,41 +150,6 @@ def replicate(tree: PyTree) -> PyTree:
 def copy(tree: PyTree) -> PyTree:
     """Returns arrays of their own with the values of `tree`, for a step that donates them."""
     return jax.tree.map(jnp.copy, tree)
-
-
-def local_shard(tree: PyTree) -> PyTree:
-    """Inside `pmap`: returns this device's 1/D of every leaf, flat `[ceil(n / D)]`; zeros fill the last one's."""
-    devices, index = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-
-    def share(leaf: Array) -> Array:
-        size = -(-leaf.size // devices)
-        flat = jnp.pad(leaf.reshape(-1), (0, size * devices - leaf.size))
-        return jax.lax.dynamic_slice_in_dim(flat, index * size, size)
-
-    return jax.tree.map(share, tree)
-
-
-def shard_tree(tree: PyTree) -> PyTree:
-    """Returns `tree`, which every device holds whole, with 1/D of it on each: leaves `[local devices, ceil(n / D)]`."""
-    return _p_shard()(tree, np.zeros(jax.local_device_count(), np.int32))
-
-
-def gather_tree(shares: PyTree, like: PyTree) -> PyTree:
-    """Undoes `shard_tree`: every device holds all of it again, in the shapes of `like`, whatever the number of devices was."""
-    return _p_gather()(shares, like)
-
-
-@cache
-def _p_shard() -> Callable:
-    return pmap(lambda tree, _: local_shard(tree), in_axes=(None, 0), out_axes=0)  # pmap refuses to map over nothing
-
-
-@cache
-def _p_gather() -> Callable:
-    def whole(share: Array, leaf: Array) -> Array:
-        return jax.lax.all_gather(share, AXIS, tiled=True)[: leaf.size].reshape(leaf.shape)
-
-    return pmap(lambda shares, like: jax.tree.map(whole, shares, like), in_axes=(0, None))
 
 
 def across_processes(tree: PyTree) -> PyTree:

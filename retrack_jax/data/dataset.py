@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.files import array_digest, json_digest
 
 
@@ -29,7 +29,7 @@ class ImageSet:
       other_name: a name -> the name of the same image in the source's other numbering, or None where it has none.
     """
 
-    images: np.ndarray | Rows
+    images: np.ndarray | RowView
     ids: Sequence[str]
     labels: np.ndarray | None
     digest: str
@@ -70,8 +70,8 @@ def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = Fa
     """
     name, ids = f"{images.name}, {which}", [images.ids[row] for row in rows]
     labels = None if images.labels is None else np.asarray(images.labels)[rows]
-    if isinstance(images.images, np.memmap | Rows) and not in_memory:
-        pixels, digest = Rows(images.images, rows), json_digest([images.digest, array_digest(rows)])
+    if isinstance(images.images, np.memmap | RowView) and not in_memory:
+        pixels, digest = RowView(images.images, rows), json_digest([images.digest, array_digest(rows)])
     else:
         pixels = images.images[rows]
         digest = array_digest(pixels)

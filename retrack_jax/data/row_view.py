@@ -3,7 +3,7 @@
 import numpy as np
 
 
-class Rows:
+class RowView:
     """Some rows of an array, read when they are sliced, so that a part of a memory map is never copied whole.
 
     Attributes:
@@ -28,6 +28,6 @@ class Rows:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 
-    def as_vectors(self) -> "Rows":
+    def as_vectors(self) -> "RowView":
         """The same rows, each as one vector: `[R, D]`."""
-        return Rows(self.source, self._rows, flat=True)
+        return RowView(self.source, self._rows, flat=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from etils import epath
 
-from retrack_jax.data.dataset import Rows
+from retrack_jax.data.dataset import RowView
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.notation import PyTree, Rng
@@ -36,7 +36,7 @@ class Task:
     """
 
     forgotten: np.ndarray
-    reference: np.ndarray | Rows
+    reference: np.ndarray | RowView
     reference_digest: str
     reference_name: str
     cache_dir: epath.Path

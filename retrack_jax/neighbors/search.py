@@ -1,10 +1,10 @@
 """Nearest training images: one function, three engines.
 
-    exact         one streaming pass over the images, bounded memory, any platform (exact.py)
-    scann, brute  ScaNN's brute-force scoring, the whole set as float32 in memory; certified exact (scann_index.py)
-    scann, tree   ScaNN's tree index; approximate, pays when an index is kept for many deletions (scann_index.py)
+    exact        one streaming pass over the images, bounded memory, any platform (exact.py)
+    scann brute  ScaNN's brute-force scoring, the whole set as float32 in memory; certified exact (scann_search.py)
+    scann tree   ScaNN's tree; approximate, for large sets if ScaNN is asked for by name (scann_search.py)
 
-Whatever engine finds the candidates, their distances are recomputed from differences, and ties go to the lower index.
+Whatever engine selects the candidates, their distances are recomputed from differences, and ties go to the lower index.
 """
 
 import importlib.util
@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors import exact
 from retrack_jax.neighbors.distinct import distinct_rows
 
 BACKENDS = ("auto", "scann", "exact")
 MEMORY_BUDGET = 3 << 29  # bytes that ScaNN may take; it holds the set twice as float32 while it builds
-TREE_IMAGES = 10_000  # below this a tree saves nothing: docs/neighbors.md has the measurements
-TREE_QUERIES = 20_000  # distinct ones, from which a tree pays for its build in a single search
+TREE_IMAGES = 100_000  # ScaNN's guidance: partition larger sets
 logger = logging.getLogger(__name__)
 
 
@@ -35,8 +34,6 @@ def nearest(
     *,
     exclude: Sequence | np.ndarray | None = None,
     memory_budget: int = MEMORY_BUDGET,
-    chosen: tuple[str, str] | None = None,
-    index=None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each query's k nearest images: (indices int64 [F, k], Euclidean distances float32 [F, k]), nearest first.
 
@@ -44,18 +41,16 @@ def nearest(
 
     Args:
       queries: [F, ...], images like those below.
-      images: [N, ...], an array, a memory map or `Rows` of one. uint8 are pixels, measured in [-1, 1], where a level is
+      images: [N, ...], an array, a memory map or `RowView` of one. uint8 are pixels, measured in [-1, 1], where a level is
         2/255 (see `data.dataset.pixels_to_model`); anything else is taken as float32 as it stands.
       k: how many neighbors, at most the number of images that a query may find.
       backend: `exact`, `scann`, or `auto`: see `choose_backend`. The choice is logged.
       exclude: indices of images that must not be found: one array for all queries, or one array for each query.
       memory_budget: bytes that ScaNN may use under `auto`.
-      chosen: what `choose_backend` returned, where the caller has asked it.
-      index: a `ScannIndex` of these very images to use, whatever `backend` says.
 
     Raises:
-      UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` where it
-      is not installed or the set does not fit the memory.
+      UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` if it is
+      not installed or the set does not fit the memory.
     """
     check_choice("backend", backend, BACKENDS)
     queries_FD, images_ND = _as_rows(queries, images)
@@ -72,10 +67,7 @@ def nearest(
     queries_QD = queries_FD[unique]
     set_of_query = set_of_query_F[unique]
     pairs = [(np.flatnonzero(set_of_query == i), indices) for i, indices in enumerate(excluded_sets) if len(indices)]
-    if index is not None:
-        engine, reason = "scann tree" if index.tree else "scann brute", "an index that was kept"
-    else:
-        engine, reason = chosen or choose_backend(backend, images_ND.shape, len(queries_QD), memory_budget)
+    engine, reason = choose_backend(backend, images_ND.shape, memory_budget)
     logger.info(
         "neighbors: %d queries (%d distinct) among %d images of %d values by %s: %s",
         len(queries_FD), len(queries_QD), *images_ND.shape, engine, reason,
@@ -83,12 +75,11 @@ def nearest(
     if engine == "exact":
         indices_QK, distances_QK = exact.search(queries_QD, images_ND, k, pairs)
     else:
-        from retrack_jax.neighbors.scann_index import ScannIndex
+        from retrack_jax.neighbors import scann_search
 
-        if index is None and backend == "scann":  # auto has its budget
+        if backend == "scann":  # auto has its budget
             check_memory(images_ND.shape, copies=2)
-        index = index or ScannIndex.build(images_ND, tree=engine == "scann tree")
-        indices_QK, distances_QK = index.search(queries_QD, images_ND, k, pairs)
+        indices_QK, distances_QK = scann_search.search(queries_QD, images_ND, k, pairs, tree=engine == "scann tree")
     return indices_QK[inverse_F], distances_QK[inverse_F].astype(np.float32)
 
 
@@ -97,9 +88,8 @@ def scann_installed() -> bool:
     return importlib.util.find_spec("scann") is not None
 
 
-def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memory_budget: int = MEMORY_BUDGET) -> tuple[str, str]:
-    """Returns (`exact`, `scann brute` or `scann tree`; the reason) for a set of `shape` [N, D] and so many distinct queries."""
-    size, needed = shape[0], 2 * _float_bytes(shape)
+def choose_backend(backend: str, shape: tuple[int, ...], memory_budget: int = MEMORY_BUDGET) -> tuple[str, str]:
+    """Returns (`exact`, `scann brute` or `scann tree`; the reason) for a set of `shape` [N, ...]."""
     if backend == "exact":
         return "exact", "asked for"
     if not scann_installed():
@@ -108,11 +98,12 @@ def choose_backend(backend: str, shape: tuple[int, int], num_queries: int, memor
             "backend is 'scann', but ScaNN is not installed (its wheels are for Linux); install it or use 'exact'",
         )
         return "exact", "ScaNN is not installed"
+    needed = 2 * _float_bytes(shape)
     if backend == "auto" and needed > memory_budget:
         return "exact", f"ScaNN would need {needed / 2**30:.1f} GiB of memory, more than {memory_budget / 2**30:.1f}"
-    if size >= TREE_IMAGES and num_queries >= TREE_QUERIES:
-        return "scann tree", f"so many queries pay for a tree over {size} images; recall@10 is logged"
-    return "scann brute", f"{size} images fit the memory, and brute force scoring is exact"
+    if backend == "scann" and shape[0] >= TREE_IMAGES:
+        return "scann tree", f"asked for; approximate over {shape[0]} images: it may miss some neighbors, 'exact' misses none"
+    return "scann brute", f"{shape[0]} images fit the memory, and brute-force scoring is exact"
 
 
 def _float_bytes(shape: tuple[int, ...]) -> int:
@@ -140,7 +131,7 @@ def available_memory() -> int:
 
 def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:
     queries = np.asanyarray(queries)
-    images = images if isinstance(images, Rows) else np.asanyarray(images)
+    images = images if isinstance(images, RowView) else np.asanyarray(images)
     check(images.ndim >= 2 and len(images) > 0, f"images have shape {images.shape}; expected [N, ...] with N at least 1")
     check(
         queries.shape[1:] == images.shape[1:] and queries.ndim == images.ndim,
@@ -153,7 +144,7 @@ def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:
         queries, images = exact.as_float(queries), exact.as_float(images)
         if not np.isfinite(queries).all():
             raise UserError("queries hold values that are not finite")
-    images_ND = images.as_vectors() if isinstance(images, Rows) else images.reshape(len(images), -1)
+    images_ND = images.as_vectors() if isinstance(images, RowView) else images.reshape(len(images), -1)
     return queries.reshape(len(queries), -1), images_ND
 
 

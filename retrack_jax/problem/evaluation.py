@@ -12,7 +12,7 @@ from etils import epath
 from retrack_jax import files
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import images, prompts
 from retrack_jax.evaluate.finetune import make_finetune
@@ -89,7 +89,7 @@ class ImageEvaluation:
         rows = np.arange(len(target.images)) if everything else target.remain
         return Task(
             forgotten=np.ascontiguousarray(target.images.images[target.unique]),
-            reference=Rows(target.images.images, rows),
+            reference=RowView(target.images.images, rows),
             reference_digest=files.json_digest([target.images.digest, files.array_digest(rows)]),
             reference_name=f"{len(rows)} {'training' if everything else 'remaining'} images of {target.images.name}",
             cache_dir=epath.Path(self._options.data.cache_dir).expanduser() / "features",

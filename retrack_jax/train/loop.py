@@ -39,7 +39,6 @@ def train(
     writer: Writer | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     seconds_before: float = 0.0,
-    shard_ema: bool = False,
     rate_field: str | None = None,
 ) -> tuple[TrainState, float]:
     """Trains from `state.step` to `num_steps` and returns the last state and the seconds that all of it took.
@@ -56,8 +55,6 @@ def train(
       writer: where scalars go, as `NAME_loss` and so on.
       should_stop: asked after every step, of several processes after every 10th at the least; true saves and raises `Preempted`.
       seconds_before: what the steps before `state.step` took; checkpoints carry the sum, so that a resumed run reports all of it.
-      shard_ema: whether the moving average lies sharded over the devices meanwhile, as `p_step` must then expect it (step.py
-        `StepOptions`). It is saved and returned whole, so another number of devices can go on from there.
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
     Raises:
@@ -65,8 +62,6 @@ def train(
       Preempted: `should_stop` said so.
     """
     start = saved = int(state.step)
-    if shard_ema:
-        state = state.shard_ema()
     began = time.perf_counter()
     mend = rate_field or f"config.{name}.learning_rate"
     unread: list[tuple[int, PyTree]] = []
@@ -90,7 +85,7 @@ def train(
                 parallel.on_main(writer.flush)  # a restart begins at the checkpoint, so the log must reach it
             # The finished model needs no optimizer. The last state saved on the way stays beside it: should the model be damaged,
             # it is made again from there.
-            tree = model_tree(state) if step == num_steps else state_tree(state.unshard_ema())
+            tree = model_tree(state) if step == num_steps else state_tree(state)
             store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step
 
@@ -120,7 +115,7 @@ def train(
     seconds = seconds_before + time.perf_counter() - began
     if store is not None:
         store.wait()
-    return state.unshard_ema(), seconds
+    return state, seconds
 
 
 def state_tree(state: TrainState) -> dict:

@@ -22,7 +22,6 @@ class TrainState:
       ema_params: the exponential moving average of `params`, or None where the recipe has none.
       tx: the optimizer.
       ema_decay: `step -> decay` of the moving average, or None.
-      ema_is_sharded: whether each device holds only its 1/D of the moving average (parallel.py `shard_tree`).
     """
 
     step: Array
@@ -31,7 +30,6 @@ class TrainState:
     ema_params: PyTree | None
     tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
     ema_decay: Callable[[Array], Array] | None = flax.struct.field(pytree_node=False, default=None)
-    ema_is_sharded: bool = flax.struct.field(pytree_node=False, default=False)
 
     def apply_gradients(self, grads: PyTree) -> "TrainState":
         """Returns the state after one update of `params`, and of their moving average where there is one."""
@@ -42,26 +40,13 @@ class TrainState:
         ema_params = self.ema_params
         if self.ema_decay is not None:
             decay = self.ema_decay(self.step)
-            new_params = parallel.local_shard(params) if self.ema_is_sharded else params
-            ema_params = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, ema_params, new_params)
+            ema_params = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, ema_params, params)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
-
-    def shard_ema(self) -> "TrainState":
-        """Returns the state with 1/D of the moving average on each device, as a step with `shard_ema` takes it."""
-        if self.ema_params is None or self.ema_is_sharded:
-            return self
-        return self.replace(ema_params=parallel.shard_tree(self.ema_params), ema_is_sharded=True)
-
-    def unshard_ema(self) -> "TrainState":
-        """Returns the state with the whole moving average on every device: what is saved and sampled from."""
-        if not self.ema_is_sharded:
-            return self
-        return self.replace(ema_params=parallel.gather_tree(self.ema_params, self.params), ema_is_sharded=False)
 
     @property
     def eval_params(self) -> PyTree:
         """The parameters to sample from: the moving average where there is one."""
-        return self.params if self.ema_params is None else self.unshard_ema().ema_params
+        return self.params if self.ema_params is None else self.ema_params
 
 
 def create_state(

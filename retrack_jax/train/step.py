@@ -59,7 +59,6 @@ class StepOptions:
       t_min, t_max: timesteps are drawn from [t_min, t_max).
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
-      shard_ema: whether the state's moving average is sharded over the devices (`TrainState.shard_ema`).
     """
 
     options: MethodOptions = MethodOptions()
@@ -69,7 +68,6 @@ class StepOptions:
     t_max: int
     distill: bool = False
     dropout: bool = False
-    shard_ema: bool = False
 
 
 def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Callable:
@@ -123,25 +121,7 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
         metrics = {**logs, "grad_norm": optax.tree.norm(pack(grad)[0])}
         return state.apply_gradients(grad), metrics
 
-    if how.shard_ema:
-        return _with_sharded_ema(step)
     return parallel.pmap(step, in_axes=(None, 0, None, None), donate_argnums=(0,))
-
-
-def _with_sharded_ema(step: Callable) -> Callable:
-    """Maps `step` with the one part of the state that has a device axis passed by itself."""
-
-    def split_step(rest: TrainState, ema: PyTree, batch: PyTree, shared: Shared, rng: Rng):
-        state, metrics = step(rest.replace(ema_params=ema), batch, shared, rng)
-        return state.replace(ema_params=None), state.ema_params, metrics
-
-    p_step = parallel.pmap(split_step, in_axes=(None, 0, 0, None, None), out_axes=(None, 0, None), donate_argnums=(0, 1))
-
-    def whole_step(state: TrainState, batch: PyTree, shared: Shared, rng: Rng):
-        rest, ema, metrics = p_step(state.replace(ema_params=None), state.ema_params, batch, shared, rng)
-        return rest.replace(ema_params=ema), metrics
-
-    return whole_step
 
 
 def _close(eps_fn: ModelEpsFn, params: PyTree, conditions: Array | None, dropout: bool = False) -> Callable:

@@ -35,7 +35,7 @@ def seconds(call: Callable, *arguments, rounds: int = 5) -> list[float]:
 
 
 def gradients() -> None:
-    """Prints the least milliseconds of both forms of the kernel gradient (models/conv.py (3), models/winograd.py (2))."""
+    """Prints the least milliseconds of both forms of the kernel gradient (models/cpu/conv.py (3), models/cpu/winograd.py (2))."""
 
     def direct(x, dy):
         numbers = ("NHWC", "HWIO", "NHWC")

@@ -9,7 +9,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, image_set
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.main import main
 from tests.tiny import flags
 
@@ -34,7 +34,7 @@ def test_of_a_mapped_held_out_split_nothing_is_copied(tmp_path):
     training, _ = split_held_out(mapped, 0.25)
     gone = training.ids[3]
     rest = without(training, gone)
-    assert isinstance(rest.images, Rows) and rest.digest not in (training.digest, without(training, training.ids[4]).digest)
+    assert isinstance(rest.images, RowView) and rest.digest not in (training.digest, without(training, training.ids[4]).digest)
     kept = [name for name in training.ids if name != gone]
     assert list(rest.ids) == kept
     np.testing.assert_array_equal(np.asarray(rest.images), PIXELS[[IDS.index(name) for name in kept]])

@@ -6,7 +6,7 @@ import pytest
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, image_set
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors.cache import cached_nearest
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 5, 5, 1), dtype=np.uint8)
@@ -23,7 +23,7 @@ def test_a_memory_map_is_not_copied(mapped, tmp_path):
     in_memory = image_set("set", PIXELS, mapped.ids, mapped.labels)
     parts = zip(split_held_out(mapped, 0.25), split_held_out(in_memory, 0.25), (True, False), strict=True)
     for ours, theirs, lazy in parts:
-        assert isinstance(ours.images, Rows) == lazy
+        assert isinstance(ours.images, RowView) == lazy
         assert list(ours.ids) == list(theirs.ids)
         np.testing.assert_array_equal(np.asarray(ours.images), theirs.images)
         np.testing.assert_array_equal(ours.labels, theirs.labels)

@@ -15,9 +15,9 @@ from tests.drills import cli
 
 
 def test_two_processes_do_all_stages_and_process_0_writes(cache, tmp_path):
-    """Pretraining to the report on 2 x 2 devices, the moving average spread over them; equal to one process up to rounding."""
+    """Pretraining to the report on 2 x 2 devices; equal to one process up to rounding."""
     metrics = {"eval__metrics": "('frequency','fid','forget_loss')"}  # FID's images are shared between the processes
-    arguments = cli.flags(tmp_path / "two", **metrics, compute__shard_ema="True")
+    arguments = cli.flags(tmp_path / "two", **metrics)
     done = cli.run_processes(2, 2, arguments, cache, tmp_path / "logs")
     assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "logs" / "process1.log").read_text()[-4000:]
     run = tmp_path / "two" / "retrack" / "seed0-label_10"

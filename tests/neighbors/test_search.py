@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrack_jax.data.row_view import Rows
+from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors import exact, nearest, search
 from retrack_jax.neighbors.distinct import distinct_rows
 
@@ -161,15 +161,15 @@ def test_the_choice_of_an_engine():
     def chosen(*arguments):
         return search.choose_backend(*arguments)[0]
 
-    assert chosen("auto", (60_000, 784), 1) == chosen("scann", (60_000, 784), 1) == "scann brute"
-    assert chosen("auto", (60_000, 784), 20_000) == "scann tree" and chosen("auto", (9000, 784), 20_000) == "scann brute"
-    assert chosen("auto", (30_000, 196_608), 10) == "exact" and chosen("exact", (10, 10), 1) == "exact"
-    assert chosen("auto", (150_000, 1200), 1) == "scann brute" and chosen("auto", (180_000, 1200), 1) == "exact"  # 1.5 GiB
+    assert chosen("auto", (60_000, 784)) == chosen("scann", (60_000, 784)) == "scann brute"
+    assert chosen("scann", (100_000, 784)) == "scann tree" and chosen("auto", (100_000, 784)) == "scann brute"
+    assert chosen("auto", (30_000, 196_608)) == "exact" and chosen("exact", (10, 10)) == "exact"
+    assert chosen("auto", (150_000, 1200)) == "scann brute" and chosen("auto", (180_000, 1200)) == "exact"  # 1.5 GiB
 
 
 def test_without_scann(monkeypatch):
     monkeypatch.setattr(search, "scann_installed", lambda: False)
-    assert search.choose_backend("auto", (10, 10), 1) == ("exact", "ScaNN is not installed")
+    assert search.choose_backend("auto", (10, 10)) == ("exact", "ScaNN is not installed")
     with pytest.raises(ValueError, match="ScaNN is not installed"):
         nearest(pixels(0, 1, 9), pixels(1, 9, 9), 2, "scann")
 
@@ -187,7 +187,7 @@ def test_some_rows_of_a_memory_map(tmp_path, backend):
     images.tofile(tmp_path / "images.pixels")
     mapped = np.memmap(tmp_path / "images.pixels", np.uint8, "r", shape=images.shape)
     rows = np.arange(0, 80, 3)
-    part = Rows(mapped, rows)
+    part = RowView(mapped, rows)
     assert part.shape == (27, 6, 6, 3) and len(part) == 27
     np.testing.assert_array_equal(part[[1, 4]], images[[3, 12]])
     np.testing.assert_array_equal(np.asarray(part), images[rows])
@@ -223,3 +223,41 @@ def test_pages_of_a_memory_map_are_given_back(tmp_path):
     maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
     resident = sum(int(part.split("Rss:")[1].split()[0]) for part in maps) * 1024
     assert resident < 16e6
+
+
+def test_the_tree_is_approximate_and_says_so(monkeypatch, caplog):
+    """Images with structure, as real ones have: points of a 6-dimensional surface, and noise."""
+    size = 12_000
+    monkeypatch.setattr(search, "TREE_IMAGES", size)
+    generator = np.random.default_rng(0)
+    surface = np.tanh(generator.normal(size=(size, 6)) @ generator.normal(size=(6, 64)))
+    images = np.clip(127.5 + 100 * surface + 4 * generator.normal(size=surface.shape), 0, 255).astype(np.uint8)
+    rows = np.arange(0, size, size // 30)
+    with caplog.at_level("INFO", logger="retrack_jax"):
+        indices, distances = nearest(images[rows], images, 10, "scann", exclude=rows)
+    assert "by scann tree: asked for; approximate" in caplog.text
+    expected_indices, expected_distances = nearest(images[rows], images, 10, "exact", exclude=rows)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected_indices, strict=True)])
+    assert recall > 0.9 and not np.isin(indices, rows).any() and (np.diff(distances, axis=1) >= 0).all()
+    same = indices == expected_indices
+    np.testing.assert_array_equal(distances[same], expected_distances[same])
+
+
+@pytest.mark.parametrize("k", [140, 150])
+def test_what_the_tree_does_not_fill_is_searched_exactly(monkeypatch, k):
+    monkeypatch.setattr(search, "TREE_IMAGES", 100)
+    images = pixels(17, 150, 8)
+    assert_same(nearest(images[:3], images, k, "scann"), oracle(images[:3], images, k))
+
+
+def test_more_ties_than_scann_is_asked_for():
+    """Nothing certifies which of them brute force returned, so the exact search decides."""
+    images = np.repeat(pixels(18, 2, 40), 100, axis=0)
+    assert_same(nearest(images[:1], images, 5, "scann"), oracle(images[:1], images, 5))
+
+
+def test_an_image_that_is_not_finite_is_named_by_scann_too():
+    images = np.random.default_rng(0).normal(size=(50, 9)).astype(np.float32)
+    images[17, 3] = np.nan
+    with pytest.raises(ValueError, match="image 17 holds values that are not finite"):
+        nearest(images[:1], images, 3, "scann")
