@@ -10,11 +10,10 @@ With S the side of the images in pixels, between 32 and 256, and N the images th
 """
 
 import logging
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import UserError
 from retrack_jax.config import build
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
@@ -22,8 +21,8 @@ from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.sources.folder import named_images
 from retrack_jax.data.sources.load import data_format, load_images
 from retrack_jax.data.target_names import resolve_target
-from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.weights.folder import model_folder, read_config
 
 _FROM_CHECKPOINT = ("cifar10", "celebahq", "concepts")  # sources of configs that have no pretraining recipe
 _RETRAINED = ("digits_tshirt", "mnist_tshirt", "concepts")  # the config has the checkpoint's recipe, or refuses it by itself
@@ -117,16 +116,8 @@ def _names(config: ConfigDict) -> ImageSet:
 
 
 def _sample_size(checkpoint: str) -> int:
-    folder = Path(checkpoint).expanduser()
-    paths = [folder / part / "config.json" for part in ("unet", "unet_ema", ".")]
-    path = next((path for path in paths if path.is_file()), None)
-    check(
-        path is not None,
-        f"no config.json in {folder}, its unet/ or its unet_ema/; set config.checkpoint to a folder that diffusers saved",
-    )
-    fields = read_json(path)
-    check(isinstance(fields, dict), f"{path} holds no JSON object; restore it, or set config.checkpoint")
-    size = fields.get("sample_size")
+    folder = model_folder(checkpoint)
+    size = read_config(folder).get("sample_size")
     if not isinstance(size, int):
-        raise UserError(f"{path} has no sample_size that is one number ({size!r}); set config.data.resolution")
+        raise UserError(f"{folder} has no sample_size that is one number ({size!r}); set config.data.resolution")
     return size

@@ -2,7 +2,6 @@
 
 import logging
 
-import jax
 from ml_collections import ConfigDict
 
 from retrack_jax.checks import check
@@ -31,8 +30,7 @@ def load_unet(config: ConfigDict) -> tuple[UNet2D, PyTree | None, Schedule]:
     schedule = read_schedule_config(config.checkpoint)
     if schedule is None:
         log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", config.checkpoint)
-    # Kept on the host: the training step donates what it is given.
-    return module.clone(**own), jax.device_get(params), build.schedule_from(config, schedule)
+    return module.clone(**own), params, build.schedule_from(config, schedule)
 
 
 def check_fits(module: UNet2D, images: ImageSet) -> None:

@@ -11,7 +11,6 @@ It offers the stages what experiment.py lists. What differs from images in pixel
   the target's too.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -48,12 +47,11 @@ class TextToImageExperiment:
     def __init__(self, config: ConfigDict):
         self.config = config
         check_text_to_image(config)
-        pipeline = load_pipeline(
+        self.pipeline = load_pipeline(
             config.checkpoint,
             dtype=build.DTYPES[config.compute.dtype],
             remat=config.compute.remat,
         )
-        self.pipeline = dataclasses.replace(pipeline, unet_params=jax.device_get(pipeline.unet_params))
         self.module, self.schedule = self.pipeline.unet, self.pipeline.schedule
         self.eps_fn = make_eps_fn(self.module.apply, self.schedule)
         self.has_dropout = self.module.dropout > 0
