@@ -14,7 +14,8 @@ class UserError(ValueError):
     """An error that the user can mend; the message is a single line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        # A lone surrogate in a foreign name could not be printed.
+        super().__init__(" ".join(str(message).encode(errors="backslashreplace").decode().split()))
 
 
 class Diverged(UserError):

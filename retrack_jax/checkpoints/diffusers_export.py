@@ -6,16 +6,16 @@ from typing import Any
 
 from etils import epath
 
-from retrack_jax.checkpoints.diffusers_import import UNET_FOLDERS
 from retrack_jax.checks import UserError
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.notation import PyTree
+from retrack_jax.weights.folder import UNET_FOLDERS
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, to_torch
 from retrack_jax.weights.safetensors_io import write_safetensors
 
 # In the model card of every export: it marks a folder as ours to replace. Any other folder with content is left alone.
 _HEADING = "## Exported by retrack_jax"
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -33,7 +33,7 @@ def export_diffusers(
       module: the network, with `to_config()`.
       params: its parameters; their dtypes are kept.
       schedule: a `Schedule`, or a dict as in `scheduler_config.json`.
-      source: the folder that the model came from; its licence files and model card are copied along, the card with `note` below.
+      source: the folder that the model came from; its license files and model card are copied along, the card with `note` below.
       note: what was forgotten and how, for the model card.
       table: the spelling of the parameters' names.
 
@@ -42,7 +42,7 @@ def export_diffusers(
     """
     path = epath.Path(path)
     check_replaceable(path, source)
-    files: dict[str, Any] = {"README.md": model_card(source, note)} | licences(source)
+    files: dict[str, Any] = {"README.md": model_card(source, note)} | licenses(source)
     config = module.to_config()
     if schedule is not None:
         scheduler = {"_class_name": "DDPMScheduler"} | (schedule if isinstance(schedule, dict) else schedule.to_config())
@@ -114,24 +114,24 @@ def check_replaceable(path, source) -> None:
 
 
 def _source_folders(source) -> list[Path]:
-    """The model's own folder and, where that is a part of a pipeline, the pipeline's: licence and card may lie in either."""
+    """The model's own folder and, where that is a part of a pipeline, the pipeline's: license and card may lie in either."""
     if source is None:
         return []
     source = Path(source)
     name, parent = source.resolve().name, source.resolve().parent
-    # Old pipelines have no index; a folder of a UNet's name beside another part is one all the same.
+    # Old pipelines have no index: there, a folder with a UNet's name and another part next to it tell one.
     unindexed = name in UNET_FOLDERS and any((parent / part).is_dir() for part in ("vae", "scheduler"))
     return [source, parent] if (parent / "model_index.json").is_file() or unindexed else [source]
 
 
-def licences(source) -> dict[str, bytes]:
-    """Returns file name -> content of the licence files that came with the model in the folder `source`; none for None."""
-    found: dict[str, bytes] = {}
+def licenses(source) -> dict[str, bytes]:
+    """Returns file name -> content of the license files that came with the model in the folder `source`; none for None."""
+    texts: dict[str, bytes] = {}
     for folder in _source_folders(source):
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name.upper().startswith(_LICENCES):
-                found.setdefault(file.name, file.read_bytes())
-    return found
+            if file.is_file() and file.name.upper().startswith(_LICENSES):
+                texts.setdefault(file.name, file.read_bytes())
+    return texts
 
 
 def model_card(source, note: str | None) -> str:

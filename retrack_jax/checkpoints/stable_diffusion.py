@@ -7,36 +7,37 @@ Stable Diffusion 1.x and 2.x are supported. Weights in float16 are read into flo
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from retrack_jax.checkpoints.diffusers_import import load_params, open_weights, read_schedule_config, unet_inputs
+from retrack_jax.checkpoints.diffusers_import import FAMILIES, load_params, read_schedule_config
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import file_digest, json_digest, read_json
+from retrack_jax.files import json_digest
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
-from retrack_jax.weights.names import RenameTable, from_torch
+from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS, read_config, read_object, weights_digest
+from retrack_jax.weights.names import RenameTable
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_PREFIX = "text_model."
-# A buffer of position numbers that old versions of transformers saved.
-_TEXT_TABLE = RenameTable(aliases=(), ignored=(r"embeddings\.position_ids",))
+# Names of transformers' `CLIPTextModel` began with `text_model.` until version 5; old versions saved a buffer of positions.
+_TEXT_TABLE = RenameTable(
+    canonical=lambda name: name.removeprefix("text_model."), ignored=(r"embeddings\.position_ids",)
+)
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """The parts of a text-to-image model. Modules are Linen modules; parameters are trees of arrays.
+    """The parts of a text-to-image model. Modules are Linen modules; parameters are trees of arrays, the UNet's on the host.
 
     Attributes:
       path: the folder they came from.
@@ -75,32 +76,34 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
       remat: whether the UNet computes activations again in the backward pass.
 
     Raises:
-      UserError: a part is missing or does not fit the others, or the folder is of another kind of model (Stable Diffusion
-        XL, say).
+      UserError: a part is missing or does not fit the others, or the folder holds another kind of model, such as
+        Stable Diffusion XL.
     """
     folder = Path(path).expanduser()
     check_pipeline(folder)
-    unet = UNet2DCondition.from_config(_config(folder / "unet"), dtype=dtype, remat=remat)
-    vae = AutoencoderKL.from_config(_config(folder / "vae"), dtype=dtype)
-    text_encoder = ClipTextEncoder.from_config(_config(folder / "text_encoder"), dtype=dtype)
+    unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
+    vae = AutoencoderKL.from_config(read_config(folder / "vae"), dtype=dtype)
+    text_encoder = ClipTextEncoder.from_config(read_config(folder / "text_encoder"), dtype=dtype)
     tokenizer = load_tokenizer(folder / "tokenizer")
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
     schedule = Schedule.from_config(read_schedule_config(folder))
 
-    unet_params = load_params(unet, folder / "unet", *unet_inputs(unet))
+    unet_params = load_params(unet, folder / "unet", *FAMILIES["UNet2DConditionModel"].inputs(unet))
     if param_dtype != jnp.float32:
         unet_params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), unet_params)
+    pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
+    text_files = {"names": TRANSFORMERS_WEIGHTS, "table": _TEXT_TABLE}
     return Pipeline(
         path=folder,
         unet=unet,
         unet_params=unet_params,
         vae=vae,
-        vae_params=load_params(vae, folder / "vae", jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels))),
+        vae_params=jax.device_put(load_params(vae, folder / "vae", pixels)),
         text_encoder=text_encoder,
-        text_params=_load_text(text_encoder, folder / "text_encoder"),
+        text_params=jax.device_put(load_params(text_encoder, folder / "text_encoder", ids, **text_files)),
         tokenizer=tokenizer,
         schedule=schedule,
-        vae_digest=json_digest([_config(folder / "vae"), _weights_digest(folder / "vae"), str(jnp.dtype(dtype))]),
+        vae_digest=json_digest([read_config(folder / "vae"), weights_digest(folder / "vae"), str(jnp.dtype(dtype))]),
     )
 
 
@@ -111,8 +114,7 @@ def check_pipeline(folder) -> None:
         folder.is_dir(),
         f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)",
     )
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    check(isinstance(index, dict), f"{folder / 'model_index.json'} holds no JSON object; restore it")
+    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = str(index.get("_class_name", "StableDiffusionPipeline"))
     if "XL" in name or (folder / "text_encoder_2").is_dir():
         raise UserError(
@@ -144,50 +146,6 @@ def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
 @partial(jax.jit, static_argnums=0)
 def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array:
     return module.apply({"params": params}, ids_PN).astype(jnp.float32)
-
-
-def _load_text(module: ClipTextEncoder, folder: Path) -> PyTree:
-    """Reads the weights of transformers' `CLIPTextModel`, whose names began with `text_model.` until version 5."""
-    target = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    stem = "pytorch_model" if not [*folder.glob("model*.safetensors*")] else "model"
-    path, state = open_weights(folder, stem)
-    return from_torch(_Unprefixed(state), target, table=_TEXT_TABLE, where=str(path))
-
-
-def _weights_digest(folder: Path) -> str | list[str]:
-    """SHA-256 of the weights file in `folder`, or of an index and of each file that it names."""
-    path, _ = open_weights(folder)
-    if not path.name.endswith(".index.json"):
-        return file_digest(path)
-    shards = sorted(set(read_json(path)["weight_map"].values()))
-    return [file_digest(path), *(file_digest(folder / shard) for shard in shards)]
-
-
-class _Unprefixed(Mapping[str, np.ndarray]):
-    """A view of named tensors without the prefix."""
-
-    def __init__(self, state):
-        self._state = state
-        self._names = {name.removeprefix(_PREFIX): name for name in state}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._state[self._names[name]]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._state.shape(self._names[name])
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _config(folder: Path) -> dict:
-    check((folder / "config.json").is_file(), f"no config.json in {folder}; download the whole pipeline")
-    config = read_json(folder / "config.json")
-    check(isinstance(config, dict), f"{folder / 'config.json'} holds no JSON object; restore it")
-    return config
 
 
 def _check_fit(

@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licences, model_card, move_into_place
+from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licenses, model_card, move_into_place
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import UserError, check
 from retrack_jax.files import beside, read_json, write_bytes, write_json, write_text
@@ -18,8 +18,8 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
     """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads: the source's parts, and the UNet
     `unet_params`.
 
-    The source's licence files and model card are carried along, the card with `note` below: a model unlearned from Stable
-    Diffusion is a derivative, and its licence asks for that. The folder appears whole or not at all.
+    The source's license files and model card are carried along, the card with `note` below: a model unlearned from Stable
+    Diffusion is a derivative, and its license asks for that. The folder appears whole or not at all.
 
     Raises:
       UserError: `path` is the source or holds something else, is not local, or cannot be written.
@@ -41,7 +41,7 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
             _name_plainly(temporary / part.name)
         write_json(temporary / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
         write_text(temporary / "README.md", model_card(source, note))
-        for name, content in licences(source).items():
+        for name, content in licenses(source).items():
             write_bytes(temporary / name, content)
         move_into_place(temporary, path)
     except OSError as error:
@@ -53,12 +53,12 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
 
 
 def _name_plainly(folder: Path) -> None:
-    """Renames a variant's weights where there are no others of their kind: the UNet beside them is exported as no variant, and
-    diffusers reads all parts of one pipeline under one variant."""
+    """Renames a variant's weights if there are no others of their kind: our UNet is exported as no variant, and diffusers reads
+    all parts of one pipeline under one variant."""
     variants: dict[str, list[Path]] = {}
     for file in folder.iterdir():
-        if found := _VARIANT.fullmatch(file.name):
-            variants.setdefault(found[1] + found[2], []).append(file)
+        if match := _VARIANT.fullmatch(file.name):
+            variants.setdefault(match[1] + match[2], []).append(file)
     for name, files in variants.items():
         if len(files) == 1 and not (folder / name).exists():
             files[0].rename(folder / name)

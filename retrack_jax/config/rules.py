@@ -10,7 +10,6 @@ With S the side of the images in pixels, between 32 and 256, and N the images th
 
 import dataclasses
 import logging
-from pathlib import Path
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options, UnlearnOptions
@@ -19,8 +18,8 @@ from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.sources.load import data_format, known_names, load_images
 from retrack_jax.data.target_names import resolve_target
-from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.weights.folder import model_folder, read_config
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +114,8 @@ def _names(options: Options) -> ImageSet:
 
 
 def _sample_size(checkpoint: str) -> int:
-    folder = Path(checkpoint).expanduser()
-    paths = [folder / part / "config.json" for part in ("unet", "unet_ema", ".")]
-    path = next((path for path in paths if path.is_file()), None)
-    check(
-        path is not None,
-        f"no config.json in {folder}, its unet/ or its unet_ema/; set config.checkpoint to a folder that diffusers saved",
-    )
-    fields = read_json(path)
-    check(isinstance(fields, dict), f"{path} holds no JSON object; restore it, or set config.checkpoint")
-    size = fields.get("sample_size")
+    folder = model_folder(checkpoint)
+    size = read_config(folder).get("sample_size")
     if not isinstance(size, int):
-        raise UserError(f"{path} has no sample_size that is one number ({size!r}); set config.data.resolution")
+        raise UserError(f"{folder} has no sample_size that is one number ({size!r}); set config.data.resolution")
     return size

@@ -1,7 +1,6 @@
 """What a config needs of models: the checkpoint that it starts from, and the networks behind its metrics.
 
-Weights are looked for as checkpoints/diffusers_import.py reads them: safetensors before `.bin`, whole before sharded, then a
-lone variant.
+`weights.folder` says where weights lie, here as for their import.
 """
 
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.commands import ALSO, KAGGLE, NETWORKS, curl, unzip_file
 from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, if_file, matching, requirement
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.files import read_json
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, UNET_FOLDERS, find_weights, schedule_places
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
@@ -29,18 +28,16 @@ def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
 
 
 def _unet(folder: Path, how: dict) -> Iterator[Requirement]:
-    present = [part for part in ("unet", "unet_ema", ".") if (folder / part / "config.json").is_file()]
+    present = [part for part in (*UNET_FOLDERS, ".") if (folder / part / "config.json").is_file()]
     part = present[0] if present else "."
-    yield from _network(folder, part, "model" if part == "." else part, "diffusion_pytorch_model", how)
+    yield from _network(folder, part, "model" if part == "." else part, DIFFUSERS_WEIGHTS, how)
     if not present:
         return
-    # As checkpoints.read_schedule_config looks for it: in the pipeline that a unet/ lies in too.
-    around = [folder, folder.resolve().parent] if folder.resolve().name in ("unet", "unet_ema") else [folder]
-    places = [place / name for place in around for name in ("scheduler/scheduler_config.json", "scheduler_config.json")]
-    found = [place for place in places if place.is_file()]
-    # No command: a checkpoint may come without one, as SISS's of MNIST, and getting it again would be in vain.
+    places = schedule_places(folder)
+    there = [place for place in places if place.is_file()]
+    # No command: a checkpoint may come without a schedule, as SISS's of MNIST does, and another download would not bring one.
     advice = "put the model's own scheduler_config.json there, unless config.schedule is what it was trained with"
-    yield requirement("noise schedule", places[0], found[:1], advice=advice, without="config.schedule is taken")
+    yield requirement("noise schedule", places[0], there[:1], advice=advice, without="config.schedule is taken")
 
 
 def _pipeline(folder: Path, how: dict) -> Iterator[Requirement]:
@@ -48,8 +45,7 @@ def _pipeline(folder: Path, how: dict) -> Iterator[Requirement]:
         advice = "Stable Diffusion XL is not supported; set config.checkpoint to a Stable Diffusion 1.x or 2.x folder"
         yield Requirement(description="model of a kind that is supported", path=folder, found=False, advice=advice)
     for part in ("unet", "vae", "text_encoder"):
-        transformers = "model" if matching(folder / part, "model*.safetensors*") else "pytorch_model"
-        yield from _network(folder, part, part, transformers if part == "text_encoder" else "diffusion_pytorch_model", how)
+        yield from _network(folder, part, part, TRANSFORMERS_WEIGHTS if part == "text_encoder" else DIFFUSERS_WEIGHTS, how)
     tokenizer = folder / "tokenizer"
     pair = [tokenizer / name for name in ("vocab.json", "merges.txt")]
     if not all(path.is_file() for path in pair) and (tokenizer / "tokenizer.json").is_file():
@@ -60,35 +56,16 @@ def _pipeline(folder: Path, how: dict) -> Iterator[Requirement]:
     yield requirement("noise schedule", schedule, if_file(schedule), **how)
 
 
-def _network(folder: Path, part: str, name: str, stem: str, how: dict) -> Iterator[Requirement]:
+def _network(folder: Path, part: str, name: str, names: tuple[str, ...], how: dict) -> Iterator[Requirement]:
     config = folder / part / "config.json"
     yield requirement(f"{name} config", config, if_file(config), **how)
     try:
-        found, missing = _weights(folder / part, stem)
+        files = find_weights(folder / part, names)
     except UserError as error:
         yield Requirement(description=f"{name} weights", path=folder / part, found=False, advice=str(error))
         return
-    yield requirement(f"{name} weights", missing or folder / part, [] if missing else found, **how)
-
-
-def _weights(folder: Path, stem: str) -> tuple[list[Path], Path | None]:
-    """(the files of the weights that would be read, the first of their shards that is not there)."""
-    names = [f"{stem}{ending}" for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")]
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        variants = matching(folder, f"{stem}.*.safetensors") or matching(folder, f"{stem}.*.bin")
-        if len(variants) > 1:
-            shown = ", ".join(variant.name for variant in variants)
-            raise UserError(f"only variants of the weights are there: {shown}; copy the one to read to {names[0]}")
-        return variants, None
-    if not path.name.endswith(".index.json"):
-        return [path], None
-    index = read_json(path)
-    weights = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weights, dict):
-        raise UserError(f"{path} has no weight_map; restore it")
-    shards = [folder / str(name) for name in sorted(set(weights.values()))]
-    return [path, *shards], next((shard for shard in shards if not shard.is_file()), None)
+    missing = next((file for file in files if not file.is_file()), None)
+    yield requirement(f"{name} weights", missing or folder / part, [] if missing else files, **how)
 
 
 def metric_networks(evaluation: dict) -> Iterator[Requirement]:

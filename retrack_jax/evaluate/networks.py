@@ -21,7 +21,8 @@ from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
-from retrack_jax.weights.torch_reader import read_torch, read_torchscript
+from retrack_jax.weights.folder import present
+from retrack_jax.weights.torch_reader import read_torch
 
 NETWORKS = ("digits", "inception")
 FEATURES, MNIST_RESNET = "features", "mnist_resnet"
@@ -58,19 +59,14 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
 
 def load_sscd(weights_dir) -> FeatureNetwork:
     """Returns SSCD's network from `weights_dir`: the TorchScript archive, or the state dict with torchvision's or Classy
-    Vision's names. Raises `Unavailable` where none is there, or it is damaged, or of another network."""
-
-    def load(path: Path) -> FeatureNetwork:
-        read = read_torchscript if path.name == SSCD_FILES[0] else read_torch
-        return sscd_network(read(path), file_digest(path))
-
-    return _from_file(weights_dir, SSCD_FILES, load)
+    Vision's names. Raises `Unavailable` if none is there, or it is damaged, or of another network."""
+    return _from_file(weights_dir, SSCD_FILES, lambda path: sscd_network(read_torch(path), file_digest(path)))
 
 
 def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | None:
-    """Returns `official -> FeatureNetwork` behind the inception scores; None where they are of the network behind fid.
+    """Returns `official -> FeatureNetwork` behind the inception scores; None if that is the network behind fid.
 
-    The function raises `Unavailable` where the weights are missing or damaged.
+    The function raises `Unavailable` if the weights are missing or damaged.
 
     Args:
       name: `config.eval.score_network`: `features`, or `mnist_resnet`, the classifier of the official MNIST experiment.
@@ -81,7 +77,7 @@ def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | 
 
 
 def load_mnist_resnet(weights_dir, official: bool = False) -> FeatureNetwork:
-    """Returns the MNIST ResNet-18 from `weights_dir`, `official`: in training mode. Raises `Unavailable` where its file is
+    """Returns the MNIST ResNet-18 from `weights_dir`, `official`: in training mode. Raises `Unavailable` if its file is
     missing or damaged, or of another network."""
     return _from_file(
         weights_dir, (MNIST_FILE,), lambda path: mnist_resnet_network(read_torch(path), file_digest(path), official=official)
@@ -105,12 +101,12 @@ def check_score_network(name: str, wanted: Sequence[str], image_shape: tuple[int
 
 
 def _from_file(weights_dir, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
-    # Every host has a folder of its own, and all of them use the network together.
+    # Each host has its own folder, and all hosts use the network together.
     return parallel.together(lambda: _load_first(Path(weights_dir).expanduser(), names, load), Unavailable)
 
 
 def _load_first(folder: Path, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    path = next(iter(present(folder, names)), None)
     if path is None:
         raise Unavailable(f"no {' or '.join(names)} in {folder}; --config.mode=check prints the command that gets it")
     try:

@@ -1,7 +1,7 @@
 """The metrics of text-to-image models: for each of a concept's two prompts SSCD, CLIP-IQA and the success rate.
 
 A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. CLIP-IQA and the classifier are
-given floats, SSCD uint8, as in the official code; where floats were not kept, the note of the metric says so.
+given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not kept.
 """
 
 import math
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints.diffusers_import import open_weights
 from retrack_jax.checks import UserError, check_choice
 from retrack_jax.data.sources.concepts import CLASSIFIER, Concept
 from retrack_jax.data.sources.prompts import KINDS
@@ -24,11 +23,11 @@ from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate
 from retrack_jax.metrics.sscd import sscd
 from retrack_jax.models.tokenizer import ClipTokenizer
-from retrack_jax.weights.torch_reader import read_torchscript
+from retrack_jax.weights.folder import open_file, present
 
-# config.eval.classifier -> where its centres come from.
+# config.eval.classifier -> where its centers come from.
 CLASSIFIERS = {"joblib": "the shipped kmeans_classifier.joblib", "labels": "means of the shipped labels"}
-CLIP_STEM = "RN50"
+CLIP_FILES = ("RN50.pt", "RN50.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,8 +35,8 @@ class ConceptTask:
     """What every model of a run is evaluated against.
 
     Attributes:
-      concept: the pictures, among them the memorised one.
-      centers: `() -> centres [2, D]` of the k-means classifier; raises `Unavailable` without it.
+      concept: the pictures, among them the memorized one.
+      centers: `() -> centers [2, D]` of the k-means classifier; raises `Unavailable` without it.
       centers_name: where they come from.
       sscd: `() -> FeatureNetwork` of copy detection; raises `Unavailable` without its weights.
       clip_iqa: `() -> ClipIqa`; raises `Unavailable` without its weights.
@@ -52,7 +51,7 @@ class ConceptTask:
 
 @dataclass(frozen=True, eq=False)
 class PromptSamples:
-    """The samples of a model: `original` and `modified` uint8 `[N, H, W, 3]` and, where they were kept, `original_float`,
+    """The samples of a model: `original` and `modified` uint8 `[N, H, W, 3]` and, if they were kept, `original_float`,
     ... in [0, 1]."""
 
     arrays: dict[str, np.ndarray]
@@ -74,7 +73,7 @@ class PromptSamples:
 
 
 def concept_centers(concept: Concept, classifier: str) -> np.ndarray:
-    """Returns the centres `[2, D]` of the concept's classifier: `joblib` reads the shipped file, `labels` refits them.
+    """Returns the centers `[2, D]` of the concept's classifier: `joblib` reads the shipped file, `labels` refits them.
 
     Raises:
       Unavailable: the file is missing, cannot be read safely, or is for pictures of another size than the concept's here.
@@ -103,37 +102,27 @@ def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> Cli
       Unavailable: the file is missing, or is another network's, or the tokenizer is not CLIP's.
     """
     folder = Path(weights_dir).expanduser()
-    found = [
-        folder / f"{CLIP_STEM}{ending}" for ending in (".pt", ".safetensors") if (folder / f"{CLIP_STEM}{ending}").is_file()
-    ]
-    if not found:
-        raise Unavailable(
-            f"no {CLIP_STEM}.pt in {folder}: CLIP's RN50 weights; --config.mode=check prints the command that gets it"
-        )
+    path = next(iter(present(folder, CLIP_FILES)), None)
+    if path is None:
+        raise Unavailable(f"no {CLIP_FILES[0]}, CLIP's weights, in {folder}; --config.mode=check prints the command that gets it")
     try:
-        towers = towers_from_openai(_read_weights(found[0]))
+        towers = towers_from_openai(dict(open_file(path)))
     except UserError as error:
-        raise Unavailable(f"{found[0]}: {error}") from error
+        raise Unavailable(f"{path}: {error}") from error
     if towers.text.vocab_size != tokenizer.eos_id + 1:
         raise Unavailable(
-            f"{found[0]} knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {tokenizer.eos_id + 1}"
+            f"{path} knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {tokenizer.eos_id + 1}"
         )
-    return make_clip_iqa(towers, tokenizer, file_digest(found[0]), batch_size)
-
-
-def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        return dict(open_weights(path.parent, path.stem)[1])
-    return read_torchscript(path)
+    return make_clip_iqa(towers, tokenizer, file_digest(path), batch_size)
 
 
 def memorised_samples(task: ConceptTask, samples: PromptSamples, kind: str) -> np.ndarray:
-    """Returns bool `[N]`: which samples of one prompt the classifier calls memorised."""
+    """Returns bool `[N]`: which samples of one prompt the classifier calls memorized."""
     return clusters(samples.floats(kind), task.centers()) != 0
 
 
 def memorised_of_both(task: ConceptTask, samples: PromptSamples) -> dict[str, np.ndarray] | None:
-    """Returns `memorised_samples` of each prompt; None where there is no classifier."""
+    """Returns `memorised_samples` of each prompt; None if there is no classifier."""
     try:
         return {kind: memorised_samples(task, samples, kind) for kind in KINDS}
     except Unavailable:

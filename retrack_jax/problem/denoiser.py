@@ -78,7 +78,7 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
         stored = read_schedule_config(options.checkpoint)
         if stored is None:
             log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", options.checkpoint)
-        module, params = module.clone(**own), jax.device_get(params)
+        module = module.clone(**own)
     else:
         module, params, stored = UNet2D.from_config(dataclasses.asdict(options.model), **own), None, None
     _check_fits(module, images)
@@ -103,8 +103,7 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
             export_diffusers(path, pipeline.unet, params, schedule=pipeline.schedule, source=source, note=note)
 
     prompt = jnp.zeros((1, 1, pipeline.unet.cross_attention_dim))
-    params = jax.device_get(pipeline.unet_params)
-    return Denoiser(pipeline.unet, pipeline.schedule, shape, params, (prompt,), export)
+    return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, (prompt,), export)
 
 
 def _check_fits(module, images: ImageSet) -> None:

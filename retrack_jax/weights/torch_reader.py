@@ -1,9 +1,9 @@
 """PyTorch's files as NumPy arrays, without PyTorch and without running anything that a file holds.
 
 Two containers. Since PyTorch 1.6 a zip, stored uncompressed: `NAME/data.pkl` and one record `NAME/data/KEY` for each storage;
-TorchScript archives are the same with `NAME/constants.pkl` beside. Before, a sequence: three pickles of housekeeping, the pickle
-of the object, the pickle of the list of keys, then for each key an int64 count and the values. `torch_pickle` reads the pickles.
-Tensors are read one at a time from their place in the file, so a file needs little memory beside what is made of it.
+TorchScript archives also have `NAME/constants.pkl`. Before, a sequence: three pickles of housekeeping, the pickle of the object,
+the pickle of the list of keys, then for each key an int64 count and the values. `pickle_machine` reads the pickles. Tensors are
+read one at a time from their place in the file, so reading takes little more memory than the arrays themselves.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.weights import torch_pickle
-from retrack_jax.weights.torch_values import Record, Tensor
+from retrack_jax.weights import pickle_machine
+from retrack_jax.weights.opening import open_regular
+from retrack_jax.weights.pickle_machine import Record
+from retrack_jax.weights.torch_vocabulary import TORCH, Tensor
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -52,19 +54,15 @@ class TorchFile(Mapping[str, np.ndarray]):
     def __init__(self, path):
         self._path = Path(path)
         try:
-            self._size = self._path.stat().st_size
-            with open(self._path, "rb") as file:
+            with open_regular(path) as file:
+                self._size = os.fstat(file.fileno()).st_size
                 is_zip = file.read(4) == b"PK\x03\x04"
                 file.seek(0)
-                # A zip's records are found by name and a sequence's storages by key; both become an offset in the file.
-                if is_zip:
-                    roots, self._places = _read_zip(file, self._path)
-                else:
-                    roots, self._places = _read_sequence(_Bounded(file, self._path, self._size), self._path)
-        except FileNotFoundError as error:
-            raise UserError(f"no file {path}") from error
+                # A zip finds its records by name and a sequence its storages by key; both become an offset in the file.
+                read = _read_zip if is_zip else _read_sequence
+                roots, self._places = read(file if is_zip else _Bounded(file, self._path, self._size), self._path)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {path}: {error.strerror or error}; download it again") from error
         self._tensors = _named_tensors(roots, str(path))
         total = sum(tensor.numel * tensor.storage.dtype.itemsize for tensor in self._tensors.values())
         if total > _MAX_EXPANSION * self._size:
@@ -106,28 +104,24 @@ class TorchFile(Mapping[str, np.ndarray]):
 
 
 def read_torch(path) -> dict[str, np.ndarray]:
-    """Returns all tensors that `torch.save` wrote to `path`, by name (nested containers give dotted names).
+    """Returns all tensors that `torch.save` or TorchScript wrote to `path`, by name (nested containers give dotted names).
 
-    bfloat16 comes as `ml_dtypes.bfloat16`. Raises `UserError` as `TorchFile` does.
+    bfloat16 comes as `ml_dtypes.bfloat16`. A TorchScript module's own tensors are named as in its `state_dict()`, those of its
+    table of constants `constants.0`, `constants.1`, ...; its code is never looked at. Raises `UserError` as `TorchFile` does.
     """
     file = TorchFile(path)
     return {name: np.ascontiguousarray(file[name]) for name in file}
 
 
-def read_torchscript(path) -> dict[str, np.ndarray]:
-    """Returns the parameters, buffers and constants of a TorchScript archive, by attribute path; its code is never looked at.
-
-    The module's own tensors are named as in its `state_dict()`, those of its constant table `constants.0`, `constants.1`, ...
-    Raises `UserError` as `TorchFile` does.
-    """
-    return read_torch(path)
+def _load(stream, where: str) -> Any:
+    return pickle_machine.load(stream, where, TORCH)
 
 
 def _read_zip(file, path: Path) -> tuple[list[_Root], _Places]:
     try:
         archive = zipfile.ZipFile(file)
         entries = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, OverflowError, IndexError) as error:
         raise UserError(f"{path} is a damaged zip ({error}); download the file again") from error
     for name in entries:
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name.split("/")[0]:
@@ -148,7 +142,7 @@ def _read_zip(file, path: Path) -> tuple[list[_Root], _Places]:
             continue
         offset, size = _place(file, info, path)
         file.seek(offset)
-        roots.append(_Root(root, folder, torch_pickle.load(io.BytesIO(file.read(size)), f"{path}, {info.filename}")))
+        roots.append(_Root(root, folder, _load(io.BytesIO(file.read(size)), f"{path}, {info.filename}")))
         for name, info in entries.items():
             if name.startswith(prefix + folder) and not name.endswith("/"):
                 places[folder + name.removeprefix(prefix + folder)] = _place(file, info, path)
@@ -161,12 +155,15 @@ def _place(file, info: zipfile.ZipInfo, path: Path) -> tuple[int, int]:
         raise UserError(
             f"{path} holds a compressed or encrypted record {info.filename}, which torch.save does not write; refused"
         )
+    size = os.fstat(file.fileno()).st_size
+    if not 0 <= info.header_offset <= size - 30:
+        raise UserError(f"{path} has its record {info.filename} at byte {info.header_offset} of {size}; download the file again")
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) != 30 or header[:4] != b"PK\x03\x04":
         raise UserError(f"{path} has no record {info.filename} where its directory says; download the file again")
     offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-    if offset + info.file_size > os.fstat(file.fileno()).st_size:
+    if not 0 <= info.file_size <= size - offset:
         raise UserError(f"{path} ends within its record {info.filename}; download the file again")
     return offset, info.file_size
 
@@ -175,15 +172,15 @@ def _read_sequence(file, path: Path) -> tuple[list[_Root], _Places]:
     if file.read(1) != b"\x80":
         raise UserError(f"{path} is no file of torch.save: it starts neither as a zip nor as a pickle")
     file.seek(0)
-    magic = torch_pickle.load(file, str(path))
-    protocol = torch_pickle.load(file, str(path)) if magic == _LEGACY_MAGIC else None
+    magic = _load(file, str(path))
+    protocol = _load(file, str(path)) if magic == _LEGACY_MAGIC else None
     if protocol != _LEGACY_PROTOCOL:
         raise UserError(f"{path} is a pickle but not of torch.save (no magic number); refused")
-    system = torch_pickle.load(file, str(path))
+    system = _load(file, str(path))
     if isinstance(system, dict) and not system.get("little_endian", True):
         raise UserError(f"{path} was written on a big-endian machine, which is not supported; save it again on another")
-    value = torch_pickle.load(file, str(path))
-    keys = torch_pickle.load(file, str(path))
+    value = _load(file, str(path))
+    keys = _load(file, str(path))
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{path} has no list of storages behind its pickle; download the file again")
     roots = [_Root("", "", value)]
@@ -219,7 +216,7 @@ class _Bounded:
 
 def _named_tensors(roots: list[_Root], where: str) -> dict[str, Tensor]:
     """Returns every tensor under `roots` by its dotted name, its storage's key with the folder before it."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     nodes = 0
     for root in roots:
         stack = [((root.name,) if root.name else (), root.value)]
@@ -228,14 +225,14 @@ def _named_tensors(roots: list[_Root], where: str) -> dict[str, Tensor]:
             value = value.state if isinstance(value, Record) else value
             if isinstance(value, Tensor):
                 storage = dataclasses.replace(value.storage, key=root.folder + value.storage.key)
-                if (name := ".".join(parts)) in found:
+                if (name := ".".join(parts)) in tensors:
                     raise UserError(f"{where} holds two tensors named {name}; refused")
-                found[name] = dataclasses.replace(value, storage=storage)
+                tensors[name] = dataclasses.replace(value, storage=storage)
             elif isinstance(value, (dict, list, tuple)):
                 nodes += len(value)
                 if nodes > _MAX_NODES or len(parts) > _MAX_DEPTH:
                     raise UserError(f"{where}: its containers are nested or repeated without end; refused")
                 items = value.items() if isinstance(value, dict) else enumerate(value)
-                # The stack turns the order around; turned here, names come in the file's order.
+                # A stack returns the last item first; reversed here, names come in the file's order.
                 stack += [((*parts, str(key)), item) for key, item in reversed(list(items))]
-    return found
+    return tensors

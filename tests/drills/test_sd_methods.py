@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.checkpoints import export_pipeline, load_pipeline
-from retrack_jax.checkpoints.diffusers_import import unet_inputs
+from retrack_jax.checkpoints.diffusers_import import FAMILIES
 from retrack_jax.run.sweep import run
 from tests.sd.test_sweep import quick_config
 from tests.sd.tiny import PIPELINE, hasty_compiler
@@ -26,7 +26,7 @@ def small_pipeline(tmp_path):
     pipeline = load_pipeline(PIPELINE)
     small = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
     unet = pipeline.unet.clone(block_out_channels=(16,), **small)
-    params = jax.jit(unet.init)(jax.random.key(0), *unet_inputs(unet))["params"]
+    params = jax.jit(unet.init)(jax.random.key(0), *FAMILIES["UNet2DConditionModel"].inputs(unet))["params"]
     export_pipeline(tmp_path / "pipeline", dataclasses.replace(pipeline, unet=unet), params)
     return tmp_path / "pipeline"
 

@@ -4,21 +4,20 @@ import zlib
 
 import numpy as np
 
-from retrack_jax.metrics.features.inception import SIDE, InceptionV3
-from retrack_jax.metrics.features.layers import torch_shapes
-from retrack_jax.metrics.features.resnet import MnistResNet, SscdNet, _plain_name, _sscd_name
+from retrack_jax.metrics.features import inception, resnet
+from retrack_jax.weights.names import torch_shapes
 
 
 def inception_shapes():
-    return torch_shapes(InceptionV3(), (1, SIDE, SIDE, 3), str)
+    return torch_shapes(inception.inception_shapes(), inception.TABLE)
 
 
 def sscd_shapes():
-    return torch_shapes(SscdNet(), (1, 64, 64, 3), _sscd_name)
+    return torch_shapes(resnet.sscd_shapes(), resnet.SSCD_TABLE)
 
 
 def mnist_shapes():
-    return torch_shapes(MnistResNet(), (1, 28, 28, 1), _plain_name)
+    return torch_shapes(resnet.mnist_shapes(), resnet.MNIST_TABLE)
 
 
 def random_state(shapes, seed=0):

@@ -8,7 +8,7 @@ import pytest
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.resize import pil_shorter_side, resize_matrix
-from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_names, sscd_network
+from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network, torchvision_name
 from tests.metrics.feature_weights import inception_shapes, mnist_shapes, random_images, random_state, sscd_shapes
 
 RECORDED = np.load(Path(__file__).parents[1] / "fixtures" / "metrics" / "networks.npz")
@@ -69,8 +69,8 @@ def test_classy_visions_names_of_sscd_mean_the_same_weights():
     shapes = sscd_shapes()
     classy = {_to_classy(name): shape for name, shape in shapes.items()}
     assert len(classy) == len(shapes)
-    renamed = sscd_names({name: np.zeros(shape) for name, shape in classy.items()})
-    assert {name: value.shape for name, value in renamed.items()} == shapes
+    assert {torchvision_name(name): shape for name, shape in classy.items()} == shapes
+    assert {torchvision_name(name): shape for name, shape in shapes.items()} == shapes
 
 
 def _to_classy(name):
@@ -91,16 +91,16 @@ def _to_classy(name):
 
 
 def test_refuses_weights_that_are_not_this_networks(mnist_state):
-    with pytest.raises(UserError, match="not of FID's Inception v3.*names missing.*names unknown"):
+    with pytest.raises(UserError, match="not fit FID's Inception v3.*missing.*surplus"):
         inception_network(mnist_state, DIGEST)
-    with pytest.raises(UserError, match="not of SSCD's ResNet-50"):
+    with pytest.raises(UserError, match="not fit SSCD's ResNet-50"):
         sscd_network(mnist_state, DIGEST)
     lacking = {name: value for name, value in mnist_state.items() if name != "layer3.0.bn1.weight"}
-    with pytest.raises(UserError, match="1 names missing .layer3.0.bn1.weight., 0 names unknown"):
+    with pytest.raises(UserError, match="1 missing: layer3.0.bn1.weight$"):
         mnist_resnet_network(lacking, DIGEST)
-    with pytest.raises(UserError, match=r"1 shapes differ, fc.weight is \(11, 512\), expected \(10, 512\)"):
+    with pytest.raises(UserError, match=r"1 mis-shaped: fc.weight \[11, 512\] instead of \[10, 512\]"):
         mnist_resnet_network(mnist_state | {"fc.weight": np.zeros((11, 512), np.float32)}, DIGEST)
-    with pytest.raises(UserError, match="hold NaN or infinity in .fc.bias."):
+    with pytest.raises(UserError, match="holds NaN or infinity: 1 tensors: fc.bias"):
         mnist_resnet_network(mnist_state | {"fc.bias": np.full(10, np.nan, np.float32)}, DIGEST)
 
 

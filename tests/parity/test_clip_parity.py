@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids  # noqa: E402
 from retrack_jax.metrics.features.clip_image import towers_from_openai  # noqa: E402
 from retrack_jax.models.tokenizer import load_tokenizer  # noqa: E402
-from retrack_jax.weights.torch_reader import read_torchscript  # noqa: E402
+from retrack_jax.weights.torch_reader import read_torch  # noqa: E402
 from tests.sd.tiny import PIPELINE  # noqa: E402
 
 torch.set_num_threads(1)
@@ -96,6 +96,6 @@ def test_half_precision_torchscript_is_read(network, tmp_path):
     traced = torch.jit.trace(Sizes().half(), torch.zeros(1))
     traced.save(str(tmp_path / "RN50.pt"))
     clip.float()
-    towers = towers_from_openai(read_torchscript(tmp_path / "RN50.pt"))
+    towers = towers_from_openai(read_torch(tmp_path / "RN50.pt"))
     expected = clip.state_dict()["text_projection"].half().float().numpy()
     np.testing.assert_array_equal(towers.text_params["text_projection"]["kernel"], expected)

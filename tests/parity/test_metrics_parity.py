@@ -20,7 +20,7 @@ from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_netwo
 from retrack_jax.metrics.fid import fid  # noqa: E402
 from retrack_jax.metrics.inception_score import split_scores  # noqa: E402
 from retrack_jax.metrics.moments import moments_of  # noqa: E402
-from retrack_jax.weights.torch_reader import read_torch, read_torchscript  # noqa: E402
+from retrack_jax.weights.torch_reader import read_torch  # noqa: E402
 from tests.metrics.feature_weights import inception_shapes, mnist_shapes, random_images, random_state, sscd_shapes  # noqa: E402
 from tests.parity import torch_twins  # noqa: E402
 
@@ -160,7 +160,7 @@ def test_sscd_embeddings(tmp_path, layout):
     path = tmp_path / "sscd.pt"
     if layout == "torchscript":
         torch.jit.save(torch.jit.trace(twin, torch.zeros(1, 3, 64, 64)), path)
-        state = read_torchscript(path)
+        state = read_torch(path)
     else:
         torch.save(twin.state_dict(), path)
         state = read_torch(path)

@@ -9,7 +9,7 @@ import pytest
 
 from retrack_jax.api import unlearn
 from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, load_pipeline, prompt_embeddings
-from retrack_jax.checkpoints.diffusers_import import unet_inputs
+from retrack_jax.checkpoints.diffusers_import import FAMILIES
 from retrack_jax.checks import UserError
 from retrack_jax.weights.safetensors_io import SafetensorsFile
 from tests.sd.tiny import PIPELINE, hasty_compiler
@@ -173,7 +173,7 @@ def test_arrays_in_parameters_out_with_a_prompt(pipeline):
     """As docs/stable_diffusion.md shows, with a UNet of a single block: it compiles in a third of the time."""
     small = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
     unet = pipeline.unet.clone(block_out_channels=(16,), **small)
-    first = jax.jit(unet.init)(jax.random.key(0), *unet_inputs(unet))["params"]
+    first = jax.jit(unet.init)(jax.random.key(0), *FAMILIES["UNet2DConditionModel"].inputs(unet))["params"]
     prompt = prompt_embeddings(pipeline, ["a picture of something"])
 
     def apply_fn(variables, x_t, t):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.weights.torch_reader import TorchFile, read_torch, read_torchscript
+from retrack_jax.weights.torch_reader import TorchFile, read_torch
 
 DATA = Path(__file__).parents[1] / "fixtures" / "diffusers" / "torch"
 
@@ -87,7 +87,7 @@ def test_reads_all_dtypes_and_layouts_that_pytorch_wrote(name):
 
 
 def test_reads_a_torchscript_archive_by_attribute_path():
-    arrays = read_torchscript(DATA / "script.pt")
+    arrays = read_torch(DATA / "script.pt")
     expected = np.load(DATA / "script.npz")
     assert set(expected.files) <= set(arrays)
     for key in expected.files:

@@ -5,8 +5,9 @@ It differs from the usual ResNet-50: a stem of three convolutions and an average
 pool out, so that any image size is embedded without resizing; the weights hold one, and it is read and dropped by name.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.metrics.features.layers import BatchNorm, conv, import_weights
+from retrack_jax.metrics.features.layers import BatchNorm, conv
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.notation import Array, PyTree
+from retrack_jax.weights.names import RenameTable, from_torch, param_shapes
 
 
 class Bottleneck(nn.Module):
@@ -65,7 +67,7 @@ class AttentionPool(nn.Module):
 
 
 class ClipImageTower(nn.Module):
-    """Normalised images `[B, H, W, 3]`, H and W multiples of 32, to features `[B, features]`.
+    """Normalized images `[B, H, W, 3]`, H and W multiples of 32, to features `[B, features]`.
 
     Attributes:
       layers: bottlenecks per stage.
@@ -91,8 +93,24 @@ class ClipImageTower(nn.Module):
         return AttentionPool(self.num_heads, self.features, name="attnpool")(x)
 
 
-# Sizes kept as buffers; the learnt scale, where CLIP-IQA has 100; positions, which CLIP-IQA leaves out.
+# Sizes kept as buffers; the learned scale, which CLIP-IQA replaces by 100; positions, which CLIP-IQA leaves out.
 _UNUSED = ("input_resolution", "context_length", "vocab_size", "logit_scale", "visual.attnpool.positional_embedding")
+_TABLE = RenameTable(
+    lists=("layer1", "layer2", "layer3", "layer4", "downsample", "layers"),
+    modules={
+        "embeddings": "",
+        "encoder": "transformer",
+        "layers": "resblocks",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "self_attn": "attn",
+        "fc1": "c_fc",
+        "fc2": "c_proj",
+        "final_layer_norm": "ln_final",
+    },
+    canonical=str,
+    ignored=tuple(map(re.escape, _UNUSED)),
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ class ClipTowers:
     text_params: PyTree
 
 
-def towers_from_openai(weights: dict[str, np.ndarray]) -> ClipTowers:
+def towers_from_openai(weights: Mapping[str, np.ndarray]) -> ClipTowers:
     """Builds both towers from the tensors of OpenAI's `RN50.pt`, by their names in that file; sizes are read from the shapes.
 
     Raises:
@@ -113,89 +131,54 @@ def towers_from_openai(weights: dict[str, np.ndarray]) -> ClipTowers:
     """
     if "visual.proj" in weights:
         raise UserError("these CLIP weights are a ViT's; CLIP-IQA uses RN50 (RN50.pt)")
-    left = {name: np.asarray(value, np.float32) for name, value in weights.items() if name not in _UNUSED}
     try:
+        vocabulary, hidden = weights["token_embedding.weight"].shape
+        _, features = weights["text_projection"].shape
+        width = weights["visual.conv3.weight"].shape[0]
         image = ClipImageTower(
-            layers=tuple(_count(left, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
-            width=left["visual.conv3.weight"].shape[0],
-            num_heads=left["visual.conv3.weight"].shape[0] * 32 // 64,
-            features=left["text_projection"].shape[1],
+            layers=tuple(_count(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+            width=width,
+            num_heads=width * 32 // 64,
+            features=features,
         )
-        vocabulary, hidden = left["token_embedding.weight"].shape
         text = ClipTextEncoder(
             vocab_size=vocabulary,
             hidden_size=hidden,
-            intermediate_size=left["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            num_hidden_layers=_count(left, "transformer.resblocks."),
+            intermediate_size=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+            num_hidden_layers=_count(weights, "transformer.resblocks."),
             num_attention_heads=hidden // 64,
-            max_position_embeddings=left["positional_embedding"].shape[0],
-            projection_dim=left["text_projection"].shape[1],
+            max_position_embeddings=weights["positional_embedding"].shape[0],
+            projection_dim=features,
         )
     except KeyError as error:
         raise UserError(f"CLIP weights: no tensor {error.args[0]!r}; expected the tensors of OpenAI's RN50.pt") from error
-    visual = {name.removeprefix("visual."): value for name, value in left.items() if name.startswith("visual.")}
-    image_params = import_weights("CLIP's RN50 image tower", image, (1, 32, 32, 3), visual, rename=_image_name)
-    text_params = _text_params(text, {name: value for name, value in left.items() if not name.startswith("visual.")})
-    return ClipTowers(image, image_params, text, text_params)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"CLIP weights: a tensor of another shape ({error}); expected those of OpenAI's RN50.pt") from error
+    if width < 2 or width % 2 or hidden < 64 or hidden % 64:
+        raise UserError(f"CLIP weights: {width} channels and {hidden} features; expected the tensors of OpenAI's RN50.pt")
+    shapes = param_shapes(text, jnp.zeros((1, 1), jnp.int32)) | {"visual": param_shapes(image, jnp.zeros((1, 32, 32, 3)))}
+    params = from_torch(_unpacked(weights), shapes, table=_TABLE, where="the file of CLIP weights", network="CLIP's RN50")
+    return ClipTowers(image, params.pop("visual"), text, params)
 
 
-def _count(weights: dict, prefix: str) -> int:
-    numbers = {int(name[len(prefix) :].split(".")[0]) for name in weights if name.startswith(prefix)}
+def _count(weights: Mapping[str, np.ndarray], prefix: str) -> int:
+    numbers = {name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)}
     if not numbers:
         raise KeyError(f"{prefix}0")
-    return max(numbers) + 1
+    return len(numbers)
 
 
-def _image_name(path: str) -> str:
-    """layer1_0.downsample_0 -> layer1.0.downsample.0"""
-    return ".".join(part.replace("_", ".") if part.startswith(("layer", "down")) else part for part in path.split("."))
-
-
-def _text_params(module: ClipTextEncoder, weights: dict[str, np.ndarray]) -> PyTree:
-    """Takes the parameters of `module` from OpenAI's tensors, of which one may be three of ours."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    used = set()
-
-    def take(path, leaf):
-        name, convert = _text_source([key.key for key in path])
-        if name not in weights:
-            raise UserError(f"CLIP weights: no tensor {name!r}; expected the tensors of OpenAI's RN50.pt")
-        value = convert(weights[name])
-        if value.shape != leaf.shape:
-            raise UserError(f"CLIP weights: {name} has shape {weights[name].shape}, which does not fit {leaf.shape}")
-        used.add(name)
-        return jnp.asarray(value)
-
-    params = jax.tree_util.tree_map_with_path(take, shapes)
-    if surplus := sorted(set(weights) - used):
-        raise UserError(f"CLIP weights: {len(surplus)} tensors are left over, such as {surplus[0]!r}; not an RN50 file")
-    return params
-
-
-_TEXT_LAYERS = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "fc1": "mlp.c_fc",
-    "fc2": "mlp.c_proj",
-    "out_proj": "attn.out_proj",
-}
-
-
-def _text_source(path: list[str]) -> tuple[str, Any]:
-    leaf = "bias" if path[-1] == "bias" else "weight"
-    if path[0] == "text_projection":
-        return "text_projection", _same  # stored for x @ projection
-    if path[0] == "final_layer_norm":
-        return f"ln_final.{leaf}", _same
-    if path[0] == "embeddings":
-        return ("token_embedding.weight" if path[1] == "token_embedding" else "positional_embedding"), _same
-    block, layer = f"transformer.resblocks.{path[1].removeprefix('layers_')}", path[-2]
-    if layer in ("q_proj", "k_proj", "v_proj"):  # packed one after the other
-        third = "qkv".index(layer[0])
-        pick = (lambda value: np.split(value, 3)[third].T) if leaf == "weight" else (lambda value: np.split(value, 3)[third])
-        return f"{block}.attn.in_proj_{leaf}", pick
-    return f"{block}.{_TEXT_LAYERS[layer]}.{leaf}", np.transpose if path[-1] == "kernel" else _same
-
-
-def _same(value: np.ndarray) -> np.ndarray:
-    return value
+def _unpacked(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors with one for each of q, k and v, which OpenAI packs, and the text tower's arrays as layers' weights."""
+    tensors = {}
+    for name, value in weights.items():
+        stem, packed, leaf = name.partition(".in_proj_")
+        if packed and value.ndim:
+            tensors |= {f"{stem}.{part}_proj.{leaf}": third for part, third in zip("qkv", np.array_split(value, 3), strict=True)}
+        elif name == "positional_embedding":
+            tensors["position_embedding.weight"] = value
+        elif name == "text_projection":  # stored for x @ projection
+            tensors["text_projection.weight"] = value.T
+        else:
+            tensors[name] = value
+    return tensors

@@ -5,7 +5,7 @@ accident of the TensorFlow graph that every published FID contains), there is no
 128.
 
 Weights: `weights-inception-2015-12-05-6726825d.pth` (or its copy `pt_inception-2015-12-05-6726825d.pth`), read by
-`checkpoints.read_torch`. Submodules carry the names of that file.
+`weights.torch_reader`. Submodules carry the names of that file.
 """
 
 from collections.abc import Mapping
@@ -17,18 +17,20 @@ import numpy as np
 
 from retrack_jax.checks import check_choice
 from retrack_jax.metrics.arrays import pixel_images
-from retrack_jax.metrics.features.layers import BatchNorm, avg_pool_3x3, conv, import_weights, max_pool
+from retrack_jax.metrics.features.layers import BatchNorm, avg_pool_3x3, conv, max_pool
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb
 from retrack_jax.metrics.features.resize import RULES, resize_matrix
 from retrack_jax.notation import Array
+from retrack_jax.weights.names import RenameTable, from_torch, param_shapes
 
 NAME = "inception-v3-fid"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SIDE = 299
+TABLE = RenameTable(canonical=str)
 
 
 class ConvBlock(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """Convolution, batch normalization, ReLU."""
 
     features: int
     size: int | tuple[int, int] = 1
@@ -152,6 +154,11 @@ class InceptionV3(nn.Module):
         return {"features": features, "logits": Classifier(name="fc")(features)}
 
 
+def inception_shapes():
+    """Returns the shapes of the network's parameters."""
+    return param_shapes(InceptionV3(), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32))
+
+
 def inception_network(
     state: Mapping[str, np.ndarray], digest: str, *, resize: str = "torchmetrics", batch_size: int = 32
 ) -> FeatureNetwork:
@@ -168,7 +175,7 @@ def inception_network(
     """
     check_choice("resize", resize, RULES)
     module = InceptionV3()
-    params = import_weights(f"FID's Inception v3 ({FILE})", module, (1, SIDE, SIDE, 3), state, rename=str)
+    params = from_torch(state, inception_shapes(), table=TABLE, network=f"FID's Inception v3 ({FILE})")
 
     def apply_fn(params, x_BHWC):
         rows, columns = (jnp.asarray(resize_matrix(resize, size, SIDE)) for size in x_BHWC.shape[1:3])

@@ -1,6 +1,6 @@
 """What a feature network is to the metrics: a named, digested function from images to features and logits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,19 +17,19 @@ from retrack_jax.notation import PyTree
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """A feature network. Call it with images to get `{"features": [N, D], "logits": [N, C]}` (logits only where it has classes).
+    """A feature network. Call it with images to get `{"features": [N, D], "logits": [N, C]}` (logits only if it has classes).
 
     Attributes:
       name: what results call it, such as `inception-v3-fid`.
-      digest: SHA-256 of its weights (of the file they came from where there is one), which results quote and caches are keyed by.
+      digest: SHA-256 of its weights or of the file that they came from, which results quote and caches are keyed by.
       resize: the rule that brings images to the network's size, such as `torchmetrics`, `tf1`, `none`.
       params: the network's variables.
       apply_fn: `apply_fn(params, batch) -> dict of arrays`, a pure function on one batch of prepared images.
       prepare: NumPy function from images `[N, H, W, C]`, uint8 or floats in [0, 1], to what `apply_fn` takes.
       batch_size: images per call over the devices of one process, each with an equal share (rounded up).
-      pad: fill the last batch up, so that one shape is compiled; off where the images of a batch see each other. Then a batch
-        lies on one device, and every process does all of them.
-      num_labels: its logits are of the labels 0, ..., num_labels - 1 of the data that it was made for; 0: of classes of its own,
+      pad: fill the last batch up, so that one shape is compiled. False if an image's output depends on its batch: then a
+        batch lies on one device, and every process computes all of them.
+      num_labels: its logits are those of the labels 0, ..., num_labels - 1 of its training data; 0 if its classes are others,
         such as ImageNet's, or it has none.
     """
 
@@ -104,16 +104,16 @@ def params_digest(params: PyTree) -> str:
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Returns images with three channels; grey ones are repeated. Raises `UserError` for any other number of channels."""
+    """Returns images with three channels; gray ones are repeated. Raises `UserError` for any other number of channels."""
     channels = images.shape[-1]
     if channels == 1:
         return np.repeat(images, 3, axis=-1)
-    check(channels == 3, f"images have {channels} channels; a colour network takes 3, or 1 (grey, repeated)")
+    check(channels == 3, f"images have {channels} channels; a color network takes 3, or 1 (gray, repeated)")
     return images
 
 
 def unit_grey(side: int) -> Callable:
-    """Returns a `prepare` that takes grey images of `side` x `side`, uint8 or floats in [0, 1], to floats in [0, 1]."""
+    """Returns a `prepare` that takes gray images of `side` x `side`, uint8 or floats in [0, 1], to floats in [0, 1]."""
 
     def prepare(images):
         if images.shape[1:] != (side, side, 1):
@@ -121,35 +121,3 @@ def unit_grey(side: int) -> Callable:
         return unit_images("images", images)
 
     return prepare
-
-
-def take_weights(network: str, state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Returns the arrays of `state` named in `shapes`, after checking that names and shapes are the same, both ways.
-
-    `num_batches_tracked` counters, which inference does not use, may be there or not.
-
-    Raises:
-      UserError: missing or surplus names, or other shapes: the file is of another network.
-    """
-    given = {name: np.asarray(value) for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    missing, surplus = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
-    if missing or surplus:
-        raise UserError(
-            f"these weights are not of {network}: {len(missing)} names missing {_some(missing)}, "
-            f"{len(surplus)} names unknown {_some(surplus)}; give the file that the docs name"
-        )
-    wrong = [name for name in shapes if given[name].shape != tuple(shapes[name])]
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"these weights are not of {network}: {len(wrong)} shapes differ, {name} is {given[name].shape}, "
-            f"expected {tuple(shapes[name])}; give the file that the docs name"
-        )
-    bad = [name for name in shapes if not np.isfinite(given[name]).all()]
-    if bad:
-        raise UserError(f"the weights of {network} hold NaN or infinity in {_some(bad)}; fetch the file again")
-    return {name: given[name] for name in shapes}
-
-
-def _some(names: list[str]) -> str:
-    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

@@ -1,6 +1,6 @@
 """ResNets with torchvision's structure and names: SSCD's ResNet-50 and the MNIST classifier's ResNet-18.
 
-SSCD (Pizzi et al. 2022), `sscd_disc_mixup`: ResNet-50, generalised-mean pooling with p = 3, a linear layer to 512, unit
+SSCD (Pizzi et al. 2022), `sscd_disc_mixup`: ResNet-50, generalized-mean pooling with p = 3, a linear layer to 512, unit
 length.
     (1)  GeM(x)_c = ( mean_hw max(x_hwc, 1e-6)^3 )^(1/3)
 MNIST: ResNet-18 for one channel, whose last map of a 28 x 28 image is 1 x 1 and goes to the linear layer without pooling.
@@ -11,15 +11,16 @@ import re
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import check
 from retrack_jax.metrics.arrays import pixel_images
-from retrack_jax.metrics.features.layers import BatchNorm, conv, import_weights, max_pool
+from retrack_jax.metrics.features.layers import BatchNorm, conv, max_pool
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb, unit_grey
 from retrack_jax.metrics.features.resize import pil_shorter_side
 from retrack_jax.notation import Array
+from retrack_jax.weights.names import RenameTable, from_torch, param_shapes
 
 SSCD_NAME = "sscd_disc_mixup"
 SSCD_SIDE = 288
@@ -72,7 +73,7 @@ class ResNetTrunk(nn.Module):
 
 
 class SscdNet(nn.Module):
-    """Normalised images `[B, H, W, 3]` -> `{"features": [B, 512]}` of unit length."""
+    """Normalized images `[B, H, W, 3]` -> `{"features": [B, 512]}` of unit length."""
 
     @nn.compact
     def __call__(self, x: Array) -> dict[str, Array]:
@@ -95,6 +96,35 @@ class MnistResNet(nn.Module):
         return {"features": features, "logits": nn.Dense(NUM_DIGITS, name="fc")(features)}
 
 
+def torchvision_name(name: str) -> str:
+    """Returns torchvision's name of a parameter of SSCD from that or from Classy Vision's, in which SSCD was trained."""
+    name = name.replace("_module.", "")
+    stem = re.fullmatch(r"backbone\.initial_block\.([01])\.(\w+)", name)
+    if stem:
+        return f"backbone.{('conv1', 'bn1')[int(stem[1])]}.{stem[2]}"
+    block = re.fullmatch(r"backbone\.blocks\.(\d)\.(?:block\d-)?(\d+)\.(convolutional_block\.\d|bn|downsample\.\d)\.(\w+)", name)
+    if block:
+        inside = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3"}
+        part = "bn3" if block[3] == "bn" else inside.get(block[3][-1]) if block[3].startswith("conv") else block[3]
+        return f"backbone.layer{int(block[1]) + 1}.{block[2]}.{part}.{block[4]}"
+    return re.sub(r"^embeddings\.1\.", "backbone.fc.", name)
+
+
+_LISTS = ("layer1", "layer2", "layer3", "layer4", "downsample")
+SSCD_TABLE = RenameTable(lists=_LISTS, modules={"trunk": "backbone", "fc": "backbone.fc"}, canonical=torchvision_name)
+MNIST_TABLE = RenameTable(lists=_LISTS, modules={"trunk": ""}, canonical=str)
+
+
+def sscd_shapes():
+    """Returns the shapes of the parameters of SSCD's network."""
+    return param_shapes(SscdNet(), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+
+
+def mnist_shapes():
+    """Returns the shapes of the parameters of the MNIST classifier."""
+    return param_shapes(MnistResNet(), jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
+
+
 def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: int = 4) -> FeatureNetwork:
     """Returns SSCD's network of these weights, with the official transform (Pillow, shorter side to 288, ImageNet mean and std).
 
@@ -107,7 +137,7 @@ def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: in
       UserError: the weights are not this network's.
     """
     module = SscdNet()
-    params = import_weights("SSCD's ResNet-50 (sscd_disc_mixup)", module, (1, 64, 64, 3), sscd_names(state), rename=_sscd_name)
+    params = from_torch(state, sscd_shapes(), table=SSCD_TABLE, network="SSCD's ResNet-50 (sscd_disc_mixup)")
 
     def prepare(images):
         images = to_rgb(pixel_images("images", images))
@@ -128,7 +158,7 @@ def mnist_resnet_network(
     Args:
       state: the weights by name.
       digest: SHA-256 of the file.
-      official: normalise by the statistics of each batch, as the official code does by leaving the network in training mode. Its
+      official: normalize by the statistics of each batch, as the official code does by leaving the network in training mode. Its
         score (`inception_score_official`) depends on batch size and order; nothing is padded then.
       batch_size: images per call.
 
@@ -136,7 +166,7 @@ def mnist_resnet_network(
       UserError: the weights are not this network's.
     """
     module = MnistResNet(batch_statistics=official)
-    params = import_weights("the MNIST ResNet-18", module, (1, 28, 28, 1), state, rename=_plain_name)
+    params = from_torch(state, mnist_shapes(), table=MNIST_TABLE, network="the MNIST ResNet-18")
 
     def apply_fn(params, x):
         return module.apply({"params": params}, x)
@@ -145,37 +175,3 @@ def mnist_resnet_network(
     return FeatureNetwork(
         name, digest, "none", params, apply_fn, unit_grey(28), batch_size, pad=not official, num_labels=NUM_DIGITS
     )
-
-
-def sscd_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the state with torchvision's names, from torchvision's own or Classy Vision's, in which SSCD was trained."""
-    if not any(".convolutional_block." in name for name in state):
-        return dict(state)
-    renamed = {_classy_name(name): value for name, value in state.items()}
-    check(
-        len(renamed) == len(state),
-        "these weights are not of SSCD's ResNet-50: two names mean one parameter; fetch the file again",
-    )
-    return renamed
-
-
-def _classy_name(name: str) -> str:
-    name = name.replace("_module.", "")
-    stem = re.fullmatch(r"backbone\.initial_block\.([01])\.(\w+)", name)
-    if stem:
-        return f"backbone.{('conv1', 'bn1')[int(stem[1])]}.{stem[2]}"
-    block = re.fullmatch(r"backbone\.blocks\.(\d)\.(?:block\d-)?(\d+)\.(convolutional_block\.\d|bn|downsample\.\d)\.(\w+)", name)
-    if block:
-        inside = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3"}
-        part = "bn3" if block[3] == "bn" else inside.get(block[3][-1]) if block[3].startswith("conv") else block[3]
-        return f"backbone.layer{int(block[1]) + 1}.{block[2]}.{part}.{block[4]}"
-    return re.sub(r"^embeddings\.1\.", "backbone.fc.", name)
-
-
-def _plain_name(path: str) -> str:
-    path = path.removeprefix("trunk.")
-    return re.sub(r"\b(layer\d|downsample)_(\d+)", r"\1.\2", path)
-
-
-def _sscd_name(path: str) -> str:
-    return f"backbone.{_plain_name(path)}"

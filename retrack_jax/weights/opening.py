@@ -1,0 +1,40 @@
+"""How a file of weights is opened: regular files only, and Git LFS pointers are named as what they are."""
+
+import os
+import stat
+from typing import BinaryIO
+
+from retrack_jax.checks import UserError
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def open_regular(path) -> BinaryIO:
+    """Returns the regular file at `path`, open for reading. Never waits for a FIFO's writer.
+
+    Raises:
+      UserError: nothing is there, a link leads nowhere, it is a folder, FIFO or device, a Git LFS pointer, or cannot be read.
+    """
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; restore that file") from error
+        raise UserError(f"no file {path}; restore or download it") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; give a file of weights") from error
+    try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"cannot read {path}: it is no regular file; put the file of weights there")
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(f"{path} is a Git LFS pointer, not the file that it stands for; run `git lfs pull` in its folder")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_regular(path) -> None:
+    """Raises `UserError` as `open_regular` does."""
+    open_regular(path).close()
