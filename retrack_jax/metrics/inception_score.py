@@ -30,7 +30,7 @@ def inception_score(logits, *, seed: int, num_splits: int = 10) -> InceptionScor
     Args:
       logits: `[N, classes]`, N at least `num_splits`.
       seed: decides the permutation.
-      num_splits: parts, each scored on its own (equation 2).
+      num_splits: parts, each scored by itself (equation 2).
 
     Raises:
       UserError: NaN, or fewer images than splits.
@@ -45,15 +45,11 @@ def inception_score(logits, *, seed: int, num_splits: int = 10) -> InceptionScor
 
 def split_scores(logits: np.ndarray, num_splits: int) -> np.ndarray:
     """Returns the score of each of `num_splits` consecutive parts of `logits`, float64 `[num_splits]`."""
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    p = np.exp(log_p)
-    scores = np.empty(num_splits)
+    from scipy.special import rel_entr, softmax
+
+    scores = []
     for split in range(num_splits):
         rows = slice(split * len(logits) // num_splits, (split + 1) * len(logits) // num_splits)
-        marginal = p[rows].mean(axis=0)
-        # A class that no image has is 0 log 0 = 0 on both sides.
-        log_marginal = np.log(np.where(marginal > 0, marginal, 1.0))
-        scores[split] = np.exp((p[rows] * (log_p[rows] - log_marginal)).sum(axis=1).mean())
-    return scores
+        p = softmax(logits[rows].astype(np.float64), axis=1)
+        scores.append(np.exp(rel_entr(p, p.mean(axis=0)).sum(axis=1).mean()))
+    return np.array(scores)

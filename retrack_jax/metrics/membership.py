@@ -164,12 +164,11 @@ def _t_error(params, schedule, x_0, *, eps_fn, t_sec, interval):
 
 def auc(members, held_out) -> float:
     """Returns the AUC of two sets of scores (equation 3), in [0, 1]; 0.5 tells nothing apart."""
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
-    members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
     check(min(len(members), len(held_out)) > 0, f"an AUC needs images on both sides, found {len(members)} and {len(held_out)}")
-    ranks = rankdata(np.concatenate([members, held_out]))[: len(members)].sum()
-    return float((ranks - len(members) * (len(members) + 1) / 2) / (len(members) * len(held_out)))
+    wins = mannwhitneyu(members, held_out, method="asymptotic").statistic  # pairs that the member wins; a tie counts half
+    return float(wins / (len(members) * len(held_out)))
 
 
 def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, confidence: float = 0.95) -> Auc:

@@ -14,7 +14,7 @@ class Metric:
     Attributes:
       name: the key in `metrics.json`.
       label: the heading in tables.
-      better: "lower", "higher", or "" where only the distance to `retrain` says anything.
+      better: "lower", "higher", or "" if only the distance to `retrain` says anything.
       about: "forgetting" (how well the image is gone), "quality" (how good all else still is) or "".
       style: "percent" (a share in [0, 1] shown in %), "number" or "count".
       digits: digits after the point.
@@ -59,7 +59,8 @@ _METRICS = (
         about="forgetting",
         style="percent",
         digits=2,
-        meaning="Share of samples that are the forgotten image, by distance in pixels.",
+        meaning="Share of samples that are the forgotten image, by distance in pixels. “0 (< b)”: no sample is, so the true "
+        "share is below b with 95% confidence.",
     ),
     Metric(
         name="fid",
@@ -130,7 +131,7 @@ _METRICS = (
     ),
     Metric(
         name="sscd_norm",
-        label="SSCD, normalised",
+        label="SSCD, normalized",
         better="lower",
         about="forgetting",
         meaning="SSCD after the difference from the forgotten image is scaled to one size: only its direction counts.",
@@ -149,7 +150,7 @@ _METRICS = (
         about="forgetting",
         style="percent",
         digits=1,
-        meaning="Share of prompts for which no sample falls among the memorised ones.",
+        meaning="Share of prompts for which no sample falls among the memorized ones.",
     ),
     Metric(
         name="membership_auc",
@@ -185,8 +186,8 @@ _METRICS = (
     ),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
-# Of a prompt SSCD takes the samples: nothing is restored.
-_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity between the memorised picture and the samples of the prompt, their mean."}
+# With prompts, SSCD looks at the samples: nothing is restored.
+_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity between the memorized picture and the samples of the prompt, their mean."}
 _PROMPTS = {"_original": "original prompt", "_modified": "modified prompt"}
 
 METHODS = {

@@ -11,16 +11,27 @@ from etils import epath
 from retrack_jax.files import read_json, write_text
 from retrack_jax.report import grids
 from retrack_jax.report.catalogue import METHODS, describe, method_label
-from retrack_jax.report.charts import Point, close_up, scatter
-from retrack_jax.report.html import absent_list, dash, provenance_table
-from retrack_jax.report.page import escape, figure, page, section, standalone_svg
-from retrack_jax.report.relearning import relearning_section
+from retrack_jax.report.charts import Point, close_up, relearning_chart, scatter
+from retrack_jax.report.page import render, standalone_svg
 from retrack_jax.report.strips import neighbor_strips
-from retrack_jax.report.tables import arrow, comparison_cell, comparison_columns, method_order, seconds_text, signed
+from retrack_jax.report.tables import (
+    absent_reasons,
+    comparison_cell,
+    comparison_columns,
+    heading,
+    method_order,
+    provenance_rows,
+    seconds_text,
+    signed,
+)
 
 _COLUMNS = 16  # samples of a method in one row
-_SMALL = {"width": 500, "height": 340}  # of the charts that stand two in a row
+_SMALL = {"width": 480, "height": 340}  # of the charts that stand two in a row
 _REFERENCES = ("pretrained", "retrain")
+_RELEARNING = {
+    "relearning_steps": "Fine-tuned on the remaining images and one copy of each forgotten one",
+    "relearning_steps_remain": "Fine-tuned on the remaining images alone",
+}
 
 
 def comparison_report(
@@ -51,26 +62,28 @@ def comparison_report(
     """
     workdir = epath.Path(workdir)
     summary = read_json(workdir / "summary.json") if summary is None else summary
-    title = title or f"Unlearning compared: {workdir.name}"
     charts = scatter_points(summary)
     if charts:
-        (x_name, y_name), points = charts[0]
-        write_text(workdir / "comparison.svg", standalone_svg(scatter(points, x_name, y_name)))
-
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{_lead(summary)}</p>',
-        section("Results", _table(summary), _table_note(summary), absent_list(summary.get("absent"))),
-        section("Unlearning strength against quality", _charts(charts)),
-        section("Distance to the retrained model", _gap_table(summary), _verdict(summary)),
-        section("Relearning", relearning_section(summary)),
-        section("Samples of every method, from the same noise", _samples(samples or {}, marked or {}, mark_name)),
-        section(f"The {mark_name} and its neighbors", neighbor_strips(forgotten, neighbors, distances, mark_name)),
-        section("The methods", _methods(summary)),
-        section("Single runs", _runs(workdir, summary)),
-        section("Provenance", provenance_table(summary.get("provenance"))),
-    ]
-    write_text(workdir / "report.html", page(f"{title} · retrack_jax", "\n".join(filter(None, body))))
+        names, points = charts[0]
+        write_text(workdir / "comparison.svg", standalone_svg(scatter(points, *names)))
+    text = render(
+        "comparison.html",
+        title=title or f"Unlearning compared: {workdir.name}",
+        lead=_lead(summary),
+        results=_results(summary),
+        absent=absent_reasons(summary),
+        charts=_charts(charts),
+        gaps=_gaps(summary),
+        verdict=_verdict(summary),
+        relearning=_relearning(summary),
+        samples=_samples(samples or {}, marked or {}, mark_name),
+        mark_name=mark_name,
+        neighbors=neighbor_strips(forgotten, neighbors, distances, mark_name),
+        methods=[(method, *METHODS.get(method, (method, ""))) for method in method_order(summary["methods"])],
+        runs=_runs(workdir, summary),
+        provenance=provenance_rows(summary.get("provenance")),
+    )
+    write_text(workdir / "report.html", text)
     return workdir / "report.html"
 
 
@@ -91,8 +104,7 @@ def scatter_points(summary: Mapping, most: int = 4) -> list[tuple[tuple[str, str
             entry = summary["methods"][method]
             a, b = (entry.get("metrics", {}).get(name) for name in (x, y))
             if a and b:
-                runs = a.get("runs", entry["runs"])
-                points.append(Point(method=method, x=a["mean"], y=b["mean"], x_std=a.get("std"), y_std=b.get("std"), runs=runs))
+                points.append(Point(method=method, x=a["mean"], y=b["mean"], x_std=a.get("std"), y_std=b.get("std")))
         if len(points) > 1:
             charts.append(((x, y), points))
     return charts
@@ -110,159 +122,119 @@ def _same_prompt(x: str, y: str) -> bool:
 
 
 def _lead(summary) -> str:
-    methods = summary["methods"]
-    runs = [entry["runs"] for name, entry in methods.items() if name not in _REFERENCES] or [
-        entry["runs"] for entry in methods.values()
-    ]
+    compared = [entry["runs"] for name, entry in summary["methods"].items() if name not in _REFERENCES]
+    runs = compared or [entry["runs"] for entry in summary["methods"].values()]
     each = f"{runs[0]} run{'s' * (runs[0] != 1)} each" if len(set(runs)) == 1 else f"{min(runs)} to {max(runs)} runs each"
-    return f"{len(methods)} methods on the same model, {each}. Numbers are mean ± standard deviation over runs."
+    methods = f"{len(compared)} method{'s' * (len(compared) != 1)} on the same model, {each}. " if compared else ""
+    return f"{methods}Numbers are mean ± standard deviation over runs."
 
 
-def _table(summary) -> str:
-    names = comparison_columns(summary)
-    seconds = any(entry.get("unlearn_seconds") for entry in summary["methods"].values())
-    heads = ["Method", "Runs", *(f"{describe(name).label} {arrow(name)}".strip() for name in names)] + ["Seconds"] * seconds
+def _row(method: str, cells) -> dict:
+    kind = "strong" if method == "retrack" else "reference" if method in _REFERENCES else ""
+    return {"kind": kind, "label": method_label(method), "cells": cells}
+
+
+def _results(summary) -> dict:
+    """The main table: seconds come early, so that a narrow screen does not cut them off."""
+    names, methods = comparison_columns(summary), summary["methods"]
+    timed = any(entry.get("unlearn_seconds") for entry in methods.values())
     rows = []
-    for method in method_order(summary["methods"]):
-        entry = summary["methods"][method]
-        cells = [str(entry["runs"]), *(comparison_cell(entry, name) for name in names)]
-        cells += [seconds_text(entry.get("unlearn_seconds"))] if seconds else []
+    for method in method_order(methods):
+        seconds = [seconds_text(methods[method].get("unlearn_seconds"))] * timed
+        cells = [str(methods[method]["runs"]), *seconds, *(comparison_cell(summary, method, name) for name in names)]
         rows.append(_row(method, cells))
-    return _html_table(heads, rows)
+    return {
+        "heads": ["Method", "Runs", *["Seconds"] * timed, *map(heading, names)],
+        "rows": rows,
+        "metrics": [describe(name) for name in names],
+        "single": any(one.get("std") is None for entry in methods.values() for one in entry.get("metrics", {}).values()),
+    }
 
 
-def _table_note(summary) -> str:
-    directions = "↓ lower is better, ↑ higher is better. "
-    meanings = "".join(
-        f"<li><strong>{escape(describe(name).label)}</strong>: {escape(describe(name).meaning)}</li>"
-        for name in comparison_columns(summary)
-        if describe(name).meaning
-    )
-    single = any(e.get("std") is None for entry in summary["methods"].values() for e in entry.get("metrics", {}).values())
-    note = "A row without ± comes from a single run." if single else ""
-    return f'<p class="soft">{directions}{note}</p><details><summary>What the numbers mean</summary><ul>{meanings}</ul></details>'
-
-
-def _gap_table(summary) -> str:
-    """Each method's mean minus the retrained model's; shaded words say where that is inside the spread of retrain seeds."""
+def _gaps(summary) -> dict | None:
+    """Each method's mean minus the retrained model's, and whether that is inside the spread of the retrained models."""
     gold = summary["methods"].get("retrain", {}).get("metrics", {})
     names = [name for name in comparison_columns(summary) if name in gold]
     rows = []
-    for method in method_order(summary["methods"]):
-        if method == "retrain" or not names:
-            continue
+    for method in [method for method in method_order(summary["methods"]) if method != "retrain" and names]:
         cells = []
         for name in names:
-            value = summary["methods"][method].get("metrics", {}).get(name)
-            cells.append(
-                None if value is None else _gap(describe(name), value["mean"] - gold[name]["mean"], gold[name].get("std"))
-            )
+            value, std = summary["methods"][method].get("metrics", {}).get(name), gold[name].get("std")
+            gap = None if value is None else value["mean"] - gold[name]["mean"]
+            inside = gap is not None and std is not None and abs(gap) <= std
+            cells.append(None if gap is None else {"text": signed(describe(name), gap), "inside": inside})
         rows.append(_row(method, cells))
-    if not rows:
-        return ""
     spread = any(gold[name].get("std") is not None for name in names)
-    note = (
-        ' <span class="better">✓</span> marks a gap within one standard deviation of the retrained models\' own runs.'
-        if spread
-        else ""
-    )
-    return (
-        f"<p>Mean minus the mean of <em>retrain</em>, the model that never saw the data: 0 is the goal.{note}</p>"
-        + _html_table(["Method", *(describe(name).label for name in names)], rows)
-    )
+    return {"heads": ["Method", *(describe(name).label for name in names)], "rows": rows, "spread": spread} if rows else None
 
 
-def _verdict(summary) -> str:
+def _verdict(summary) -> dict | None:
     """For how many runs the loss on the forgotten images is one that a retrained model would have."""
-    judged = {m: summary["methods"][m].get("forgotten") for m in method_order(summary["methods"])}
-    judged = {method: found for method, found in judged.items() if found}
+    judged = {method: summary["methods"][method].get("forgotten") for method in method_order(summary["methods"])}
+    judged = {method: verdict for method, verdict in judged.items() if verdict}
     if not judged:
-        return ""
+        return None
     # A method has the intervals of the targets that it was run on; those of one target are the same for all.
-    intervals = {target: interval for found in judged.values() for target, interval in found["intervals"].items()}
-    shown = "; ".join(f"{escape(target)}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items())
-    counts = ", ".join(f"{method_label(m)} {found['inside']} of {found['runs']}" for m, found in judged.items())
-    return (
-        "<p><strong>Forgotten</strong> by the loss: under the same noises, the loss on the forgotten images lies where "
-        f"that of one more retrained model would, with 95% confidence ({shown}). Runs for which it does: {counts}.</p>"
-    )
+    intervals = {target: interval for verdict in judged.values() for target, interval in verdict["intervals"].items()}
+    return {
+        "intervals": "; ".join(f"{target}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items()),
+        "counts": ", ".join(f"{method_label(m)} {verdict['inside']} of {verdict['runs']}" for m, verdict in judged.items()),
+    }
 
 
-def _gap(metric, gap: float, std: float | None) -> str:
-    inside = std is not None and abs(gap) <= std
-    return signed(metric, gap) + (' <span class="better" title="within the spread of retrain">✓</span>' if inside else "")
+def _relearning(summary) -> list[tuple[str, str]]:
+    """(title, chart) of each kind of fine-tuning that any method has a curve of."""
+    charts = []
+    for name, title in _RELEARNING.items():
+        curves = {m: summary["methods"][m].get("relearning", {}).get(name) for m in method_order(summary["methods"])}
+        curves = {method: curve for method, curve in curves.items() if curve}
+        charts += [(title, relearning_chart(curves, title))] if curves else []
+    return charts
 
 
-def _row(method: str, cells) -> str:
-    kind = {"retrack": ' class="strong"', "pretrained": ' class="reference"', "retrain": ' class="reference"'}.get(method, "")
-    values = "".join(f"<td>{cell or dash()}</td>" for cell in cells)
-    return f'<tr{kind}><th scope="row">{escape(method_label(method))}</th>{values}</tr>'
-
-
-def _html_table(heads, rows) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _charts(charts) -> str:
+def _charts(charts) -> dict | None:
     if not charts:
-        return ""
+        return None
     (names, points), rest = charts[0], charts[1:]
     small = [("", scatter(other, *pair, **_SMALL)) for pair, other in rest]
     near = close_up(points)
     if len(near) < len(points):
         left_out = ", ".join(method_label(point.method) for point in points if point not in near)
         small.insert(0, (f"Close-up of the plot above, without {left_out}.", scatter(near, *names, **_SMALL)))
-    note = (
-        "<p>Bars are one standard deviation over runs. Star and dashed lines mark <em>retrain</em>: the nearer to it, the "
-        "closer to never having seen the data. The hollow circle is the model before unlearning.</p>"
-    )
-    more = "".join(f"<figure>{chart}<figcaption>{caption}</figcaption></figure>" for caption, chart in small)
-    return f'{note}<figure>{scatter(points, *names)}</figure><div class="pair">{more}</div>'
+    shown = {point.method for _, points in charts for point in points}
+    return {"main": scatter(points, *names), "small": small, **{method: method in shown for method in _REFERENCES}}
 
 
-def _samples(samples: Mapping, marked: Mapping, mark_name: str) -> str:
+def _samples(samples: Mapping, marked: Mapping, mark_name: str) -> dict | None:
     """A row of samples per method from the same noise; below it, from the noise that gave the forgotten image before."""
     if not samples:
-        return ""
+        return None
     count = min(len(images) for images in samples.values())
-    small = max(next(iter(samples.values())).shape[1:3]) <= 64
-    columns = _COLUMNS if small else _COLUMNS // 2
+    photo = max(next(iter(samples.values())).shape[1:3]) > 64
+    columns = _COLUMNS // 2 if photo else _COLUMNS
     before = np.asarray(marked.get("pretrained", np.zeros(count, bool)))[:count]
     drawn = np.flatnonzero(before)[:columns]
     chosen = np.concatenate([np.arange(min(columns, count)), drawn]).astype(int)
-    note = "Column <em>j</em> of every method starts from the same noise."
-    if len(drawn):
-        note += f" The second row is the noise from which the pretrained model drew the {escape(mark_name)}"
-        note += ', outlined <span class="key"></span> wherever it is drawn.'
-    figures = []
+    pictures = []
     for method in method_order(samples):
-        mask = np.asarray(marked[method])[:count] if method in marked else None
-        picture = grids.grid(samples[method][chosen], columns=columns, marked=None if mask is None else mask[chosen], largest=128)
-        caption = "" if mask is None else f"{int(mask.sum())} of {count:,} samples are the {escape(mark_name)}"
-        alt = f"{method_label(method)}: {len(chosen)} samples" + ("" if mask is None else f", {int(mask[chosen].sum())} outlined")
-        figures.append(
-            figure(grids.data_uri(picture, photo=not small), alt, title=method_label(method), caption=caption, pixels=small)
-        )
-    return f'<p>{note}</p><div class="rows">{"".join(figures)}</div>'
+        label, mask = method_label(method), None
+        caption, alt = "", f"{label}: {len(chosen)} samples"
+        if method in marked:
+            mask = np.asarray(marked[method])[:count]
+            caption = f"{int(mask.sum())} of {count:,} samples are the {mark_name}"
+            alt += f", {int(mask[chosen].sum())} outlined"
+            mask = mask[chosen]
+        picture = grids.data_uri(grids.grid(samples[method][chosen], columns=columns, marked=mask, largest=128), photo=photo)
+        pictures.append({"title": label, "source": picture, "alt": alt, "caption": caption, "marked": False, "pixels": not photo})
+    return {"drawn": len(drawn) > 0, "pictures": pictures}
 
 
-def _methods(summary) -> str:
-    lines = (
-        f"<li><strong>{escape(METHODS[m][0])}</strong>: {escape(METHODS[m][1])}</li>"
-        for m in method_order(summary["methods"])
-        if m in METHODS
-    )
-    return f"<ul>{''.join(lines)}</ul>"
-
-
-def _runs(workdir, summary) -> str:
-    """Links to the reports of single runs, relative, so that a copied workdir keeps them."""
-    items = []
+def _runs(workdir, summary) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(method, [(run, address of its page), ...]); addresses are relative, so that a copied workdir keeps them."""
+    found = []
     for method in method_order(summary["methods"]):
         folder = workdir / method
         runs = sorted(run.name for run in folder.iterdir() if (run / "report.html").exists()) if folder.is_dir() else []
         if runs:
-            links = ", ".join(f'<a href="{escape(method)}/{escape(run)}/report.html">{escape(run)}</a>' for run in runs)
-            items.append(f"<li><strong>{escape(method_label(method))}</strong>: {links}</li>")
-    return f"<ul>{''.join(items)}</ul>" if items else ""
+            found.append((method_label(method), [(run, f"{method}/{run}/report.html") for run in runs]))
+    return found

@@ -5,37 +5,42 @@ from etils import epath
 
 from retrack_jax.checks import UserError
 from retrack_jax.report import grids
-from retrack_jax.report.page import escape
 
 ROWS = 8  # forgotten images that a page shows
 
 
-def neighbor_strips(forgotten, neighbors, distances, mark_name, rows: int = ROWS) -> str:
-    """Returns the forgotten images, each followed by its neighbors and their distances, as HTML lists."""
+def neighbor_strips(forgotten, neighbors, distances, mark_name) -> dict | None:
+    """Returns `{"note", "rows"}`: the first forgotten images, each followed by its neighbors with their distances.
+
+    Args:
+      forgotten: uint8 `[F, H, W, C]`; without it there is nothing to show, and None comes back.
+      neighbors: uint8 `[F, K, H, W, C]` or None.
+      distances: float `[F, K]` or None.
+      mark_name: what a forgotten image is called.
+    """
     if forgotten is None:
-        return ""
-    parts = []
-    for row in range(min(rows, len(forgotten))):
-        items = [_tile(forgotten[row], f"the {mark_name}", "forgotten", "first")]
+        return None
+    rows = []
+    for row in range(min(ROWS, len(forgotten))):
+        tiles = [_tile(forgotten[row], f"the {mark_name}", "forgotten", "first")]
         for k, image in enumerate(neighbors[row] if neighbors is not None else ()):
             distance = "" if distances is None else f"{float(distances[row][k]):.2f}"
-            items.append(_tile(image, f"neighbor {k + 1}" + (f" at distance {distance}" if distance else ""), distance))
-        parts.append(_strip(items))
-    count = 0 if neighbors is None else neighbors.shape[1]
-    note = (
-        f"The {count} nearest remaining images, nearest first" + (", with their distance." if distances is not None else ".")
-        if count
-        else ""
-    )
-    more = f" The first {rows} of {len(forgotten)} forgotten images." if len(forgotten) > rows else ""
-    return (f"<p>{note}{more}</p>" if note or more else "") + "".join(parts)
+            tiles.append(_tile(image, f"neighbor {k + 1}" + (f" at distance {distance}" if distance else ""), distance))
+        rows.append(tiles)
+    notes = []
+    if neighbors is not None and neighbors.shape[1]:
+        measured = ", with their distance" if distances is not None else ""
+        notes.append(f"The {neighbors.shape[1]} nearest remaining images, nearest first{measured}.")
+    if len(forgotten) > ROWS:
+        notes.append(f"The first {ROWS} of {len(forgotten)} forgotten images.")
+    return {"note": " ".join(notes), "rows": rows}
 
 
-def restored_strips(run_dir, mark_name: str, label: str) -> str:
-    """Returns the pictures behind SSCD as HTML lists: each forgotten image, noised, and restored by the model before and after.
+def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:
+    """Returns `{"note", "rows"}`: each forgotten image, noised, and restored by the model before and after; None without files.
 
-    They are in `sscd-TARGET.npz` of the run's folder and of the workdir's `pretrained/`, which evaluation writes; nothing is
-    returned where neither is there.
+    The pictures are those behind SSCD. Evaluation writes them as `sscd-TARGET.npz` in the folder of the run and in `pretrained/`
+    of the workdir.
 
     Raises:
       UserError: a file is damaged.
@@ -45,20 +50,20 @@ def restored_strips(run_dir, mark_name: str, label: str) -> str:
     places = {"before": run_dir.parent.parent / "pretrained" / name, f"after {label}": run_dir / name}
     models = {what: arrays for what, path in places.items() if (arrays := _read(path)) is not None}
     if not models:
-        return ""
-    given = next(iter(models.values()))
-    parts = []
+        return None
+    first = next(iter(models.values()))
+    rows = []
     for row in range(min(ROWS, *(len(arrays["restored"]) for arrays in models.values()))):
-        items = [
-            _tile(given["forgotten"][row], f"the {mark_name}", "forgotten", "first"),
-            _tile(given["noised"][row], f"the {mark_name} noised", "noised"),
+        tiles = [
+            _tile(first["forgotten"][row], f"the {mark_name}", "forgotten", "first"),
+            _tile(first["noised"][row], f"the {mark_name} noised", "noised"),
         ]
         for what, arrays in models.items():
             score = f"SSCD {float(arrays['sscd'][row]):.3f}"
-            items.append(_tile(arrays["restored"][row], f"restored {what}, {score}", f"{what}: {score}"))
-        parts.append(_strip(items))
-    note = f"The {mark_name} noised to t = 250 and denoised by each model from there, with the same noise."
-    return f"<p>{escape(note)}</p>" + "".join(parts)
+            tiles.append(_tile(arrays["restored"][row], f"restored {what}, {score}", f"{what}: {score}"))
+        rows.append(tiles)
+    note = f"The {mark_name} noised to t = 250, and denoised from there by each model with the same noise."
+    return {"note": note, "rows": rows}
 
 
 def _read(path) -> dict[str, np.ndarray] | None:
@@ -67,17 +72,11 @@ def _read(path) -> dict[str, np.ndarray] | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in ("forgotten", "noised", "restored", "sscd")}
-    except Exception as error:  # zipfile, zlib and NumPy each have their own
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise UserError(f"{path} is damaged ({error}); delete it, and the report is made without it") from error
 
 
-def _strip(items: list[str]) -> str:
-    return f'<ul class="strip">{"".join(items)}</ul>'
-
-
-def _tile(image, alt, caption, kind="") -> str:
-    tile = grids.resize(image[None], 64, 160)[0]
+def _tile(image, alt, caption, kind="") -> dict:
     photo = max(image.shape[:2]) > 64
-    css = "" if photo else ' class="pixels"'
-    source = grids.data_uri(tile, photo=photo)
-    return f'<li class="{kind}"><img{css} src="{source}" alt="{escape(alt)}">{escape(caption)}</li>'
+    source = grids.data_uri(grids.resize(image[None], 64, 160)[0], photo=photo)
+    return {"source": source, "alt": alt, "caption": caption, "kind": kind, "pixels": not photo}

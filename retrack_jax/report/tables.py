@@ -40,15 +40,14 @@ def before_after_rows(metrics: Mapping) -> list[Row]:
 
 def with_bound(name: str, value, num_samples: int | None) -> str:
     """Returns the metric as text; a frequency of 0 with the 95% bound that so many samples give."""
-    text = describe(name).text(value)
     if name == "frequency" and value == 0 and num_samples:
         return f"0 (< {100 * frequency_upper_bound(0, num_samples):.2f}%)"
-    return text
+    return describe(name).text(value)
 
 
 def signed(metric: Metric, gap: float) -> str:
     """Returns a difference with its sign, without one where it shows as zero."""
-    text = metric.text(abs(gap))
+    text = metric.text(abs(gap)) if gap else "0"
     return text if not any(digit in "123456789" for digit in text) else f"{'+' if gap > 0 else '−'}{text}"
 
 
@@ -75,10 +74,17 @@ def comparison_columns(summary: Mapping) -> list[str]:
     return [name for name in summary["headline"] if name in names] if summary.get("headline") else order(names)
 
 
-def comparison_cell(entry: Mapping, name: str) -> str | None:
-    """Returns `12.31 ± 0.20` of one method and metric, or None where it has none."""
-    value = entry.get("metrics", {}).get(name)
-    return None if value is None else describe(name).spread(value["mean"], value.get("std"))
+def comparison_cell(summary: Mapping, method: str, name: str) -> str | None:
+    """Returns `12.31 ± 0.20` of one method and metric, or None if it has none.
+
+    A frequency of 0 in every run is written with the 95% bound that the samples of one run give, as on the page of a run.
+    """
+    value = summary["methods"][method].get("metrics", {}).get(name)
+    if value is None:
+        return None
+    if name == "frequency" and value["mean"] == 0:
+        return with_bound(name, 0, (summary.get("provenance") or {}).get("num_samples"))
+    return describe(name).spread(value["mean"], value.get("std"))
 
 
 def comparison_text(summary: Mapping, *, markdown: bool = False) -> str:
@@ -87,7 +93,7 @@ def comparison_text(summary: Mapping, *, markdown: bool = False) -> str:
     entries = [summary["methods"][method] for method in methods]
     columns = [("method", [method_label(method) for method in methods]), ("runs", [str(entry["runs"]) for entry in entries])]
     for name in comparison_columns(summary):
-        columns.append((_heading(name), [comparison_cell(entry, name) or "–" for entry in entries]))
+        columns.append((heading(name), [comparison_cell(summary, method, name) or "–" for method in methods]))
     if any(entry.get("unlearn_seconds") for entry in entries):
         columns.append(("seconds", [seconds_text(entry.get("unlearn_seconds")) or "–" for entry in entries]))
     return text_table(columns, markdown=markdown)
@@ -100,13 +106,33 @@ def seconds_text(value: Mapping | None) -> str | None:
     return f"{value['mean']:.1f}" if value["mean"] < 100 else f"{value['mean']:,.0f}"
 
 
-def arrow(name: str) -> str:
-    """Returns ↓ where lower is better, ↑ where higher is, else nothing."""
-    return {"lower": "↓", "higher": "↑"}.get(describe(name).better, "")
+def heading(name: str) -> str:
+    """Returns a metric's label with ↓ if lower is better, ↑ if higher is."""
+    return describe(name).label + {"lower": " ↓", "higher": " ↑"}.get(describe(name).better, "")
 
 
-def _heading(name: str) -> str:
-    return f"{describe(name).label} {arrow(name)}".strip()
+def absent_reasons(results: Mapping | None) -> list[tuple[str, str]]:
+    """Returns (label, what it needs) of each metric that `results["absent"]` names."""
+    return [(describe(name).label, reason) for name, reason in ((results or {}).get("absent") or {}).items()]
+
+
+def provenance_rows(provenance: Mapping | None) -> list[tuple[str, str]]:
+    """Returns (dotted name, text) of all in `provenance` that no other section shows."""
+    return flat({name: value for name, value in (provenance or {}).items() if name not in ("absent", "final")})
+
+
+def flat(values: Mapping, prefix: str = "") -> list[tuple[str, str]]:
+    """Returns (dotted name, text) for each leaf of nested mappings."""
+    rows = []
+    for name, value in values.items():
+        name = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{name}.")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            rows.append((name, ", ".join(map(str, value))))
+        else:
+            rows.append((name, "–" if value is None else str(value)))
+    return rows
 
 
 def text_table(columns: Sequence[tuple[str, Sequence[str]]], *, markdown: bool = False) -> str:

@@ -203,7 +203,7 @@ def test_comparison_page_is_whole_and_complete(workdir):
         "9.5",
     ):
         assert words in page.text, words
-    assert page.text.index("Pretrained") < page.text.index("Retrain") < page.text.index("NegGrad")
+    assert "2 methods" in page.text and page.text.index("Pretrained") < page.text.index("Retrain") < page.text.index("NegGrad")
     assert (workdir / "comparison.svg").read_text().startswith("<svg")
 
 
@@ -223,6 +223,16 @@ def test_comparison_without_pictures_or_retrain(workdir):
     (workdir / "summary.json").write_text(json.dumps(summary))
     page = Page(comparison_report(workdir).read_text())
     assert "Distance to the retrained model" not in page.text and "img" not in page.tags
+    assert "2 methods on the same model, 3 runs each" in page.text  # the pretrained model is none
+    assert "hollow circle" in page.text and "Star" not in page.text  # no caption speaks of a model that is absent
+
+
+def test_a_frequency_of_0_has_one_form_on_every_page(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    summary["provenance"]["num_samples"] = 2000
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    text = Page(comparison_report(workdir).read_text()).text
+    assert text.count("0 (< 0.15%)") == 3 and "0.00%" not in text and "0.00 ±" not in text
 
 
 def test_scatter_pairs_leave_out_what_has_no_direction():
