@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "retrack_jax"
 
 # From the top down. Names in one entry are beside each other.
 LEVELS = (
+    {"__main__"},
     {"main"},
     {"cli", "api"},
     {"run"},

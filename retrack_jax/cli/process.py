@@ -1,36 +1,34 @@
-"""Process set-up: devices, other processes, the compilation cache, signals and logs; then the run."""
+"""Process set-up: logs, devices, other processes and the compilation cache; then the run."""
 
 import glob
 import importlib.util
 import logging
 import os
 import re
-import signal
+import socket
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from retrack_jax.checks import Preempted, UserError, check_int
-from retrack_jax.cli.exit_status import DONE, PREEMPTED
+from retrack_jax.checks import Preempted, UserError, check, check_int
 
+_JOINING = "joining the other processes"  # a thread's name
 _LAST_WORDS_SECONDS = 1.0
 
 
-def run_command(config: ConfigDict, workdir: str) -> int:
-    """Sets the process up, runs the config and returns the exit status."""
+def run_command(config: ConfigDict, workdir: str, should_stop: Callable[[], bool]) -> None:
+    """Sets the process up and runs the config."""
     set_up_logs()
-    stop = catch_termination()
-    set_up_jax(config.compute.cpu_devices)
+    set_up_jax(config.compute.cpu_devices, should_stop)
+    from retrack_jax import parallel
     from retrack_jax.run.sweep import run
 
-    try:
-        run(config, workdir, should_stop=stop)
-    except Preempted as reason:
-        print(f"preempted: {reason}; everything is saved, the same command continues", file=sys.stderr)
-        return PREEMPTED
-    return DONE
+    parallel.stop_together(should_stop, "the first stage")
+    run(config, workdir, should_stop=should_stop)
 
 
 def set_up_logs() -> None:
@@ -58,60 +56,110 @@ def _quiet_late_callbacks(show):
     return hook
 
 
-def catch_termination():
-    """Returns a function that says whether SIGTERM has arrived, or SIGHUP, a lost terminal: the loops then save and stop."""
-    arrived = []
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks to outlive the terminal
-            signal.signal(number, lambda number, frame: arrived.append(number))
-    return lambda: bool(arrived)
-
-
 def is_one_of_many() -> bool:
-    """Whether other processes work on the same run."""
+    """Whether other processes work on the same run, or are being waited for."""
+    return _is_joining() or _is_joined()
+
+
+def _is_joining() -> bool:
+    return any(thread.name == _JOINING for thread in threading.enumerate())
+
+
+def _is_joined() -> bool:
     jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+    return jax is not None and not _is_joining() and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(status: int) -> int:
+def leave(status: int, *, at_once: bool = True) -> int:
     """Returns `status`; but a failure of one process of several ends that process here and now.
 
     At its exit jax waits five minutes for the others, while they wait for this one in a collective, and the launcher, which would
-    end them, waits for this one to be gone.
-    """
-    if status in (DONE, PREEMPTED) or not is_one_of_many():
-        return status
-    import jax
+    end them, waits for this one to end.
 
+    Args:
+      at_once: False if the others stop by themselves. A process that still waits for the others ends here all the same.
+    """
+    if not is_one_of_many() or (_is_joined() and not at_once):
+        return status
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
-        time.sleep(_LAST_WORDS_SECONDS)  # the others end with their coordinator: they may have something to say of their own
+    if _is_joined() and sys.modules["jax"].process_index() == 0:
+        time.sleep(_LAST_WORDS_SECONDS)  # the others end with their coordinator, and may have something to say before
     os._exit(status)
 
 
-def set_up_jax(cpu_devices: int = 1) -> None:
+def set_up_jax(cpu_devices: int = 1, should_stop: Callable[[], bool] = lambda: False) -> None:
     """Joins the other processes, warns of an idle accelerator, and keeps compiled programs in the user's cache folder.
 
     Args:
-      cpu_devices: devices that the CPU counts as, where the environment does not say (`JAX_NUM_CPU_DEVICES`, `XLA_FLAGS`).
-    """
-    import jax
+      cpu_devices: devices that the CPU counts as, if the environment does not say (`JAX_NUM_CPU_DEVICES`, `XLA_FLAGS`).
+      should_stop: asked while the other processes are waited for.
 
+    Raises:
+      UserError: the environment asks for what jax does not have or know, or for float64; the other processes are not there.
+      Preempted: `should_stop` said so.
+    """
+    check_xla_flags()
+    try:
+        import jax
+    except ValueError as error:  # which names the variable
+        raise UserError(f"jax cannot use a variable of the environment: {error}; correct or unset it") from error
+    check(
+        not jax.config.jax_enable_x64,
+        "float64 is enabled in jax, which changes the weights that a run ends with; unset JAX_ENABLE_X64 (jax_enable_x64)",
+    )
     check_int("config.compute.cpu_devices", cpu_devices, 1)
     split_cpu(cpu_devices)
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser("~/.cache/retrack_jax/xla")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    join_processes()
+    join_processes(should_stop)
+    check_devices()
     warn_of_idle_accelerator()
 
 
-def split_cpu(count: int) -> None:
-    """Makes the CPU `count` devices, for XLA runs narrow convolutions on one core whatever the number of cores.
+def check_xla_flags() -> None:
+    """Raises `UserError` if XLA does not understand `XLA_FLAGS`: it ends the process that reads them, so a copy of this one does.
 
-    Not where the environment says how many, nor where jax has started already, as in a notebook.
+    A process that has imported jax already, such as a notebook, is not copied: jax may have threads.
+    """
+    flags = os.environ.get("XLA_FLAGS")
+    if not flags or "jax" in sys.modules:
+        return
+    from jaxlib import xla_client
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writer, 2)
+        xla_client.CompileOptions()  # reads the flags
+        os._exit(0)
+    os.close(writer)
+    with open(reader, errors="replace") as stream:
+        said = stream.read().strip().splitlines()
+    if os.waitpid(child, 0)[1]:
+        reason = said[0].rpartition("] ")[2] if said else "XLA does not say why"  # after the time and the line of its source
+        raise UserError(f"XLA_FLAGS is {flags!r}, which XLA refuses ({reason}); correct or unset it")
+
+
+def check_devices() -> None:
+    """Raises `UserError` if jax finds no device of the kind that the environment asks for."""
+    import jax
+
+    try:
+        jax.local_devices()
+    except Exception as error:  # a failed assertion among them, without words
+        asked = ", ".join(f"{name}={os.environ[name]}" for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES") if name in os.environ)
+        reason = str(error).partition(" (")[0].rstrip(".") or "no such device was found"
+        hint = "correct or unset it, or install jax for that device" if asked else "JAX_PLATFORMS=cpu uses the CPU"
+        raise UserError(f"jax cannot start with {asked or 'the devices of this machine'}: {reason}; {hint}") from error
+
+
+def split_cpu(count: int) -> None:
+    """Makes the CPU `count` devices, because XLA runs narrow convolutions on one core whatever the number of cores.
+
+    Not if the environment says how many, nor if jax has started already, as in a notebook.
     """
     import jax
 
@@ -124,8 +172,8 @@ def split_cpu(count: int) -> None:
         logging.getLogger(__name__).info("jax has started already: config.compute.cpu_devices=%d has no effect", count)
 
 
-def join_processes() -> None:
-    """Connects to the other processes where the environment names them: explicit variables, SLURM, or a Cloud TPU slice."""
+def join_processes(should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Connects to the other processes if the environment names them: explicit variables, SLURM, or a Cloud TPU slice."""
     import jax
 
     if jax.distributed.is_initialized():
@@ -136,24 +184,23 @@ def join_processes() -> None:
         coordinator, count, index = _named_processes()
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        _initialize("RETRACK_COORDINATOR", coordinator, count, index)
+        if index == 0:
+            _check_port_is_free(coordinator)
+        _initialize(f"RETRACK_COORDINATOR={coordinator}", should_stop, coordinator, count, index)
     elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # SLURM_NTASKS is set outside srun too, where there is one process
-        _initialize("the variables of SLURM")
+        _initialize("the variables of SLURM", should_stop)
     elif uses_tpu():
-        try:
-            jax.distributed.initialize()  # of a slice of one host too, where it changes nothing
-        except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(
-                f"the workers of this TPU slice were not found from the environment, nor from its metadata server ({error}); set "
-                "RETRACK_COORDINATOR, RETRACK_PROCESSES and RETRACK_PROCESS (docs/running_at_scale.md)"
-            ) from error
+        # Of a slice of one host too, where it changes nothing.
+        hint = "set RETRACK_COORDINATOR, RETRACK_PROCESSES and RETRACK_PROCESS if the metadata server does not know the slice"
+        _initialize(f"the environment or metadata server of this TPU; {hint}", should_stop)
 
 
 def _named_processes() -> tuple[str, int, int]:
-    """Returns where process 0 is, how many there are and which one this is, as the environment says."""
+    """Returns the address of process 0, how many processes there are and which one this is, as the environment says."""
     values = [os.environ.get(f"RETRACK_{name}", "") for name in ("COORDINATOR", "PROCESSES", "PROCESS")]
     coordinator, count, index = values
-    right = re.fullmatch(r".+:\d+", coordinator) and count.isdecimal() and index.isdecimal() and int(index) < int(count)
+    address = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    right = address and 0 < int(address[1]) < 65536 and count.isdecimal() and index.isdecimal() and int(index) < int(count)
     if not right:
         raise UserError(
             f"RETRACK_COORDINATOR, RETRACK_PROCESSES and RETRACK_PROCESS are {', '.join(map(repr, values))}; "
@@ -162,21 +209,58 @@ def _named_processes() -> tuple[str, int, int]:
     return coordinator, int(count), int(index)
 
 
-def _initialize(source: str, *arguments) -> None:
-    """Joins the processes that `source` names; what is wrong with it becomes one line."""
+def _check_port_is_free(coordinator: str) -> None:
+    """Raises `UserError` if another program listens at the port where process 0 is about to: jax would crash without a word."""
+    family, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server((everywhere, port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        why = os.strerror(error.errno)
+        raise UserError(f"process 0 cannot listen at RETRACK_COORDINATOR={coordinator} ({why}); choose another port") from error
+
+
+def _initialize(source: str, should_stop: Callable[[], bool], *arguments) -> None:
+    """Joins the processes that `source` names, in another thread: jax hears no signal meanwhile, and at its own limit aborts.
+
+    Raises:
+      UserError: `source` is wrong, or not all the others came within RETRACK_JOIN_SECONDS (60 by default).
+      Preempted: `should_stop` said so.
+    """
     import jax
 
-    try:
-        jax.distributed.initialize(*arguments)
-    except Exception as error:  # each of jax's cluster environments, and the connection, have their own
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"cannot join the other processes by {source} ({problem}); see docs/running_at_scale.md") from error
+    said = os.environ.get("RETRACK_JOIN_SECONDS", "60")
+    check(said.isdecimal() and 0 < int(said) < 1e6, f"RETRACK_JOIN_SECONDS is {said!r}; it must be a whole number of at least 1")
+    errors = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(*arguments, initialization_timeout=2 * int(said) + 60)
+        except Exception as error:  # each of jax's cluster environments, and the connection, raises another kind
+            errors.append(error)
+
+    joining = threading.Thread(target=join, name=_JOINING, daemon=True)
+    joining.start()
+    deadline = time.monotonic() + int(said)
+    while joining.is_alive():
+        joining.join(0.1)
+        if joining.is_alive() and should_stop():
+            raise Preempted("stopped before all processes had met")
+        check(
+            not joining.is_alive() or time.monotonic() < deadline,
+            f"cannot join the other processes by {source}: not all were there after {said} s (RETRACK_JOIN_SECONDS); start them "
+            "together, and see docs/running_at_scale.md",
+        )
+    if errors:
+        problem = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:300]
+        raise UserError(f"cannot join the other processes by {source} ({problem}); see docs/running_at_scale.md") from errors[0]
 
 
 def uses_tpu() -> bool:
     """Whether jax will use a TPU of this machine: the devices are there, and libtpu is installed.
 
-    Not by variables of the environment: a Cloud TPU VM has none. Its metadata server knows the slice's members, and jax asks it.
+    The environment does not say: a Cloud TPU VM has no variable for it. Its metadata server knows the slice's members, and jax
+    asks it.
     """
     chosen = os.environ.get("JAX_PLATFORMS", "")
     wanted = not chosen or "tpu" in chosen
@@ -184,7 +268,7 @@ def uses_tpu() -> bool:
 
 
 def has_tpu_devices() -> bool:
-    """Whether this machine has device files as those of a TPU."""
+    """Whether this machine has device files like those of a TPU."""
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
@@ -195,7 +279,7 @@ def num_visible_gpus() -> int:
 
 
 def warn_of_idle_accelerator() -> None:
-    """Warns where a GPU or TPU is present but jax can only use the CPU, or a task of SLURM fewer GPUs than there are."""
+    """Warns if a GPU or TPU is present but jax can only use the CPU, or if a task of SLURM uses fewer GPUs than there are."""
     import jax
 
     log = logging.getLogger(__name__)

@@ -1,15 +1,22 @@
 """How a process finds the others, and how it ends where they wait for it."""
 
+import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import types
+from pathlib import Path
 
 import jax
 import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.cli import process
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -18,7 +25,7 @@ def joined(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("RETRACK_", "SLURM_", "JAX_PLATFORMS"))]:
         monkeypatch.delenv(name)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **limit: calls.append(arguments))
     monkeypatch.setattr(process, "uses_tpu", lambda: False)
     return calls
 
@@ -36,7 +43,8 @@ def test_flags_name_the_others(joined, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "values", [("host:1", "2", "2"), ("host:1", "-1", "0"), ("nonsense", "2", "0"), ("host:1", "two", "0"), ("", "2", "0")]
+    "values",
+    [("h:1", "2", "2"), ("h:70000", "2", "0"), ("h:1", "-1", "0"), ("nonsense", "2", "0"), ("h:1", "two", "0"), ("", "2", "0")],
 )
 def test_flags_that_name_no_set_of_processes_are_one_line(joined, monkeypatch, values):
     for name, value in zip(("COORDINATOR", "PROCESSES", "PROCESS"), values, strict=True):
@@ -73,7 +81,7 @@ def test_a_tpu_asks_its_metadata_server(joined, monkeypatch):
 
 
 def test_a_tpu_without_a_cluster_is_one_clear_line(joined, monkeypatch):
-    def fail():
+    def fail(**limit):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(process, "uses_tpu", lambda: True)
@@ -98,10 +106,10 @@ def test_a_slurm_task_that_leaves_gpus_idle_is_warned_of(tasks, visible, warned,
 LASTING = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-from retrack_jax.cli.process import catch_termination
-from retrack_jax.cli.terminal import outlive_terminal
-outlive_terminal()
-stop = catch_termination()
+from retrack_jax.cli import terminal
+terminal.open_closed_streams()
+terminal.drop_what_cannot_be_printed()
+stop = terminal.catch_termination(1)
 print("begun", file=sys.stderr, flush=True)
 sys.stdin.read()
 before = stop()
@@ -121,17 +129,90 @@ def test_a_broken_connection_is_a_lost_terminal():
     assert child.wait(60) == 75
 
 
-def test_a_lost_terminal_stops_like_a_termination(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-        stop = process.catch_termination()
-        assert not stop()
-        signal.raise_signal(signal.SIGHUP)
-        assert stop()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux")
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "<&- >&- 2>&-"])
+def test_streams_that_take_nothing_stop_nothing(streams, tmp_path):
+    """Not even the interpreter's last flush fails, and no file gets the number of a closed stream and what is printed there."""
+    program = (
+        "import sys; from retrack_jax.cli import terminal as t; t.open_closed_streams(); t.drop_what_cannot_be_printed()\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "[print('\\u2014', 'words' * 9999, file=stream) for stream in (sys.stdout, sys.stderr) for _ in range(2)]\n"
+        "file.write('whole'); file.close()\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    line = f"{sys.executable} {tmp_path}/program.py {tmp_path}/file {streams}"
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == "whole" and b"Error" not in done.stderr
+
+
+COMMAND = ["-m", "retrack_jax", "--config=configs/digits_tshirt.py"]
+
+
+def the_command(tmp_path, **variables):
+    """Runs the command with these variables and nothing else about jax; asserts status 2 and one line, and returns the line."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))}
+    command = [sys.executable, *COMMAND, f"--workdir={tmp_path}/work"]
+    done = subprocess.run(command, cwd=ROOT, env=clean | variables, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not done.stdout and not (tmp_path / "work").exists()
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("JAX_PLATFORMS", "nope", "Backend 'nope' is not in the list of known backends"),
+        ("JAX_NUM_CPU_DEVICES", "x", '"x" for JAX flag jax_num_cpu_devices'),
+        ("JAX_NUM_CPU_DEVICES", "0", "JAX_NUM_CPU_DEVICES=0: "),
+        ("XLA_FLAGS", "--xla_no_such_flag=1", "Unknown flag in XLA_FLAGS: --xla_no_such_flag=1"),
+        ("XLA_FLAGS", "--xla_backend_optimization_level=abc", "Couldn't interpret value abc"),
+        ("JAX_ENABLE_X64", "1", "float64 is enabled"),
+    ],
+)
+def test_variables_that_jax_cannot_use_are_one_line(name, value, words, tmp_path):
+    assert words in the_command(tmp_path, **{"JAX_PLATFORMS": "cpu", name: value})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="jax knows CUDA here")
+def test_cuda_where_there_is_none_is_one_line(tmp_path):
+    assert "cannot start with JAX_PLATFORMS=cuda" in the_command(tmp_path, JAX_PLATFORMS="cuda")
+
+
+def test_float64_that_was_enabled_in_python_is_refused():
+    with jax.enable_x64(True), pytest.raises(UserError, match="float64 is enabled"):
+        process.set_up_jax()
+
+
+def joining(index: int, port: int, **more) -> dict[str, str]:
+    variables = {"COORDINATOR": f"127.0.0.1:{port}", "PROCESSES": "2", "PROCESS": str(index), **more}
+    return {"JAX_PLATFORMS": "cpu", **{f"RETRACK_{name}": value for name, value in variables.items()}}
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "choose another port" in the_command(tmp_path, **joining(0, taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_do_not_come_are_one_line(index, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert "not all were there after 1 s" in the_command(tmp_path, **joining(index, port, JOIN_SECONDS="1"))
+
+
+def test_termination_while_the_others_are_waited_for_ends_at_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        command = [sys.executable, *COMMAND, f"--workdir={tmp_path}/work"]
+        environment = os.environ | joining(1, port)
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        time.sleep(2)
+        began = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 75 and time.monotonic() - began < 5
+    assert errors.startswith("preempted: ") and errors.count("\n") == 1
 
 
 def test_a_failure_of_one_of_many_ends_at_once(monkeypatch):
@@ -139,9 +220,9 @@ def test_a_failure_of_one_of_many_ends_at_once(monkeypatch):
     monkeypatch.setattr(process.os, "_exit", ended.append)
     monkeypatch.setattr(process, "_LAST_WORDS_SECONDS", 0.0)
     assert process.leave(2) == 2 and ended == []
-    monkeypatch.setattr(process, "is_one_of_many", lambda: True)
-    process.leave(0), process.leave(75)
-    assert ended == []
+    monkeypatch.setattr(process, "_is_joined", lambda: True)
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(process_index=lambda: 0))
+    assert process.leave(75, at_once=False) == 75 and ended == []
     process.leave(2)
     assert ended == [2]
 

@@ -1,0 +1,3 @@
+from retrack_jax.main import command
+
+command()
