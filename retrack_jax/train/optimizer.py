@@ -1,4 +1,4 @@
-"""The optimizer and the schedules that depend on the step: learning rate, moving average, lambda."""
+"""The optimizer and the schedules that depend on the step: learning rate, moving average."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,6 @@ from retrack_jax.models.cpu.packing import pack
 from retrack_jax.notation import Array, PyTree
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
-LAM_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_optimizer(
@@ -60,18 +59,3 @@ def make_ema_decay(*, power: float, inv_gamma: float, max_decay: float) -> Calla
         return jnp.minimum(grown, max_decay)
 
     return decay
-
-
-def make_lam_schedule(start: float, end: float, num_steps: int, shape: str) -> Callable[[Array], Array | float]:
-    """Returns `step -> lambda`: `start` throughout if `constant`, else from `start` to `end` along a line or half a cosine."""
-    check_choice("lam_schedule", shape, LAM_SCHEDULES)
-    if shape == "constant":
-        return lambda step: start
-
-    def lam(step: Array) -> Array:
-        progress = jnp.clip(step.astype(jnp.float32) / max(num_steps - 1, 1), 0.0, 1.0)
-        if shape == "cosine":
-            progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
-        return start + (end - start) * progress
-
-    return lam

@@ -4,7 +4,8 @@
 option's name, so that whoever makes a record can put before it where the user set it.
 """
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
@@ -37,7 +38,7 @@ class RetrackOptions(MethodOptions):
         _check_schedule("lam", self.lam_schedule, self.lam_end)
 
     def at(self, step: Array, num_steps: int) -> "RetrackOptions":
-        return replace(self, lam=_scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))
+        return _with(self, "lam", _scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class SissOptions(SissNoIsOptions):
         _check_schedule("mixture", self.mixture_schedule, self.mixture_end)
 
     def at(self, step: Array, num_steps: int) -> "SissOptions":
-        return replace(self, mixture=_scheduled(self.mixture, self.mixture_end, self.mixture_schedule, step, num_steps))
+        return _with(self, "mixture", _scheduled(self.mixture, self.mixture_end, self.mixture_schedule, step, num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,13 @@ def _check_schedule(name: str, shape: str, end: float | None) -> None:
     if shape != "constant":
         check(end is not None, f"{name}_end is not set; {name}_schedule goes from {name} to {name}_end")
         check_number(f"{name}_end", end, 0.0, 1.0)
+
+
+def _with(options: MethodOptions, name: str, value: float | Array) -> MethodOptions:
+    """Returns a copy of `options` with another value of one option, which may be traced and so cannot be checked."""
+    changed = copy.copy(options)
+    object.__setattr__(changed, name, value)
+    return changed
 
 
 def _scheduled(start: float, end: float | None, shape: str, step: Array, num_steps: int) -> float | Array:

@@ -4,15 +4,20 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.config import rules as recipe
+from retrack_jax.config import rules
+from retrack_jax.config.options import read_config
 from tests.data.checking import config_of
+
+
+def complete(config):
+    return rules.complete(read_config(config))
 
 
 def test_rules_meet_the_official_recipes():
     cifar, celeba = config_of("cifar10").unlearn, config_of("celebahq").unlearn
-    for official, chosen in ((cifar, recipe.rules(50_000, 32)), (celeba, recipe.rules(30_000, 256))):
-        assert {name: official[name] for name in chosen} == chosen
-    assert recipe.rules(5, 64)["num_neighbors"] == 5
+    for official, chosen in ((cifar, rules.rules(50_000, 32)), (celeba, rules.rules(30_000, 256))):
+        assert {name: official.retrack[name] if name == "lam" else official[name] for name in chosen} == chosen
+    assert rules.rules(5, 64)["num_neighbors"] == 5
 
 
 def test_custom_recipe_fills_only_what_is_not_given(tmp_path, jpeg_folder):
@@ -23,11 +28,12 @@ def test_custom_recipe_fills_only_what_is_not_given(tmp_path, jpeg_folder):
     for field, value in (("checkpoint", str(tmp_path / "model")), ("targets", ("00001.jpg",))):
         config[field] = value
     config.data.dir = str(folder)
-    config.unlearn.lam = 0.3
-    chosen = recipe.complete(config)
-    assert chosen.data.resolution == 64 and chosen.unlearn.num_neighbors == 5 and chosen.unlearn.lam == 0.3
-    assert chosen.unlearn.learning_rate == pytest.approx(1.26e-5)
-    assert recipe.complete(chosen) is chosen and recipe.complete(config_of("cifar10")).unlearn.lam == 0.02
+    config.unlearn.retrack.lam, config.unlearn.siss.num_neighbors = 0.3, 2
+    chosen = complete(config)
+    recipe = chosen.recipe("retrack")
+    assert chosen.data.resolution == 64 and recipe.num_neighbors == 5 and recipe.own.lam == 0.3
+    assert recipe.learning_rate == pytest.approx(1.26e-5) and chosen.recipe("siss").num_neighbors == 2
+    assert rules.complete(chosen) is chosen and complete(config_of("cifar10")).recipe("retrack").own.lam == 0.02
 
 
 def custom_config(tmp_path, source, path, targets, model='{"sample_size": 16}'):
@@ -44,15 +50,15 @@ def test_custom_k_is_at_most_what_remains_of_the_largest_target(tmp_path, jpeg_f
     folder, _ = jpeg_folder(12)
     (tmp_path / "forget.txt").write_text("".join(f"{row:05d}.jpg\n" for row in range(5)))
     config = custom_config(tmp_path, "folder", folder, ("00001.jpg", f"@{tmp_path / 'forget.txt'}"))
-    assert recipe.complete(config).unlearn.num_neighbors == 7
+    assert complete(config).recipe("retrack").num_neighbors == 7
     config.data.exclude = "00010.jpg+00011.jpg"
-    assert recipe.complete(config).unlearn.num_neighbors == 5
+    assert complete(config).recipe("retrack").num_neighbors == 5
     config.data.exclude, config.data.held_out = "", 0.25
     config.targets = ("*[02].jpg",)
-    assert recipe.complete(config).unlearn.num_neighbors < 9  # three are held out, and some of the others forgotten
+    assert complete(config).recipe("retrack").num_neighbors < 9  # three are held out, and some of the others forgotten
     config.targets = ("nobody.jpg",)
     with pytest.raises(UserError, match="no image of folder, training part is named 'nobody.jpg'"):
-        recipe.complete(config)
+        complete(config)
 
 
 @pytest.mark.parametrize("source", ["npz", "parquet"])
@@ -61,14 +67,14 @@ def test_custom_takes_arrays_and_tables_too(tmp_path, parquet_file, source):
     if source == "npz":
         path = tmp_path / "images.npz"
         np.savez(path, images=pixels, labels=np.arange(8) % 4)
-    chosen = recipe.complete(custom_config(tmp_path, source, path, ("label:1",)))
-    assert chosen.unlearn.num_neighbors == 6 and chosen.data.resolution == (0 if source == "npz" else 16)
+    chosen = complete(custom_config(tmp_path, source, path, ("label:1",)))
+    assert chosen.recipe("retrack").num_neighbors == 6 and chosen.data.resolution == (0 if source == "npz" else 16)
 
 
 def test_a_model_config_that_is_no_object_is_one_line(tmp_path, jpeg_folder):
     config = custom_config(tmp_path, "folder", jpeg_folder(3)[0], ("00001.jpg",), model="[16]")
     with pytest.raises(UserError, match="config.json holds no JSON object"):
-        recipe.complete(config)
+        complete(config)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +88,4 @@ def test_custom_says_which_flag_is_missing(tmp_path, jpeg_folder, field, message
     else:
         config[field] = type(config[field])()
     with pytest.raises(UserError, match=message):
-        recipe.complete(config)
+        complete(config)

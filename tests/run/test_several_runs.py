@@ -5,18 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from retrack_jax.checks import Diverged, UserError
 from retrack_jax.cli import flags as command_line
-from retrack_jax.config import build
+from retrack_jax.config.options import read_config
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.main import main
-from retrack_jax.run.one_run import Runner, _check_same_networks
-from retrack_jax.run.summary import _finished_runs, finish
-from retrack_jax.run.sweep import sweep
+from retrack_jax.run import sweep as sweep_module
+from retrack_jax.run.context import RunContext
+from retrack_jax.run.one_run import Run, _check_same_networks, _retrained_run
+from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
+from retrack_jax.run.summary import _finished_runs, summarize_workdir
 from retrack_jax.run.workdir import Workdir
 from tests.tiny import flags
 
@@ -24,52 +26,85 @@ CONFIG = "--config=configs/digits_tshirt.py"
 
 
 def parsed(method, *more):
-    return command_line.parse(["retrack_jax", f"{CONFIG}:{method}", *more])[0]
+    return read_config(command_line.parse(["retrack_jax", f"{CONFIG}:{method}", *more])[0])
 
 
-def test_what_the_command_line_gives_wins_over_every_recipe():
-    given = ("--config.unlearn.lam=0.25", "--config.unlearn.learning_rate=3e-4")
-    for method in ("erasediff", "retrack"):
-        under_all = build.effective_config(parsed("all", *given), method).unlearn
-        assert (under_all.lam, under_all.learning_rate) == (0.25, 3e-4)
-        assert under_all == build.effective_config(parsed(method, *given), method).unlearn
+def test_the_more_specific_field_wins_on_the_command_line_too(capsys):
+    given = ("--config.unlearn.learning_rate=3e-4", "--config.unlearn.siss.learning_rate=7e-4")
+    for method in ("all", "siss"):
+        options = parsed(method, *given)
+        assert options.recipe("retrack").learning_rate == 3e-4 and options.recipe("siss").learning_rate == 7e-4
+    assert options.recipe("erasediff").learning_rate == 5e-5  # the config's own for that method
+    capsys.readouterr()
+    parsed("erasediff", given[0])
+    note = "note: config.unlearn.erasediff.learning_rate=5e-05 wins over --config.unlearn.learning_rate"
+    assert note in capsys.readouterr().err
+    parsed("retrack", given[0])
+    assert capsys.readouterr().err == ""
 
 
-def test_under_all_retracks_lambda_is_not_sisss():
-    """One is a weight, the other a mixture; each can be given all the same."""
-    given = ("--config.unlearn.lam=0.25", "--config.unlearn.learning_rate=3e-4")
-    found = build.effective_config(parsed("all", *given), "siss").unlearn
-    assert (found.lam, found.learning_rate) == (0.5, 3e-4)
-    assert build.effective_config(parsed("all", "--config.recipes.siss.lam=0.4"), "siss").unlearn.lam == 0.4
-    assert parsed("siss", *given).unlearn.lam == 0.25
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("unlearn.lam", "unlearn.retrack.lam"), ("unlearn.siss_scale", "unlearn.siss.scale"),
+        ("unlearn.erasediff_eta", "unlearn.erasediff.eta"), ("recipes.siss.lam", "unlearn.METHOD.FIELD"),
+    ],
+)  # fmt: skip
+def test_an_old_flag_is_answered_with_the_new_one(old, new):
+    with pytest.raises(UserError, match=f"config.*is --config.{new}"):
+        parsed("all", f"--config.{old}=0.1")
 
 
-def test_what_was_read_is_part_of_the_claim(tmp_path):
+def test_what_was_read_is_compared_section_by_section(tmp_path):
     workdir = Workdir(tmp_path)
-    folder, config = workdir.run("retrack", 0, "a"), {"data": {"source": "folder"}}
-    workdir.claim(folder, config, {"images": "some", "weights": "some"})
-    workdir.check_claim(folder, config)  # before they are read
-    workdir.check_claim(folder, config, {"images": "some", "weights": "some"})
-    workdir.check_claim(folder, config, {"images": "some", "newer than the claim": "some"})
+    folder, model = workdir.run("retrack", 0, "a"), {"data": {"source": "folder"}}
+    workdir.record(folder, {"model": model, "inputs": {"images": "some", "weights": "some"}})
+    workdir.check(folder, {"model": model})
+    workdir.check(folder, {"model": model, "inputs": {"images": "some", "weights": "some"}, "samples": {"anything": 1}})
     with pytest.raises(UserError, match="holds a run with other weights than the config names now; choose another --workdir"):
-        workdir.check_claim(folder, config, {"images": "some", "weights": "others"})
+        workdir.check(folder, {"model": model, "inputs": {"images": "some", "weights": "others"}})
+    workdir.record(folder, {"samples": {"sampling": {"num_steps": 4}}})
+    with pytest.raises(UserError, match=r"holds samples of another config: config.sampling.num_steps \(4 there, 5 now\)"):
+        workdir.check(folder, {"model": model, "samples": {"sampling": {"num_steps": 5}}})
 
 
-def test_numbers_of_two_networks_never_stand_side_by_side():
-    ours = {"fid": {"features_digest": "a" * 64}, "frequency": {}, "sscd": {"features_digest": "b" * 64}}
-    _check_same_networks(ours, {"pretrained": ours, "retrained": {"fid": {"features_digest": "a" * 64}, "kid": {}}}, "runs/x")
+def test_a_run_is_compared_on_what_it_reads():
+    """Another method's option binds nothing, nor do fields that only samples or metrics read, nor what only costs memory."""
+    plain = parsed("all")
+    for flag in ("unlearn.siss.mixture=0.25", "sampling.num_steps=7", "unlearn.accumulation=2", "eval.nll_probes=3", "seeds=4"):
+        assert model_reads(parsed("all", f"--config.{flag}"), "retrack") == model_reads(plain, "retrack"), flag
+    for flag in ("unlearn.retrack.lam=0.25", "unlearn.num_steps=7", "unlearn.retrack.b1=0.5", "data.copies=3", "pretrain.seed=3"):
+        assert model_reads(parsed("all", f"--config.{flag}"), "retrack") != model_reads(plain, "retrack"), flag
+    assert model_reads(parsed("all", "--config.unlearn.retrack.lam=0.25"), "retrain") == model_reads(plain, "retrain")
+    assert sample_reads(parsed("all", "--config.sampling.batch_size=8")) == sample_reads(plain)
+    assert sample_reads(parsed("all", "--config.sampling.num_steps=8")) != sample_reads(plain)
+    assert evaluation_reads(parsed("all", "--config.eval.metrics=fid")) == evaluation_reads(plain)
+    assert evaluation_reads(parsed("all", "--config.eval.nll_probes=2")) != evaluation_reads(plain)
+
+
+def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "config.json").write_text('{"data": {"source": "digits_tshirt"}, "inputs": {}}')
+    assert main(["retrack_jax", CONFIG, *flags(tmp_path)]) == 2
+    assert "pretrained/config.json is damaged or was written by another version of retrack_jax" in capsys.readouterr().err
+
+
+def test_numbers_of_two_networks_are_never_compared():
+    mine = {"fid": {"features_digest": "a" * 64}, "frequency": {}, "sscd": {"features_digest": "b" * 64}}
+    _check_same_networks(mine, {"pretrained": mine, "retrained": {"fid": {"features_digest": "a" * 64}, "kid": {}}}, "runs/x")
     other = {"sscd": {"features_digest": "c" * 64}}
     with pytest.raises(UserError, match="sscd of pretrained is by the network cccc.*, that of runs/x by bbbb.*weights_dir"):
-        _check_same_networks(ours, {"pretrained": other}, "runs/x")
+        _check_same_networks(mine, {"pretrained": other}, "runs/x")
 
 
 def test_a_second_recipe_of_a_method_is_refused_for_other_seeds_too(tmp_path, capsys):
     """The summary takes means over a method's runs. A stage that reads no recipe leaves it open."""
     command = ["retrack_jax", CONFIG]
     assert main([*command, *flags(tmp_path, mode="pretrain")]) == 0
-    assert main([*command, *flags(tmp_path, unlearn__lam=0.02)]) == 0
-    assert main([*command, *flags(tmp_path, unlearn__lam=0.3, seeds=1)]) == 2
-    assert "retrack holds another config's run: config.unlearn.lam (0.02 there, 0.3 now)" in capsys.readouterr().err
+    assert main([*command, *flags(tmp_path, unlearn__retrack__lam=0.02)]) == 0
+    assert main([*command, *flags(tmp_path, unlearn__retrack__lam=0.3, seeds=1)]) == 2
+    told = "retrack holds another config's run: config.unlearn.retrack.lam (0.02 there, 0.3 now)"
+    assert told in capsys.readouterr().err
 
 
 def test_one_command_at_a_time(tmp_path):
@@ -86,30 +121,21 @@ def test_one_command_at_a_time(tmp_path):
         pass
 
 
-class Stub(Runner):
-    """Runs that are recorded only; those of `neggrad` diverge."""
+def test_a_run_that_diverges_does_not_end_the_others(tmp_path, monkeypatch):
+    ran = []
 
-    ran: list
-
-    def run_one(self, method, spec, seed):
-        self.ran.append((method, spec, seed))
+    def run_one(context, method, spec, seed):
+        ran.append((method, spec, seed))
         if method == "neggrad":
             raise Diverged("the loss is nan at step 3")
 
-    def finish(self):
-        return {"finished": True}
-
-
-def test_one_that_diverges_stops_no_other(tmp_path):
-    config = parsed("all", "--config.seeds=0,1")
-    runner = Stub(config, Workdir(tmp_path), lambda: False)
-    runner.ran = []
+    monkeypatch.setattr(sweep_module, "run_one", run_one)
+    monkeypatch.setattr(sweep_module, "summarize_workdir", lambda context, sweep: {"finished": True})
     with pytest.raises(UserError) as error:
-        sweep(runner)
-    assert len(runner.ran) == 14 and runner.ran[-1][0] == "vanilla"
+        sweep_module._sweep(context(tmp_path, parsed("all", "--config.seeds=0,1")))
+    assert len(ran) == 14 and ran[-1][0] == "vanilla"
     assert str(error.value).count("neggrad, target label:10, seed") == 2
-    runner.config, runner.ran = parsed("siss"), []
-    assert sweep(runner) == {"finished": True}
+    assert sweep_module._sweep(context(tmp_path, parsed("siss"))) == {"finished": True}
 
 
 def test_pretraining_that_diverges_ends_the_sweep(tmp_path, capsys):
@@ -118,6 +144,13 @@ def test_pretraining_that_diverges_ends_the_sweep(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.count("error: pretrain: ") == 1 and "config.pretrain.learning_rate" in told
     assert not list(tmp_path.glob("retrack/seed1*"))
+
+
+def context(folder, options, *specs):
+    """A context without data or network: as much as the order of runs and their files need."""
+    problem = SimpleNamespace(options=options, conditioning=SimpleNamespace(of_target=False))
+    targets = {spec: SimpleNamespace(spec=spec, slug=spec) for spec in specs}
+    return RunContext(problem, targets, Workdir(folder), lambda: False)
 
 
 def write_run(workdir, method, target, seed, *, frequency=0.0):
@@ -130,55 +163,44 @@ def write_run(workdir, method, target, seed, *, frequency=0.0):
 
 
 def test_the_retrained_model_is_of_the_same_target(tmp_path):
-    workdir = Workdir(tmp_path)
-    runner = Runner(parsed("retrack"), workdir, lambda: False)
-    write_run(workdir, "retrain", "img-1.jpg", 0, frequency=0.25)
-    assert runner._retrained_run("1.jpg", 0) is None
-    write_run(workdir, "retrain", "1.jpg", 10, frequency=0.125)
-    write_run(workdir, "retrain", "1.jpg", 2, frequency=0.0625)
-    assert runner._retrained_run("1.jpg", 10)["unlearned"] == {"frequency": 0.125}
-    assert runner._retrained_run("1.jpg", 3)["unlearned"] == {"frequency": 0.0625}
+    here = context(tmp_path, parsed("retrack"), "1.jpg")
+
+    def retrained(seed):
+        return _retrained_run(Run(here, "retrack", here.targets["1.jpg"], seed))
+
+    write_run(here.workdir, "retrain", "img-1.jpg", 0, frequency=0.25)
+    assert retrained(0) is None
+    write_run(here.workdir, "retrain", "1.jpg", 10, frequency=0.125)
+    write_run(here.workdir, "retrain", "1.jpg", 2, frequency=0.0625)
+    assert retrained(10)["unlearned"] == {"frequency": 0.125}
+    assert retrained(3)["unlearned"] == {"frequency": 0.0625}
 
 
 def test_a_command_shows_its_own_runs(tmp_path, capsys):
-    workdir = Workdir(tmp_path)
-    write_run(workdir, "retrack", "a.jpg", 0)
-
-    def pictured(spec):
-        raise AssertionError("there is nothing to compare")
-
-    finish(workdir, [("retrack", "b.jpg", 0)], pictured)
+    here = context(tmp_path, parsed("all"), "a.jpg", "b.jpg")
+    write_run(here.workdir, "retrack", "a.jpg", 0)
+    summarize_workdir(here, [("retrack", "b.jpg", 0)])
     assert capsys.readouterr().out == ""
-    finish(workdir, [("retrack", "a.jpg", 0)], pictured)
+    summarize_workdir(here, [("retrack", "a.jpg", 0)])
     shown = capsys.readouterr().out
     assert "Frequency" in shown and "seed0-a.jpg/report.html" in shown
     (tmp_path / "summary.json").write_text("{")  # damaged: it is written again
-    assert finish(workdir, [("retrack", "a.jpg", 0)], pictured) == json.loads((tmp_path / "summary.json").read_text())
-    write_run(workdir, "siss", "a.jpg", 0)
-    before, asked = (tmp_path / "summary.json").read_text(), []
-    with pytest.raises(UserError, match="samples.npz is not there"):  # here are no samples; it got as far as to want them
-        finish(workdir, [("siss", "a.jpg", 0)], lambda spec: asked.append(spec) or (Folders(), None))
-    assert asked == ["a.jpg"]
-    # Nothing says yet that the comparison is made, so the next command makes it, whatever page is there of before.
+    assert summarize_workdir(here, [("retrack", "a.jpg", 0)]) == json.loads((tmp_path / "summary.json").read_text())
+    write_run(here.workdir, "siss", "a.jpg", 0)
+    before = (tmp_path / "summary.json").read_text()
+    with pytest.raises(UserError, match="samples.npz is not there"):  # the comparison was wanted, and there are no samples
+        summarize_workdir(here, [("siss", "a.jpg", 0)])
+    # Nothing says yet that the comparison is made, so the next command makes it, whatever earlier page is there.
     assert (tmp_path / "summary.json").read_text() == before
 
 
-def test_a_comparison_that_stands_is_made_again_where_the_report_is_asked_for(tmp_path):
-    workdir, asked = Workdir(tmp_path), []
+def test_a_comparison_that_is_current_is_made_again_only_if_the_report_is_asked_for(tmp_path):
+    here = context(tmp_path, parsed("all"), "a.jpg")
     for method in ("retrack", "siss"):
-        write_run(workdir, method, "a.jpg", 0)
-    again = partial(finish, workdir, [("siss", "a.jpg", 0)], lambda spec: asked.append(spec) or (Folders(), None))
+        write_run(here.workdir, method, "a.jpg", 0)
     (tmp_path / "report.html").write_text("of the numbers that summary.json holds")
-    (tmp_path / "summary.json").write_text(json.dumps(summarize(_finished_runs(workdir))))
-    again()
-    assert not asked
+    (tmp_path / "summary.json").write_text(json.dumps(summarize(_finished_runs(here.workdir))))
+    summarize_workdir(here, [("siss", "a.jpg", 0)])
+    again = context(tmp_path, parsed("all", "--config.mode=report"), "a.jpg")
     with pytest.raises(UserError, match="samples.npz is not there"):
-        again(redraw=True)
-    assert asked == ["a.jpg"]
-
-
-class Folders:
-    """As much of an experiment as says where its samples would lie."""
-
-    def pretrained_folder(self, workdir, target):
-        return workdir.pretrained
+        summarize_workdir(again, [("siss", "a.jpg", 0)])

@@ -12,10 +12,11 @@ from retrack_jax.data.batches import Batches
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.train.optimizer import make_ema_decay, make_lam_schedule, make_optimizer
+from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, _close, _neighbors, _stream_rngs, make_train_step
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.unlearn.options import RetrackOptions
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
 
@@ -47,7 +48,7 @@ def run(name, monkeypatch, *, devices=4, steps=3, net=None, how=None, ema=None, 
     real_pmap = jax.pmap
     monkeypatch.setattr(jax, "pmap", lambda *a, **k: real_pmap(*a, devices=jax.devices()[:devices], **k))
     method = METHODS[name]
-    how = how or StepOptions(options=dict(method.options), t_max=1000)
+    how = how or StepOptions(options=method.options(), t_max=1000)
     step = make_train_step(method, make_eps_fn(net.apply, SCHEDULE), how)
     state = create_state(toys.params(), make_optimizer(**ADAMW), ema)
     make, here = batches(**batch), shared(reference=toys.params(1) if how.distill else None)
@@ -64,7 +65,7 @@ def run(name, monkeypatch, *, devices=4, steps=3, net=None, how=None, ema=None, 
 def test_one_device_equals_four_and_four_microbatches(name, dropout, monkeypatch):
     """Dropout masks too are each example's own, wherever it is computed."""
     net = toys.ToyNet(dropout=dropout)
-    options = StepOptions(options=dict(METHODS[name].options), t_max=1000, dropout=dropout > 0)
+    options = StepOptions(options=METHODS[name].options(), t_max=1000, dropout=dropout > 0)
     one, _ = run(name, monkeypatch, devices=1, net=net, how=options)
     four, _ = run(name, monkeypatch, devices=4, net=net, how=options)
     micro, _ = run(name, monkeypatch, devices=1, net=net, how=dataclasses.replace(options, accumulation=4))
@@ -81,7 +82,8 @@ def test_every_example_and_step_draws_its_own_dropout_mask(rng):
     x_t, t = jnp.ones((2, *toys.SHAPE)), jnp.full((2,), 500)
 
     def predicted(dropout, step):
-        return _close(eps_fn, params, (), dropout)(x_t, t, parallel.example_rngs(jax.random.fold_in(rng, step), jnp.arange(2)))
+        rngs = parallel.example_rngs(jax.random.fold_in(rng, step), jnp.arange(2))
+        return _close(eps_fn, params, None, dropout)(x_t, t, None, rngs)
 
     first, second = predicted(True, 0), predicted(True, 1)
     assert not np.allclose(first[0], first[1]) and not np.allclose(first, second)
@@ -151,14 +153,14 @@ def test_bfloat16_computes_and_float32_is_kept(monkeypatch):
 
 
 def test_a_smaller_forget_batch_and_distillation(monkeypatch):
-    how = StepOptions(options={"lam": 0.1}, t_max=1000, distill=True)
+    how = StepOptions(options=RetrackOptions(lam=0.1), t_max=1000, distill=True)
     state, metrics = run("retrack", monkeypatch, how=how, forget_size=4)
     assert set(metrics) == {"loss", "unlearn", "retain", "grad_norm"}
     assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_lambda_follows_its_schedule(monkeypatch):
-    how = StepOptions(options={"lam": 0.0}, t_max=1000, lam_fn=make_lam_schedule(0.0, 1.0, 3, "linear"))
+    how = StepOptions(options=RetrackOptions(lam=0.0, lam_end=1.0, lam_schedule="linear"), num_steps=3, t_max=1000)
     _, metrics = run("retrack", monkeypatch, steps=1, how=how)
     np.testing.assert_allclose(metrics["loss"], metrics["retain"], rtol=1e-6)  # lambda 0
     _, metrics = run("retrack", monkeypatch, steps=3, how=how)
@@ -171,7 +173,7 @@ def test_siss_takes_one_forward_pass_and_two_backward():
     def flops(name):
         method = METHODS[name]
         step = make_train_step(
-            method, make_eps_fn(toys.ToyNet(width=256).apply, SCHEDULE), StepOptions(options=dict(method.options), t_max=1000)
+            method, make_eps_fn(toys.ToyNet(width=256).apply, SCHEDULE), StepOptions(options=method.options(), t_max=1000)
         )
         net = toys.ToyNet(width=256)
         params = net.init(jax.random.key(0), jnp.zeros((1, *toys.SHAPE)), jnp.zeros((1,), jnp.int32))["params"]

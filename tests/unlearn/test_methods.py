@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from retrack_jax.checks import UserError
-from retrack_jax.config import build
+from retrack_jax.config.options import unlearn_options
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.parallel import example_rngs
 from retrack_jax.unlearn import combine, losses
-from retrack_jax.unlearn.methods import METHODS, Method, get_method
+from retrack_jax.unlearn.methods import METHODS, get_method
+from retrack_jax.unlearn.options import MethodOptions, RetrackOptions, SissNoIsOptions, SissOptions
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
 
@@ -21,8 +21,11 @@ SCHEDULE = toys.schedule()
 EPS_FN = make_eps_fn(toys.ToyNet().apply, SCHEDULE)
 
 
+NONE = MethodOptions()
+
+
 def context(params, options, **kwargs):
-    def eps_fn(x_t, t, rngs):
+    def eps_fn(x_t, t, condition, rngs):
         return EPS_FN(params, x_t, t)
 
     return Context(schedule=SCHEDULE, eps_fn=eps_fn, options=options, **{"t_max": 1000, **kwargs})
@@ -40,11 +43,11 @@ def streams(method, rng, size=8):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_finite_terms_and_gradients(name, rng):
     method = METHODS[name]
-    terms = method.terms(context(toys.params(), method.options), *streams(method, rng))
+    terms = method.terms(context(toys.params(), method.options()), *streams(method, rng))
     assert (method.combine is None) == (terms.correction is None)
 
     def main(params):
-        return method.terms(context(params, method.options), *streams(method, rng)).main
+        return method.terms(context(params, method.options()), *streams(method, rng)).main
 
     grads = jax.grad(main)(toys.params())
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
@@ -55,8 +58,8 @@ def test_retrack_is_the_published_mixture(rng):
     """lambda L_unlearn + (1 - lambda) L_R, from the same draws, by the oracle's definition of each term."""
     method, params = METHODS["retrack"], toys.params()
     remain, forget = streams(method, rng)
-    found = method.terms(context(params, {"lam": 0.3}), remain, forget)
-    here = context(params, {})
+    found = method.terms(context(params, RetrackOptions(lam=0.3)), remain, forget)
+    here = context(params, NONE)
     r, f = here.noise(remain), here.noise(forget)
     retain = losses.vanilla(EPS_FN(params, r.x_t, r.t), r.eps).mean()
     unlearn = losses.retrack(EPS_FN(params, f.x_t, f.t), f.x_t, forget.neighbors, f.gamma, f.sigma).mean()
@@ -65,7 +68,7 @@ def test_retrack_is_the_published_mixture(rng):
 
 def test_the_window_of_t_is_kept_and_covered(rng):
     remain, _ = streams(METHODS["vanilla"], rng, size=256)
-    t = np.asarray(context(toys.params(), {}, t_min=250, t_max=260).noise(remain).t)
+    t = np.asarray(context(toys.params(), NONE, t_min=250, t_max=260).noise(remain).t)
     assert set(t) == set(range(250, 260))
 
 
@@ -74,7 +77,7 @@ def test_distillation_at_the_pretrained_parameters_has_no_gradient(rng):
     remain, _ = streams(method, rng)
 
     def main(trained):
-        there = context(trained, {}, reference_fn=lambda x, t: EPS_FN(params, x, t))
+        there = context(trained, NONE, reference_fn=lambda x, t, condition: EPS_FN(params, x, t))
         return method.terms(there, remain, None).main
 
     assert float(main(params)) == 0.0
@@ -97,7 +100,7 @@ def test_siss_in_one_pass_agrees_in_expectation_with_two(rng):
         def term(which):
             def value(vector):
                 rngs = example_rngs(draw_rng, jnp.arange(size))
-                there = context(unravel(vector), {"lam": 0.5}, t_min=500)
+                there = context(unravel(vector), SissOptions(mixture=0.5), t_min=500)
                 forget_rngs = example_rngs(draw_rng, size + jnp.arange(size))
                 found = METHODS[name].terms(there, Stream(remain_x, rngs), Stream(forget_x, forget_rngs))
                 return getattr(found, which)
@@ -123,17 +126,11 @@ def test_an_unknown_method_names_the_nearest():
         get_method("retrak")
 
 
-def test_an_option_that_no_config_has_keeps_its_default():
-    own = Method(streams=frozenset({"forget"}), terms=METHODS["neggrad"].terms, options={"lam": 0.01, "hush_weight": 2.0})
-    options = build.unlearn_options_from(base.get_config().unlearn, own, 1000, dropout=False).options
-    assert options == {"lam": 0.005, "hush_weight": 2.0}
-
-
 def test_a_scale_of_zero_asks_for_the_automatic_one():
     main, correction = {"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([0.0, 2.0])}
     for scale, expected in ((0.0, combine.siss_auto(main, correction, 0.1)), (5.0, combine.siss(main, correction, 5.0))):
         for name in ("siss", "siss_no_is"):
-            found = METHODS[name].combine(main, correction, {"siss_scale": scale, "siss_share": 0.1})
+            found = METHODS[name].combine(main, correction, SissNoIsOptions(scale=scale, share=0.1))
             np.testing.assert_array_equal(found["a"], expected["a"])
     assert not np.allclose(combine.siss_auto(main, correction, 0.1)["a"], combine.siss(main, correction, 5.0)["a"])
 
@@ -144,22 +141,27 @@ def test_uniform_noise_is_not_negative_and_fills_its_range(rng):
 
 
 def test_options_of_the_config_reach_the_step():
-    recipe = base.get_config().unlearn
-    recipe.update({"lam_schedule": "linear", "lam": 0.0, "lam_end": 1.0, "num_steps": 5, "retain_loss": "distillation"})
-    recipe.update({"t_min": 250, "t_max": 750, "accumulation": 2})
-    how = build.unlearn_options_from(recipe, METHODS["retrack"], 1000, dropout=True)
+    shared = {"num_steps": 5, "retain_loss": "distillation", "t_min": 250, "t_max": 750, "accumulation": 2}
+    recipe = unlearn_options("retrack", shared, {"lam_schedule": "linear", "lam": 0.0, "lam_end": 1.0}, where="")
+    how = recipe.step_options(1000, dropout=True)
     assert (how.t_min, how.t_max, how.distill, how.dropout, how.accumulation) == (250, 750, True, True, 2)
-    assert [float(how.lam_fn(jnp.asarray(step))) for step in (0, 2, 4)] == [0.0, 0.5, 1.0]
-    assert build.unlearn_options_from(recipe, METHODS["vanilla"], 1000, dropout=False).lam_fn is None
+    assert [float(how.options.at(jnp.asarray(step), how.num_steps).lam) for step in (0, 2, 4)] == [0.0, 0.5, 1.0]
+
+
+def test_an_option_follows_half_a_cosine():
+    options = SissOptions(mixture=0.2, mixture_end=0.6, mixture_schedule="cosine")
+    drawn = [float(options.at(jnp.asarray(step), 5).mixture) for step in range(5)]
+    np.testing.assert_allclose(drawn, 0.2 + 0.4 * (0.5 - 0.5 * np.cos(np.pi * np.arange(5) / 4)), rtol=1e-6)
+    assert SissOptions().at(jnp.asarray(3), 5) == SissOptions()
 
 
 def test_the_mixture_of_siss_is_the_share_of_forgotten_images(rng):
     """At lambda 0 every point is of a remaining image and the main term is the vanilla loss; at 1 of a forgotten one."""
     remain, forget = streams(METHODS["siss"], rng)
-    there = context(toys.params(), {"lam": 0.0})
+    there = context(toys.params(), SissOptions(mixture=0.0))
     only_remain = METHODS["vanilla"].terms(there, remain, None).main
     np.testing.assert_allclose(METHODS["siss"].terms(there, remain, forget).main, only_remain, rtol=1e-6)
-    there = context(toys.params(), {"lam": 1.0})
+    there = context(toys.params(), SissOptions(mixture=1.0))
     points = there.noise(remain, forget.x_0)
     only_forget = losses.vanilla(there.predict(points)[0], points.eps).mean()
     np.testing.assert_allclose(METHODS["siss"].terms(there, remain, forget).correction, only_forget, rtol=1e-5)
