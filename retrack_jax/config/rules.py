@@ -19,7 +19,7 @@ from retrack_jax.config import build
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.sources.load import data_format, known_names, load_images
+from retrack_jax.data.sources.load import known_names, load_images
 from retrack_jax.data.target_names import resolve_target
 from retrack_jax.files import read_json
 from retrack_jax.unlearn.methods import METHODS
@@ -87,9 +87,8 @@ def complete(config: ConfigDict) -> ConfigDict:
     if not names:
         return config
     config = config.copy_and_resolve_references()
-    arrays = data_format(config.data.source, config.data.format) == "npz"  # they come in their size, whatever the model's
     resolution = config.data.resolution or _sample_size(config.checkpoint)
-    chosen = rules(1, resolution) | {"resolution": 0 if arrays else resolution}
+    chosen = rules(1, resolution) | {"resolution": resolution}
     if "resolution" in names:
         config.data.resolution = chosen["resolution"]
     if "num_neighbors" in names:

@@ -6,6 +6,7 @@ floor loses one level on 63 of 256 values, so metrics take real images from the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class ImageSet:
       digest: SHA-256 of the pixels, which keys every cache that is made from them.
       name: what the source is called in reports.
       other_name: a name -> the name of the same image in the source's other numbering, or None where it has none.
+      folder: where the files are that `ids` name; None if images are not files.
     """
 
     images: np.ndarray | Rows
@@ -35,6 +37,7 @@ class ImageSet:
     digest: str
     name: str
     other_name: Callable[[str], str | None] | None = None
+    folder: Path | None = None
 
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:

@@ -51,4 +51,4 @@ def known_names(data: Mapping) -> ImageSet | None:
       UserError: the folder is missing or holds no image.
     """
     data = complete_fields(data, SOURCES)
-    return named_images(data["dir"], data["source"]) if data["format"] == "folder" and data["dir"] else None
+    return named_images(data) if data["format"] == "folder" and data["dir"] else None
