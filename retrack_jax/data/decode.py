@@ -187,7 +187,7 @@ def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOption
             yield name, image
     if animated:
         shown = ", ".join(sorted(animated)[:_SHOWN]) + (", ..." if len(animated) > _SHOWN else "")
-        logger.warning("%d images have several frames, of which the first is taken: %s", len(animated), shown)
+        logger.warning("images with several frames, of which the first is taken: %d (%s)", len(animated), shown)
 
 
 def _check_like_first(name, shape, first_name, first_shape) -> None:

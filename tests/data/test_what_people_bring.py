@@ -65,7 +65,7 @@ class TestKinds:
             images = load(folder, channels=3)
         assert (images.images[images.ids.index("moves.gif")] == [255, 0, 0]).all()
         assert (images.images[images.ids.index("still.gif")] == [0, 0, 255]).all()
-        assert "1 images have several frames, of which the first is taken: moves.gif" in caplog.text
+        assert "images with several frames, of which the first is taken: 1 (moves.gif)" in caplog.text
 
     def test_other_kinds_are_counted_in_one_line(self, folder, caplog):
         for name in ("a.heic", "b.HEIC", "notes.txt", "LICENSE", ".hidden.psd"):

@@ -10,11 +10,6 @@ from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
 
 
-def data_format(source: str, format: str = "") -> str:
-    """Returns the format that `source` is read from. Raises `UserError` for an unknown source or a format that it lacks."""
-    return complete_fields({"source": source, "format": format}, SOURCES)["format"]
-
-
 def load_images(data: Mapping) -> ImageSet:
     """Returns the images that the fields of `config.data` describe.
 
