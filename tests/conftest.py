@@ -23,3 +23,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 def rng():
     """The key that tests start from."""
     return jax.random.key(0)
+
+
+from tests.image_files import jpeg_folder, parquet_file, tfds_dir  # noqa: E402, F401 (fixtures)

@@ -16,7 +16,7 @@ from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.sources.load import data_format, known_names, load_images
+from retrack_jax.data.sources.load import known_names, load_images
 from retrack_jax.data.target_names import resolve_target
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
@@ -84,8 +84,7 @@ def complete(options: Options) -> Options:
         return options
     side = options.data.resolution or _sample_size(options.checkpoint)
     if "resolution" in names:
-        arrays = data_format(options.data.source, options.data.format) == "npz"  # they come in their size, whatever the model's
-        options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=0 if arrays else side))
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=side))
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side)
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     shown = {name: {**chosen, "resolution": options.data.resolution}[name] for name in names}

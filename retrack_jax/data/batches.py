@@ -1,7 +1,7 @@
 """Seeded batches, addressed by step: a resumed run sees the batches that it would have seen.
 
 The order is a function of (seed, stream, epoch) and nothing else, so there is no iterator to save. Each process takes its own
-rows of the global batch. Batches are made ahead in a thread.
+rows of the global batch. A thread prepares batches ahead of the step that needs them.
 """
 
 import queue
@@ -45,7 +45,7 @@ class Batches:
     """Makes this process's part of the global batch of any step.
 
     Attributes:
-      gather: `rows -> {name: array [b, ...]}`, reads remaining images in the form that `data.dataset.to_x_0` takes; None where
+      gather: `rows -> {name: array [b, ...]}`, reads remaining images in the form that `data.dataset.to_x_0` takes; None if
         the method has no remain stream.
       num_remain: remaining images.
       forget_rows: int `[F]`, for each forgotten image its row of what train/step.py holds on the device (copies share one), or

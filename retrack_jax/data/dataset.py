@@ -6,6 +6,7 @@ floor loses one level on 63 of 256 values, so metrics take real images from the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,11 @@ class ImageSet:
     Attributes:
       images: uint8 `[N, H, W, C]`, an array, a memory map, or some rows of one.
       ids: N stable names, without duplicates, such as `hf:10000` or `10001.jpg`.
-      labels: int `[N]`, or None where the source has none.
-      digest: SHA-256 of the pixels, which keys every cache that is made from them.
+      labels: int `[N]`, or None if the source has none.
+      digest: SHA-256 of the pixels, the key of every cache that depends on them.
       name: what the source is called in reports.
-      other_name: a name -> the name of the same image in the source's other numbering, or None where it has none.
+      other_name: a name -> the name of the same image in the source's other numbering, or None if it has none.
+      folder: where the files are that `ids` name; None if images are not files.
     """
 
     images: np.ndarray | RowView
@@ -35,6 +37,7 @@ class ImageSet:
     digest: str
     name: str
     other_name: Callable[[str], str | None] | None = None
+    folder: Path | None = None
 
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -65,8 +68,8 @@ def image_set(name: str, images: np.ndarray, ids: Sequence[str], labels: np.ndar
 def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = False) -> ImageSet:
     """Returns the images of `rows`, int `[R]`, as a set named "NAME, `which`".
 
-    Those of a memory map are read when they are used, unless `in_memory` asks for them: nearly all of CelebA-HQ would be 5.9 GB.
-    The digest is then of the whole set's and of the rows.
+    Rows of a memory map are read when they are used, unless `in_memory`: nearly all of CelebA-HQ would take 5.9 GB. The digest is
+    then that of the whole set's digest and the rows.
     """
     name, ids = f"{images.name}, {which}", [images.ids[row] for row in rows]
     labels = None if images.labels is None else np.asarray(images.labels)[rows]

@@ -1,12 +1,16 @@
 """Encoded images (JPEG, PNG, WebP, whatever Pillow reads) to uint8 pixels of one size, several at once.
 
-The rules, in this order: turn by the EXIF orientation; with `resolution` S, scale the shorter side to S (Lanczos) and cut
-the centre S x S; an image that is S x S already keeps its pixels as they are. Grey values of 16 bits become 8 by division by
-257, so that white stays white.
+The rules, in this order: take the first frame; turn by the EXIF orientation; with `resolution` S, scale the shorter side to S
+(Lanczos) and cut the center S x S; an image that is S x S already keeps its pixels as they are. Gray values of 16 bits become 8
+by division by 257, so that white stays white.
+
+No image may have more than `MAX_PIXELS`, as it is or when scaled; its header is checked before memory is taken.
 """
 
 import io
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +23,13 @@ from retrack_jax.checks import UserError, check_choice, check_int
 
 CROPS = ("center", "none")
 VERSION = 2  # of these rules; it keys the cache
+MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # Pillow's own bound, beyond which it warns: 256 MB of RGB
 _AHEAD = 16  # images in flight for each worker
 _MODES = {"L": 1, "RGB": 3}
 _NO_RANGE = ("I", "F")  # 32-bit values: nothing says which is white, and Pillow's own conversion clips them at 255
 _TO_8_BITS = 257  # 65535 / 255
+_SHOWN = 3  # names in a message
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +60,9 @@ class CorruptImage(Exception):
     """An image that cannot be decoded; the message says why, without its name."""
 
 
-def decode(name: str, source: bytes | Path, options: DecodeOptions) -> np.ndarray:
+def decode(name: str, source: bytes | Path, options: DecodeOptions, animated: list[str] | None = None) -> np.ndarray:
     """Returns one image, uint8 `[H, W, C]`; a palette image, or one with transparency, has 3 channels only if they are
-    asked for.
+    asked for. Its name is appended to `animated` if it has several frames, of which it is the first.
 
     Raises:
       CorruptImage: it cannot be decoded.
@@ -65,8 +72,15 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> np.ndarra
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check_pixels(image, options)
+            if animated is not None and getattr(image, "is_animated", False):
+                animated.append(name)
             image.load()
             image = ImageOps.exif_transpose(image)
+    except CorruptImage:
+        raise
+    except Image.DecompressionBombError as error:  # twice the bound: Pillow does not open it
+        raise CorruptImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
     except UnidentifiedImageError as error:  # its message names an object in memory
         raise CorruptImage("not an image of a known kind" if _size(source) else "empty") from error
     except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
@@ -88,6 +102,27 @@ def _size(source: bytes | Path) -> int:
     return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
+def _check_pixels(image, options: DecodeOptions) -> None:
+    """Raises `CorruptImage` if the image, or what it is scaled to, has more than `MAX_PIXELS`."""
+    height, width = image.height, image.width
+    if width * height > MAX_PIXELS:
+        raise CorruptImage(f"{width}x{height}, more than {MAX_PIXELS / 1e6:.0f} million pixels")
+    width, height = _scaled_size(width, height, options.resolution)
+    if width * height > MAX_PIXELS:
+        raise CorruptImage(
+            f"{image.width}x{image.height}, which becomes {width}x{height} at config.data.resolution={options.resolution}, "
+            f"more than {MAX_PIXELS / 1e6:.0f} million pixels"
+        )
+
+
+def _scaled_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """(width, height) once the shorter side is `side`; as they are if that is 0."""
+    if not side:
+        return width, height
+    scale = side / min(width, height)
+    return max(side, round(width * scale)), max(side, round(height * scale))
+
+
 def _eight_bits(image):
     from PIL import Image
 
@@ -106,12 +141,11 @@ def _resized(name: str, image, options: DecodeOptions):
     side = options.resolution
     if options.crop == "none" and image.width != image.height:
         raise UserError(
-            f"image {name} is {image.width}x{image.height}, not square; set config.data.crop=center to cut its centre"
+            f"image {name} is {image.width}x{image.height}, not square; set config.data.crop=center to cut its center"
         )
     if not side or image.size == (side, side):
         return image
-    scale = side / min(image.size)
-    width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
+    width, height = _scaled_size(*image.size, side)
     left, top = (width - side) // 2, (height - side) // 2
     scaled = image.resize((width, height), Image.Resampling.LANCZOS)
     return scaled.crop((left, top, left + side, top + side))
@@ -129,11 +163,14 @@ def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOption
 
     def attempt(item):
         try:
-            return item[0], decode(*item, options)
+            return item[0], decode(*item, options, animated)
         except CorruptImage as error:
             return item[0], str(error)
 
-    items = iter(items)
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here
+    items, animated = iter(items), []
     workers = os.cpu_count() or 1
     first = None
     with ThreadPoolExecutor(workers) as pool:
@@ -148,6 +185,9 @@ def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOption
                 first = first or (name, image.shape)
                 _check_like_first(name, image.shape, *first)
             yield name, image
+    if animated:
+        shown = ", ".join(sorted(animated)[:_SHOWN]) + (", ..." if len(animated) > _SHOWN else "")
+        logger.warning("images with several frames, of which the first is taken: %d (%s)", len(animated), shown)
 
 
 def _check_like_first(name, shape, first_name, first_shape) -> None:

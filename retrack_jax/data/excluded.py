@@ -1,4 +1,4 @@
-"""Images that an earlier run made the model forget: neither remaining nor forgotten now, as if the data had never held them."""
+"""Leaves out images that an earlier run made the model forget, as if the data had never held them."""
 
 import numpy as np
 
@@ -8,11 +8,11 @@ from retrack_jax.data.target_names import resolve_target
 
 
 def without(images: ImageSet, spec: str) -> ImageSet:
-    """Returns the images that `spec` does not name; all of them where it is empty.
+    """Returns the images that `spec` does not name; all of them if it is empty.
 
     Args:
       images: the training images.
-      spec: what to leave out, written as a target is (targets.py).
+      spec: what to leave out, written as a target is (target_names.py).
 
     Raises:
       UserError: as for a target: a name that is not there, or all of the images.

@@ -1,4 +1,4 @@
-"""A random part of the data that no model trains on: what forgotten images are told apart from when membership is measured."""
+"""A random part of the data that no model trains on. Membership is measured by how well it can be told from forgotten images."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ _SEED = 0x4E1D
 
 
 def split_held_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
-    """Returns the training images and the held-out ones, a random `share` in [0, 1) of them; all and None where it is 0.
+    """Returns the training images and the held-out ones, a random `share` in [0, 1) of them; all and None if it is 0.
 
     The draw depends on the number of images alone: every run and seed holds out the same ones.
 

@@ -19,10 +19,10 @@ class Requirement:
       found: whether it is there.
       files: how many files it is.
       size: bytes in all.
-      digest: SHA-256 of the file; of names and sizes where it is many files.
-      command: the shell command that gets it; empty where `advice` says what to do instead.
+      digest: SHA-256 of the file, or of the names and sizes of many files.
+      command: the shell command that gets it; empty if `advice` says what to do instead.
       advice: what to do, in words.
-      without: what happens without it, where a run goes on all the same; empty where it does not.
+      without: what a run does without it; empty if no run is possible without it.
     """
 
     description: str
@@ -37,7 +37,7 @@ class Requirement:
 
     @property
     def optional(self) -> bool:
-        """Whether a run goes on without it."""
+        """Whether a run is possible without it."""
         return bool(self.without)
 
 

@@ -1,9 +1,14 @@
 """What to forget, by stable names: a name, `a+b+c`, `@list.txt`, a glob, `label:7`, `random:0.05`."""
 
-import fnmatch
+import codecs
 import hashlib
+import logging
 import math
+import os
 import re
+import unicodedata
+from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ import numpy as np
 from retrack_jax.checks import UserError, check, nearest_names
 from retrack_jax.data.dataset import ImageSet
 
+logger = logging.getLogger(__name__)
 _RANDOM, _RANDOM_SEED = "random:", 0x0F05
 _SHOWN = 8  # names of a list that `described` spells out
 _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
@@ -19,12 +25,12 @@ _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
     """Returns the rows that `spec` names, int64, sorted, each once.
 
-    In this order: a name as it stands; parts joined by `+`; `@FILE`, one target per line; `label:N`; `random:SHARE`; a glob
-    (`* ? [...]`); the last part of a path, if only one image has it; the name in the source's other numbering
-    (`ImageSet.other_name`).
+    In this order: a name as it stands; `@FILE`, one target per line; `label:N`; `random:SHARE`; a path, or the last parts of one,
+    that only one image has; parts joined by `+`; a glob as in a shell (`*` and `?` do not match `/`, `**` does); the name in the
+    source's other numbering (`ImageSet.other_name`). Names are compared in Unicode's composed form (NFC).
 
     Raises:
-      UserError: nothing has that name (with the nearest ones), a label that no image has, several images with that file name.
+      UserError: nothing has that name (with the nearest ones), a label that no image has, several images with that name.
     """
     names = _Names(images)
     rows = np.unique(np.array(names.rows(str(spec).strip()), np.int64))
@@ -35,28 +41,74 @@ def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
 class _Names:
     def __init__(self, images: ImageSet):
         self._images = images
-        self._row_of = {name: row for row, name in enumerate(images.ids)}
+        self._names = [_composed(name) for name in images.ids]
+        self._row_of = {name: row for row, name in enumerate(self._names)}
 
     def rows(self, spec: str) -> list[int]:
         check(bool(spec), "a target is empty; name an image, a+b+c, @list.txt, a glob or label:7")
-        if spec in self._row_of:
-            return [self._row_of[spec]]
+        name = _composed(spec)
+        if name in self._row_of:
+            return [self._only([self._row_of[name]] if len(self._row_of) == len(self._names) else self._named(name), spec)]
+        if spec.startswith("@") and not _is_group(spec):
+            return [row for line in _list_lines(spec) for row in self._listed(line, spec)]
+        if re.fullmatch(r"label:[^+]*", spec):
+            return self._with_label(spec.removeprefix("label:"))
+        if is_random(spec) and "+" not in spec:
+            return self._random_share(spec.removeprefix(_RANDOM))
+        if paths := self._with_path(name):
+            return [self._only(paths, spec)]
         if _is_group(spec):
             return [row for part in spec.split("+") for row in self.rows(part.strip())]
-        if spec.startswith("@"):
-            return [row for line in _list_lines(spec) for row in self._listed(line, spec)]
-        if spec.startswith("label:"):
-            return self._with_label(spec.removeprefix("label:"))
-        if is_random(spec):
-            return self._random_share(spec.removeprefix(_RANDOM))
         if any(sign in spec for sign in "*?["):
-            found = fnmatch.filter(self._images.ids, spec)
-            check(bool(found), f"no image of {self._images.name} matches {spec!r}; names look like {self._examples()}")
-            return [self._row_of[name] for name in found]
-        return [self._by_other_name(spec)]
+            return self._matching(name)
+        return [self._by_other_name(name)]
+
+    def _named(self, name: str) -> list[int]:
+        return [row for row, known in enumerate(self._names) if known == name]
+
+    def _only(self, rows: list[int], spec: str) -> int:
+        shown = ", ".join(self._images.ids[row] for row in rows[:3])
+        if len({self._names[row] for row in rows}) < len(rows):
+            shown += ", equal but for the Unicode form of their letters; rename one of them"
+        check(len(rows) == 1, f"{len(rows)} images are named {spec!r}: {shown}; give the path below the folder")
+        return rows[0]
+
+    @cached_property
+    def _with_last_part(self) -> dict[str, list[int]]:
+        rows = defaultdict(list)
+        for row, name in enumerate(self._names):
+            rows[name.rsplit("/", 1)[-1]].append(row)
+        return rows
+
+    def _with_path(self, name: str) -> list[int]:
+        """The images whose path ends in the parts of `name`, or that are the file at the path `name`."""
+        path = os.path.normpath(os.path.expanduser(name))
+        if path in self._row_of:
+            return self._named(path)
+        rows = self._with_last_part.get(path.rsplit("/", 1)[-1], [])
+        folder = self._images.folder
+        above = "" if folder is None else _composed(Path(os.path.abspath(folder)).as_posix()).rstrip("/") + "/"
+        ending = path if path.startswith("/") else f"/{path}"
+        found = [row for row in rows if f"{above or '/'}{self._names[row]}".endswith(ending)]
+        if found or folder is None or not os.path.exists(os.path.expanduser(name)):
+            return found
+        there = os.path.realpath(os.path.expanduser(name))
+        return [row for row in rows if os.path.realpath(folder / self._images.ids[row]) == there]
+
+    def _matching(self, pattern: str) -> list[int]:
+        pattern = os.path.expanduser(pattern).removeprefix("./")
+        if self._images.folder is not None:
+            pattern = pattern.removeprefix(f"{_composed(os.path.abspath(self._images.folder))}/")
+        matches = _glob(pattern)
+        rows = [row for row, name in enumerate(self._names) if matches.fullmatch(name)]
+        check(bool(rows), f"no image of {self._images.name} matches {pattern!r}; names look like {self._examples()}")
+        deeper = 0 if "/" in pattern else sum(map(bool, map(_glob(f"**/{pattern}").fullmatch, self._names))) - len(rows)
+        if deeper > 0:
+            logger.info("%r matches %d images; **/%s would match %d more in subfolders", pattern, len(rows), pattern, deeper)
+        return rows
 
     def _listed(self, line: str, spec: str) -> list[int]:
-        nested = line not in self._row_of and any(part.strip().startswith("@") for part in line.split("+"))
+        nested = _composed(line) not in self._row_of and any(part.strip().startswith("@") for part in line.split("+"))
         check(not nested, f"{_list_path(spec)} (the target is {spec!r}) names another list, {line!r}; write its names instead")
         return self.rows(line)
 
@@ -84,12 +136,6 @@ class _Names:
         return np.random.default_rng(_RANDOM_SEED).permutation(len(self._images))[:count].tolist()
 
     def _by_other_name(self, name: str) -> int:
-        ending = [row for known, row in self._row_of.items() if known.endswith("/" + name)]
-        if len(ending) > 1:
-            shown = ", ".join(self._images.ids[row] for row in ending[:3])
-            raise UserError(f"{len(ending)} images are named {name!r}: {shown}; give the path below the folder")
-        if ending:
-            return ending[0]
         other = self._images.other_name and self._images.other_name(name)
         if other in self._row_of:
             return self._row_of[other]
@@ -121,9 +167,12 @@ def _list_path(spec: str) -> Path:
 
 
 def _list_lines(spec: str) -> list[str]:
+    """The lines of a list in UTF-8, or in UTF-16 with the mark by which Windows writes it; ends of lines of any system."""
     path = _list_path(spec)
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        content = path.read_bytes()
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        lines = [line.strip() for line in re.split(r"[\r\n]+", content.decode("utf-16" if utf_16 else "utf-8-sig"))]
     except FileNotFoundError as error:
         raise UserError(f"no file {path} (the target is {spec!r}); it lists what to forget, one name per line") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -131,6 +180,29 @@ def _list_lines(spec: str) -> list[str]:
     lines = [line for line in lines if line]
     check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name per line")
     return lines
+
+
+def _composed(name: str) -> str:
+    """`name` in Unicode's form NFC: macOS writes `é` as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _glob(pattern: str) -> re.Pattern:
+    """The paths that a shell's pattern matches: `*`, `?`, `[...]` and `[!...]` within a folder, `**` across folders."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]*\])", pattern)
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    translated = []
+    for part in parts:
+        if part.startswith("[") and part.endswith("]"):
+            inside = part[1:-1].replace("\\", r"\\")
+            inside = f"^{inside[1:]}" if inside[0] in "!^" else inside
+            translated.append(f"(?!/)[{inside}]")
+        else:
+            translated.append(signs.get(part) or re.escape(part))
+    try:
+        return re.compile("".join(translated), re.DOTALL)
+    except re.error as error:
+        raise UserError(f"the target {pattern!r} is not a pattern ({error}); write [ as [[] if it is part of a name") from error
 
 
 def described(spec: str) -> str:

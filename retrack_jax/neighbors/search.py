@@ -11,11 +11,11 @@ import importlib.util
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int
+from retrack_jax.data.memory import available_memory
 from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors import exact
 from retrack_jax.neighbors.distinct import distinct_rows
@@ -118,15 +118,6 @@ def check_memory(shape: tuple[int, ...], *, copies: int) -> None:
         f"ScaNN needs {needed / 2**30:.1f} GiB of memory for {shape[0]} images of {math.prod(shape[1:])} values, and "
         f"{free / 2**30:.1f} are free; set config.unlearn.neighbor_backend=exact (or auto), which reads them block by block",
     )
-
-
-def available_memory() -> int:
-    """Bytes that a process may still take: what Linux calls available, or the limit of its control group."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    group = limit.read_text().strip() if limit.exists() else "max"
-    return min(free, int(group)) if group.isdigit() else free
 
 
 def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ Everything that differs between kinds of data and kinds of model is in one of th
 runs (run/) know none of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import jax.numpy as jnp
 from etils import epath
@@ -12,7 +12,7 @@ from etils import epath
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options
-from retrack_jax.data.sources.load import data_format
+from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
@@ -78,7 +78,7 @@ class Problem:
 
 def check_problem(options: Options) -> None:
     """Raises `UserError`, before anything is loaded, for fields that the kind of data of the config cannot use."""
-    data_format(options.data.source, options.data.format)
+    complete_fields(asdict(options.data), SOURCES)
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
     if not SOURCES[options.data.source].gives_concepts:

@@ -68,7 +68,7 @@ def test_custom_takes_arrays_and_tables_too(tmp_path, parquet_file, source):
         path = tmp_path / "images.npz"
         np.savez(path, images=pixels, labels=np.arange(8) % 4)
     chosen = complete(custom_config(tmp_path, source, path, ("label:1",)))
-    assert chosen.recipe("retrack").num_neighbors == 6 and chosen.data.resolution == (0 if source == "npz" else 16)
+    assert chosen.recipe("retrack").num_neighbors == 6 and chosen.data.resolution == 16
 
 
 def test_a_model_config_that_is_no_object_is_one_line(tmp_path, jpeg_folder):

@@ -2,14 +2,17 @@
 
 import re
 import time
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import image_set, part
 from retrack_jax.data.sources.cifar10 import other_name
+from retrack_jax.data.sources.load import known_names
 from retrack_jax.data.target_names import described, resolve_target, slug
 from retrack_jax.problem.target import make_target
 
@@ -28,6 +31,12 @@ def images():
         ("00003.jpg+00001.jpg+00003.jpg", [1, 3]),
         ("0000[12].jpg", [1, 2]),
         ("b/*", [11, 12]),
+        ("*.png", [13]),  # as in a shell, * stays within a folder
+        ("**/*.png", [10, 11, 12, 13]),
+        ("**.png", [10, 11, 12, 13]),
+        ("?/cat.png", [10, 11]),
+        ("0000[!0-7].jpg", [8, 9]),
+        ("[ab]/d*", [12]),
         ("label:1", [1, 5, 9, 13]),
         ("label:1+00002.jpg+b/*", [1, 2, 5, 9, 11, 12, 13]),
         ("dog.png", [12]),
@@ -74,7 +83,8 @@ def test_a_list_as_other_systems_write_it(images, tmp_path):
         ("label:7", "no image of folder has label 7; its labels are 0, 1, 2, 3"),
         ("label:x", "a label is a whole number"),
         ("q*", "matches 'q\\*'"),
-        ("*", "is the whole set of 14 images"),
+        ("**", "is the whole set of 14 images"),
+        ("0000[2-", "no image of folder is named|matches"),
         ("", "a target is empty"),
         ("00001.jpg+", "a target is empty"),
         ("@nowhere.txt", "no file nowhere.txt"),
@@ -144,3 +154,87 @@ def test_slug_of_a_list_follows_its_content(tmp_path):
     assert slug(f"@{path}") == first
     path.write_text("b\nc\n")
     assert slug(f"@{path}") != first
+
+
+class TestPaths:
+    """Names as people write them; `names/` holds 1.png, 2.png, sub/1.png and a photo whose name looks like a pattern."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in ("1.png", "2.png", "sub/1.png", "photo [1].png", "b+c.png", unicodedata.normalize("NFD", "café.png")):
+            path = tmp_path / "names" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2)).save(path)
+        return tmp_path / "names"
+
+    def named(self, spec, folder):
+        images = known_names({"source": "folder", "dir": str(folder)})
+        return [unicodedata.normalize("NFC", images.ids[row]) for row in resolve_target(spec, images)]
+
+    @pytest.mark.parametrize("form", ["NFC", "NFD"])
+    def test_unicode_forms_are_equal(self, folder, tmp_path, form):
+        spec = unicodedata.normalize(form, "café.png")
+        assert self.named(spec, folder) == ["café.png"] and self.named(f"1.png+{spec}", folder) == ["1.png", "café.png"]
+        assert self.named(unicodedata.normalize(form, "*é.png"), folder) == ["café.png"]
+        (tmp_path / "list.txt").write_text(f"{folder}/{spec}\n")
+        assert self.named(f"@{tmp_path / 'list.txt'}", folder) == ["café.png"]
+
+    def test_names_that_look_the_same_are_refused(self, folder):
+        Image.new("RGB", (2, 2)).save(folder / unicodedata.normalize("NFC", "café.png"))
+        with pytest.raises(UserError, match="2 images are named 'café.png': .* Unicode form .*; rename one"):
+            self.named("café.png", folder)
+        assert self.named("1.png", folder) == ["1.png"]
+
+    @pytest.mark.parametrize(
+        ("spec", "name"),
+        [
+            ("./1.png", "1.png"),
+            ("names/1.png", "1.png"),
+            ("{folder}/1.png", "1.png"),
+            ("{folder}/sub/../sub/1.png", "sub/1.png"),
+            ("{folder}/sub/1.png", "sub/1.png"),
+            ("names/sub/1.png", "sub/1.png"),
+            ("names/b+c.png", "b+c.png"),
+            ("./photo [1].png", "photo [1].png"),
+            ("{folder}/2*", "2.png"),
+            ("{folder}/sub/*", "sub/1.png"),
+            ("./2.p?g", "2.png"),
+        ],
+    )
+    def test_paths(self, folder, spec, name):
+        assert self.named(spec.format(folder=folder), folder) == [name]
+
+    def test_a_path_from_the_working_folder_and_through_a_link(self, folder, tmp_path, monkeypatch):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "link").symlink_to(folder)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert self.named("../names/2.png", folder) == ["2.png"]
+        assert self.named("../link/sub/1.png", folder) == ["sub/1.png"]
+
+    @pytest.mark.parametrize("spec", ["/elsewhere/1.png", "other/1.png", "{folder}/3.png", "ames/1.png"])
+    def test_a_path_to_another_place_is_not_this_image(self, folder, spec):
+        with pytest.raises(UserError, match="no image of folder is named"):
+            self.named(spec.format(folder=folder), folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_in_other_encodings(tmp_path, encoding, end):
+    images = image_set("folder", np.zeros((3, 2, 2, 1), np.uint8), ["ü.jpg", "b\u2028c.jpg", "d.jpg"])
+    (tmp_path / "forget.txt").write_bytes(end.join(["ü.jpg", "", "b\u2028c.jpg", ""]).encode(encoding))
+    np.testing.assert_array_equal(resolve_target(f"@{tmp_path / 'forget.txt'}", images), [0, 1])
+
+
+def test_a_list_that_is_no_text_is_one_line(images, tmp_path):
+    (tmp_path / "forget.txt").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
+    with pytest.raises(UserError, match="cannot read .*forget.txt"):
+        resolve_target(f"@{tmp_path / 'forget.txt'}", images)
+
+
+def test_long_lists_of_paths_are_read_at_once(tmp_path):
+    ids = [f"sub/{row:06d}.png" for row in range(50_000)]
+    images = replace(image_set("folder", np.zeros((50_000, 1, 1, 1), np.uint8), ids), folder=tmp_path)
+    (tmp_path / "forget.txt").write_text("\n".join(f"{tmp_path}/{name}" for name in ids[:5000]))
+    start = time.process_time()
+    assert len(resolve_target(f"@{tmp_path / 'forget.txt'}", images)) == 5000
+    assert time.process_time() - start < 3

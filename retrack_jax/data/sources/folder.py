@@ -1,6 +1,9 @@
-"""A folder of images: JPEG, PNG, WebP; subfolders too. An image's id is its path below the folder, such as `10001.jpg`."""
+"""A folder of images, subfolders too. An image's id is its path below the folder, such as `10001.jpg`."""
 
+import dataclasses
+import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,49 +16,85 @@ from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_SHOWN = 3  # names in a message
+logger = logging.getLogger(__name__)
 
 
-def list_images(folder) -> list[str]:
+def list_images(folder, skip_broken: bool = False) -> list[str]:
     """Returns the images below `folder` by their paths relative to it, sorted; hidden files and folders are left out.
 
-    Links to folders are followed, each folder once: a second name of an image would let a copy of a forgotten one remain.
+    Links to folders are followed, each folder once: under a second name a copy of a forgotten image would remain.
+
+    Args:
+      skip_broken: leave out, rather than refuse, links whose target does not exist.
 
     Raises:
-      UserError: no such folder, or no image in it.
+      UserError: no such folder, no image in it, or broken links among the images.
     """
-    folder = Path(folder).expanduser()
+    names, _ = _files_below(Path(folder).expanduser(), skip_broken)
+    return names
+
+
+def _files_below(folder: Path, skip_broken: bool) -> tuple[list[str], Counter]:
+    """(the images, sorted; how many files of each other kind there are)."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; set config.data.dir to the folder that holds the images")
-    names, seen = [], set()
-    for root, folders, found in os.walk(folder, followlinks=True):
+    names, broken, others, seen = [], [], Counter(), set()
+    for root, folders, files_here in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(root).relative_to(folder)
-        names += [(relative / name).as_posix() for name in found if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        for name in files_here:
+            path = Path(root, name)
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() not in SUFFIXES:
+                others[path.suffix.lower() or "none"] += 1
+            else:
+                (names if path.is_file() else broken).append(path.relative_to(folder).as_posix())
+    if broken and not skip_broken:
+        shown = ", ".join(_with_target(folder / name) for name in sorted(broken)[:_SHOWN])
+        raise UserError(
+            f"{len(broken)} of {len(names) + len(broken)} images in {folder} are no files: {shown}; restore or remove them, or "
+            "set config.data.skip_corrupt=True to leave them out"
+        )
     if not names:
-        raise UserError(f"no image in {folder} (looked for {' '.join(SUFFIXES)}, in subfolders too); set config.data.dir")
-    return sorted(names)
+        kinds = f"; it has {_described(others)}" if others else ""
+        raise UserError(f"no image in {folder} (looked for {' '.join(SUFFIXES)}, in subfolders too){kinds}; set config.data.dir")
+    return sorted(names), others
 
 
-def named_images(folder, name: str = "folder") -> ImageSet:
-    """Returns the names of the images below `folder` as a set without pixels (zeros `[N, 1, 1, 1]`): targets resolve in it
+def _with_target(path: Path) -> str:
+    return f"{path} (a link to {os.readlink(path)}, which does not exist)" if path.is_symlink() else str(path)
+
+
+def _described(kinds: Counter) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items()))
+
+
+def named_images(data: Mapping) -> ImageSet:
+    """Returns the names of the images below `data["dir"]` as a set without pixels (zeros `[N, 1, 1, 1]`): targets resolve in it
     before anything is decoded. Raises as `list_images` does.
     """
-    names = list_images(folder)
+    folder = data_folder(data)
+    names = list_images(folder, data.get("skip_corrupt", False))
     nothing = np.broadcast_to(np.uint8(0), (len(names), 1, 1, 1))
-    return ImageSet(images=nothing, ids=tuple(names), labels=None, digest="", name=name)
+    return ImageSet(images=nothing, ids=tuple(names), labels=None, digest="", name=data["source"], folder=folder)
 
 
 def load_folder(data: Mapping) -> ImageSet:
-    """Returns the images below `data["dir"]`, sorted by name, decoded once into the cache. Raises as `decoded_images` does."""
+    """Returns the images below `data["dir"]`, sorted by name, decoded once into the cache. Raises as `list_images` and
+    `decoded_images` do.
+    """
     folder, options = data_folder(data), decode_options(data)
-    names = list_images(folder)
+    names, others = _files_below(folder, options.skip_corrupt)
+    if others:
+        logger.info("%s: %d files of other kinds are left out (%s)", folder, others.total(), _described(others))
     key = files.json_digest([file_key(folder / image, image) for image in names])
-    return decoded_images(
+    images = decoded_images(
         data["source"],
         lambda: ((image, folder / image) for image in names),
         len(names),
@@ -63,13 +102,14 @@ def load_folder(data: Mapping) -> ImageSet:
         cache_dir=data["cache_dir"],
         source_key=["folder", key],
     )
+    return dataclasses.replace(images, folder=folder)
 
 
 def folder_need(data: Mapping, command: str = "") -> Requirement:
     """Returns the images below `data["dir"]`, found or missing; `command` gets them."""
     folder = data_folder(data)
     try:
-        found, advice = [folder / name for name in list_images(folder)], ""
+        found, advice = [folder / name for name in list_images(folder, data.get("skip_corrupt", False))], ""
     except UserError as error:
         found, advice = [], str(error)
     return requirement("images", folder, found, command=command, advice=advice)

@@ -10,11 +10,6 @@ from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
 
 
-def data_format(source: str, format: str = "") -> str:
-    """Returns the format that `source` is read from. Raises `UserError` for an unknown source or a format that it lacks."""
-    return complete_fields({"source": source, "format": format}, SOURCES)["format"]
-
-
 def load_images(data: Mapping) -> ImageSet:
     """Returns the images that the fields of `config.data` describe.
 
@@ -51,4 +46,4 @@ def known_names(data: Mapping) -> ImageSet | None:
       UserError: the folder is missing or holds no image.
     """
     data = complete_fields(data, SOURCES)
-    return named_images(data["dir"], data["source"]) if data["format"] == "folder" and data["dir"] else None
+    return named_images(data) if data["format"] == "folder" and data["dir"] else None

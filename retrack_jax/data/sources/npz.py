@@ -1,6 +1,8 @@
 """Arrays on disk: an `.npz` with `images` (and perhaps `labels`, `ids`), or an `.npy`, which is mapped into memory."""
 
-from collections.abc import Mapping
+import math
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,12 @@ import numpy as np
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet, image_set
 from retrack_jax.data.decode import DecodeOptions
+from retrack_jax.data.memory import available_memory
 from retrack_jax.data.needs import if_file, requirement
 from retrack_jax.data.sources.source import Source, data_folder
+
+_USED = ("images", "labels", "ids")
+_read_header_2 = np.lib.format.read_array_header_2_0
 
 
 def load_npz(path, name: str = "npz") -> ImageSet:
@@ -22,16 +28,11 @@ def load_npz(path, name: str = "npz") -> ImageSet:
     path = Path(path).expanduser()
     check(path.is_file(), f"no file {path}; set config.data.dir to the .npz or .npy file")
     try:
-        if path.suffix == ".npy":
-            arrays = {"images": np.load(path, mmap_mode="r")}
-        else:
-            with np.load(path) as archive:
-                arrays = {key: archive[key] for key in archive.files}
+        arrays = {"images": np.load(path, mmap_mode="r")} if path.suffix == ".npy" else _arrays(path)
+    except UserError:
+        raise
     except Exception as error:  # zipfile, zlib and NumPy each have their own
         raise UserError(f"{path} is not a readable .npz or .npy file ({error})") from error
-    if list(arrays) == ["arr_0"]:
-        arrays = {"images": arrays["arr_0"]}
-    check("images" in arrays, f"{path} has no array named images; it has {', '.join(arrays) or 'none'}")
     images = arrays["images"]
     check(
         images.ndim in (3, 4) and len(images) > 0,
@@ -52,15 +53,52 @@ def load_npz(path, name: str = "npz") -> ImageSet:
     return image_set(name, images, ids, labels)
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz that are used, once their headers say that they fit the memory."""
+    with np.load(path) as archive:
+        names = {"images": "arr_0"} if archive.files == ["arr_0"] else {name: name for name in _USED if name in archive.files}
+        check("images" in names, f"{path} has no array named images; it has {', '.join(archive.files) or 'none'}")
+        _check_sizes(path, archive.zip, names.values())
+        return {name: archive[stored] for name, stored in names.items()}
+
+
+def _check_sizes(path: Path, archive: zipfile.ZipFile, names: Iterable[str]) -> None:
+    """Raises `UserError` if the arrays together do not fit the memory, or one claims another size than its file has."""
+    needed = 0
+    for name in names:
+        member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+        with archive.open(member) as file:
+            read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file)[0] == 1 else _read_header_2
+            shape, _, dtype = read(file)
+            size, stored = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        check(
+            dtype.hasobject or size == stored,  # NumPy itself refuses objects
+            f"{path}: the array {name} claims {size / 1e9:.3g} GB and holds {stored / 1e9:.3g}; it is damaged, save it again",
+        )
+        needed += size
+    free = available_memory()
+    check(
+        needed <= free,
+        f"{path}: its arrays need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; save the images as .npy, "
+        "which is mapped into memory, or as files",
+    )
+
+
 def _load(data: Mapping) -> ImageSet:
-    default = DecodeOptions()
-    for name in ("resolution", "crop", "channels"):
+    images, default, side = load_npz(data_folder(data)), DecodeOptions(), data.get("resolution", 0)
+    if side and images.images.shape[1:3] != (side, side):
+        height, width = images.images.shape[1:3]
+        raise UserError(
+            f"{data_folder(data)} holds images of {width}x{height} and config.data.resolution is {side!r}, but arrays are taken "
+            "as they are; convert them before, or set config.data.resolution=0 for a model that takes them"
+        )
+    for name in ("crop", "channels"):
         if data.get(name, getattr(default, name)) != getattr(default, name):
             raise UserError(
                 f"config.data.{name} is {data[name]!r}, but the arrays of an npz are taken as they are; "
                 f"convert them before, and leave config.data.{name} at {getattr(default, name)!r}"
             )
-    return load_npz(data_folder(data))
+    return images
 
 
 def _needs(data: Mapping, config: Mapping):

@@ -1,7 +1,7 @@
 """Hugging Face parquet files, as `hf download` leaves them: an image column of encoded bytes, and perhaps a label.
 
-Image `hf:ROW` is row ROW over all files of the split in the order of their names, the numbers that the official ReTrack
-code uses.
+Image `hf:ROW` is row ROW over all files of the split in the order of their paths (parquet_splits.py), the numbers that the
+official ReTrack code uses.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,31 +14,11 @@ from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.commands import hub
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
+from retrack_jax.data.sources.parquet_splits import parquet_files
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-
-
-def parquet_files(folder, split: str = "train") -> list[Path]:
-    """Returns the parquet files of `split` in `folder` and below it, sorted: those named SPLIT-*, else all if none is named
-    for a split.
-
-    Raises:
-      UserError: there is none.
-    """
-    folder = Path(folder).expanduser()
-    if folder.is_file():
-        return [folder]
-    found = sorted(folder.rglob("*.parquet"))
-    of_split = [path for path in found if path.name.startswith(f"{split}-") or path.stem == split]
-    if found and not of_split and not any(path.name.split("-")[0] in ("train", "test", "validation") for path in found):
-        of_split = found
-    if not of_split:
-        raise UserError(
-            f"no {split}-*.parquet in {folder} or below it; set config.data.dir, or see config.mode=check for the download"
-        )
-    return of_split
 
 
 def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
@@ -51,7 +31,8 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
       UserError: no file, a damaged one, no image column; and as `decoded_images` does.
     """
     split, options = data["split"], decode_options(data)
-    paths = parquet_files(data_folder(data), split)
+    folder = data_folder(data)
+    paths = parquet_files(folder, split)
     tables = [_open(path) for path in paths]
     image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
     label_column = _column(tables[0], paths[0], LABEL_COLUMNS, required=False)
@@ -64,15 +45,20 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
         raise UserError(
             f"{paths[0].parent} has {total} rows of {split}; {len(rows)} rows up to {max(rows, default=0)} are needed"
         )
+    keys = [file_key(path, _relative(path, folder)) for path in paths]
     return decoded_images(
         data["source"],
         lambda: _encoded(tables, paths, image_column, set(rows)),
         len(rows),
         options,
         cache_dir=data["cache_dir"],
-        source_key=["parquet", [file_key(path) for path in paths], list(rows) if len(rows) < total else "all"],
+        source_key=["parquet", keys, list(rows) if len(rows) < total else "all"],
         labels=(lambda: _labels(tables, paths, label_column)[list(rows)]) if label_column else None,
     )
+
+
+def _relative(path: Path, folder: Path) -> str | None:
+    return None if path == folder else path.relative_to(folder).as_posix()
 
 
 def _open(path: Path):

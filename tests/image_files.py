@@ -13,7 +13,7 @@ from PIL import Image
 def tfds_dir(tmp_path_factory):
     """Data sets that TFDS's own builders prepared (tests/make_tfds_fixtures.py)."""
     folder = tmp_path_factory.mktemp("tfds")
-    with zipfile.ZipFile(Path(__file__).parents[1] / "fixtures" / "tfds.zip") as archive:
+    with zipfile.ZipFile(Path(__file__).parents[0] / "fixtures" / "tfds.zip") as archive:
         archive.extractall(folder)
     return folder
 
