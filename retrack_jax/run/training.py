@@ -263,8 +263,4 @@ def read_samples_or_explain(folder) -> dict[str, np.ndarray]:
 
 def read_samples(path) -> dict[str, np.ndarray]:
     """Returns the arrays of a `samples.npz`. Raises `UserError` if it is damaged."""
-    try:
-        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib and NumPy each have their own
-        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
+    return files.read_npz(path)

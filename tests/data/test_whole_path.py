@@ -133,7 +133,7 @@ def test_other_formats_of_the_papers_sets(tmp_path, tfds_dir, parquet_file, name
     config = importlib.import_module(f"configs.{name}").get_config()
     config.data.cache_dir, config.data.dir = str(tmp_path / "cache"), str(tmp_path / "data")
     if name == "celebahq":
-        shutil.copytree(tfds_dir / "celeb_a_hq" / "32", tmp_path / "fixtures" / "celeb_a_hq" / "256")
+        shutil.copytree(tfds_dir / "celeb_a_hq" / "32", tmp_path / "data" / "celeb_a_hq" / "256")
         config.data.format, config.data.resolution, config.targets = "tfds", 16, ("10001.png",)
         config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
     else:
