@@ -258,9 +258,4 @@ def read_samples_or_explain(folder) -> dict[str, np.ndarray]:
     """Returns the arrays of `folder/samples.npz`; says which stage makes it if it is not there."""
     path = folder / "samples.npz"
     check(path.exists(), f"{path} is not there; run --config.mode=sample first, or leave config.mode out to run every stage")
-    return read_samples(path)
-
-
-def read_samples(path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a `samples.npz`. Raises `UserError` if it is damaged."""
     return files.read_npz(path)
