@@ -170,13 +170,12 @@ def cache_path(cache_dir, kind: str, key, ending: str) -> epath.Path:
     return epath.Path(cache_dir).expanduser() / kind / f"{json_digest(key)[:32]}.{ending}"
 
 
-def read_cached(path, read: Callable[[epath.Path], Value]) -> Value | None:
+def read_cached(path, read: Callable[..., Value]) -> Value | None:
     """Returns `read(path)`; None if there is no such file, or if it cannot be read: the caller then makes it again.
 
     Caches are written whole under a name that is their key, so what can be read is trusted.
     """
-    path = epath.Path(path)
-    if not path.exists():
+    if not epath.Path(path).exists():
         return None
     try:
         return read(path)

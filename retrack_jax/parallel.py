@@ -22,7 +22,7 @@ from retrack_jax.checks import Diverged, Preempted, UserError, check
 from retrack_jax.notation import Array, PyTree, Rng
 
 AXIS = "batch"
-_CHUNK = 1 << 30  # bytes that process 0 sends at once; what they number fits 32 bits, the whole of it need not
+_CHUNK = 1 << 30  # bytes that process 0 sends at once: such a number fits 32 bits, the whole size may not
 Value = TypeVar("Value")
 
 
@@ -63,7 +63,7 @@ def unshard_batch(batch: PyTree) -> PyTree:
 def check_divisible(field: str, batch: int, parts: int = 1) -> None:
     """Raises `UserError` unless `batch` divides evenly over all devices, `parts` microbatches each.
 
-    A recipe fixes the batch and not its microbatches, so where fewer of them would do the message says how many.
+    A recipe fixes the batch and not its microbatches, so the message suggests fewer microbatches if that helps.
     """
     devices = jax.device_count()
     if batch % (devices * parts):
@@ -142,18 +142,18 @@ def replicated_sharding() -> jax.sharding.NamedSharding:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Puts a copy of every leaf on every device, once, so that the steps that follow move nothing; None leaves pass."""
+    """Puts a copy of every leaf on every device, so that no later step moves it; leaves that are None stay None."""
     return jax.device_put(tree, replicated_sharding())
 
 
 @jax.jit  # one program; leaf by leaf it would compile one for every shape
 def copy(tree: PyTree) -> PyTree:
-    """Returns arrays of their own with the values of `tree`, for a step that donates them."""
+    """Returns a copy of `tree` in new buffers, which a step may donate."""
     return jax.tree.map(jnp.copy, tree)
 
 
 def across_processes(tree: PyTree) -> PyTree:
-    """Returns what each process holds whole, as pmap leaves it, as arrays that span all processes: what Orbax saves there."""
+    """Returns `tree`, of which each process holds a whole copy, as arrays that span all processes: what Orbax saves."""
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
@@ -177,25 +177,25 @@ def largest(value: int) -> int:
 
 
 def stop_together(should_stop: Callable[[], bool], where: str) -> None:
-    """Raises `Preempted` on every process if any of them is asked to stop; `where` says before what, for the user."""
+    """Raises `Preempted` on every process if any of them must stop; `where` names, for the user, what would have come next."""
     if any_process(should_stop()):
         raise Preempted(f"stopped before {where}")
 
 
 def together(call: Callable[[], Value], error: type[UserError] = UserError) -> Value:
-    """Returns `call()`, and raises on every process where it fails on any: none goes on to wait for one that is gone.
+    """Returns `call()`; if it fails on any process, raises on all, so that no process blocks on a peer that has failed.
 
     Args:
-      call: without collectives, for it may end early.
-      error: what the others raise where one raises a `UserError`, or `Diverged` where that is what it raises; its own words come
-        from that one.
+      call: holds no collectives, because it may end early.
+      error: what the other processes raise after a `UserError` (after `Diverged` they raise `Diverged`, else `RuntimeError`); the
+        process that failed raises its own error.
     """
     if jax.process_count() == 1:
         return call()
     value = problem = None
     try:
         value = call()
-    except Exception as reason:  # told to the others first, then raised
+    except Exception as reason:  # the other processes must know first; raised below
         problem = reason
     kinds = (Diverged, UserError, Exception)
     worst = largest(0 if problem is None else 1 + next(i for i, kind in enumerate(kinds) if isinstance(problem, kind)))
@@ -203,19 +203,19 @@ def together(call: Callable[[], Value], error: type[UserError] = UserError) -> V
         raise problem
     if worst:
         kind = (Diverged, error, RuntimeError)[worst - 1]
-        raise kind("another process cannot do this and says why; none goes on without it")
+        raise kind("another process failed here and says why; all processes stop")
     return value
 
 
 def on_main(call: Callable[[], object]) -> None:
-    """Calls `call()` on process 0 and returns on all when it is done; where it fails, all fail. It may hold no collective."""
+    """Calls `call()`, which holds no collective, on process 0; all return when it is done, and all raise if it fails."""
     together(call if is_main_process() else lambda: None)
 
 
 def from_main(make: Callable[[], Value]) -> Value:
-    """Returns what `make()` returns on process 0, arrays as NumPy's, on every process; the others do not call it.
+    """Returns on every process what `make()` returns on process 0, arrays as NumPy arrays; the others do not call it.
 
-    For what must be the same everywhere and might not be: the state of a disk, an approximate search.
+    For values that must be the same everywhere and might differ: the state of a disk, an approximate search.
     """
     if jax.process_count() == 1:
         return make()
@@ -233,11 +233,11 @@ def from_main(make: Callable[[], Value]) -> Value:
 
 
 def split_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int) -> dict[str, np.ndarray]:
-    """Returns `apply(0, num_rows)`, of which each process does a share; all get all of it.
+    """Returns `apply(0, num_rows)` on every process; each computes a share of the rows.
 
     Args:
-      apply: `(first, stop)` to arrays `[stop - first, ...]`, each row of its own image; a pmap is the only collective in it.
-      num_rows: the same on every process. Shares are equal and consecutive; where it does not divide, the last ones overlap.
+      apply: `(first, stop)` to arrays `[stop - first, ...]`, one row per image; its only collective is a pmap.
+      num_rows: the same on every process. Shares are equal and consecutive; if they do not divide it, the last ones overlap.
     """
     count = jax.process_count()
     if count == 1:
@@ -257,7 +257,7 @@ def split_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int
 
 
 def block_on_cpu(tree: PyTree) -> PyTree:
-    """Waits for `tree` where CPU devices share threads: collectives of two steps in flight could wait for each other forever."""
+    """Waits for `tree` on CPU, whose devices share threads: collectives of two concurrent steps could deadlock."""
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.block_until_ready(tree)
     return tree

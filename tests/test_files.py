@@ -1,13 +1,15 @@
-"""What a killed process left half written is removed at the next start; what a living one writes is not."""
+"""Temporary files of killed processes go at the next start, those of living ones stay; what cannot be read is one line."""
 
 import os
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from retrack_jax import files
+from retrack_jax.checks import UserError
 from retrack_jax.run.workdir import Workdir
 
 DAY = 86_400
@@ -56,3 +58,65 @@ def test_another_hosts_are_left_for_a_day(tmp_path, beside_of_the_dead):
     assert len({new.name, files.beside(tmp_path / "new.npz").name, beside_of_the_dead(tmp_path / "new.npz").name}) == 3
     files.sweep_temporaries(tmp_path)
     assert new.exists() and not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe{}", "is not valid JSON .*utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 10_000 + b"]", "is not valid JSON"),
+        (None, "is a folder"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_line(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        files.read_json(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no file"):
+        files.read_json(tmp_path / "b.json")
+
+
+def test_a_huge_file_is_not_read_as_json(tmp_path):
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(10 << 30)  # sparse: it takes no space
+    with pytest.raises(UserError, match="larger than 64 MB"):
+        files.read_json(path)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "an array", "a folder", "no name", "objects"])
+def test_arrays_that_cannot_be_read_are_one_line(tmp_path, damage):
+    path = tmp_path / "a.npz"
+    files.write_npz(path, a=np.arange(5), b=np.ones((2, 2)))
+    assert set(files.read_npz(path)) == {"a", "b"} and set(files.read_npz(path, ["a"])) == {"a"}
+    content = path.read_bytes()
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "an array":
+        with path.open("wb") as file:
+            np.save(file, np.arange(3))
+    elif damage == "objects":
+        np.savez(path, a=np.array([{}], object))
+    else:
+        path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "text": b"hello"}.get(damage, content))
+    with pytest.raises(UserError, match="is damaged .*; ask again") as error:
+        files.read_npz(path, ["c"] if damage == "no name" else None, advice="ask again")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no file"):
+        files.read_npz(tmp_path / "b.npz")
+
+
+def test_a_cached_file_is_read_or_made_again(tmp_path, caplog):
+    path, other = (files.cache_path(tmp_path, "room", key, "npz") for key in ({"a": 1, "b": 2}, {"a": 1, "b": 3}))
+    assert path == files.cache_path(tmp_path, "room", {"b": 2, "a": 1}, "npz") != other
+    assert files.read_cached(path, files.read_npz) is None and not caplog.text
+    files.write_npz(path, a=np.arange(3))
+    np.testing.assert_array_equal(files.read_cached(path, files.read_npz)["a"], np.arange(3))
+    path.write_bytes(path.read_bytes()[:40])
+    assert files.read_cached(path, files.read_npz) is None and "making it again" in caplog.text

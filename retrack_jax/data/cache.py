@@ -1,9 +1,8 @@
 """Images decoded once into a file of raw uint8 pixels that training, neighbors and metrics map into memory.
 
-Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, SHA-256 of the pixels and of its own fields), which is
-written last and so commits both. The key covers what the pixels depend on: the source files (name, size, time of change),
-the decoding rules and Pillow's version. Pixels, names and labels are checked against their digests when they are loaded; a
-damaged or partial set is decoded again, never trusted.
+Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, the pixels' SHA-256), which is written last and so commits
+both. The key covers what the pixels depend on: the source files (name, size, time of change), the decoding rules and Pillow's
+version. A set under its key is trusted: gigabytes are not hashed at every start. One that is not whole is decoded again.
 """
 
 import fcntl
@@ -15,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,19 +39,18 @@ def decoded_images(
     source_key: object,
     labels: Callable[[], Sequence[int]] | None = None,
 ) -> ImageSet:
-    """Returns the decoded images of a source, from the cache where it has them.
+    """Returns the decoded images of a source, from the cache if it has them.
 
     Args:
       name: what the source is called.
-      encoded: called only if something must be decoded; gives (id, bytes or path) of each of `count` images, and raises
-        `UserError` for what it cannot read.
+      encoded: yields (id, bytes or path) of each of `count` images; raises `UserError` for what it cannot read. Called only if
+        images must be decoded.
       cache_dir: a local folder; an address such as `gs://` is refused.
       source_key: JSON value that changes whenever the source's content does.
-      labels: called with `encoded`; the label of each image, in the same order.
+      labels: returns the label of each image, in the same order. Called only if images must be decoded.
 
     Raises:
-      UserError: corrupt images (unless `options.skip_corrupt`), images that do not agree, duplicate names, no space on the
-        disk.
+      UserError: corrupt images (unless `options.skip_corrupt`), images of several shapes, duplicate names, no space on the disk.
     """
     import PIL
 
@@ -59,56 +58,46 @@ def decoded_images(
         "://" not in str(cache_dir),
         f"config.data.cache_dir is {cache_dir}; set it to a local folder: decoded images are mapped into memory",
     )
-    key = files.json_digest([VERSION, PIL.__version__, asdict(options), source_key])[:32]
-    pixels_path = Path(cache_dir).expanduser() / "images" / f"{key}.pixels"
-    meta_path = pixels_path.with_suffix(".json")
-    with _alone(pixels_path):
-        found = _load(name, pixels_path, meta_path)
-        if found is None:
-            _decode_to_file(name, encoded, count, options, pixels_path, meta_path, labels)
-            found = _load(name, pixels_path, meta_path)
-    if found is None:
-        raise UserError(f"{pixels_path} does not hold what was just written to it; check the disk, or set config.data.cache_dir")
-    return found
+    key = [VERSION, PIL.__version__, asdict(options), source_key]
+    meta_path = Path(files.cache_path(cache_dir, "images", key, "json"))
+    with _alone(meta_path):
+        images = files.read_cached(meta_path, partial(_load, name))
+        if images is None:
+            _decode_to_file(name, encoded, count, options, meta_path, labels)
+            images = _load(name, meta_path)
+    return images
 
 
 @contextmanager
 def _alone(path: Path):
-    """Waits for another process that decodes the same set; then removes what a killed one left half-written."""
+    """Waits for another process that decodes the same set; then removes what a killed process left half-written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "w")
     except OSError as error:
-        raise UserError(f"cannot write to {path.parent} ({error.strerror}); set config.data.cache_dir") from error
+        raise UserError(f"cannot write to {path.parent} ({error.strerror}); {files.IN_CACHE}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            left.unlink()
+        for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
+            leftover.unlink()
         yield
 
 
-def _load(name: str, pixels_path: Path, meta_path: Path) -> ImageSet | None:
-    try:
-        meta = json.loads(meta_path.read_text())
-        if meta.pop("meta_digest") != files.json_digest(meta):  # names say what to forget
-            raise ValueError("its fields do not match their digest")
-        shape, digest, ids, labels, left_out = tuple(meta["shape"]), *map(meta.get, ("digest", "ids", "labels", "skipped"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); decoding again", meta_path, error)
-        return None
-    if not pixels_path.is_file() or pixels_path.stat().st_size != np.prod(shape) or pixels_digest(pixels_path, shape) != digest:
-        logger.warning("%s does not match its digest; decoding again", pixels_path)
-        return None
-    for skipped, reason in left_out:
-        logger.warning("%s: left out corrupt image %s (%s)", name, skipped, reason)
-    labels = None if labels is None else np.array(labels, np.int64)
-    return ImageSet(np.memmap(pixels_path, np.uint8, "r", shape=shape), tuple(ids), labels, digest, name)
+def _load(name: str, meta_path: Path) -> ImageSet:
+    """Returns the set. Raises `ValueError`, `KeyError` or `OSError` if it is not whole."""
+    meta = json.loads(meta_path.read_text())
+    pixels_path, shape = meta_path.with_suffix(".pixels"), tuple(meta["shape"])
+    if pixels_path.stat().st_size != np.prod(shape):
+        raise ValueError(f"{pixels_path.name} is not of shape {shape}")
+    for image_id, reason in meta["skipped"]:
+        logger.warning("%s: left out corrupt image %s (%s)", name, image_id, reason)
+    labels = None if meta["labels"] is None else np.array(meta["labels"], np.int64)
+    return ImageSet(np.memmap(pixels_path, np.uint8, "r", shape=shape), tuple(meta["ids"]), labels, meta["digest"], name)
 
 
-def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, labels) -> None:
-    ids, kept, skipped, shape = [], [], [], None
+def _decode_to_file(name, encoded, count, options, meta_path, labels) -> None:
+    pixels_path = meta_path.with_suffix(".pixels")
+    ids, decoded_rows, skipped, shape = [], [], [], None
 
     def write(temporary):
         nonlocal shape
@@ -122,7 +111,7 @@ def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, label
                     shape = image.shape
                     _check_space(pixels_path, count * image.nbytes)
                 ids.append(image_id)
-                kept.append(row)
+                decoded_rows.append(row)
                 file.write(np.ascontiguousarray(image).data)
             _check_decoded(name, ids, skipped, options)
 
@@ -133,10 +122,10 @@ def _decode_to_file(name, encoded, count, options, pixels_path, meta_path, label
         "shape": [len(ids), *shape],
         "digest": pixels_digest(pixels_path, (len(ids), *shape)),
         "ids": ids,
-        "labels": None if labels is None else [int(label) for label in np.asarray(labels())[kept]],
+        "labels": None if labels is None else [int(label) for label in np.asarray(labels())[decoded_rows]],
         "skipped": skipped,
     }
-    files.write_json(meta_path, meta | {"meta_digest": files.json_digest(meta)}, advice=files.IN_CACHE)
+    files.write_json(meta_path, meta, advice=files.IN_CACHE)
 
 
 def _check_decoded(name, ids, skipped, options) -> None:
@@ -145,7 +134,7 @@ def _check_decoded(name, ids, skipped, options) -> None:
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         raise UserError(
             f"{name}: {len(skipped)} of {len(ids) + len(skipped)} images cannot be decoded: {named}{more}; "
-            "mend or remove them, or set config.data.skip_corrupt=True to leave them out"
+            "repair or remove them, or set config.data.skip_corrupt=True to leave them out"
         )
     if not ids:
         raise UserError(f"{name}: no image could be decoded")
@@ -162,7 +151,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def pixels_digest(path: Path, shape: tuple[int, ...]) -> str:
-    """Returns `files.array_digest` of a file of raw uint8 pixels, read, not mapped: mapped pages count as memory."""
+    """Returns `files.array_digest` of a file of raw uint8 pixels. It is read, not mapped: mapped pages count as memory."""
     sha = hashlib.sha256(f"{np.dtype(np.uint8).str}{shape}".encode())
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(_READ_BYTES)
@@ -172,6 +161,6 @@ def pixels_digest(path: Path, shape: tuple[int, ...]) -> str:
 
 
 def file_key(path: Path, name: str | None = None) -> list:
-    """Returns [name, size, time of change] of a file: what says that it is still the same one."""
+    """Returns [name, size, time of change] of a file, by which a change of its content is noticed."""
     status = os.stat(path)
     return [name or path.name, status.st_size, status.st_mtime_ns]

@@ -1,10 +1,10 @@
-"""Some rows of an array, as an array that is read only where it is sliced."""
+"""Some rows of an array, as an array that reads only what is sliced."""
 
 import numpy as np
 
 
 class RowView:
-    """Some rows of an array, read when they are sliced, so that a part of a memory map is never copied whole.
+    """Some rows of an array, read when they are sliced, so that a selection of a memory map is never copied whole.
 
     Attributes:
       source: the array, `[N, ...]`.
@@ -29,5 +29,5 @@ class RowView:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def as_vectors(self) -> "RowView":
-        """The same rows, each as one vector: `[R, D]`."""
+        """Returns the same rows, each as one vector: `[R, D]`."""
         return RowView(self.source, self._rows, flat=True)

@@ -3,13 +3,11 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from retrack_jax import parallel
+from retrack_jax import files, parallel
 from retrack_jax.checks import UserError, check_choice
-from retrack_jax.files import IN_CACHE, json_digest, write_npz
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.fid import fid, unstable_reason
 from retrack_jax.metrics.inception_score import inception_score
@@ -125,18 +123,16 @@ def cached_feature_stats(
     transform: str = "none",
     desc: str = "",
 ) -> FeatureStats:
-    """Returns `feature_stats`, read from `cache_dir` where they were computed before.
+    """Returns `feature_stats`, read from `cache_dir` if they were computed before.
 
-    The key is the digest of the data, of the transform (what was done to the data before this: a crop, a choice of rows) and of
-    the network with its resize rule. A damaged file is computed again.
+    The key names the data, the transform (what was done to the data before this: a crop, a choice of rows), and the network
+    with its resize rule. A file that cannot be read is computed again.
 
     Args:
       data_digest: SHA-256 of the images.
-      cache_dir: folder of the cached files.
+      cache_dir: the cache's folder.
       desc: as in `feature_stats`.
     """
-    from etils import epath
-
     key = {
         "version": _CACHE_VERSION,
         "data": data_digest,
@@ -146,24 +142,15 @@ def cached_feature_stats(
         "resize": network.resize,
         "images": len(images),
     }
-    path = epath.Path(cache_dir) / f"features-{json_digest(key)[:32]}.npz"
-    stats = _read(path, network.description) if path.exists() else None
-    # Each host may have a cache of its own, and all of them compute together.
-    if not parallel.any_process(stats is None):
-        return stats
-    stats = feature_stats(network, images, desc)
-    moments = stats.moments
-    arrays = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter, "rows": stats.rows}
-    if stats.logits is not None:
-        arrays["logits"] = stats.logits
-    parallel.together(lambda: write_npz(path, advice=IN_CACHE, **arrays))
-    return stats
-
-
-def _read(path: Path, network: str) -> FeatureStats | None:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            moments = Moments(int(archive["count"]), archive["mean"], archive["scatter"])
-            return FeatureStats(network, moments, archive["rows"], archive["logits"] if "logits" in archive.files else None)
-    except Exception:  # A damaged archive raises one of many types; the statistics can always be computed again.
-        return None
+    path = files.cache_path(cache_dir, "features", key, "npz")
+    arrays = files.read_cached(path, files.read_npz)
+    # Each host may have its own cache, and all of them compute together.
+    if parallel.any_process(arrays is None):
+        stats = feature_stats(network, images, desc)
+        moments = stats.moments
+        arrays = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter, "rows": stats.rows}
+        if stats.logits is not None:
+            arrays["logits"] = stats.logits
+        parallel.together(lambda: files.write_npz(path, advice=files.IN_CACHE, **arrays))
+    moments = Moments(int(arrays["count"]), arrays["mean"], arrays["scatter"])
+    return FeatureStats(network.description, moments, arrays["rows"], arrays.get("logits"))

@@ -1,4 +1,4 @@
-"""Nearest training images: exact or by ScaNN, and the cache of what was found."""
+"""Nearest training images: exact or by ScaNN, and the cache of the results."""
 
 from retrack_jax.neighbors.search import nearest
 

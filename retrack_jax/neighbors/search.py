@@ -77,14 +77,14 @@ def nearest(
     else:
         from retrack_jax.neighbors import scann_search
 
-        if backend == "scann":  # auto has its budget
-            check_memory(images_ND.shape, copies=2)
+        if backend == "scann":  # auto keeps to its budget
+            check_memory(images_ND.shape)
         indices_QK, distances_QK = scann_search.search(queries_QD, images_ND, k, pairs, tree=engine == "scann tree")
     return indices_QK[inverse_F], distances_QK[inverse_F].astype(np.float32)
 
 
 def scann_installed() -> bool:
-    """Whether ScaNN can be imported; its wheels are for Linux only."""
+    """Returns whether ScaNN can be imported; its wheels are for Linux only."""
     return importlib.util.find_spec("scann") is not None
 
 
@@ -98,7 +98,7 @@ def choose_backend(backend: str, shape: tuple[int, ...], memory_budget: int = ME
             "backend is 'scann', but ScaNN is not installed (its wheels are for Linux); install it or use 'exact'",
         )
         return "exact", "ScaNN is not installed"
-    needed = 2 * _float_bytes(shape)
+    needed = _scann_bytes(shape)
     if backend == "auto" and needed > memory_budget:
         return "exact", f"ScaNN would need {needed / 2**30:.1f} GiB of memory, more than {memory_budget / 2**30:.1f}"
     if backend == "scann" and shape[0] >= TREE_IMAGES:
@@ -106,13 +106,14 @@ def choose_backend(backend: str, shape: tuple[int, ...], memory_budget: int = ME
     return "scann brute", f"{shape[0]} images fit the memory, and brute-force scoring is exact"
 
 
-def _float_bytes(shape: tuple[int, ...]) -> int:
-    return 4 * math.prod(shape)
+def _scann_bytes(shape: tuple[int, ...]) -> int:
+    """Returns the bytes that ScaNN takes while it builds: two float32 copies of a set of `shape` [N, ...]."""
+    return 8 * math.prod(shape)
 
 
-def check_memory(shape: tuple[int, ...], *, copies: int) -> None:
-    """Raises `UserError` unless this machine has room for so many float32 copies of a set of `shape` [N, ...]."""
-    needed, free = copies * _float_bytes(shape), available_memory()
+def check_memory(shape: tuple[int, ...]) -> None:
+    """Raises `UserError` unless ScaNN fits into this machine's memory with a set of `shape` [N, ...]."""
+    needed, free = _scann_bytes(shape), available_memory()
     check(
         needed <= free,
         f"ScaNN needs {needed / 2**30:.1f} GiB of memory for {shape[0]} images of {math.prod(shape[1:])} values, and "
@@ -140,7 +141,7 @@ def _as_rows(queries, images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _excluded_sets(exclude, num_queries: int, num_images: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Distinct sorted arrays of excluded indices, and which of them each query uses."""
+    """Returns the distinct sorted arrays of excluded indices, and which of them each query uses."""
     if exclude is None:
         return [], np.zeros(num_queries, np.int64)
     shared = isinstance(exclude, np.ndarray) or len(exclude) == 0 or np.ndim(exclude[0]) == 0

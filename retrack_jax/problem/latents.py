@@ -1,26 +1,22 @@
 """Latents of a set of pictures: the VAE's posterior, computed once, and draws from it.
 
-A latent is mean + std * eps. The mean and std of each picture are cached in two arrays that are mapped into memory;
-streams of pictures draw a fresh latent at each access (`data.dataset.to_x_0`), while forgotten pictures and neighbors
-under ReTrack are drawn once. Keeping a single encoded latent instead would train on one draw for ever, which is not what
-the official code does.
+A latent is mean + std * eps. The mean and std of each picture are cached in one file that is mapped into memory. Streams of
+pictures draw a fresh latent at each access (`data.dataset.to_x_0`); under ReTrack, forgotten pictures and neighbors are drawn
+once. A single cached latent would train on the same draw forever, which is not what the official code does.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from retrack_jax import files, parallel
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, pixels_to_model
 from retrack_jax.notation import Rng
 
-logger = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +25,7 @@ class LatentSet:
 
     Attributes:
       mean, std: float32 `[N, h, w, C]`, memory maps.
-      digest: SHA-256 of both, which keys what is made from them.
+      digest: says which pictures and which VAE, and so keys what is made from both arrays.
     """
 
     mean: np.ndarray
@@ -60,7 +56,7 @@ def encode_set(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentSet:
-    """Returns the posteriors of `images`, from the cache where it has them.
+    """Returns the posteriors of `images`, from the cache if it has them.
 
     Args:
       encode_fn: `pixels float32 [B, H, W, 3] in [-1, 1] -> (mean, std)`, both scaled; always called with `batch_size` pictures.
@@ -72,11 +68,18 @@ def encode_set(
     Raises:
       UserError: a posterior that is not finite, or no space on the disk.
     """
-    key = files.json_digest([VERSION, images.digest, vae_digest])[:32]
-    folder = Path(cache_dir).expanduser() / "latents" / key
-    found = _load(folder)
-    if found is not None:
-        return found
+    key = [VERSION, images.digest, vae_digest]
+    path = files.cache_path(cache_dir, "latents", key, "npy")
+    posteriors = files.read_cached(path, _map)
+    if posteriors is None:
+        posteriors = _encode(encode_fn, images, batch_size, progress)
+        files.write_whole(path, lambda temporary: _save(temporary, posteriors), advice=files.IN_CACHE)
+        posteriors = _map(path)
+    return LatentSet(*posteriors, files.json_digest(key))
+
+
+def _encode(encode_fn, images: ImageSet, batch_size: int, progress) -> np.ndarray:
+    """Returns the posteriors, float32 `[2, N, h, w, C]`: means, then standard deviations."""
     parts = []
     for start in range(0, len(images), batch_size):
         block = pixels_to_model(np.asarray(images.images[start : start + batch_size]))
@@ -90,41 +93,16 @@ def encode_set(
             raise UserError(
                 f"the VAE encodes {images.ids[start + bad[0]]} to NaN or infinity; encode in float32 (config.compute.dtype)"
             )
-        parts.append((mean, std))
+        parts.append(np.stack((mean, std)))
         if progress is not None:
             progress(start + count, len(images))
-    mean, std = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    _write(folder, mean, std)
-    found = _load(folder)
-    check(
-        found is not None,
-        f"{folder} does not hold what was just written to it; check the disk, or set config.data.cache_dir",
-    )
-    return found
+    return np.concatenate(parts, axis=1)
 
 
-def _write(folder: Path, mean: np.ndarray, std: np.ndarray) -> None:
-    for name, array in (("mean", mean), ("std", std)):
-
-        def write(temporary, array=array):
-            with open(temporary, "wb") as file:
-                np.save(file, array)
-
-        files.write_whole(folder / f"{name}.npy", write, advice=files.IN_CACHE)
-    # Last: it commits both.
-    files.write_json(folder / "meta.json", {"digest": files.array_digest(mean, std)}, advice=files.IN_CACHE)
+def _save(path, posteriors: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, posteriors)
 
 
-def _load(folder: Path) -> LatentSet | None:
-    if not (folder / "meta.json").is_file():
-        return None
-    try:
-        digest = files.read_json(folder / "meta.json")["digest"]
-        mean, std = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("mean", "std"))
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s); encoding again", folder, error)
-        return None
-    if files.array_digest(mean, std) != digest:
-        logger.warning("%s does not match its digest; encoding again", folder)
-        return None
-    return LatentSet(mean, std, digest)
+def _map(path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -3,7 +3,7 @@
 import numpy as np
 from etils import epath
 
-from retrack_jax.checks import UserError
+from retrack_jax.files import read_npz
 from retrack_jax.report import grids
 
 ROWS = 8  # forgotten images that a page shows
@@ -69,11 +69,8 @@ def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:
 def _read(path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ("forgotten", "noised", "restored", "sscd")}
-    except Exception as error:  # zipfile, zlib and NumPy each raise their own
-        raise UserError(f"{path} is damaged ({error}); delete it, and the report is made without it") from error
+    names = ("forgotten", "noised", "restored", "sscd")
+    return read_npz(path, names, advice="delete it, and the report is made without it")
 
 
 def _tile(image, alt, caption, kind="") -> dict:

@@ -7,7 +7,7 @@ from etils import epath
 
 from retrack_jax import files, parallel
 from retrack_jax.checkpoints.run_store import tree_digest
-from retrack_jax.checks import Preempted, UserError, check
+from retrack_jax.checks import Preempted, check
 from retrack_jax.log import progress
 from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
@@ -38,8 +38,4 @@ def read(folder) -> dict[str, np.ndarray]:
     """Returns the arrays of `folder/samples.npz`. Raises `UserError` if it is damaged, or with the stage that makes it."""
     path = epath.Path(folder) / "samples.npz"
     check(path.exists(), f"{path} is not there; run --config.mode=sample first, or leave config.mode out to run every stage")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib and NumPy each have their own
-        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
+    return files.read_npz(path)

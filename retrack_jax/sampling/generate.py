@@ -170,13 +170,10 @@ def _read_parts(out_dir, fingerprint: str, first: int, num_images: int) -> tuple
     if not folder.exists():
         return images, missing
     for path in sorted(folder.glob("part-*.npz")):
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
-                if str(part["fingerprint"]) != fingerprint:
-                    continue
-                index, made = part["index"], part["images"]
-        except Exception as error:  # zipfile, zlib and NumPy each have their own
-            raise UserError(f"{path} is not a part file of whole samples ({error}); delete it and run again") from error
+        part = files.read_npz(path)
+        if str(part["fingerprint"]) != fingerprint:
+            continue
+        index, made = part["index"], part["images"]
         inside = (index >= first) & (index < first + num_images)
         if images is None:
             images = np.empty((num_images, *made.shape[1:]), made.dtype)

@@ -1,7 +1,7 @@
-"""The loop: owns the order of things, not the mathematics.
+"""The training loop: it decides when to step, log, save and stop; the mathematics is in step.py.
 
-It reads metrics back only where they are logged or saved, or every 10th step where there is no log, so that the device is not
-waited for in between; a value that is not finite still names the step it first appeared at, and never reaches a checkpoint.
+Metrics are read back only when they are logged or saved, or every 10th step without a log, so that the host does not wait for
+the device in between. A value that is not finite still names the step at which it appeared, and never reaches a checkpoint.
 """
 
 import math
@@ -20,8 +20,8 @@ from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
 
-# Without a log metrics are read every so many steps. Several processes ask each other whether to stop at least as often: what
-# preempts them gives minutes.
+# Without a log, metrics are read every so many steps. Several processes ask each other whether to stop at least as often; a
+# preemption leaves them minutes.
 _ASK_EVERY = 10
 
 
@@ -41,7 +41,7 @@ def train(
     seconds_before: float = 0.0,
     rate_field: str | None = None,
 ) -> tuple[TrainState, float]:
-    """Trains from `state.step` to `num_steps` and returns the last state and the seconds that all of it took.
+    """Trains from `state.step` to `num_steps`; returns the last state and the seconds that the whole run took.
 
     Args:
       state: where to start, replicated.
@@ -53,23 +53,24 @@ def train(
       name: `pretrain`, `unlearn`... for the log and the progress line.
       store: where to save, every `checkpoint_every` steps (0: only at the end) and at the end.
       writer: where scalars go, as `NAME_loss` and so on.
-      should_stop: asked after every step, of several processes after every 10th at the least; true saves and raises `Preempted`.
-      seconds_before: what the steps before `state.step` took; checkpoints carry the sum, so that a resumed run reports all of it.
+      should_stop: called after every step, with several processes at least after every 10th; if true, saves and raises
+        `Preempted`.
+      seconds_before: duration of the steps before `state.step`; checkpoints carry the sum, so that a resumed run reports it all.
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
     Raises:
-      Diverged: a metric is not finite; it names the metric and the step. What was saved before stays.
-      Preempted: `should_stop` said so.
+      Diverged: a metric is not finite; names the metric and the step. Earlier checkpoints stay.
+      Preempted: `should_stop()` was true.
     """
     start = saved = int(state.step)
     began = time.perf_counter()
-    mend = rate_field or f"config.{name}.learning_rate"
+    advised_field = rate_field or f"config.{name}.learning_rate"
     unread: list[tuple[int, PyTree]] = []
 
     def read_metrics() -> None:
         scalars = {}
         for step, metrics in jax.device_get(unread):
-            _check_finite(name, step, metrics, store, mend)
+            _check_finite(name, step, metrics, store, advised_field)
             scalars[step] = {f"{name}_{key}": value for key, value in metrics.items()}
         unread.clear()
         if writer is not None:  # on a full disk process 0 alone fails
@@ -79,22 +80,23 @@ def train(
         nonlocal saved
         read_metrics()
         # The metrics of a step are those of the parameters before its update.
-        _check_finite(name, step, {"a parameter": 0.0 if _all_finite(state.params) else math.nan}, store, mend)
+        parameter = 0.0 if _all_finite(state.params) else math.nan
+        _check_finite(name, step, {"a parameter": parameter}, store, advised_field)
         if store is not None and step != saved:
             if writer is not None:
                 parallel.on_main(writer.flush)  # a restart begins at the checkpoint, so the log must reach it
-            # The finished model needs no optimizer. The last state saved on the way stays beside it: should the model be damaged,
-            # it is made again from there.
+            # The finished model needs no optimizer. The last full state stays too, so that a damaged model can be trained again
+            # from there.
             tree = model_tree(state) if step == num_steps else state_tree(state)
             store.save(step, tree, {"seconds": seconds_before + time.perf_counter() - began})
             saved = step
 
     main = parallel.is_main_process()
-    made = prefetch(batches, start, num_steps)
+    prefetched = prefetch(batches, start, num_steps)
     with progress(range(start, num_steps), name, total=num_steps, initial=start, is_main=main, unit="step") as steps:
         try:
             for step in steps:
-                state, metrics = p_step(state, next(made), shared, rng)
+                state, metrics = p_step(state, next(prefetched), shared, rng)
                 parallel.block_on_cpu(metrics)
                 done = step + 1
                 unread.append((done, metrics))
@@ -103,14 +105,14 @@ def train(
                     read_metrics()
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
-                # One process may be told before the others, but all must save the same step, so all ask at the same ones. Asking
-                # costs a round trip: several processes do it where the metrics are read anyway, and seldom in between.
+                # One process may learn of the preemption first, but all must save the same step, so all ask at the same steps.
+                # Asking costs a round trip: several processes ask when metrics are read anyway, and rarely in between.
                 asks = jax.process_count() == 1 or due or done % _ASK_EVERY == 0
                 if asks and done < num_steps and parallel.any_process(should_stop()):
                     save(done)
                     raise Preempted(f"{name} stopped at step {done} of {num_steps}")
         finally:
-            made.close()
+            prefetched.close()
     jax.block_until_ready(state.params)
     seconds = seconds_before + time.perf_counter() - began
     if store is not None:
@@ -119,26 +121,26 @@ def train(
 
 
 def state_tree(state: TrainState) -> dict:
-    """Returns the arrays of `state` as the plain tree that is saved."""
+    """Returns the arrays of `state` as the plain tree that checkpoints hold."""
     tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
     return tree if state.ema_params is None else {**tree, "ema_params": state.ema_params}
 
 
 def model_tree(state: TrainState) -> dict:
-    """Returns what is kept of a finished run: the parameters to sample from."""
+    """Returns the tree that the checkpoint of a finished run holds: the parameters to sample from."""
     return {"step": state.step, "params": state.eval_params}
 
 
 def restore(make_state: Callable[[], TrainState], num_steps: int, store: RunStore) -> tuple[TrainState | PyTree, float]:
     """Returns where a run of `num_steps` stands, from its newest whole checkpoint, and the seconds it took so far.
 
-    That is the finished parameters; or a `TrainState` to go on from, `make_state()` where there is no checkpoint yet.
+    That is the parameters of a finished run, or a `TrainState` to continue from: `make_state()` if there is no checkpoint yet.
     """
     abstract = jax.eval_shape(make_state)
-    found = store.restore(lambda step: model_tree(abstract) if step == num_steps else state_tree(abstract))
-    if found is None:
+    restored = store.restore(lambda step: model_tree(abstract) if step == num_steps else state_tree(abstract))
+    if restored is None:
         return make_state(), 0.0
-    tree, meta = found
+    tree, meta = restored
     if meta["step"] == num_steps:
         return tree["params"], meta["seconds"]
     return abstract.replace(**tree), meta["seconds"]
@@ -153,5 +155,5 @@ def _check_finite(name: str, step: int, metrics: PyTree, store: RunStore | None,
     bad = [key for key, value in metrics.items() if not math.isfinite(value)]
     if bad:
         saved = store.latest_step() if store is not None else None
-        kept = f"the checkpoint of step {saved} is intact" if saved is not None else "nothing was saved"
-        raise Diverged(f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {kept}; try a lower {rate_field}")
+        remaining = f"the checkpoint of step {saved} is intact" if saved is not None else "nothing was saved"
+        raise Diverged(f"{name}: {bad[0]} is {float(metrics[bad[0]])} at step {step}; {remaining}; try a lower {rate_field}")

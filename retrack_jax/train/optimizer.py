@@ -38,7 +38,7 @@ def make_optimizer(
 
 
 def _packed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `optimizer`, which treats all values alike, with its state and its work on packed trees (see packing.py)."""
+    """Returns `optimizer` with its state and updates on packed trees (models/cpu/packing.py); it must treat all values alike."""
 
     def init(params: PyTree) -> PyTree:
         return optimizer.init(pack(params)[0])

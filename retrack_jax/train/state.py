@@ -19,7 +19,7 @@ class TrainState:
       step: int32 scalar, the number of updates done.
       params: the network's parameters, float32.
       opt_state: the optimizer's state.
-      ema_params: the exponential moving average of `params`, or None where the recipe has none.
+      ema_params: the exponential moving average of `params`, or None if the recipe keeps none.
       tx: the optimizer.
       ema_decay: `step -> decay` of the moving average, or None.
     """
@@ -32,8 +32,8 @@ class TrainState:
     ema_decay: Callable[[Array], Array] | None = flax.struct.field(pytree_node=False, default=None)
 
     def apply_gradients(self, grads: PyTree) -> "TrainState":
-        """Returns the state after one update of `params`, and of their moving average where there is one."""
-        # optax raises floats to integer powers, which the strict promotion of our own tests refuses.
+        """Returns the state after one update of `params`, and of their moving average if there is one."""
+        # optax raises floats to integer powers, which the strict promotion in our tests refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
@@ -45,14 +45,14 @@ class TrainState:
 
     @property
     def eval_params(self) -> PyTree:
-        """The parameters to sample from: the moving average where there is one."""
+        """The parameters to sample from: the moving average if there is one."""
         return self.params if self.ema_params is None else self.ema_params
 
 
 def create_state(
     params: PyTree, tx: optax.GradientTransformation, ema_decay: Callable[[Array], Array] | None = None
 ) -> TrainState:
-    """Returns the state at step 0. The moving average starts at a copy of `params`, for the step donates its buffers."""
+    """Returns the state at step 0. The moving average starts at a copy of `params`, because the step donates its buffers."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -100,20 +100,20 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
             return method.terms(context, *_streams(method, microbatch, shared, step_rng))
 
         def gradients(microbatch: PyTree):
-            # The two gradients are taken apart; the compiler shares the forward pass that they have in common.
+            # The two gradients are computed separately; the compiler shares their common forward pass.
             def main(params):
-                found = terms(params, microbatch)
-                logs = {"loss": found.main, **found.logs}
-                if found.correction is not None:
-                    logs["correction"] = found.correction
-                return found.main, logs
+                loss = terms(params, microbatch)
+                logs = {"loss": loss.main, **loss.logs}
+                if loss.correction is not None:
+                    logs["correction"] = loss.correction
+                return loss.main, logs
 
             main_grad, logs = jax.grad(main, has_aux=True)(state.params)
             if method.combine is None:
                 return main_grad, None, logs
             return main_grad, jax.grad(lambda params: terms(params, microbatch).correction)(state.params), logs
 
-        # Small leaves travel as one (models/cpu/packing.py); accelerators' compilers do the same by themselves.
+        # Small leaves are averaged as one vector (models/cpu/packing.py); accelerators' compilers do the same by themselves.
         packed, unpack = pack(_accumulate(gradients, batch, how.accumulation))
         main_grad, correction_grad, logs = unpack(parallel.pmean(packed))
         grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)

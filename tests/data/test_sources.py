@@ -1,4 +1,4 @@
-"""Folders and arrays: names that stay, pixels as they are, a cache that is checked, and what is wrong in one line."""
+"""Folders and arrays: names that stay, pixels as they are, a cache under a key, and what is wrong in one line."""
 
 import errno
 import io
@@ -88,45 +88,46 @@ class TestFolder:
         after = load(tmp_path, "folder", dir=str(folder))
         assert (after.images[3] == 0).all() and after.digest != before.digest
 
-    @pytest.mark.parametrize("damage", ["flip", "cut", "no meta", "bad meta"])
-    def test_damaged_cache_is_rebuilt(self, tmp_path, jpeg_folder, damage):
-        folder, pixels = jpeg_folder()
-        load(tmp_path, "folder", dir=str(folder))
-        (data,) = (tmp_path / "cache" / "images").glob("*.pixels")
-        (meta,) = (tmp_path / "cache" / "images").glob("*.json")
-        if damage == "flip":
-            content = bytearray(data.read_bytes())
-            content[100] ^= 1
-            data.write_bytes(content)
-        elif damage == "cut":
-            os.truncate(data, 100)
-        elif damage == "no meta":
-            meta.unlink()
-        else:
-            meta.write_text(meta.read_text()[:50])
-        np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(folder)).images, pixels)
-
-    @pytest.mark.parametrize(
-        ("field", "change"),
-        [
-            ("ids", lambda ids: [*ids[:1], "9.jpg", *ids[2:]]),  # a target would name the wrong image
-            ("ids", lambda ids: [*ids[:1], *ids[:1], *ids[2:]]),  # and this would refuse every start
-            ("labels", lambda labels: [1] * 12),
-            ("skipped", None),
-            ("shape", lambda shape: [shape[0], *shape[:0:-1]]),
-        ],
-    )
-    def test_changed_names_and_labels_are_decoded_again(self, tmp_path, jpeg_folder, caplog, field, change):
+    @pytest.mark.parametrize("damage", ["cut", "no pixels", "no meta", "bad meta", "no shape", "other shape"])
+    def test_a_set_that_is_not_whole_is_decoded_again(self, tmp_path, jpeg_folder, caplog, damage):
         folder, pixels = jpeg_folder()
         before = load(tmp_path, "folder", dir=str(folder))
-        (path,) = (tmp_path / "cache" / "images").glob("*.json")
-        meta = json.loads(path.read_text())
-        value = meta.pop(field)
-        path.write_text(json.dumps(meta if change is None else meta | {field: change(value)}))
-        with caplog.at_level(logging.WARNING):
-            after = load(tmp_path, "folder", dir=str(folder))
-        assert after.ids == before.ids and after.labels is None and "decoding again" in caplog.text
+        (data,) = (tmp_path / "cache" / "images").glob("*.pixels")
+        (meta,) = (tmp_path / "cache" / "images").glob("*.json")
+        fields = json.loads(meta.read_text())
+        if damage == "cut":
+            os.truncate(data, 100)
+        elif damage == "no pixels":
+            data.unlink()
+        elif damage == "no meta":  # killed between the two files
+            meta.unlink()
+        elif damage == "bad meta":
+            meta.write_text(meta.read_text()[:50])
+        elif damage == "no shape":
+            meta.write_text(json.dumps({name: value for name, value in fields.items() if name != "shape"}))
+        else:
+            meta.write_text(json.dumps(fields | {"shape": [1, *fields["shape"][1:]]}))
+        after = load(tmp_path, "folder", dir=str(folder))
+        assert after.ids == before.ids and after.digest == before.digest == array_digest(pixels)
         np.testing.assert_array_equal(after.images, pixels)
+        assert ("making it again" in caplog.text) == (damage != "no meta")
+        assert not list((tmp_path / "cache" / "images").glob(".*"))
+
+    @pytest.mark.parametrize("change", ["version", "pillow", "resolution", "file"])
+    def test_the_key_covers_what_pixels_depend_on(self, tmp_path, jpeg_folder, monkeypatch, change):
+        folder, _ = jpeg_folder()
+        load(tmp_path, "folder", dir=str(folder))
+        fields = {}
+        if change == "version":
+            monkeypatch.setattr(decoded_cache, "VERSION", decoded_cache.VERSION + 1)
+        elif change == "pillow":
+            monkeypatch.setattr("PIL.__version__", "another")
+        elif change == "resolution":
+            fields["resolution"] = 8
+        else:
+            os.utime(folder / "00003.jpg", (1, 1))
+        load(tmp_path, "folder", dir=str(folder), **fields)
+        assert len(list((tmp_path / "cache" / "images").glob("*.pixels"))) == 2
 
     def test_corrupt_image_is_named_or_skipped(self, tmp_path, jpeg_folder, caplog):
         folder, pixels = jpeg_folder(40)
@@ -178,7 +179,7 @@ class TestFolder:
         folder, _ = jpeg_folder(3)
         (folder / "00001.jpg").write_text("hello")
         (folder / "00002.jpg").write_text("")
-        with pytest.raises(UserError, match=r"00001.jpg \(not an image of a known kind\), 00002.jpg \(empty\); mend"):
+        with pytest.raises(UserError, match=r"00001.jpg \(not an image of a known kind\), 00002.jpg \(empty\); repair"):
             load(tmp_path, "folder", dir=str(folder))
 
     def test_other_size(self, tmp_path, jpeg_folder):

@@ -44,12 +44,12 @@ def test_is_saved_whole_and_read_back(network, digits, tmp_path):
 
 def test_refuses_damaged_missing_or_changed_files(network, tmp_path):
     path = tmp_path / "net.npz"
-    with pytest.raises(UserError, match="no digit network at"):
+    with pytest.raises(UserError, match="no file"):
         load_digit_net(path)
     save_digit_net(path, network)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="is not a saved digit network"):
+    with pytest.raises(UserError, match="is damaged .* trained again"):
         load_digit_net(path)
     path.write_bytes(whole)
     with np.load(path) as archive:

@@ -148,7 +148,7 @@ def test_cache_is_read_back_and_keyed_by_data_transform_and_network(tmp_path):
     cached_feature_stats(network, images, "data-b", tmp_path)
     cached_feature_stats(network, images, "data-a", tmp_path, transform="crop")
     cached_feature_stats(_network(digest="e" * 64, scale=2.0)[0], images, "data-a", tmp_path)
-    assert len(list(tmp_path.glob("*.npz"))) == 4
+    assert len(list((tmp_path / "features").glob("*.npz"))) == 4
 
 
 def test_a_pass_with_a_name_shows_its_progress_and_one_from_the_cache_has_none(tmp_path, capsys):
@@ -160,14 +160,19 @@ def test_a_pass_with_a_name_shows_its_progress_and_one_from_the_cache_has_none(t
     assert not capsys.readouterr().err
 
 
-def test_a_damaged_cache_is_computed_again(tmp_path):
+@pytest.mark.parametrize("content", [slice(100), slice(0), slice(-200)])
+def test_a_file_that_cannot_be_read_is_computed_again(tmp_path, caplog, content):
     network, calls = _network()
-    cached_feature_stats(network, _images(20), "data", tmp_path)
-    (path,) = tmp_path.glob("*.npz")
-    path.write_bytes(path.read_bytes()[:100])
+    first = cached_feature_stats(network, _images(20), "data", tmp_path)
+    (path,) = (tmp_path / "features").glob("*.npz")
+    path.write_bytes(path.read_bytes()[content])
+    calls.clear()
+    again = cached_feature_stats(network, _images(20), "data", tmp_path)
+    assert calls and "making it again" in caplog.text
+    np.testing.assert_array_equal(first.moments.scatter, again.moments.scatter)
     calls.clear()
     cached_feature_stats(network, _images(20), "data", tmp_path)
-    assert calls
+    assert not calls
 
 
 def test_large_sets_keep_a_choice_of_rows_but_all_moments(monkeypatch):

@@ -169,7 +169,7 @@ def test_bad_requests(p_sample, tmp_path):
     with pytest.raises(UserError, match="did you mean 'uint8'"):
         pmap_sample_fn(SAMPLE_FN, output="uint")
     (tmp_path / "part-000000000-4.npz").write_bytes(b"PK cut short")
-    with pytest.raises(UserError, match="part-000000000-4.npz is not a part file.*delete it"):
+    with pytest.raises(UserError, match="part-000000000-4.npz is damaged .*delete it"):
         make(p_sample, out_dir=tmp_path)
 
 

@@ -12,7 +12,7 @@ import optax
 from flax import traverse_util
 
 from retrack_jax.checks import UserError, check
-from retrack_jax.files import write_npz
+from retrack_jax.files import read_npz, write_npz
 from retrack_jax.metrics.arrays import pixel_images
 from retrack_jax.metrics.features.network import FeatureNetwork, params_digest, unit_grey
 from retrack_jax.notation import Array
@@ -113,15 +113,7 @@ def load_digit_net(path) -> FeatureNetwork:
     Raises:
       UserError: no such file, a damaged file, or parameters that do not have the digest they were saved with.
     """
-    from etils import epath
-
-    try:
-        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            flat = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise UserError(f"no digit network at {path}; it is trained when the metrics first run") from error
-    except Exception as error:  # A damaged archive raises one of many types, zlib's and zipfile's among them.
-        raise UserError(f"{path} is not a saved digit network ({error}); delete it, and it is trained again") from error
+    flat = read_npz(path, advice="delete it, and it is trained again")
     digest = str(flat.pop("digest", ""))
     network = digit_network(traverse_util.unflatten_dict(flat, sep="/"))
     check(network.digest == digest, f"{path} does not have the digest it was saved with; delete it, and it is trained again")

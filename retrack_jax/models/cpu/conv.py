@@ -67,7 +67,7 @@ def _grad_k_on_cpu(x_BHWC: Array, dy_BHWO: Array, *, kernel_shape: tuple[int, ..
         return lax.dot_general(x_BHWC, dy_BHWO, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
     if winograd.pays(x_BHWC.shape, kernel_shape, strides, padding, x_BHWC.dtype):
         return winograd.kernel_gradient(x_BHWC, dy_BHWO)
-    # The last rows and columns that no stride reaches take no part; without the cut the result would be larger than the kernel.
+    # The last rows and columns that no stride reaches are cut; otherwise the result would be larger than the kernel.
     reach = []
     for axis, (before, _) in enumerate(padding):
         used = strides * (dy_BHWO.shape[axis + 1] - 1) + kernel_shape[axis]

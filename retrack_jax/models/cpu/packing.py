@@ -1,7 +1,7 @@
-"""A tree of arrays as few arrays: large leaves by themselves, all small ones in one vector.
+"""A tree of arrays as a few arrays: large leaves by themselves, all small ones in one vector.
 
-A UNet has hundreds of biases and scales. On CPU each costs a fixed price in every operation over the whole tree: a meeting of
-all devices in a collective, an instruction of its own to compile, read and build in an update.
+A UNet has hundreds of biases and scales. On CPU each leaf has a fixed cost in every operation over the whole tree: a meeting of
+all devices in a collective, a separate instruction to compile and run in an update.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ _SMALL = 1 << 17  # values of a leaf that is packed with others
 
 
 def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Returns `{"large": [leaf, ...], "small": vector}` with the values of `tree`, and the function that takes it back.
+    """Returns `{"large": [leaf, ...], "small": vector}` with the values of `tree`, and the function that unpacks it.
 
-    What works on each value alone, and norms and means over all of them, is the same on the packed tree. `small` has the
-    dtype that its leaves promote to; each leaf gets back its own.
+    Elementwise operations, and norms and means over all values, are the same on the packed tree. `small` has the dtype that its
+    leaves promote to; unpacking restores the dtype of each leaf.
     """
     leaves, structure = jax.tree.flatten(tree)
     is_large = [leaf.size > _SMALL for leaf in leaves]

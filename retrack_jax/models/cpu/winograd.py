@@ -7,9 +7,9 @@ Four neighboring outputs y of a filter g with three taps are a bilinear form of 
     (2) dL/dg = G^T [(A dL/dy) * (B^T d)]             the transpose of (1) in g
 
 Here * is a convolution over the columns and a matrix product over the channels, so each of the 6 terms is a 3 x 1
-convolution of arrays a quarter as wide. The two-dimensional F(2 x 2, 3 x 3) was measured too: 1.0
-to 1.3 times the direct speed where this one has 1.8, for its transforms move four times the data. Rounding: 1.2e-6 of the
-norm where the direct sum has 5e-7; the kernel gradient 1.1e-6 to 2.6e-6.
+convolution of arrays a quarter as wide. The two-dimensional F(2 x 2, 3 x 3) was measured too: it is 1.0 to 1.3 times as fast as
+the direct form, this one 1.8 times, because the transforms of the former move four times the data. Rounding: 1.2e-6 of the norm
+(the direct sum: 5e-7); the kernel gradient 1.1e-6 to 2.6e-6.
 
 Shapes: W is a multiple of 4, padding is 1 on every side, arrays are float32. `w` counts groups of four pixels.
 """
@@ -37,8 +37,8 @@ _G = (
     (0, 0, 1),
 )
 _A_T = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-# Values of the wider of x and dy in a strip of (2), which sums over its pixels: with more of them they leave a core's cache from
-# one row of the result to the next. The direct form leaves it at 32 x 32 already, and took up to 5 times as long.
+# Values of the wider of x and dy in a strip of (2), which sums over its pixels: a larger strip does not stay in a core's cache
+# from one row of the result to the next. The direct form does not at 32 x 32 already, and takes up to 5 times as long.
 _STRIP = 1 << 18
 _A, _G_T = tuple(zip(*_A_T, strict=True)), tuple(zip(*_G, strict=True))
 
@@ -46,7 +46,7 @@ _A, _G_T = tuple(zip(*_A_T, strict=True)), tuple(zip(*_G, strict=True))
 def pays(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strides: int, padding, dtype) -> bool:
     """Whether (1) applies and is the faster: 3 x 3, stride 1, padding 1, float32, and wide enough in pixels and channels.
 
-    Measured on two cores: 1.8 times faster at 32 x 32 x 128 and at 16 x 16 x 256; at 8 x 8 the transforms eat the gain.
+    Measured on two cores: 1.8 times faster at 32 x 32 x 128 and at 16 x 16 x 256; at 8 x 8 the transforms cost what is gained.
     """
     _, height, width, channels = x_shape
     fits = kernel_shape[:2] == (3, 3) and strides == 1 and padding == ((1, 1), (1, 1)) and dtype == jnp.float32
@@ -85,7 +85,7 @@ def kernel_gradient(x_BHWC: Array, dy_BHWO: Array) -> Array:
 def _kernel_gradient(x_BHWC: Array, dy_BHWO: Array) -> Array:
     """`kernel_gradient` of some rows of `x`, `[C, 3, 3, O]`; `dy` has another row on either side."""
     _, height, width, channels = x_BHWC.shape
-    # Layouts in which every product below is of two plain row-major matrices; in the second the kernel's rows are side by side.
+    # Layouts in which every product below is of two plain row-major matrices; in that of dy the kernel's rows are side by side.
     x_CHWB = jnp.pad(lax.optimization_barrier(x_BHWC.transpose(3, 1, 2, 0)), ((0, 0), (0, 0), (1, 1), (0, 0)))
     x_terms = _transform(_B_T, [_every_fourth(x_CHWB, offset) for offset in range(6)])
     dy_BHW3O = jnp.stack([lax.slice_in_dim(dy_BHWO, 2 - row, 2 - row + height, axis=1) for row in range(3)], axis=3)
