@@ -109,6 +109,8 @@ def model_folder(path) -> Path:
 
 def read_config(folder) -> dict[str, Any]:
     """Returns the `config.json` in `folder`. Raises `UserError` if it is missing, a Git LFS pointer, or no JSON object."""
+    if not present(Path(folder), ["config.json"]):
+        raise UserError(f"no config.json in {folder}; download the whole model")
     return read_object(Path(folder) / "config.json")
 
 

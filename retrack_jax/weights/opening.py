@@ -16,22 +16,23 @@ def open_regular(path) -> BinaryIO:
       UserError: nothing is there, a link leads nowhere, it is a folder, FIFO or device, a Git LFS pointer, or cannot be read.
     """
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except FileNotFoundError as error:
         if os.path.islink(path):
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; restore that file") from error
         raise UserError(f"no file {path}; restore or download it") from error
+    except IsADirectoryError as error:
+        raise UserError(f"cannot read {path}: it is a folder, no regular file; put the file of weights there") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; give a file of weights") from error
-    try:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError(f"cannot read {path}: it is no regular file; put the file of weights there")
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the file that it stands for; run `git lfs pull` in its folder")
-        file.seek(0)
-    except BaseException:
+    problem = ""
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        problem = f"cannot read {path}: it is no regular file; put the file of weights there"
+    elif file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+        problem = f"{path} is a Git LFS pointer, not the file that it stands for; run `git lfs pull` in its folder"
+    if problem:
         file.close()
-        raise
+        raise UserError(problem)
     return file
 
 

@@ -41,7 +41,7 @@ def test_every_shard_is_needed(tmp_path):
     (folder / shards[1]).write_bytes(b"weights")
     assert f"found    model weights: {config.checkpoint} (3 files" in printed(config)
     index.write_text("[]")
-    assert "has no weight_map" in printed(config)
+    assert "holds no JSON object" in printed(config)
 
 
 def test_a_lone_variant_is_found_and_a_choice_is_not(tmp_path):

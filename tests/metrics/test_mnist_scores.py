@@ -100,10 +100,10 @@ def test_what_cannot_be_scored_is_told_before_anything_runs():
     [
         (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "mnist.pt"),
         (lambda path: path.write_bytes(b"<html>not found</html>"), "mnist.pt"),
-        (lambda path: save_state(path, {"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}), "not of the MNIST ResNet-18"),
+        (lambda path: save_state(path, {"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}), "not fit the MNIST ResNet-18"),
         (
             lambda path: save_state(path, random_state(mnist_shapes()) | {"fc.bias": np.zeros(11, np.float32)}),
-            r"fc.bias is \(11,\), expected \(10,\)",
+            r"fc.bias \[11\] instead of \[10\]",
         ),
     ],
     ids=["truncated", "a page", "another network", "another shape"],

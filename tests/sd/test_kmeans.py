@@ -1,6 +1,11 @@
 """The k-means reader: what scikit-learn predicts, without unpickling; hostile and damaged files."""
 
+import bz2
+import gzip
+import lzma
 import os
+import tracemalloc
+import zlib
 
 import joblib
 import numpy as np
@@ -10,6 +15,7 @@ from sklearn.decomposition import PCA
 
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate
+from retrack_jax.weights import joblib_reader
 
 PIXELS = np.random.default_rng(0).random((40, 48)).astype(np.float32) * 255
 
@@ -69,6 +75,80 @@ def test_missing_and_damaged_files(tmp_path):
         (tmp_path / "k.joblib").write_bytes(whole[:size])
         with pytest.raises(UserError, match="not a whole joblib file|is damaged"):
             read_centers(tmp_path / "k.joblib")
+
+
+NESTED = b"\x80\x04)" + b"\x85" * 2_000_000 + b"."
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zlib.compress, bz2.compress, lzma.compress])
+def test_tuples_without_end_are_one_line(tmp_path, compress):
+    (tmp_path / "k.joblib").write_bytes(compress(NESTED))
+    with pytest.raises(UserError, match="tuples 101 deep"):
+        read_centers(tmp_path / "k.joblib")
+
+
+def lzma_alone(data):
+    return lzma.compress(data, lzma.FORMAT_ALONE)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, bz2.compress, lzma.compress, lzma_alone])
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, compress):
+    monkeypatch.setattr(joblib_reader, "MAX_BYTES", 1 << 20)
+    (tmp_path / "k.joblib").write_bytes(compress(bytes(64 << 20)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="unpacks to more than 1 MiB|emory usage limit"):
+            read_centers(tmp_path / "k.joblib")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"f4", b"O8"), (b"f4", b"V9"), (b"cluster_centers_", b"cluster_centerz_"), (b"NumpyArrayWrapper", b"NumpyArrayWrappex")],
+)
+def test_a_changed_word_is_refused(tmp_path, old, new):
+    joblib.dump(KMeans(2, n_init=1).fit(PIXELS), tmp_path / "k.joblib")
+    data = (tmp_path / "k.joblib").read_bytes()
+    assert old in data
+    (tmp_path / "k.joblib").write_bytes(data.replace(old, new))
+    with pytest.raises(UserError):
+        read_centers(tmp_path / "k.joblib")
+
+
+def test_with_any_bytes_changed_it_is_read_or_refused(tmp_path):
+    joblib.dump(KMeans(2, n_init=1).fit(PIXELS), tmp_path / "k.joblib")
+    data = (tmp_path / "k.joblib").read_bytes()
+    numbers, refused = np.random.default_rng(0), 0
+    for _ in range(500):
+        changed = bytearray(data)
+        for place in numbers.integers(len(data), size=3):
+            changed[place] = numbers.integers(256)
+        (tmp_path / "k.joblib").write_bytes(changed)
+        try:
+            read_centers(tmp_path / "k.joblib")
+        except UserError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_fifo_and_a_pointer_are_named(tmp_path):
+    os.mkfifo(tmp_path / "k.joblib")
+    with pytest.raises(UserError, match="no regular file"):
+        read_centers(tmp_path / "k.joblib")
+    (tmp_path / "l.joblib").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        read_centers(tmp_path / "l.joblib")
+
+
+def test_big_endian_and_fortran_arrays_are_read(tmp_path):
+    model = KMeans(2, n_init=1).fit(PIXELS)
+    centers = model.cluster_centers_
+    for array in (centers.astype(">f8"), np.asfortranarray(centers)):
+        model.cluster_centers_ = array
+        joblib.dump(model, tmp_path / "k.joblib")
+        np.testing.assert_array_equal(read_centers(tmp_path / "k.joblib"), centers)
 
 
 def test_success_needs_every_sample_in_cluster_0():

@@ -182,7 +182,15 @@ LIES = {
     "a record that is not there": tensor(key="1"),
     "a path for a record": tensor(key="../../0"),
     "a negative storage": tensor((), (), numel=-1),
+    "70 axes": tensor((1,) * 70, (1,) * 70),
 }
+
+
+@pytest.mark.parametrize("size", [1, (1 << 47) + 1])
+def test_400_000_axes_are_refused_before_their_product_is_taken(tmp_path, size):
+    path = zip_file(tmp_path / "file.bin", dict_of(w=tensor((size,) * 400_000, (1,) * 400_000)))
+    with pytest.raises(UserError, match="400000 sizes and 400000 strides"):
+        read_torch(path)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -255,6 +263,17 @@ def test_a_directory_that_lies_about_a_records_size_is_refused_in_little_memory(
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("offset", [1, 1 << 20, (1 << 32) - 2])
+def test_a_directory_that_lies_about_a_records_place_is_refused(tmp_path, offset):
+    path = zip_file(tmp_path / "file.bin", dict_of(w=tensor()))
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"archive/data/0") - 46
+    struct.pack_into("<I", data, entry + 42, offset)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="archive/data/0"):
+        read_torch(path)
 
 
 @pytest.mark.parametrize(
