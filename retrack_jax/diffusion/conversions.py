@@ -5,7 +5,7 @@
     (3) v     = gamma eps - sigma x_0          so   eps = gamma v + sigma x_t
     (4) score = -eps / sigma                   the gradient of log p_t at x_t
 
-Every function takes gamma and sigma as [B], the schedule's tables at each image's t, and works for any trailing shape.
+Every function takes gamma and sigma as [B], the values of the schedule's tables at each image's t, and any trailing shape.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,7 @@ def add_noise(x_0: Array, eps: Array, gamma_B: Array, sigma_B: Array) -> Array:
 
 
 def eps_to_x0(eps: Array, x_t: Array, gamma_B: Array, sigma_B: Array) -> Array:
-    """Returns x_0 [B, ...]: equation (2). Divides by gamma, so errors in eps grow by sigma/gamma, 157 at the end of DDPM's
-    schedule.
-    """
+    """Returns x_0 [B, ...]: equation (2). Errors in eps grow by sigma/gamma, which is 157 at the end of DDPM's schedule."""
     return (x_t - expand(sigma_B, eps) * eps) / expand(gamma_B, x_t)
 
 
@@ -45,8 +43,8 @@ def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction
     Args:
       output, x_t: [B, ...].
       gamma_B, sigma_B: [B].
-      prediction_type: `epsilon`, `v_prediction` or `sample`, diffusers' names. A `sample` network's eps divides by sigma, 0.01 at
-        t = 0.
+      prediction_type: `epsilon`, `v_prediction` or `sample`, diffusers' names. For `sample`, the conversion divides by sigma,
+        which is 0.01 at t = 0.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if prediction_type == "epsilon":

@@ -1,13 +1,14 @@
 """The noise schedule of a diffusion model as tables over t.
 
-    (1) beta_t        linear:            linspace(beta_start, beta_end, T)
-                      scaled_linear:     linspace(sqrt(beta_start), sqrt(beta_end), T)²
-                      squaredcos_cap_v2: min(1 - f((t+1)/T) / f(t/T), 0.999),  f(s) = cos²((s + 0.008)/1.008 · pi/2)
+    (1) beta_t      = linspace(beta_start, beta_end, T)                    linear
+                    = linspace(sqrt(beta_start), sqrt(beta_end), T)²       scaled_linear
+                    = min(1 - f((t+1)/T) / f(t/T), 0.999)                  squaredcos_cap_v2
+                      f(s) = cos²((s + 0.008)/1.008 · pi/2)
     (2) alpha_bar_t = prod_{s <= t} (1 - beta_s)
     (3) gamma_t     = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
 
-Tables are made in float64 and rounded once; diffusers multiplies in float32, which moves alpha_bar by up to 1e-6 of itself, and
-by 1e-5 at the end of squaredcos_cap_v2. A schedule is read from a diffusers `scheduler_config.json` and written back as one.
+Tables are computed in float64 and rounded once. diffusers multiplies in float32, which changes alpha_bar by up to 1e-6 of itself,
+and by 1e-5 at the end of squaredcos_cap_v2. A schedule is read from a diffusers `scheduler_config.json` and written back as one.
 """
 
 import functools
@@ -36,8 +37,8 @@ _DEFAULTS = {
 _COMMON = tuple(_DEFAULTS)[:8]
 _DPM_KEYS = tuple(_DEFAULTS)[-5:]
 
-# The keys that each class of diffusers owns beyond the common ones, and its defaults where they differ from the table above. PNDM
-# and DPM-Solver never clip, so without the key a schedule read from their files does not clip with our other samplers either.
+# The keys that only one class of diffusers has, and its defaults if they differ from the table above. PNDM and DPM-Solver never
+# clip, so a schedule from their files does not clip with our other samplers either, unless the file has the key.
 _OWN = {
     "DDPMScheduler": ("clip_sample", "clip_sample_range", "variance_type"),
     "DDIMScheduler": ("clip_sample", "clip_sample_range", "set_alpha_to_one"),
@@ -49,7 +50,7 @@ _CLASS_DEFAULTS = {
     "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
 }
 
-# Read without effect here: they tune options that are off or refused, or are relics of early versions.
+# Keys without effect here: they belong to options that are off or refused, or to early versions.
 _HARMLESS = (
     "dynamic_thresholding_ratio",
     "sample_max_value",
@@ -58,7 +59,7 @@ _HARMLESS = (
     "tensor_format",
     "timestep_values",
 )
-# Supported at one value only: any other would change what is computed.
+# Options supported at one value only, because any other would change the result.
 _FIXED = {
     "thresholding": False, "rescale_betas_zero_snr": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
     "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False, "use_dynamic_shifting": False,
@@ -96,9 +97,9 @@ def _static(default):
 
 @struct.dataclass
 class Schedule:
-    """A noise schedule: three tables as leaves, all settings static, so that it passes through `jit`, `pmap` and `scan`.
+    """A noise schedule: three tables as leaves and all settings static, so that it passes through `jit`, `pmap` and `scan`.
 
-    Make it with `Schedule.create` or `Schedule.from_config`, never by hand: the tables follow from the settings.
+    Create it with `Schedule.create` or `Schedule.from_config`, which compute the tables from the settings.
 
     Attributes:
       alpha_bar, gamma, sigma: float32 [T], equations (2) and (3).
@@ -152,11 +153,11 @@ class Schedule:
     def from_config(cls, config: dict) -> "Schedule":
         """Returns the schedule that a diffusers `scheduler_config.json` of any version describes.
 
-        Keys that start with an underscore are ignored but for `_class_name` (absent: `DDPMScheduler`); absent keys take that
-        class's defaults; null stands for absent.
+        `_class_name` is `DDPMScheduler` if absent; other keys that start with an underscore are ignored. Absent keys take the
+        defaults of the class, and null means absent.
 
         Raises:
-          UserError: a scheduler, an option or a key that is not supported, by name; None, which a model without one has.
+          UserError: a scheduler, option or key that is not supported, or None, the config of a model that came without one.
         """
         if config is None:
             raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
@@ -179,24 +180,22 @@ class Schedule:
         return cls.create(class_name=class_name, **settings)
 
     def to_config(self) -> dict:
-        """Returns the `scheduler_config.json` of this schedule: `from_config` of it equals `self` in what the class reads."""
+        """Returns the `scheduler_config.json` of this schedule; `from_config` reads back all that the class uses."""
         config = {"_class_name": self.class_name}
         for name in _COMMON + _OWN[self.class_name]:
             value = getattr(self, name)
             config[name] = list(value) if isinstance(value, tuple) else value
-        if self.class_name in _CLASS_DEFAULTS:  # not that class's own key, but what another scheduler built from the file reads
+        if self.class_name in _CLASS_DEFAULTS:  # that class has no such key, but another scheduler may be created from the file
             config["clip_sample"] = self.clip_sample
         return config
 
     @property
     def alpha_bar64(self) -> np.ndarray:
-        """alpha_bar in float64 [T] on the host, from the static settings alone: samplers derive their tables from it."""
+        """alpha_bar in float64 [T] on the host, from the static settings; samplers compute their tables from it."""
         return alpha_bar_table(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas)
 
     def alpha_bar_at(self, t: np.ndarray, final: float = 1.0) -> np.ndarray:
-        """Returns alpha_bar in float64 at the timesteps `t`, and `final` where t is negative: past the last step, at clean
-        data.
-        """
+        """Returns alpha_bar in float64 at the timesteps `t`; a negative t, past the last step at clean data, gives `final`."""
         t = np.asarray(t)
         return np.where(t >= 0, self.alpha_bar64[np.maximum(t, 0)], final)
 
@@ -216,14 +215,14 @@ class Schedule:
         if spacing == "leading":
             visited = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
         elif spacing == "trailing":
-            # Where total / num_steps rounds down, arange ends on one more entry just above 0: diffusers then visits t = -1 too.
+            # If total / num_steps rounds down, arange has one more entry just above 0, and diffusers visits t = -1 too.
             visited = np.round(np.arange(total, 0, -total / num_steps)[:num_steps]) - 1
         else:
             visited = np.linspace(0, total - 1, num_steps).round()[::-1]
         return self.within_table(visited)
 
     def within_table(self, visited: np.ndarray) -> np.ndarray:
-        """Returns descending timesteps as int32. Raises `UserError` where the offset makes them start past the table."""
+        """Returns descending timesteps as int32. Raises `UserError` if the offset makes them start past the table."""
         last = self.num_train_timesteps - 1
         if visited[0] > last:
             raise UserError(

@@ -8,19 +8,20 @@ from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
 
 def summarize(runs: Sequence[Mapping]) -> dict:
-    """Returns `summary.json` for the `metrics.json` dicts of all runs.
+    """Returns the content of `summary.json` for the `metrics.json` dicts of all runs:
 
-    `{"methods": {METHOD: {"runs", "metrics": {NAME: {"mean", "std", "runs"}}, "gap_to_retrain", "forgotten", "relearning",
-    "unlearn_seconds"}}, "absent", "provenance"}`.
-    The standard deviation is the sample's (n - 1), None for one run. The gap is to the retrained model of the same seed,
-    else of the least that has one.
-    `forgotten` says for how many runs the loss on the forgotten images lies where one more retrained model's would, with 95%
-    confidence: `{"inside", "runs", "intervals": {TARGET: [low, high]}}`; None where fewer than two models were retrained.
-    `relearning` has the mean curves: `{NAME: {"steps", "values", "threshold"}}`.
+        {"methods": {METHOD: {"runs", "metrics", "gap_to_retrain", "forgotten", "relearning", "unlearn_seconds"}},
+         "absent", "provenance"}
+
+    `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The standard deviation divides by n - 1, and is None for
+    one run. The gap is to the retrained model of the same seed, or of the lowest seed that has one.
+    `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}}`: for how many runs the loss on the forgotten images
+    lies in the interval of one more retrained model, with 95% confidence. It is None if fewer than two models were retrained.
+    `relearning` holds the mean curves: `{NAME: {"steps", "values", "threshold"}}`.
     """
     intervals = _retrained_intervals(runs)
     methods: dict[str, dict] = {}
-    # Every run carries the pretrained model's metrics; one entry a target is enough, for seeds share it.
+    # Every run holds the metrics of the pretrained model, which all seeds share: one entry per target is enough.
     pretrained = list({run["target"]: run["pretrained"] for run in runs}.values())
     methods[PRETRAINED] = {"runs": len(pretrained), "metrics": _spread(pretrained)}
     for method in METHODS:
@@ -40,7 +41,7 @@ def summarize(runs: Sequence[Mapping]) -> dict:
 
 
 def _retrained_intervals(runs: Sequence[Mapping]) -> dict[str, tuple[float, float]]:
-    """Target -> where the loss on it of one more retrained model would lie."""
+    """Returns target -> the interval in which the loss on it of one more retrained model would lie."""
     losses: dict[str, list[float]] = {}
     for run in runs:
         if run["method"] == "retrain" and "forget_loss" in run["unlearned"]:
@@ -58,15 +59,15 @@ def _verdict(runs: Sequence[Mapping], intervals: Mapping[str, tuple[float, float
 
 
 def _curves(runs: Sequence[Mapping]) -> dict[str, dict]:
-    """The mean relearning curves of a method's runs."""
-    found = {}
+    """Returns the mean relearning curves of the runs of a method."""
+    curves = {}
     for name in ("relearning_steps", "relearning_steps_remain"):
         notes = [run["provenance"].get("metrics", {}).get(name) for run in runs]
         notes = [note for note in notes if note]
         if notes:
             values = [statistics.fmean(column) for column in zip(*(note[name]["values"] for note in notes), strict=True)]
-            found[name] = {"steps": notes[0][name]["steps"], "values": values, "threshold": notes[0]["threshold"]}
-    return found
+            curves[name] = {"steps": notes[0][name]["steps"], "values": values, "threshold": notes[0]["threshold"]}
+    return curves
 
 
 def _gap(values: Mapping, gold: Mapping) -> dict:

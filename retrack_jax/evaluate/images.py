@@ -13,7 +13,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
 from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
-from retrack_jax.evaluate.restored import T, keep_pictures, restore
+from retrack_jax.evaluate.restored import INJECTED_T, keep_pictures, restore
 from retrack_jax.evaluate.results import Evaluator
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats, too_few
@@ -77,8 +77,8 @@ def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str])
 
 
 def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
-    if (last := task.schedule.num_train_timesteps - 1) < T:
-        return {}, {"why": f"its protocol restores images noised to t = {T}, and this model's schedule ends at {last}"}
+    if (last := task.schedule.num_train_timesteps - 1) < INJECTED_T:
+        return {}, {"why": f"its protocol restores images noised to t = {INJECTED_T}, and this model's schedule ends at {last}"}
     network = task.sscd()
     given, made = restore(task.eps_fn, subject.params, task.schedule, task.forgotten, task.rng)
     scores = {"sscd": sscd(network, made, task.forgotten)}
@@ -87,7 +87,7 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     if subject.pictures is not None:
         keep_pictures(subject.pictures, task.forgotten, given, made, scores["sscd"])
     note = {"features": network.description, "features_digest": network.digest, "num_images": len(made)}
-    note |= {"injected_at_t": T, "sampler": "ddpm, full schedule"}
+    note |= {"injected_at_t": INJECTED_T, "sampler": "ddpm, full schedule"}
     return {name: float(np.mean(scores[name])) for name in wanted}, note
 
 

@@ -15,8 +15,8 @@ from retrack_jax.metrics.blocks import in_blocks
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.sampling.inject import inject, noised
 
-T = 250  # how far the image is noised before it is restored (the official protocol)
-MOST_KEPT = 8  # images of a group whose pictures are kept; SSCD is of all
+INJECTED_T = 250  # how far the image is noised before it is restored, as in the official protocol
+MOST_KEPT = 8  # images of a group whose pictures are stored; SSCD is computed for all
 
 
 def restore(
@@ -42,8 +42,8 @@ def _p_restore(eps_fn: ModelEpsFn) -> Callable:
     """Returns clean images `[D, b, H, W, C]` to noised and restored ones, `[D, b, 2, H, W, C]`, mapped over devices."""
 
     def pairs(params: PyTree, schedule: Schedule, x_0: Array, rngs: Rng) -> Array:
-        made = inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=T)
-        return jnp.stack([noised(x_0, rngs, schedule, t=T), made], axis=1)
+        made = inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=INJECTED_T)
+        return jnp.stack([noised(x_0, rngs, schedule, t=INJECTED_T), made], axis=1)
 
     return parallel.pmap(pairs, in_axes=(None, None, 0, 0), out_axes=0)
 

@@ -1,4 +1,4 @@
-"""Checks that metrics make of the arrays they are given."""
+"""Checks of the arrays that callers pass to metrics."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def unit_images(name: str, images) -> np.ndarray:
     """Returns images as float32 in [0, 1], `[N, H, W, C]`; uint8 is divided by 255.
 
     Raises:
-      UserError: another rank, no image, NaN or infinity, or floats outside [0, 1].
+      UserError: an array of another rank, no image, NaN or infinity, or floats outside [0, 1].
     """
     images = check_images(name, images)
     return images.astype(np.float32) / np.float32(255.0) if images.dtype == np.uint8 else images.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Many images through a network: how many a call, so that memory grows neither with their number nor their size, and progress."""
+"""Many images through a network: in calls of so few that memory depends on neither their number nor their size, with progress."""
 
 from collections.abc import Callable
 
@@ -15,12 +15,12 @@ MOST_PIXELS = MOST_IMAGES * 32 * 32
 
 
 def images_per_call(image_shape: tuple[int, ...]) -> int:
-    """Returns how many images `(H, W, C)` a call takes: 256 up to 32 x 32, then as many as have no more pixels; at least one."""
+    """Returns how many images `(H, W, C)` a call takes: 256 of up to 32 x 32, as many pixels of larger ones, and at least one."""
     return min(MOST_IMAGES, max(1, MOST_PIXELS // (image_shape[0] * image_shape[1])))
 
 
 def shown_progress(desc: str, total: int):
-    """Returns the bar of `writer.progress` over `total` images, to be updated by hand; with an empty `desc` it shows nothing."""
+    """Returns a progress bar over `total` images, to be updated by hand; with an empty `desc` it shows nothing."""
     return progress([], desc, total=total, is_main=bool(desc) and parallel.is_main_process(), unit="img")
 
 
@@ -30,12 +30,13 @@ def in_blocks(
     """Returns the scores of 0, ..., `total` - 1, `[total, ...]`; devices and processes share the work.
 
     Args:
-      score: `score(numbers int32 [D, b]) -> [D, b, ...]`, mapped over this process's D devices; each of its own number alone.
-      total: how many there are.
+      score: `score(numbers int32 [D, b]) -> [D, b, ...]`, mapped over the D devices of this process. Each score may depend only
+        on its number.
+      total: how many numbers there are.
       image_shape: (H, W, C) of the image behind each number.
-      size: the most numbers per device and call; None: `images_per_call`. Blocks are equal, so that one shape is compiled and
-        little is computed twice: the last one goes on with the first numbers.
-      desc: what a progress bar over this process's share calls it; none is shown without.
+      size: the most numbers per device and call; None takes `images_per_call`. All blocks have the same shape, so that one
+        program is compiled; the last block is filled up with the first numbers.
+      desc: the label of the progress bar over this process's share; without it there is none.
     """
     size = images_per_call(image_shape) if size is None else size
     check_int("batch_size", size, 1)

@@ -1,11 +1,13 @@
 """CLIP-IQA: how much nearer an image is to "Good photo." than to "Bad photo." in CLIP's space.
 
-Follows torchmetrics' default (`clip_iqa`, CLIP RN50 without positional embedding), which the official code uses:
-1. x' = (x - mean) / std with CLIP's mean and std, x float in [0, 1]; images are not resized.
-2. f = image(x') / ‖image(x')‖; a_j = text(prompt_j) / ‖text(prompt_j)‖.
-3. score = softmax(100 [f·a_good, f·a_bad])_good. torchmetrics writes 100 where CLIP has a learnt scale, which ended there.
-Prompts are padded with id 0, not with the end token: the end token is found as the highest id, and the causal mask hides
-the rest.
+It follows the default of torchmetrics (`clip_iqa`, CLIP RN50 without positional embedding), which the official code uses:
+
+    (1) x'    = (x - mean) / std                      CLIP's mean and std, x float in [0, 1]; images are not resized
+    (2) f     = image(x') / ‖image(x')‖,   a_j = text(prompt_j) / ‖text(prompt_j)‖
+    (3) score = softmax(100 [f·a_good, f·a_bad])_good
+
+The 100 in (3) is torchmetrics' constant for the scale that CLIP learns, which ended at 100. Prompts are padded with id 0, not
+with the end token: the model finds the end token as the highest id, and the causal mask hides what follows it.
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ class ClipIqa:
 
 def make_clip_iqa(towers: ClipTowers, tokenizer: ClipTokenizer, digest: str, batch_size: int = 4) -> ClipIqa:
     """Returns the metric for the official pair of prompts; `digest` is the weights file's, for provenance."""
-    image = towers.image  # `towers` in the closure would keep the text tower's 0.25 GB, which is done with after the anchors
+    image = towers.image  # a closure over `towers` would keep the 0.25 GB of the text tower, which only the anchors need
 
     network = FeatureNetwork(
         name="clip-rn50",
@@ -60,7 +62,7 @@ def make_clip_iqa(towers: ClipTowers, tokenizer: ClipTokenizer, digest: str, bat
 
 
 def prompt_ids(tokenizer: ClipTokenizer, prompts=PROMPTS) -> np.ndarray:
-    """Returns int32 `[P, 77]`, padded with zeros whatever the tokenizer pads with."""
+    """Returns int32 `[P, 77]`, padded with zeros, with whatever id the tokenizer pads."""
     ids = tokenizer(prompts)
     is_end = ids == tokenizer.eos_id
     return np.where(np.cumsum(is_end, axis=1) - is_end > 0, 0, ids)

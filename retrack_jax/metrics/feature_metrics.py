@@ -16,8 +16,8 @@ from retrack_jax.metrics.moments import Moments, moments_of
 from retrack_jax.metrics.precision_recall import precision_recall
 
 FEATURE_METRICS = ("fid", "kid", "inception_score", "precision", "recall")
-MAX_ROWS = 10_000  # KID, precision and recall take at most so many rows of a set; FID takes all.
-# Images without which a metric is not defined: on each side, of the inception score samples alone (its ten splits).
+MAX_ROWS = 10_000  # KID, precision and recall take at most this many rows of a set; FID takes all.
+# The fewest images with which a metric is defined, on each side. The inception score needs only samples, one per split.
 FEWEST = {"fid": 2, "kid": 2, "inception_score": 10, "precision": 4, "recall": 4}
 _CACHE_VERSION = 1
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class FeatureStats:
 def feature_stats(network: FeatureNetwork, images, desc: str = "") -> FeatureStats:
     """Returns the statistics of `images` `[N, H, W, C]`, uint8 or floats in [0, 1], from one pass over them.
 
-    `desc` is what a progress bar calls it; none is shown without.
+    `desc` is the label of the progress bar; without it there is none.
 
     Raises:
       UserError: NaN in images, a shape the network does not take, fewer than two images.
@@ -62,7 +62,7 @@ def stats_of(features, logits=None, network: str = "given features") -> FeatureS
 
 
 def too_few(wanted: Sequence[str], num_samples: int, num_reference: int) -> dict[str, str]:
-    """Returns metric -> why it is not defined, for those of `wanted` that need more images than there are."""
+    """Returns metric -> why it is not defined, for each of `wanted` that needs more images than there are."""
     reasons = {}
     for name in wanted:
         fewest = num_samples if name == "inception_score" else min(num_samples, num_reference)

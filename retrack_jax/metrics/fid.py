@@ -5,8 +5,8 @@ Equations, with means m, covariances S (n - 1 in the denominator), and any root 
     (2)  tr (S_1 S_2)^(1/2) = sum of the singular values of F_1^T F_2
 
 The eigenvalues of S_1 S_2 are the squared singular values of F_1^T F_2, so (2) needs no square root of a non-symmetric matrix.
-With fewer images than dimensions S_1 S_2 is singular, and `sqrtm` on it returns complex or infinite values; F then simply has
-fewer columns.
+With fewer images than dimensions, S_1 S_2 is singular: `sqrtm` would return complex or infinite values, while F merely has fewer
+columns.
 """
 
 import warnings
@@ -26,7 +26,7 @@ def fid(samples: Moments, reference: Moments, *, warn: bool = True) -> float:
       warn: whether to warn when there are fewer images than the covariance has dimensions.
 
     Raises:
-      UserError: below two images, or another number of dimensions.
+      UserError: fewer than two images, or numbers of dimensions that differ.
     """
     check(
         len(samples.mean) == len(reference.mean),
@@ -38,7 +38,7 @@ def fid(samples: Moments, reference: Moments, *, warn: bool = True) -> float:
     mean_2, cov_2 = reference.compute()
     cross = trace_sqrt_product(cov_1, cov_2)
     shift = mean_1 - mean_2
-    # Rounding can leave a few 1e-13 below zero for equal sets; a distance is never negative.
+    # For equal sets, rounding can give -1e-13; a distance is never negative.
     return float(max(shift @ shift + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross, 0.0))
 
 
@@ -54,7 +54,7 @@ def unstable_reason(num_samples: int, num_reference: int, num_features: int) -> 
 
 
 def trace_sqrt_product(cov_1: np.ndarray, cov_2: np.ndarray) -> float:
-    """Returns tr (S_1 S_2)^(1/2) of two covariances `[D, D]` (equation 2); exact also where they are singular."""
+    """Returns tr (S_1 S_2)^(1/2) of two covariances `[D, D]` (equation 2); exact for singular ones too."""
     from scipy.linalg import svdvals
 
     product = _root(cov_1).T @ _root(cov_2)

@@ -6,8 +6,8 @@ Equations:
     (3)  upper bound at confidence c (Clopper-Pearson, one-sided): the p at which P(X <= hits | N, p) = 1 - c;
          for 0 hits it is 1 - (1 - c)^(1/N), 0.15% for 2,000 samples at 95%
 
-The threshold belongs to the data set (MNIST T-shirt: 10, the nearest digit lies at 11.49): it must lie between memorised samples
-and the nearest other image. Samples are the sampler's floats, not rounded pixels.
+The threshold belongs to the data set. It must lie between the memorized samples and the nearest other image: for the T-shirt
+among MNIST's digits it is 10, and the nearest digit lies at 11.49. Samples are the sampler's floats, not rounded pixels.
 """
 
 import numpy as np

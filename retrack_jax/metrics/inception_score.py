@@ -4,7 +4,8 @@ Equations, for class probabilities p(y | x_i) of the N images of one split:
     (1)  p(y) = mean_i p(y | x_i)
     (2)  score = exp( mean_i KL(p(y | x_i) || p(y)) )                                        (Salimans et al. 2016)
 
-The published number is the mean over 10 splits after a random permutation. The FID network's logits are taken without their bias.
+Published numbers are the mean over 10 splits after a random permutation. The logits of the FID network are taken without the
+bias.
 """
 
 from dataclasses import dataclass

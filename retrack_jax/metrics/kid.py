@@ -5,7 +5,7 @@ Equations, for subsets of m rows x from the samples and y from the reference, D 
     (2)  MMD^2 = sum_{i != j} [k(x_i, x_j) + k(y_i, y_j)] / (m (m - 1)) - 2 sum_{i, j} k(x_i, y_j) / m^2
     (3)  KID = mean of (2) over random subsets                                             (Binkowski et al. 2018)
 
-(2) is unbiased, so unlike FID it does not grow as images become fewer, and a value below 0 is noise around 0.
+(2) is unbiased. Unlike FID, it does not grow if there are fewer images, and a value below 0 is noise around 0.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def kid(samples, reference, *, seed: int, num_subsets: int = 100, subset_size: i
       reference: features of the real images `[M, D]`, from the same network.
       seed: decides the subsets, each drawn without replacement.
       num_subsets: at least 1.
-      subset_size: rows a subset; less where a set has fewer, and the result says how many.
+      subset_size: rows per subset; fewer if a set has fewer, and the result says how many.
 
     Raises:
       UserError: NaN, fewer than two rows, or other dimensions.
@@ -47,7 +47,7 @@ def kid(samples, reference, *, seed: int, num_subsets: int = 100, subset_size: i
     size = min(subset_size, len(samples), len(reference))
     check(size >= 2, f"KID needs at least 2 images on each side, found {len(samples)} and {len(reference)}")
     order = np.random.default_rng(seed)
-    # Scaling once makes equation 1 a product plus one. Products in float32, sums in float64.
+    # After this scaling, equation 1 is a product plus one. Products are float32, sums float64.
     samples, reference = (np.asarray(features, np.float32) / np.float32(np.sqrt(dim)) for features in (samples, reference))
     values = np.empty(num_subsets)
     for subset in range(num_subsets):

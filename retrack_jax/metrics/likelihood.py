@@ -8,15 +8,15 @@ Equations, for D values per image, time s in [1e-5, 1], beta(s) = 0.1 + 19.9 s, 
     (5)  official:    t = floor(999 s),  std = sigma[t] of the discrete table
          continuous:  t = 1000 s - 1 as a float,  std = sqrt(1 - exp(-0.1 s - 9.95 s^2))
 
-The 7 of (4) is 8 bits per value less 1, because the data range [-1, 1] is two wide; nothing is dequantised. The official code has
-a continuous beta and a discrete std, so its right-hand side jumps at every t: on Gaussian data it errs by 0.0009, 0.008 and
-0.084 bits at std 0.5, 0.1 and 0.02. That setting is the default because published numbers have it; `continuous` is smooth, and
-ours: its t is where the discrete table has the same std, so it runs from -0.99, one step before the first that the network was
-trained on.
+The 7 in (4) is 8 bits per value less 1, because the range of the data, [-1, 1], is two wide. Pixels are not dequantized. The
+official code has a continuous beta and a discrete std, so its right-hand side jumps at every t: on Gaussian data its error is
+0.0009, 0.008 and 0.084 bits at std 0.5, 0.1 and 0.02. It is the default because published numbers have it. The mode `continuous`
+is smooth, and our own: its t is the place at which the discrete table has the same std, so it starts at -0.99, one step before
+the first t that the network was trained on.
 
-x and log p are one state under RK45 (Dormand-Prince), as in the official code. Each image and probe here has its own step size,
-so a number does not depend on what else is in the batch. The divergence is a `jvp`: the same value as by `vjp` at a third of the
-time.
+x and log p are one state of RK45 (Dormand-Prince), as in the official code. Here each pair of image and probe has its own step
+size, so a value does not depend on what else is in the batch. The divergence is computed by `jvp`, which gives the same value as
+`vjp` in a third of the time.
 """
 
 import functools
@@ -37,7 +37,7 @@ BETA_MIN, BETA_MAX = 0.1, 20.0
 START = 1e-5  # The score diverges at 0; the official code starts here.
 OFFSET = 7.0
 _MAX_STEPS = 10_000
-_FIRST_STEP = 1e-3  # The controller shrinks it where it is too long; finding a better one costs two compilations of the network.
+_FIRST_STEP = 1e-3  # The controller shrinks it if it is too long; a search for a better one would compile the network twice more.
 
 
 def nll_bits_per_dim(
@@ -56,20 +56,20 @@ def nll_bits_per_dim(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the negative log-likelihood of each image and its standard error over probes, in bits/dim.
 
-    Compiled once for an `eps_fn` and an image shape: pass the same function object and other `params` to reuse it.
+    It is compiled once per `eps_fn` and image shape: to use it for other `params`, pass the same function object.
 
     Args:
       eps_fn: `eps_fn(params, x_t [N, H, W, C], t [N]) -> eps [N, H, W, C]`, deterministic; t is int32 in the official mode
         and float32 in the continuous one.
       params: its parameters.
-      schedule: the model's `Schedule`; it must be the linear one, 1e-4 to 0.02 over T = 1000, whose limit is equation 1.
+      schedule: the model's `Schedule`; it must be the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
       images: `[B, H, W, C]` in [-1, 1].
       rng: decides the probes; image i and probe j take `fold_in(fold_in(rng, i), j)`.
       num_probes: independent probes per image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
-      batch_size: at most so many pairs of image and probe per device and call; None: by the images' size (metrics/blocks.py).
-      desc: what a progress bar calls it; none is shown without.
+      batch_size: the most pairs of image and probe per device and call; None chooses by the images' size (metrics/blocks.py).
+      desc: the label of the progress bar; without it there is none.
 
     Returns:
       bits `[B]` float64, and their standard errors `[B]` float64, or None with a single probe.
@@ -116,9 +116,9 @@ def _p_log_likelihoods(eps_fn: ModelEpsFn, mode: str, rtol: float, atol: float) 
 
 
 def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, eps_fn, mode, rtol, atol, fixed_step=None):
-    """log p of equation 3 `[B]` for pairs of an image, with its number, and a probe; NaN where the solver did not get there.
+    """log p of equation 3 `[B]` for pairs of an image, with its number, and a probe; NaN if the solver did not reach the end.
 
-    Steps of `fixed_step` instead of adaptive ones serve the test of the order of convergence.
+    With `fixed_step`, all steps have that size; the test of the order of convergence uses it.
     """
     import diffrax
 

@@ -1,15 +1,20 @@
 """Was an image in the training set? Scores, their AUC, and the spread of models that never saw it.
 
 Equations:
-    (1)  loss score    -mean over (t, eps) of ||eps_pred(x_t, t) - eps||^2                              higher: rather a member
+    (1)  loss score    -mean over (t, eps) of ||eps_pred(x_t, t) - eps||^2                           higher: more likely a member
     (2)  SecMI score   -||psi(phi(x_t)) - x_t||^2 at t = t_sec                                          (Duan et al. 2023)
-         phi, one DDIM step up:    x_{t+k} = gamma_{t+k} x_0' + sigma_{t+k} e,  e = eps_pred(x_t, t),  x_0' = (x_t - sigma_t
-         e)/gamma_t psi, one DDIM step down:  x_t' = gamma_t x_0'' + sigma_t e',  with e' = eps_pred(x_{t+k}, t + k)
-         x_t itself comes from the image by the steps phi from t = 0
+    (2a) phi, one DDIM step up:      x_{t+k} = gamma_{t+k} x_0' + sigma_{t+k} e
+                                     e       = eps_pred(x_t, t)
+                                     x_0'    = (x_t - sigma_t e) / gamma_t
+    (2b) psi, one DDIM step down:    x_t'    = gamma_t x_0'' + sigma_t e'
+                                     e'      = eps_pred(x_{t+k}, t + k)
+                                     x_0''   = (x_{t+k} - sigma_{t+k} e') / gamma_{t+k}
+    (2c) x_t itself comes from the image by the steps phi from t = 0
     (3)  AUC = P(score of a member > score of a held-out image) + P(equal)/2
 
-An AUC means something only where members and held-out images are exchangeable: a random part of one data set. A model that never
-saw an outlier such as the T-shirt scores it 0.0, so there its loss is compared with the spread of models retrained without it.
+An AUC means something only if members and held-out images are exchangeable: two random parts of one data set. For an outlier such
+as the T-shirt, even a model that never saw it has an AUC of 0.0. There, the loss on it is compared with the spread of models that
+were retrained without it.
 """
 
 import functools
@@ -50,8 +55,8 @@ def denoising_losses(
 ) -> np.ndarray:
     """Returns ||eps_pred - eps||^2, a sum over pixels, of each image under `num_noises` draws: float64 `[N, num_noises]`.
 
-    The draws depend on `rng`, image number and draw number only: two models get the same ones. Draw j takes t from the j-th of
-    `num_noises` equal parts of [0, T), so that no draw of t alone decides a mean.
+    The draws depend only on `rng`, the number of the image and the number of the draw, so two models get the same ones. Draw j
+    takes t from the j-th of `num_noises` equal parts of [0, T): every image sees all parts of the schedule.
 
     Args:
       eps_fn: `eps_fn(params, x_t [B, H, W, C], t [B] int32) -> eps`; pass the same function object to reuse what is compiled.
@@ -60,8 +65,8 @@ def denoising_losses(
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws per image.
-      batch_size: at most so many pairs of image and draw per device and call; None: by the images' size (metrics/blocks.py).
-      desc: what a progress bar calls it; none is shown without.
+      batch_size: the most pairs of image and draw per device and call; None chooses by the images' size (metrics/blocks.py).
+      desc: the label of the progress bar; without it there is none.
 
     Raises:
       Diverged: a loss that is not finite.
@@ -125,7 +130,7 @@ def secmi_scores(
       eps_fn, params, schedule, images: as in `denoising_losses`.
       t_sec: the timestep of the error, a multiple of `interval`.
       interval: k of equation 2.
-      batch_size: at most so many images per device and call; None: by their size (metrics/blocks.py).
+      batch_size: the most images per device and call; None chooses by their size (metrics/blocks.py).
       desc: as in `denoising_losses`.
 
     Raises:
@@ -172,13 +177,14 @@ def auc(members, held_out) -> float:
 
 
 def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, confidence: float = 0.95) -> Auc:
-    """Returns the AUC and its bootstrap interval; both sets are drawn again with replacement.
+    """Returns the AUC and its bootstrap interval, for which both sets are drawn again with replacement.
 
     Args:
       members: scores of the forgotten (once trained-on) images, `[N]`.
       held_out: scores of exchangeable images that no model saw, `[M]`.
       seed: decides the draws.
-      num_bootstrap, confidence: draws, and the share of them that the interval holds.
+      num_bootstrap: how many times the sets are drawn.
+      confidence: the share of those AUCs that the interval holds.
     """
     members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
     _check_finite("membership score", np.concatenate([members, held_out]))
@@ -190,10 +196,12 @@ def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, c
 
 
 def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Returns where one more run would lie: mean +- t sqrt(1 + 1/n) std, Student's t with n - 1 degrees of freedom.
+    """Returns the interval in which one more run would lie, with Student's t of n - 1 degrees of freedom:
 
-    "Forgotten" = inside this interval of the values (mean loss on the forgotten images, say) of models retrained with other
-    seeds.
+        mean +- t sqrt(1 + 1/n) std
+
+    A model counts as having forgotten if its value, such as the mean loss on the forgotten images, lies inside the interval of
+    models that were retrained with other seeds.
 
     Raises:
       UserError: fewer than two values.

@@ -1,4 +1,4 @@
-"""Mean and covariance of features as a mergeable accumulator, in float64.
+"""Mean and covariance of features in float64, gathered part by part.
 
 Equations, for two parts a and b with counts n, means m and scatter matrices M = sum_i (x_i - m)(x_i - m)^T:
     (1)  n = n_a + n_b,   d = m_b - m_a
@@ -6,7 +6,7 @@ Equations, for two parts a and b with counts n, means m and scatter matrices M =
     (3)  M = M_a + M_b + d d^T n_a n_b / n            (Chan, Golub and LeVeque 1983)
     (4)  covariance = M / (n - 1)
 
-Centring each part before its product keeps the digits that sum(x x^T) - n m m^T would cancel.
+Each part is centered before its product: sum(x x^T) - n m m^T would lose digits by cancellation.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Moments:
             f"features have {features.shape[1]} dimensions, earlier ones {len(self.mean)}; use one feature network",
         )
         mean = features.mean(axis=0)
-        centred = features - mean
-        return self.merge(Moments(len(features), mean, centred.T @ centred))
+        centered = features - mean
+        return self.merge(Moments(len(features), mean, centered.T @ centered))
 
     def merge(self, other: "Moments") -> "Moments":
         """Returns the accumulator of the rows of both (equations 1 to 3)."""

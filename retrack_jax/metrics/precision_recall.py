@@ -1,13 +1,13 @@
 """Precision and recall of samples by the manifold of nearest neighbors.
 
-Equations, for features x of samples and y of the reference, r_k(y_j) the distance from y_j to its k-th nearest other reference
-row:
+Equations, for features x of the samples and y of the reference. r_k(y_j) is the distance from y_j to the k-th nearest other row
+of the reference:
     (1)  precision = #{i : ||x_i - y_j|| <= r_k(y_j) for some j} / N
     (2)  recall    = #{j : ||y_j - x_i|| <= r_k(x_i) for some i} / M                  (Kynkaanniemi et al. 2019, k = 3)
 
-The paper takes VGG-16 features; ours are those of the FID network, so compare only within one network. Distances are float32
-products of features centred on the reference mean: without the centring, the expanded square would cancel where clusters lie far
-from 0.
+The paper takes features of VGG-16. Ours are those of the FID network, so compare only numbers of one network. Distances come from
+float32 products of features that are centered on the mean of the reference: otherwise the expanded square would lose digits by
+cancellation in clusters far from 0.
 """
 
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ def precision_recall(samples, reference, *, k: int = 3) -> PrecisionRecall:
     check(x.shape[1] == y.shape[1], f"features have {x.shape[1]} and {y.shape[1]} dimensions; use one feature network for both")
     fewest = min(len(x), len(y))
     check(fewest > k, f"precision and recall with k = {k} need more than {k} images on each side, found {fewest}")
-    centre = y.mean(axis=0, dtype=np.float64)
-    x, y = ((features - centre).astype(np.float32) for features in (x, y))
+    center = y.mean(axis=0, dtype=np.float64)
+    x, y = ((features - center).astype(np.float32) for features in (x, y))
     x_sq, y_sq = (np.einsum("nd,nd->n", features, features) for features in (x, y))
     x_radius, y_radius = _radii(x, x_sq, k), _radii(y, y_sq, k)
     inside_reference = np.zeros(len(x), bool)
@@ -70,7 +70,7 @@ def _squared_distances(a: np.ndarray, a_sq: np.ndarray, b: np.ndarray, b_sq: np.
 
 
 def _radii(x: np.ndarray, x_sq: np.ndarray, k: int) -> np.ndarray:
-    """The squared distance of each row to its k-th nearest other row; its index, not distance 0, keeps a row from itself."""
+    """The squared distance of each row to its k-th nearest other row; a row's index, not distance 0, excludes the row itself."""
     radii = np.empty(len(x), np.float32)
     for start in range(0, len(x), _BLOCK):
         distance = _squared_distances(x[start : start + _BLOCK], x_sq[start : start + _BLOCK], x, x_sq)

@@ -1,7 +1,8 @@
 """Relearning: how many steps of fine-tuning bring a forgotten image back.
 
-Two curves for a model, both also for the retrained one: fine-tuning on R only (benign; censored where nothing comes back), and on
-R plus one copy of the forgotten image. A model that forgot relearns no sooner than one that never knew. Training is passed in.
+Each model has two curves, and so has the retrained one: fine-tuning on the remaining images alone (if the image never comes back,
+the number of steps is censored), and on those plus one copy of each forgotten image. A model that has forgotten relearns no
+sooner than one that never saw the image. The caller passes in how to train.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ class RelearningCurve:
 
 @dataclass(frozen=True)
 class RelearningSteps:
-    """Steps until the metric came back, interpolated; `censored`: it had not by `steps`, the last measured."""
+    """Steps until the metric came back, interpolated. If it did not, `censored` is true and `steps` is the last one measured."""
 
     steps: float
     censored: bool
@@ -37,10 +38,11 @@ def relearning_curve(
     """Returns the metric along fine-tuning.
 
     Args:
-      train: `train(state, first_step, num_steps) -> state`, pure; step numbers decide its batches, so a curve repeats itself.
+      train: `train(state, first_step, num_steps) -> state`, pure. The step numbers decide its batches, so that a curve can be
+        computed again.
       measure: `measure(state) -> float`.
       state: where fine-tuning starts.
-      steps: rising numbers of steps at which to measure; 0 is measured anyway.
+      steps: increasing numbers of steps after which to measure; 0 is always measured.
 
     Raises:
       UserError: steps that do not rise; `Diverged` for a value that is not finite.
@@ -64,9 +66,9 @@ def relearning_steps(curve: RelearningCurve, threshold: float, direction: str) -
 
     Args:
       curve: from `relearning_curve`.
-      threshold: the value that counts as "back": half the pretrained model's frequency, say.
-      direction: `rises` for a metric that grows as the image comes back (frequency, SSCD), `falls` for one that sinks (loss,
-      NLL).
+      threshold: the value that counts as "back", such as half the pretrained model's frequency.
+      direction: `rises` for a metric that grows as the image comes back (frequency, SSCD), `falls` for one that shrinks (loss,
+        NLL).
     """
     check_choice("direction", direction, DIRECTIONS)
     sign = 1.0 if direction == "rises" else -1.0

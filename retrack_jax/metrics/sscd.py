@@ -6,11 +6,11 @@ numbers):
     (2)  x'       = clip(x_0 + r sqrt(HWC) (x - x_0) / ||x - x_0||_2, 0, 1)         over pixels in [0, 1]
     (3)  SSCDnorm = <f(x_0), f(x')>
 
-The protocol (official code): noise x_0 to t = 250, denoise by ancestral DDPM on the full schedule (`sampling.inject`), one image,
-then (1). SSCD falls also when x is merely ruined. (2) gives every method a perturbation of one size and keeps its direction, so
-that (3) compares where the image went, not how far. SSCDnorm is the idea of arXiv 2510.17917, which has "a normalized
-perturbation distance" by the l2 norm. Its exact equation was not available to us: (2) and r = 0.1 are OUR READING, and numbers
-are comparable only among themselves.
+The protocol of the official code: noise x_0 to t = 250, denoise it by ancestral DDPM on the full schedule (`sampling.inject`),
+and apply (1) to the one image that comes out. SSCD also falls if x is merely ruined. (2) therefore scales the change of every
+method to one size and keeps its direction, so that (3) compares where the image went, not how far. SSCDnorm is the idea of arXiv
+2510.17917, which has "a normalized perturbation distance" by the l2 norm. Its exact equation was not available to us: (2) and r =
+0.1 are OUR READING, and these numbers can be compared only with each other.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ RADIUS = 0.1
 
 
 def cosine_similarity(features, targets) -> np.ndarray:
-    """Returns the cosine of each row of `features` `[N, D]` with that of `targets` `[N, D]` or its only row `[1, D]`.
+    """Returns the cosine between each row of `features` `[N, D]` and its row of `targets` `[N, D]`, or their only row `[1, D]`.
 
     Raises:
       UserError: NaN, or shapes that do not pair.
@@ -44,7 +44,7 @@ def sscd(embed: Callable, images, targets) -> np.ndarray:
     Args:
       embed: the feature network, images -> `{"features": [N, D]}`.
       images: `[N, H, W, C]`, floats in [0, 1] (taken as floor(255 x)) or uint8.
-      targets: `[N, H, W, C]` or `[1, H, W, C]`, alike.
+      targets: `[N, H, W, C]`, one per image, or `[1, H, W, C]` for all; floats or uint8 like `images`.
 
     Raises:
       UserError: NaN, or shapes that do not pair.
@@ -58,7 +58,7 @@ def sscd_norm(embed: Callable, images, targets, *, radius: float = RADIUS) -> np
 
     Args:
       embed, images, targets: as in `sscd`.
-      radius: r of equation 2, the root mean square of the normalised difference, above 0.
+      radius: r of equation 2, the root mean square of the normalized difference, above 0.
     """
     return sscd(embed, normalized_perturbation(images, targets, radius), targets)
 
@@ -66,7 +66,7 @@ def sscd_norm(embed: Callable, images, targets, *, radius: float = RADIUS) -> np
 def normalized_perturbation(images, targets, radius: float = RADIUS) -> np.ndarray:
     """Returns the targets moved by `radius` in the direction of their images (equation 2), float32 `[N, H, W, C]` in [0, 1].
 
-    An image that equals its target stays where it is: it has no direction.
+    An image that equals its target has no direction, and stays as it is.
     """
     check_number("radius", radius, 0.0, above=True)
     images, targets = unit_images("images", images), unit_images("targets", targets)

@@ -1,4 +1,4 @@
-"""Group normalisation and attention, as in diffusers' `Attention` with its default processor.
+"""Group normalization and attention, as in diffusers' `Attention` with its default processor.
 
     (1) GroupNorm: y = (x - mean_g) / sqrt(var_g + eps) * scale + bias, over the pixels and channels of group g
     (2) attention: softmax(q k^T / sqrt(dim_head)) v, for each head; the softmax in float32
@@ -16,8 +16,8 @@ from retrack_jax.notation import Array
 class GroupNorm(nn.Module):
     """Equation (1) over `[B, ..., C]`, C channels in contiguous groups; statistics in float32, result in `dtype`.
 
-    Both sums are taken in one pass, of x - s for a shift s that is near the group's mean: plain E[x^2] - E[x]^2 loses the digits
-    that parity with PyTorch needs. The result does not depend on s, so no gradient passes through it.
+    Mean and variance come from one pass over x - s, with a shift s near the mean of the group: without the shift, E[x^2] - E[x]^2
+    would lose the digits that parity with PyTorch needs. The result does not depend on s, so s has no gradient.
     """
 
     num_groups: int
@@ -32,7 +32,7 @@ class GroupNorm(nn.Module):
         return _group_norm(x, scale_C, bias_C, self.num_groups, self.epsilon, self.dtype)
 
 
-# Under `jit`, for a network has fifty norms of a dozen shapes: each shape is traced and lowered once.
+# Under `jit`, so that each shape is traced and lowered once: a network has fifty norms of a dozen shapes.
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _group_norm(x: Array, scale_C: Array, bias_C: Array, groups: int, epsilon: float, dtype: jnp.dtype) -> Array:
     batch, channels = x.shape[0], x.shape[-1]
@@ -45,7 +45,7 @@ def _group_norm(x: Array, scale_C: Array, bias_C: Array, groups: int, epsilon: f
     x_BNC = x.astype(jnp.float32).reshape(batch, -1, channels)
     shift_BC = group_mean(jax.lax.stop_gradient(x_BNC[:, x_BNC.shape[1] // 2]))
     x_BNC = x_BNC - shift_BC[:, None, :]
-    # Over the pixels first: on CPU a sum that keeps the channels apart is vectorised, one over pixels and channels is not.
+    # Over the pixels first: on CPU, a sum that keeps the channels apart is vectorized; one over pixels and channels is not.
     mean_BC = group_mean(jnp.mean(x_BNC, axis=1))
     var_BC = group_mean(jnp.mean(jnp.square(x_BNC), axis=1)) - jnp.square(mean_BC)
     gain_BC = jax.lax.rsqrt(jnp.maximum(var_BC, 0.0) + epsilon) * scale_C[None, :]
@@ -54,10 +54,11 @@ def _group_norm(x: Array, scale_C: Array, bias_C: Array, groups: int, epsilon: f
 
 
 class KeyProjection(nn.Module):
-    """`nn.Dense` for the keys: the bias is a parameter, for diffusers has one, but is not added.
+    """`nn.Dense` for the keys. The bias is a parameter, because diffusers has one, but it is not added.
 
-    It would add q b to every logit of a row of the softmax alike, which cancels. Its true gradient is 0; left to rounding, that
-    gradient is noise, which AdamW turns into steps of its own size, other ones for each layout of devices.
+    It would add the same number, q b, to all logits of a row of the softmax, which cancels. So its true gradient is 0. Computed,
+    it would be rounding noise that differs from one layout of devices to another, and AdamW would turn it into steps of full
+    size.
     """
 
     features: int
@@ -77,14 +78,14 @@ class Attention(nn.Module):
     """Multi-head attention over the pixels of `[B, H, W, C]` or the tokens of `[B, N, C]`; the result has the shape of the input.
 
     Attributes:
-      heads: number of heads; the inner width is heads * dim_head, whatever C is.
+      heads: number of heads; the inner width is heads * dim_head, and need not be C.
       dim_head: channels per head.
-      bias: whether to_q, to_k and to_v have a bias (to_out_0 has one always); to_k's changes nothing (see `KeyProjection`).
-      norm_num_groups: groups of the group norm before it, or None for no norm.
+      bias: whether to_q, to_k and to_v have a bias (to_out_0 always has one); to_k's changes nothing (see `KeyProjection`).
+      norm_num_groups: groups of the group norm before the attention, or None for no norm.
       eps: the epsilon of that norm.
       residual_connection: whether the input is added to the result.
       rescale_output_factor: what the sum is divided by.
-      dtype: the dtype that it computes in; parameters, norm statistics and softmax stay float32.
+      dtype: the dtype of the computation; parameters, norm statistics and softmax stay float32.
     """
 
     heads: int
@@ -112,7 +113,7 @@ class Attention(nn.Module):
             return y.reshape(batch, y.shape[1], self.heads, self.dim_head)
 
         query, key, value = project("to_q", hidden_BNC), project("to_k", context), project("to_v", context)
-        # It promotes bfloat16 logits to float32 implicitly, which strict promotion refuses (and in the gradient refuses still).
+        # JAX's function promotes bfloat16 logits to float32 implicitly, which strict promotion refuses, in the gradient too.
         with jax.numpy_dtype_promotion("standard"):
             hidden = jax.nn.dot_product_attention(query, key, value)
         hidden = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(hidden.reshape(batch, -1, inner))

@@ -1,9 +1,9 @@
-"""The down, middle and up blocks of UNet2D; one module for each direction, its kind given by two fields.
+"""The down, middle and up blocks of UNet2D: one module for each direction, with two fields for its kind.
 
-diffusers' block type     | attention | resampler
-DownBlock2D, UpBlock2D    | no        | conv
-AttnDownBlock2D, AttnUp.. | yes       | `downsample_type`, `upsample_type`: conv or resnet
-ResnetDownsampleBlock2D.. | no        | resnet
+    block type in diffusers                             | attention | resampler
+    DownBlock2D, UpBlock2D                              | no        | conv
+    AttnDownBlock2D, AttnUpBlock2D                      | yes       | `downsample_type`, `upsample_type`: conv or resnet
+    ResnetDownsampleBlock2D, ResnetUpsampleBlock2D      | no        | resnet
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class ResnetOptions:
 
     @classmethod
     def of(cls, unet) -> "ResnetOptions":
-        """Returns what the fields of a UNet say, by diffusers' names."""
+        """Returns the options that the fields of a UNet set."""
         return cls(
             groups=unet.norm_num_groups,
             eps=unet.norm_eps,
@@ -42,7 +42,7 @@ class ResnetOptions:
         )
 
     def resnet(self, out_channels: int, name: str, **fields) -> ResnetBlock2D:
-        """Returns a residual block with these options; under `remat` its activations are computed again in the backward pass."""
+        """Returns a residual block with these options; with `remat`, its backward pass computes the activations again."""
         block = nn.remat(ResnetBlock2D, static_argnums=(3,)) if self.remat else ResnetBlock2D
         return block(
             out_channels=out_channels,

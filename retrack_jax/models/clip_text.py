@@ -1,8 +1,7 @@
 """CLIP's text transformer: the text encoder of Stable Diffusion 1.x and 2.x, and the text tower of CLIP itself.
 
-Layers and parameters carry the names of transformers' `CLIPTextModel`; weights from OpenAI's own CLIP files are renamed to
-these when they are read. Padding is not masked: the causal mask keeps it from every earlier token, and Stable Diffusion
-attends to it on purpose.
+Layers and parameters have the names of transformers' `CLIPTextModel`; the reader of OpenAI's own CLIP files renames weights to
+these. Padding is not masked: the causal mask hides it from every earlier token, and Stable Diffusion attends to it on purpose.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from retrack_jax.checks import check, check_choice, check_int
 from retrack_jax.models.layer_norm import LayerNorm
 from retrack_jax.notation import Array
 
-# All that decides what the encoder computes; the dozens of other keys that transformers writes are of generation and training.
+# All keys that decide what the encoder computes; dozens of others that transformers writes concern generation and training.
 _FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
     "hidden_act layer_norm_eps"
@@ -91,9 +90,10 @@ class ClipLayer(nn.Module):
 class ClipTextEncoder(nn.Module):
     """Token ids `[B, N]` int32 to hidden states `[B, N, hidden_size]` after the final layer norm.
 
-    Attributes and defaults are those of transformers' `CLIPTextConfig`, and
-      projection_dim: with a number, `pooled` projects to that many features (CLIP's joint space); Stable Diffusion has none.
-      dtype: the dtype of the activations; parameters keep the dtype they are given in.
+    Attributes:
+      projection_dim: the number of features to which `pooled` projects (CLIP's joint space), or None as in Stable Diffusion.
+      dtype: the dtype of the activations; parameters keep theirs.
+      All others, and their defaults, are those of transformers' `CLIPTextConfig`.
     """
 
     vocab_size: int = 49408
@@ -109,8 +109,7 @@ class ClipTextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, **overrides) -> "ClipTextEncoder":
-        """Builds the encoder that a `text_encoder/config.json` describes. Raises `UserError` for what is not supported, by
-        name."""
+        """Returns the encoder of a `text_encoder/config.json`. Raises `UserError` that names an option that is not supported."""
         kind = config.get("model_type", "clip_text_model")
         check(kind == "clip_text_model", f"text encoder config: model_type is {kind!r}; only clip_text_model is supported")
         masked = config.get("use_attention_mask", False)
@@ -145,8 +144,7 @@ class ClipTextEncoder(nn.Module):
         return hidden_BND
 
     def pooled(self, ids_BN: Array) -> Array:
-        """The features `[B, projection_dim]` at the end token, which in CLIP's vocabulary is the highest id (the first, if
-        it pads)."""
+        """Returns the features `[B, projection_dim]` at the first end token, which is the highest id in CLIP's vocabulary."""
         hidden_BND = self(ids_BN)
         end_BD = jnp.take_along_axis(hidden_BND, jnp.argmax(ids_BN, axis=1)[:, None, None], axis=1)[:, 0]
         return end_BD if self.projection_dim is None else self.text_projection(end_BD)

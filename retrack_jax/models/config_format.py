@@ -1,4 +1,4 @@
-"""diffusers' `config.json` to a module's fields and back: what all networks here have in common."""
+"""From diffusers' `config.json` to the fields of a module and back, for all networks."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from retrack_jax.checks import UserError, check, check_choice, suggestion
 
-# Fields of our modules that are no part of diffusers' config.
+# Fields of our modules that diffusers' config does not have.
 _OWN_FIELDS = ("parent", "name", "dtype", "remat")
 
 
@@ -16,9 +16,9 @@ class ConfigFormat:
     """How the config of one class of diffusers is read.
 
     Attributes:
-      class_name: the class's name there.
+      class_name: the name of the class in diffusers.
       fixed: options that are supported at one value only.
-      passed_over: keys that say nothing about what the network computes here.
+      passed_over: keys that do not change what the network computes here.
     """
 
     class_name: str
@@ -26,7 +26,7 @@ class ConfigFormat:
     passed_over: tuple[str, ...] = ()
 
     def read(self, module_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the fields that `config` sets, lists as tuples; keys that start with an underscore are passed over.
+        """Returns the fields that `config` sets, lists as tuples; keys that start with an underscore are ignored.
 
         Raises:
           UserError: the config is another class's, or has an unknown key, or an option that is not supported.
@@ -55,9 +55,9 @@ class ConfigFormat:
 
 
 def check_block_types(module, *, plain=str, **kinds) -> None:
-    """Raises `UserError` unless each field that `kinds` names has one entry a block, all among its kinds.
+    """Raises `UserError` unless each field that `kinds` names has one entry per block, and each entry is one of its kinds.
 
-    `plain` maps an entry to the name that is looked up.
+    `plain` maps an entry to the name that is compared.
     """
     widths = module.block_out_channels
     whole = isinstance(widths, (tuple, list)) and all(isinstance(width, int) and width > 0 for width in widths)

@@ -2,7 +2,7 @@
 
     (1) f_i = exp(-log(10000) i / (D/2 - freq_shift)),  i = 0 .. D/2 - 1
     (2) e(t) = [sin(t f), cos(t f)], or [cos(t f), sin(t f)] with flip_sin_to_cos
-    (3) e(t) = [sin(2 pi W log t), cos(2 pi W log t)],  W fixed, drawn from N(0, 16^2): the "fourier" kind, undefined at t = 0
+    (3) e(t) = [sin(2 pi W log t), cos(2 pi W log t)]      W ~ N(0, 16^2), fixed: the "fourier" kind, undefined at t = 0
 """
 
 import math
@@ -20,10 +20,10 @@ from retrack_jax.notation import Array
 def silu(x: Array) -> Array:
     """Returns x / (1 + exp(-x)).
 
-    A quotient, where `nn.silu` is a product, for the sake of XLA on CPU: it keeps the result of a division, but computes a
-    product again, and the norm before it, in every operation that reads it. Those are each of the six terms of Winograd's
-    convolution and, pixel by strided pixel, the transpose in the kernel's gradient. The derivative is a rule because the
-    quotient's own is inf / inf below -88.
+    It is a quotient, while `nn.silu` is a product, because of XLA on CPU: XLA stores the result of a division, but computes a
+    product again, and with it the norm before, in every operation that reads it. Those are each of the six terms of Winograd's
+    convolution and, for every strided pixel, the transpose in the gradient of the kernel. The derivative has a rule because that
+    of the quotient is inf / inf below -88.
     """
     return x / (1.0 + jnp.exp(-x))
 
@@ -45,7 +45,7 @@ _ACTIVATIONS = {
 
 
 def activation(act_fn: str):
-    """Returns the function that diffusers' `act_fn` names; raises `UserError` for a name it does not know."""
+    """Returns the function with diffusers' name `act_fn`; raises `UserError` for an unknown name."""
     if act_fn not in _ACTIVATIONS:
         raise UserError(f"act_fn is {act_fn!r}; choose one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[act_fn]
@@ -54,7 +54,7 @@ def activation(act_fn: str):
 def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Array:
     """Returns the embedding of `t` `[B]` by equations (1) and (2), float32 `[B, dim]`; an odd `dim` is padded with a zero."""
     half = dim // 2
-    # Rounded as PyTorch rounds it (a float32 exponent, then exp): at t = 999 one unit in the last place of f shows in sin(t f).
+    # Rounded as in PyTorch (a float32 exponent, then exp): at t = 999, one unit in the last place of f is visible in sin(t f).
     exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
     frequencies_D = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles_BD = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies_D)[None, :]

@@ -1,4 +1,4 @@
-"""Layer normalisation with statistics in float32, whatever dtype activations and parameters have."""
+"""Layer normalization with statistics in float32, for activations and parameters of any dtype."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from retrack_jax.notation import Array
 class LayerNorm(nn.Module):
     """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis; the result in `dtype`.
 
-    Flax's own takes E[x²] - E[x]² by default, which loses the digits that parity with PyTorch needs, and mixes dtypes
+    Flax's layer takes E[x²] - E[x]² by default, which loses the digits that parity with PyTorch needs, and mixes dtypes
     implicitly.
     """
 
@@ -23,6 +23,6 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32).astype(jnp.float32)
         x = x.astype(jnp.float32)
-        centred = x - x.mean(axis=-1, keepdims=True)
-        var = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(var + self.epsilon) * scale.reshape(shape) + bias.reshape(shape)).astype(self.dtype)
+        centered = x - x.mean(axis=-1, keepdims=True)
+        var = jnp.square(centered).mean(axis=-1, keepdims=True)
+        return (centered * jax.lax.rsqrt(var + self.epsilon) * scale.reshape(shape) + bias.reshape(shape)).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""The residual block and the changes of resolution that all UNets and the autoencoder share."""
+"""The residual block, and the layers that change the resolution, which all UNets and the autoencoder share."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ def downsample_mean(x: Array) -> Array:
 class Downsample2D(nn.Module):
     """Halves the resolution by a 3 x 3 convolution of stride 2.
 
-    `padding` is diffusers' `downsample_padding`: pixels of zeros on each side, but 0 means one row below and one column to the
-    right.
+    `padding` is diffusers' `downsample_padding`: how many pixels of zeros on each side. But 0 means one row below and one column
+    to the right.
     """
 
     out_channels: int
@@ -51,18 +51,18 @@ class Upsample2D(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """Norm, activation, convolution, twice, around a shortcut; the time embedding enters between the two.
+    """Norm, activation and convolution, twice, and a shortcut around them; the time embedding enters between the two.
 
     Attributes:
-      out_channels: channels of the result; where they differ from the input's the shortcut is a 1 x 1 convolution.
-      groups, eps: of both group norms.
+      out_channels: channels of the result; if they differ from the input's, the shortcut is a 1 x 1 convolution.
+      groups, eps: options of both group norms.
       non_linearity: name of the activation.
       time_embedding_norm: "default" adds the projected embedding before the second norm; "scale_shift" acts after it.
       output_scale_factor: what the sum with the shortcut is divided by.
       dropout: rate before the second convolution, from the rng collection "dropout".
-      up, down: change the resolution between the first activation and the first convolution, and on the shortcut.
-      skip_time_act: project the embedding without an activation before.
-      dtype: the dtype that it computes in; parameters and norm statistics stay float32.
+      up, down: whether the resolution changes, between the first activation and the first convolution, and on the shortcut.
+      skip_time_act: whether the embedding is projected without an activation before.
+      dtype: the dtype of the computation; parameters and norm statistics stay float32.
     """
 
     out_channels: int

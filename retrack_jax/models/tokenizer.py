@@ -1,14 +1,14 @@
 """Prompts to CLIP token ids, with the `tokenizers` library and the files of a Stable Diffusion pipeline.
 
-A tokenizer folder holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x checkpoint), or only
-`tokenizer.json` (what transformers 5 writes), and beside them `tokenizer_config.json` and `special_tokens_map.json`. Two
-habits of transformers matter for identical ids and are reproduced here:
+A tokenizer folder holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x checkpoint) or only `tokenizer.json`
+(as transformers 5 writes it), and in addition `tokenizer_config.json` and `special_tokens_map.json`. To give the same ids as
+transformers, two of its rules are followed here:
 
-1. Every special token, the padding token too, is cut out of the text before anything else. Stable Diffusion 2 pads with
-   `!`, so a `!` in a prompt becomes the padding id 0 there, and not the word `!</w>` (256).
-2. A special token given as plain text is matched as it is written; one given as an object is matched as its `normalized`
-   flag says (after lower-casing if true). Where two roles share one text the last of bos, eos, unk, pad decides, and the
-   special tokens map overrides the config.
+1. Every special token, the padding token too, is cut out of the text before anything else. Stable Diffusion 2 pads with `!`, so
+   there a `!` in a prompt becomes the padding id 0, and not the word `!</w>` (256).
+2. A special token that is plain text in the file is matched as it is written. One that is an object is matched by its
+   `normalized` flag: after lower-casing if that is true. If two roles have the same text, the last of bos, eos, unk, pad decides,
+   and the special tokens map overrides the config.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,10 @@ class ClipTokenizer:
     backend: Any
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns int32 ids `[N, length]`: start, at most `length - 2` words' pieces, end, padding. Raises `UserError` for
-        non-text."""
+        """Returns int32 ids `[N, length]`: start, at most `length - 2` pieces of words, end, padding.
+
+        Raises `UserError` if `prompts` is not a list of strings.
+        """
         if isinstance(prompts, str):
             raise UserError("prompts is one string; pass a list of prompts")
         for index, prompt in enumerate(prompts):
@@ -59,7 +61,7 @@ class ClipTokenizer:
         return np.array([one.ids for one in encoded], dtype=np.int32).reshape(len(encoded), self.length)
 
     def count(self, prompt: str) -> int:
-        """Returns the number of ids that `prompt` would need with no limit, start and end included."""
+        """Returns the number of ids that `prompt` would have without a limit, including start and end."""
         self.backend.no_truncation()
         try:
             return sum(self.backend.encode(prompt).attention_mask)
@@ -68,14 +70,14 @@ class ClipTokenizer:
 
 
 def load_tokenizer(path) -> ClipTokenizer:
-    """Reads the tokenizer folder of a pipeline. Raises `UserError` if files are missing or are not a CLIP tokenizer's."""
+    """Reads the tokenizer folder of a pipeline. Raises `UserError` if files are missing or are not those of a CLIP tokenizer."""
     folder = epath.Path(path)
     config = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
-            found = read_json(folder / file)
-            check(isinstance(found, dict), f"{folder / file} holds no JSON object; download it again")
-            config |= found
+            values = read_json(folder / file)
+            check(isinstance(values, dict), f"{folder / file} holds no JSON object; download it again")
+            config |= values
     name = config.get("tokenizer_class", "CLIPTokenizer")
     check(name in ("CLIPTokenizer", "CLIPTokenizerFast"), f"{folder} holds a {name}; only CLIP tokenizers are supported")
     special = {role: _token(folder, role, config.get(role) or _DEFAULTS[role]) for role in _ROLES}

@@ -1,8 +1,10 @@
-"""The transformer over the pixels of a feature map that Stable Diffusion's UNet conditions through, as in diffusers.
+"""The transformer over the pixels of a feature map by which Stable Diffusion's UNet is conditioned, as in diffusers.
 
-(1) x + proj_out(blocks(proj_in(norm(x)))), pixels as tokens
-(2) block: h += self_attention(norm1 h); h += cross_attention(norm2 h, prompt); h += geglu(norm3 h)
-(3) geglu(h) = W_2 (a * gelu(g)),  [a, g] = W_1 h, gelu exact
+    (1) y        = x + proj_out(blocks(proj_in(norm(x))))                pixels are the tokens
+    (2) h_1      = h   + self_attention(norm1(h))                        one block
+        h_2      = h_1 + cross_attention(norm2(h_1), prompt)
+        h_3      = h_2 + geglu(norm3(h_2))
+    (3) geglu(h) = W_2 (a * gelu(g)),   [a, g] = W_1 h                   gelu exact
 """
 
 import flax.linen as nn
@@ -62,9 +64,9 @@ class Transformer2DModel(nn.Module):
       num_layers: transformer blocks.
       norm_num_groups: groups of the first norm.
       use_linear_projection: whether proj_in and proj_out are dense layers (Stable Diffusion 2) or 1 x 1 convolutions
-        (1.x); they compute the same and differ in the shape of their weights.
-      dtype: the dtype that it computes in.
-      remat: whether each block's activations are computed again in the backward pass.
+        (1.x). Both compute the same; the shapes of their weights differ.
+      dtype: the dtype of the computation.
+      remat: whether the backward pass computes the activations of each block again.
     """
 
     heads: int

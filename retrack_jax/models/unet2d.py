@@ -1,4 +1,4 @@
-"""UNet2D: diffusers' `UNet2DModel` in Flax, with its field and submodule names, for images as `[B, H, W, C]`."""
+"""UNet2D: diffusers' `UNet2DModel` in Flax, with the same names of fields and submodules, for images `[B, H, W, C]`."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import GaussianFourierProjection, TimestepEmbedding, activation, silu, timestep_embedding
 from retrack_jax.notation import Array
 
-# Block type -> (attention, resampler); the resampler None is the config's downsample_type or upsample_type.
+# Block type -> (attention, resampler); a resampler of None means the config's downsample_type or upsample_type.
 _DOWN_BLOCKS = {
     "DownBlock2D": (False, "conv"),
     "AttnDownBlock2D": (True, None),
@@ -26,7 +26,7 @@ _UP_BLOCKS = {
     "AttnUpBlock2D": (True, None),
     "ResnetUpsampleBlock2D": (False, "resnet"),
 }
-# Written by diffusers' EMAModel into the config of an averaged model; they describe the averaging, not the network.
+# diffusers' EMAModel writes these into the config of an averaged model; they describe the averaging, not the network.
 _EMA_KEYS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 _FORMAT = ConfigFormat(
     class_name="UNet2DModel", fixed={"class_embed_type": None, "num_class_embeds": None}, passed_over=_EMA_KEYS
@@ -37,8 +37,8 @@ class UNet2D(nn.Module):
     """The unconditional UNet of DDPM.
 
     Attributes:
-      dtype: the dtype that it computes in; parameters, norm statistics, softmax and the result are float32.
-      remat: compute the activations of residual and attention blocks again in the backward pass, to save memory.
+      dtype: the dtype of the computation; parameters, norm statistics, softmax and the result are float32.
+      remat: whether the backward pass computes the activations of residual and attention blocks again, to save memory.
       All others are those of diffusers' `UNet2DModel`, with its defaults; `attention_head_dim` is channels per head.
 
     New parameters are drawn as Flax does: kernels from lecun_normal (variance 1/fan_in), biases 0, norm scales 1.
@@ -77,9 +77,9 @@ class UNet2D(nn.Module):
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "UNet2D":
         """Returns the module for diffusers' `config.json` as a dict; `own_fields` sets `dtype` and `remat`.
 
-        Keys that start with an underscore and those of an averaged model (EMA) are passed over. Absent keys take the defaults,
-        which are those of every version of diffusers, but for one: until 0.17 the middle attention of a `scale_shift` network
-        had a group norm, and no option for it.
+        Keys that start with an underscore and those of an averaged model (EMA) are ignored. Absent keys take the defaults, which
+        every version of diffusers shares, with one exception: before 0.17, the middle attention of a `scale_shift` network had a
+        group norm, and there was no option for it.
 
         Raises:
           UserError: the config is another class's, or has an unknown key, or an option that is not supported.
@@ -197,7 +197,7 @@ class UNet2D(nn.Module):
 
 
 def _plain(block_type: str) -> str:
-    """Drops the `UNetRes` that some early configs put before a block type."""
+    """Removes the prefix `UNetRes` that block types have in some early configs."""
     return str(block_type).removeprefix("UNetRes")
 
 

@@ -1,7 +1,7 @@
 """UNet2DCondition: diffusers' `UNet2DConditionModel` in Flax, for Stable Diffusion 1.x and 2.x.
 
-It shares its layers with `UNet2D` and adds blocks with cross-attention to a prompt. In these configs `attention_head_dim`
-is, by an old mistake of diffusers that checkpoints now depend on, the *number* of heads.
+It shares its layers with `UNet2D` and adds blocks with cross-attention to a prompt. In these configs `attention_head_dim` is the
+*number* of heads: an old mistake of diffusers, on which checkpoints now depend.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from retrack_jax.models.resnet import Downsample2D, Upsample2D
 from retrack_jax.models.transformer2d import Transformer2DModel
 from retrack_jax.notation import Array
 
-# Options of UNet2DConditionModel that are supported at one value only, that of every Stable Diffusion 1.x and 2.x checkpoint.
+# Options of UNet2DConditionModel that are supported at one value only, which every Stable Diffusion 1.x and 2.x checkpoint has.
 _FIXED = {
     "addition_embed_type": None, "addition_time_embed_dim": None, "attention_type": "default", "class_embed_type": None,
     "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
@@ -31,7 +31,7 @@ _FIXED = {
     "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
     "time_embedding_type": "positional", "timestep_post_act": None,
 }  # fmt: skip
-# Passed over: of use only beside an option above, or a precision that is always kept here (logits in float32).
+# Ignored: they matter only with an option above, or ask for a precision that is always used here (logits in float32).
 _PASSED_OVER = ("addition_embed_type_num_heads", "upcast_attention", "attention_upcast")
 _FORMAT = ConfigFormat(class_name="UNet2DConditionModel", fixed=_FIXED, passed_over=_PASSED_OVER)
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -113,8 +113,8 @@ class UNet2DCondition(nn.Module):
     Attributes:
       attention_head_dim: number of heads, one for all blocks or one for each.
       cross_attention_dim: features of the prompt's tokens.
-      dtype: the dtype that it computes in; norm statistics, softmax and the result are float32.
-      remat: whether activations of residual and transformer blocks are computed again in the backward pass.
+      dtype: the dtype of the computation; norm statistics, softmax and the result are float32.
+      remat: whether the backward pass computes the activations of residual and transformer blocks again.
     """
 
     sample_size: Any = None
@@ -188,8 +188,7 @@ class UNet2DCondition(nn.Module):
         Args:
           x_t: `[B, H, W, in_channels]`; H and W are multiples of 2^(blocks - 1).
           t: timesteps `[B]`, int or float.
-          encoder_hidden_states: prompt embeddings `[B, M, cross_attention_dim]`, or `[1, M, cross_attention_dim]` for all
-            alike.
+          encoder_hidden_states: prompt embeddings `[B, M, cross_attention_dim]`, or `[1, M, cross_attention_dim]` for all images.
           deterministic: False turns dropout on, which draws from the rng collection "dropout".
 
         Raises:
@@ -244,7 +243,7 @@ class UNet2DCondition(nn.Module):
         return Conv(self.out_channels, 3, padding=1, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 
     def _per_block(self, field: str) -> tuple:
-        """An option that is one for all blocks, or one for each."""
+        """Returns the values of an option for all blocks; the field holds one for all, or one for each."""
         value, blocks = getattr(self, field), len(self.block_out_channels)
         if not isinstance(value, (tuple, list)):
             return (value,) * blocks

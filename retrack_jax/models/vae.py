@@ -1,8 +1,10 @@
 """AutoencoderKL: Stable Diffusion's autoencoder between images and latents, in Flax with diffusers' names.
 
-(1) posterior of an image: N(mean, std²),  [mean, logvar] = quant_conv(encoder(x)),  std = exp(clip(logvar, -30, 20) / 2)
-(2) a latent is scaling_factor * z, z drawn from the posterior (or its mean); the UNet sees latents only
-(3) x = decoder(post_quant_conv(latent / scaling_factor))
+    (1) z ~ N(mean, std²)                               the posterior of an image x
+        [mean, logvar] = quant_conv(encoder(x))
+        std = exp(clip(logvar, -30, 20) / 2)
+    (2) latent = scaling_factor * z                     all that the UNet sees; z may also be the mean
+    (3) x = decoder(post_quant_conv(latent / scaling_factor))
 """
 
 from collections.abc import Mapping
@@ -44,7 +46,7 @@ class UpDecoderBlock2D(nn.Module):
 
 
 class _Half(nn.Module):
-    """What the two halves of the autoencoder have in common."""
+    """The fields that both halves of the autoencoder have."""
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
@@ -54,7 +56,7 @@ class _Half(nn.Module):
 
 
 class Encoder(_Half):
-    """Images to the features that `quant_conv` reads; each level halves the size, the last does not."""
+    """Images to the features that `quant_conv` reads; each level but the last halves the size."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -71,7 +73,7 @@ class Encoder(_Half):
 
 
 class Decoder(_Half):
-    """Latents to images; each level doubles the size, the last does not."""
+    """Latents to images; each level but the last doubles the size."""
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
@@ -85,18 +87,19 @@ class Decoder(_Half):
 
 
 def _out(options: ResnetOptions, x: Array, features: int) -> Array:
-    """The last norm, SiLU whatever act_fn is (as in diffusers), and convolution."""
+    """The last norm, SiLU (for every act_fn, as in diffusers) and convolution."""
     x = silu(GroupNorm(options.groups, _EPS, options.dtype, name="conv_norm_out")(x))
     return Conv(features, 3, padding=1, dtype=options.dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`. Use `apply` with method "encode" or
-    "decode".
+    """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`.
+
+    Call `apply` with method "encode" or "decode".
 
     Attributes:
-      scaling_factor: what latents are multiplied by (equation 2), so that they have about unit variance.
-      dtype: the dtype that it computes in; norm statistics, softmax and the results are float32.
+      scaling_factor: the factor of latents (equation 2), with which their variance is about 1.
+      dtype: the dtype of the computation; norm statistics, softmax and the results are float32.
     """
 
     in_channels: int = 3
@@ -117,8 +120,10 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "AutoencoderKL":
-        """Returns the module for diffusers' `vae/config.json` as a dict. Raises `UserError` for what is not supported, by
-        name."""
+        """Returns the module for diffusers' `vae/config.json` as a dict.
+
+        Raises `UserError` that names an option that is not supported.
+        """
         module = cls(**_FORMAT.read(cls, config), **own_fields)
         module.check_options()
         return module
@@ -155,8 +160,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, x_BHWC: Array) -> tuple[Array, Array]:
         """Returns mean and standard deviation of the latent of each image, float32 `[B, H/8, W/8, latent_channels]`.
 
-        Both are multiplied by `scaling_factor` already (equations 1 and 2): a latent for the UNet is mean + std * eps. Images
-        `[B, H, W, 3]` in [-1, 1], sides multiples of `downscale`; raises `UserError` for others.
+        Both are already multiplied by `scaling_factor` (equations 1 and 2): a latent for the UNet is mean + std * eps. Images are
+        `[B, H, W, 3]` in [-1, 1], with sides that are multiples of `downscale`; raises `UserError` for other sides.
         """
         height, width = x_BHWC.shape[1:3]
         whole = height % self.downscale == 0 and width % self.downscale == 0
@@ -168,7 +173,7 @@ class AutoencoderKL(nn.Module):
         return mean * self.scaling_factor, std * self.scaling_factor
 
     def decode(self, latent_BHWC: Array) -> Array:
-        """Returns images, float32 `[B, 8 H, 8 W, 3]`, about [-1, 1] and not clipped, of the UNet's latents (equation 3)."""
+        """Returns images from the UNet's latents (equation 3): float32 `[B, 8 H, 8 W, 3]`, about in [-1, 1], not clipped."""
         z = latent_BHWC / self.scaling_factor
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)

@@ -279,19 +279,19 @@ def _overlap(box, others) -> float:
 
 
 @_style()
-def relearning_chart(found: Mapping[str, Mapping], title: str) -> str:
+def relearning_chart(runs: Mapping[str, Mapping], title: str) -> str:
     """Returns the chart of `method -> {"steps", "values", "threshold"}`: one line each, with its name at the end."""
     width, height, right, bottom = 500, 340, 116, 54
     axes = _axes(width, height, left=70, right=right, top=22, bottom=bottom, x_label="steps of fine-tuning")
-    threshold = next(iter(found.values()))["threshold"]
-    values = [threshold, *(value for one in found.values() for value in one["values"])]
+    threshold = next(iter(runs.values()))["threshold"]
+    values = [threshold, *(value for one in runs.values() for value in one["values"])]
     log = min(values) > 0 and 30 < max(values) / min(values) < 1e30
-    _scale(axes.xaxis, [step for one in found.values() for step in one["steps"]], steps=True)
+    _scale(axes.xaxis, [step for one in runs.values() for step in one["steps"]], steps=True)
     _scale(axes.yaxis, values, log=log, ticks=4)
     axes.set_ylabel(describe("forget_loss").label + (", log scale" if log else ""))
     axes.axhline(threshold, color=_of_method("retrain"), alpha=0.5, linestyle=(0, (5, 5)), linewidth=1, gid="gold")
     ends = []
-    for method, one in found.items():
+    for method, one in runs.items():
         axes.plot(one["steps"], one["values"], color=_of_method(method), linewidth=2, gid=f"line m-{method}")
         ends.append((axes.transData.transform((one["steps"][-1], one["values"][-1]))[1], method))
     place = bottom - 5
@@ -302,6 +302,6 @@ def relearning_chart(found: Mapping[str, Mapping], title: str) -> str:
         text.set(fontsize=13, color=_of_method(method))
     described = "; ".join(
         f"{method_label(m)}: from {one['values'][0]:.3g} to {one['values'][-1]:.3g} in {one['steps'][-1]} steps"
-        for m, one in found.items()
+        for m, one in runs.items()
     )
     return _svg(axes, title, described)

@@ -55,10 +55,10 @@ def comparison_report(
       mark_name: what those are called, such as `T-shirt`.
       forgotten, neighbors, distances: as in `run_report`.
       title: the heading; by default the folder's name.
-      summary: what `summary.json` holds, or is to hold; None: it is read.
+      summary: the content of `summary.json`; None reads the file.
 
     Raises:
-      UserError: `summary.json` is wanted and missing or broken, or an array does not fit the others.
+      UserError: `summary.json` is needed and is missing or broken, or an array does not fit the others.
     """
     workdir = epath.Path(workdir)
     summary = read_json(workdir / "summary.json") if summary is None else summary
@@ -93,7 +93,7 @@ def scatter_points(summary: Mapping, most: int = 4) -> list[tuple[tuple[str, str
     A pair needs two methods that have both metrics. Metrics whose direction is unknown are in no pair.
     """
     names = comparison_columns(summary)
-    # A frequency that is 0 for nearly every method tells none from another; it goes last.
+    # A metric that is the same for most methods, such as a frequency of 0, does not tell them apart; it comes last.
     strength = sorted((name for name in names if describe(name).about == "forgetting"), key=lambda name: _tied(summary, name))
     quality = [name for name in names if describe(name).about == "quality"]
     pairs = [(x, y) for y in quality for x in strength if _same_prompt(x, y)]
@@ -231,10 +231,10 @@ def _samples(samples: Mapping, marked: Mapping, mark_name: str) -> dict | None:
 
 def _runs(workdir, summary) -> list[tuple[str, list[tuple[str, str]]]]:
     """(method, [(run, address of its page), ...]); addresses are relative, so that a copied workdir keeps them."""
-    found = []
+    pages = []
     for method in method_order(summary["methods"]):
         folder = workdir / method
         runs = sorted(run.name for run in folder.iterdir() if (run / "report.html").exists()) if folder.is_dir() else []
         if runs:
-            found.append((method_label(method), [(run, f"{method}/{run}/report.html") for run in runs]))
-    return found
+            pages.append((method_label(method), [(run, f"{method}/{run}/report.html") for run in runs]))
+    return pages

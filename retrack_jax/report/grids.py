@@ -1,7 +1,7 @@
-"""Pictures: grids of samples, before beside after, and the forgotten image beside its neighbors.
+"""Pictures: grids of samples before and after unlearning, and the forgotten image with its neighbors.
 
 All images come in as uint8 `[N, H, W, C]` with C = 1 or 3. Small ones are enlarged by whole factors without smoothing, so that an
-8 x 8 digit stays the 8 x 8 digit; large ones are reduced so that a grid fits a screen. Pillow is imported where it is used.
+8 x 8 digit keeps its pixels; large ones are reduced so that a grid fits a screen. Functions import Pillow when they need it.
 """
 
 import base64
@@ -93,9 +93,9 @@ def samples_picture(
 
     Args:
       before, after: uint8 `[N, H, W, C]`, of which `count` are shown: two rows of those that were the forgotten image before
-        (unlearning a rare image would else show nothing), then the first ones. `before` may be None.
+        (otherwise unlearning a rare image would show nothing), then the first ones. `before` may be None.
       titles: headings of the two grids.
-      marked_before, marked_after: bool `[N]` or None (nothing is outlined and nothing is said of it).
+      marked_before, marked_after: bool `[N]`, which samples are outlined, or None if that is unknown.
       mark_name: what the outlined ones are.
       forgotten: uint8 `[F, H, W, C]` or None: shown below, outlined.
       neighbors: uint8 `[F, K, H, W, C]` or None: shown to the right of it, nearest first.

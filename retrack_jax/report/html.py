@@ -39,9 +39,9 @@ def run_report(
     """Writes `samples.png` and `report.html` in `run_dir` and returns the page's path.
 
     Args:
-      run_dir: the run's folder; its `metrics.json` must be there, `log.jsonl` and the workdir's `pretrained/log.jsonl` may be.
+      run_dir: the run's folder; it must hold `metrics.json`; `log.jsonl` and the workdir's `pretrained/log.jsonl` are optional.
       before: the pretrained model's samples, uint8 `[N, H, W, C]`, or a mapping of such (Stable Diffusion: `original`,
-        `modified`); of all that are given, those that drew the forgotten image are shown too. None: no pictures of before.
+        `modified`); those among them that are the forgotten image are shown too. None: no pictures of before.
       after: this run's samples from the same noise; by default the first ones of its `samples.npz`.
       marked_before, marked_after: bool `[N]` or a mapping of such: which samples are the forgotten image. None: unknown.
       mark_name: what those are called, such as `T-shirt`.

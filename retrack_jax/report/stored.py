@@ -1,4 +1,4 @@
-"""Reads the first samples out of a `samples.npz` without unpacking the rest: 10,000 images of 256 x 256 x 3 are 2 GB."""
+"""Reads the first samples of a `samples.npz` and leaves the rest packed: 10,000 images of 256 x 256 x 3 are 2 GB."""
 
 import zipfile
 
@@ -32,6 +32,6 @@ def first_images(path, count: int) -> dict[str, np.ndarray]:
                     rows = min(count, shape[0])
                     data = stream.read(rows * int(np.prod(shape[1:])))
                     arrays[member.removesuffix(".npy")] = np.frombuffer(data, np.uint8).reshape(rows, *shape[1:])
-    except Exception as error:  # zipfile, zlib and NumPy each have their own
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise UserError(f"{path} is not a whole .npz file ({error}); delete it and run again") from error
     return arrays

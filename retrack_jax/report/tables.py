@@ -46,7 +46,7 @@ def with_bound(name: str, value, num_samples: int | None) -> str:
 
 
 def signed(metric: Metric, gap: float) -> str:
-    """Returns a difference with its sign, without one where it shows as zero."""
+    """Returns a difference with its sign; one that rounds to zero has none."""
     text = metric.text(abs(gap)) if gap else "0"
     return text if not any(digit in "123456789" for digit in text) else f"{'+' if gap > 0 else '−'}{text}"
 

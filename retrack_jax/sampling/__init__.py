@@ -17,7 +17,7 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, spacing: str 
     """Returns the sampler `name`, one of `SAMPLERS`, over `num_steps` steps of `schedule`.
 
     Args:
-      spacing: `leading`, `trailing` or `linspace`; the default is the schedule's own, and `linspace` for DPM-Solver++ as in
+      spacing: `leading`, `trailing` or `linspace`; by default the schedule's own, but `linspace` for DPM-Solver++, as in
         diffusers.
 
     Raises:

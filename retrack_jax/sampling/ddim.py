@@ -1,13 +1,13 @@
 """Deterministic DDIM, "Denoising Diffusion Implicit Models" (arXiv 2010.02502), eta = 0.
 
-With a' = alpha_bar at t' = t - floor(T / num_steps), diffusers' choice even where the timesteps visited are spaced otherwise, the
-step is
+With a' = alpha_bar at t' = t - floor(T / num_steps), which diffusers takes even if the visited timesteps are spaced otherwise,
+the step is
 
     (1) x_0 = (x_t - sigma_t eps) / gamma_t, clipped to ±clip_sample_range if clip_sample
     (2) x   = sqrt(a') x_0 + sqrt(1 - a') eps          eps as predicted: clipping x_0 does not change it
 
-Past the last step (t' < 0) a' is 1, or alpha_bar_0 if `set_alpha_to_one` is false. It is the Euler method for the probability-
-flow ODE in sigma/gamma, so of first order.
+Past the last step (t' < 0), a' is 1, or alpha_bar_0 if `set_alpha_to_one` is false. This is the Euler method for the
+probability-flow ODE in sigma/gamma, so it is of first order.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ from flax import struct
 
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
+from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
 
 
 @struct.dataclass
 class DDIM:
     """Deterministic DDIM; `num_steps` calls of the network."""
 
-    rows: Rows
+    rows: Coefficients
     clip: float | None = struct.field(pytree_node=False, default=None)
     stochastic = False
 

@@ -4,9 +4,10 @@ With a = alpha_bar_t, a' = alpha_bar of the next timestep visited (1 after the l
 
     (1) x_0  = (x_t - sigma_t eps) / gamma_t, clipped to ±clip_sample_range if clip_sample
     (2) mean = sqrt(a') b / (1 - a) x_0 + sqrt(a/a') (1 - a')/(1 - a) x_t
-    (3) x    = mean + std noise,  std² = (1 - a')/(1 - a) b  for fixed_small,  b  for fixed_large;  std = 0 at t = 0
+    (3) x    = mean + std noise
+        std² = (1 - a')/(1 - a) b for fixed_small,  b for fixed_large,  0 at t = 0
 
-As in diffusers, a last timestep above 0 (steps_offset) keeps its noise: with fixed_large that is visible.
+As in diffusers, noise is added even at the last timestep if that is above 0 (steps_offset). With fixed_large it is visible.
 """
 
 import numpy as np
@@ -14,14 +15,14 @@ from flax import struct
 
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
+from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
 
 
 @struct.dataclass
 class DDPM:
     """Ancestral DDPM; `num_steps` calls of the network."""
 
-    rows: Rows
+    rows: Coefficients
     clip: float | None = struct.field(pytree_node=False, default=None)
     stochastic = True
 

@@ -1,18 +1,16 @@
-"""DPM-Solver++(2M), "DPM-Solver++" (arXiv 2211.01095, algorithm 2): a multistep solver of the probability-flow ODE, of second
-order.
+"""DPM-Solver++(2M), "DPM-Solver++" (arXiv 2211.01095, algorithm 2): a second-order multistep solver of the probability-flow ODE.
 
-With lambda = log(gamma/sigma), h = lambda' - lambda for the step from t to t', h_0 for the step before it, and m the predicted
-x_0:
+lambda = log(gamma/sigma); h = lambda' - lambda for the step from t to t', and h_0 for the step before it; m is the predicted x_0.
 
     (1) D  = m + (m - m_before) h / (2 h_0)                                       `midpoint`
     (2) x' = (sigma'/sigma) x - gamma' (exp(-h) - 1) D
-    (3) `heun` has  gamma' ((exp(-h) - 1)/h + 1) (m - m_before) h / h_0  in place of the second term of D
+    (3) x' = (sigma'/sigma) x - gamma' (exp(-h) - 1) m + gamma' ((exp(-h) - 1)/h + 1) (m - m_before) h / h_0       `heun`
 
-The first step is of first order (D = m). So is the last where diffusers makes it so: it ends at sigma = 0 (`final_sigmas_type`
-zero), where h is infinite; or `euler_at_final`; or `lower_order_final` with fewer than 15 steps. x_0 is not clipped.
+The first step is of first order (D = m). The last step is too, as in diffusers, if it ends at sigma = 0 (`final_sigmas_type`
+zero), where h is infinite; with `euler_at_final`; and with `lower_order_final` and fewer than 15 steps. x_0 is not clipped.
 
-Spacing follows diffusers' DPMSolverMultistepScheduler, which differs from its other schedulers: `linspace` and `leading` divide
-the table by num_steps + 1 points and leave the last out.
+Timesteps are spaced as in diffusers' DPMSolverMultistepScheduler, which differs from its other schedulers: `linspace` and
+`leading` divide the table by num_steps + 1 points and leave out the last.
 """
 
 import numpy as np
@@ -21,21 +19,19 @@ from flax import struct
 from retrack_jax.checks import check_choice, check_int
 from retrack_jax.diffusion.schedule import SPACINGS, Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Rows, float32_rows, predict_x0
+from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
 
 
 @struct.dataclass
 class DPMSolver:
     """DPM-Solver++(2M); `num_steps` calls of the network."""
 
-    rows: Rows
+    rows: Coefficients
     stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "DPMSolver":
-        """Returns the sampler. `spacing` defaults to `linspace` unless the schedule was read from a
-        DPMSolverMultistepScheduler.
-        """
+        """Returns the sampler; `spacing` is `linspace` by default, unless a DPMSolverMultistepScheduler's file sets another."""
         if spacing is None:
             spacing = schedule.timestep_spacing if schedule.class_name == "DPMSolverMultistepScheduler" else "linspace"
         t = timesteps(schedule, num_steps, spacing)
@@ -46,7 +42,7 @@ class DPMSolver:
             log_snr = np.log(gamma) - np.log(sigma)
         h = np.diff(log_snr)
         gain = -gamma[1:] * np.expm1(-h)
-        ratio = np.append(0.0, h[1:] / h[:-1])  # h / h_0; 0 makes the first step one of first order
+        ratio = np.append(0.0, h[1:] / h[:-1])  # h / h_0; with 0 the first step is of first order
         last_is_first_order = (
             schedule.euler_at_final or schedule.final_sigmas_type == "zero" or (schedule.lower_order_final and num_steps < 15)
         )
@@ -83,8 +79,8 @@ def timesteps(schedule: Schedule, num_steps: int, spacing: str) -> np.ndarray:
     """Returns the timesteps visited, int32 [num_steps], descending, as DPMSolverMultistepScheduler spaces them.
 
     Raises:
-      UserError: as many steps as timesteps or more (but for `trailing`), for which two would coincide; an offset that leaves the
-      table.
+      UserError: so many steps that two timesteps would coincide (as many as timesteps; with `trailing`, more), or an offset that
+        leaves the table.
     """
     total = schedule.num_train_timesteps
     check_choice("timestep_spacing", spacing, SPACINGS)

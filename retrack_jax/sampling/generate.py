@@ -1,11 +1,12 @@
-"""The generation of many images: sharded over devices and processes, resumable at any image.
+"""The generation of many images: sharded over devices and processes, and resumable at any image.
 
-Image i is keyed by `fold_in(rng, i)` alone: its initial noise and the noise of each of its steps. So it is the same image at any
-batch size, on any number of devices and processes, up to the rounding of sums that the compiler orders by batch shape.
+The noise of image i depends only on `fold_in(rng, i)`. So it is the same image at any batch size and on any number of devices and
+processes, up to the rounding of sums, whose order the compiler chooses by the shape of the batch.
 
-With an `out_dir` each process writes a part file for each batch, `part-FIRST-COUNT.npz`, whole or not at all, with the indices of
-its images and a fingerprint of what they depend on. A later call makes the images that no part of the same fingerprint holds,
-whatever batch size or number of processes made the parts; asking for more images later keeps the first ones.
+With an `out_dir`, each process writes one part file per batch, `part-FIRST-COUNT.npz`, whole or not at all. It holds images,
+their indices, and a fingerprint of what they depend on. A later call generates only the images that no part with the same
+fingerprint holds; batch size and number of processes may differ between calls, and a call for more images keeps those that are
+there.
 """
 
 import zlib
@@ -74,8 +75,7 @@ def generate(
     first: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Returns images `first`, ..., `first + num_images - 1`, [num_images, H, W, C] in the type of `p_sample`; every process gets
-    all.
+    """Returns images `first`, ..., `first + num_images - 1` on every process: [num_images, H, W, C] in the dtype of `p_sample`.
 
     Args:
       p_sample: from `pmap_sample_fn`.
@@ -83,9 +83,9 @@ def generate(
       rng: the key of the run; image i is drawn from `fold_in(rng, i)`.
       num_images, first: which images.
       batch_size: images in one call over all devices of all processes; a multiple of their number. The last batch is padded.
-      out_dir: a folder for part files, shared by the processes; needed with several. Without it nothing is kept.
-      fingerprint: a digest of all that the images depend on beside their index: parameters, rng, sampler, output. Parts of
-        another are made anew and replaced.
+      out_dir: a folder for part files that all processes share; several processes need it. Without it nothing is stored.
+      fingerprint: a digest of all that the images depend on besides their index: parameters, rng, sampler, output. Images of
+        parts with another fingerprint are generated again.
       progress: called as `progress(images done, num_images)` after each batch.
 
     Raises:
@@ -138,7 +138,7 @@ def generate(
 
 
 def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, tuple[Array, Array]]]:
-    """Yields (index [n], result) of this process's rows of each batch, one batch computing while another is copied."""
+    """Yields (index [n], result) of this process's rows of each batch; the next batch computes while one is copied."""
     waiting = None
     rows = parallel.local_rows(batch_size)
     for start in range(0, len(todo), batch_size):

@@ -1,10 +1,10 @@
 """Text-guided sampling in latent space, decoded to images.
 
     (1) eps = eps(x_t, t, negative) + w (eps(x_t, t, prompt) - eps(x_t, t, negative)),  w the guidance scale
-    (2) w <= 1 asks the prompt alone, as diffusers does: one call of the network in place of two
-    (3) image = decode(x_0), pictures one at a time, since decoding 16 of 512 x 512 at once takes tens of GB
+    (2) w <= 1: eps = eps(x_t, t, prompt), as in diffusers, with one call of the network instead of two
+    (3) image = decode(x_0), one image at a time, because decoding 16 of 512 x 512 together takes tens of GB
 
-Equation (1) on eps equals the same on v or x_0, which are linear in eps at a given x_t.
+Equation (1) is the same for v or x_0 in place of eps, because both are linear in eps at a fixed x_t.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,7 @@ from retrack_jax.sampling.loop import Sampler, initial_noise, sample
 
 
 class GuidedParams(NamedTuple):
-    """What a guided sampler is given beside keys: the parameters of both networks and the embeddings `[1, N, D]` of both
-    prompts."""
+    """The parameters of both networks, and the embeddings `[1, N, D]` of both prompts."""
 
     unet: PyTree
     vae: PyTree
@@ -35,7 +34,7 @@ def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: A
     Args:
       eps_fn: `eps_fn(params, x_t, t, encoder_hidden_states) -> eps`, as from `make_eps_fn`.
       params: the network's.
-      prompt, negative: embeddings, `[1, N, D]` for all images alike or `[B, N, D]`.
+      prompt, negative: embeddings, `[1, N, D]` for all images or `[B, N, D]`, one per image.
       guidance: the scale w.
     """
     check_number("the guidance scale", guidance, 0.0)

@@ -1,4 +1,4 @@
-"""Injection: noise an image to timestep t and denoise it again, the probe of what a model remembers of it (SSCD's protocol)."""
+"""Injection: noise an image to timestep t and denoise it again, to see what a model remembers of it (SSCD's protocol)."""
 
 import jax.numpy as jnp
 
@@ -11,11 +11,10 @@ from retrack_jax.sampling.loop import initial_noise, sample, start_at
 
 
 def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int = 250) -> Array:
-    """Returns the images [B, ...] that ancestral DDPM makes of `x_0` noised to `t`, on the full schedule: t + 1 calls of the
-    network.
+    """Returns the images [B, ...] that ancestral DDPM makes of `x_0` noised to `t`, in t + 1 calls of the network.
 
-    The official protocol of ReTrack's SSCD: t = 250 and every timestep after it, whatever the steps of the sampler used
-    elsewhere. Traceable; the caller compiles it.
+    This is the official protocol of ReTrack's SSCD: t = 250, and every timestep down to 0, with whatever sampler and steps the
+    samples are drawn. Traceable; the caller compiles it.
 
     Args:
       eps_fn: `eps_fn(x_t [B, ...], t [B]) -> eps`, the parameters closed over.
@@ -31,7 +30,7 @@ def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int =
 
 
 def noised(x_0: Array, rngs: Rng, schedule: Schedule, *, t: int = 250) -> Array:
-    """Returns `x_0` [B, ...] noised to `t`, what `inject` starts from. Arguments and errors are those of `inject`."""
+    """Returns `x_0` [B, ...] noised to `t`, from which `inject` starts. Arguments and errors are those of `inject`."""
     check_int("the injection timestep", t, 0, schedule.num_train_timesteps - 1)
     batch = x_0.shape[0]
     gamma_B, sigma_B = (jnp.full((batch,), table[t], x_0.dtype) for table in (schedule.gamma, schedule.sigma))

@@ -1,17 +1,18 @@
 """The sampling loop: one scan over precomputed rows of coefficients, for every sampler and any trailing shape.
 
-A sampler is a frozen pytree. What depends on the schedule and the number of steps alone is computed on the host, in float64, when
-it is made, and lies in `rows`: NumPy arrays of length `num_calls`, one row for each call of the network. A sampler has
+A sampler is a frozen pytree. All that depends only on the schedule and the number of steps is computed on the host, in float64,
+when the sampler is created, and stored in `rows`: NumPy arrays of length `num_calls`, one row for each call of the network. A
+sampler has
 
     rows                        a dict of arrays [num_calls] with at least "t"
     stochastic                  whether `step` uses its noise
     init(x)                     -> state, a tuple whose first entry is x_t
     step(state, eps, noise, row) -> the next state; `noise` is standard normal, shaped as x
 
-so that the loop knows no sampler, and a test can feed the noise that another library drew.
+so the loop need not know which sampler it runs, and a test can feed noise that another library drew.
 
-Randomness is keyed by image: `rngs` holds one key per image, the initial noise is drawn from its fold with 0 and the noise of
-step j from its fold with j + 1. An image does not depend on who shares its batch.
+Each image has its own key in `rngs`: the initial noise is drawn from its fold with 0, the noise of step j from its fold with j +
+1. So an image does not depend on the others in its batch.
 """
 
 from functools import partial
@@ -24,13 +25,13 @@ import numpy as np
 from retrack_jax.checks import UserError
 from retrack_jax.notation import Array, EpsFn, PyTree, Rng
 
-Rows = dict[str, np.ndarray]
+Coefficients = dict[str, np.ndarray]
 
 
 class Sampler(Protocol):
-    """What `sample` asks of a sampler; see the module."""
+    """What `sample` needs of a sampler; see the module's docstring."""
 
-    rows: Rows
+    rows: Coefficients
     stochastic: bool
 
     def init(self, x: Array) -> tuple[Array, ...]: ...
@@ -87,16 +88,16 @@ def start_at(sampler: Any, t: int) -> Any:
       UserError: the sampler does not visit `t`.
     """
     visited = np.asarray(sampler.rows["t"])
-    found = np.flatnonzero(visited == t)
-    if not found.size:
+    first = np.flatnonzero(visited == t)
+    if not first.size:
         raise UserError(
             f"the sampler does not visit t = {t}; it visits {len(visited)} timesteps from {visited[0]} to {visited[-1]}"
         )
-    return jax.tree.map(lambda row: row[found[0] :], sampler)
+    return jax.tree.map(lambda row: row[first[0] :], sampler)
 
 
-def float32_rows(t: np.ndarray, **coefficients: np.ndarray) -> Rows:
-    """Returns rows with `t` as int32 and every coefficient rounded once, from float64 to float32."""
+def float32_rows(t: np.ndarray, **coefficients: np.ndarray) -> Coefficients:
+    """Returns the rows of a sampler: `t` as int32, and every coefficient rounded once from float64 to float32."""
     rows = {name: np.broadcast_to(np.float32(value), np.shape(t)) for name, value in coefficients.items()}
     return {"t": np.asarray(t, np.int32), **rows}
 

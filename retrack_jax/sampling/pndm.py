@@ -1,16 +1,19 @@
-"""PNDM's pseudo linear multistep method (PLMS), "Pseudo Numerical Methods for Diffusion Models" (arXiv 2202.09778), as Stable
-Diffusion uses it.
+"""PNDM's pseudo linear multistep method (PLMS), as Stable Diffusion uses it.
 
-Each step combines up to four predictions e_0 (now), e_1, e_2, e_3 and transfers by the paper's equation (9):
+Source: "Pseudo Numerical Methods for Diffusion Models" (arXiv 2202.09778). Each step combines the predictions that there are, e_0
+of now and up to three earlier ones e_1, e_2, e_3, and moves by the paper's equation (9):
 
-    (1) e  = e_0 | (3 e_0 - e_1)/2 | (23 e_0 - 16 e_1 + 5 e_2)/12 | (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24     by how many there
-    are
+    (1) e = e_0                                                  the first step
+        e = (e_0 + e_1) / 2                                      the first step again, see below
+        e = (3 e_0 - e_1) / 2                                    with one earlier prediction
+        e = (23 e_0 - 16 e_1 + 5 e_2) / 12                       with two
+        e = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24              with three
     (2) x' = sqrt(a'/a) x - (a' - a) e / (a sqrt(1 - a') + sqrt(a (1 - a) a'))
 
-As diffusers with `skip_prk_steps`: no Runge-Kutta warm-up. The first step is made twice: after the plain step, the network is
-called at the next timestep too, and the step is repeated from its start with the mean of both; so there are num_steps + 1 calls
-and the second timestep is visited twice. The history holds what the network predicts: for a `v_prediction` network v is combined,
-then converted.
+There is no Runge-Kutta warm-up, as in diffusers with `skip_prk_steps`. Instead, the first step is made twice: after the plain
+step the network is called at the next timestep, and the step is repeated from its start with the mean of both predictions. So
+there are num_steps + 1 calls, and the second timestep is visited twice. The history holds what the network predicts: a
+`v_prediction` network's v are combined first and converted to eps after.
 """
 
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from flax import struct
 from retrack_jax.checks import UserError, check_int
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Rows, float32_rows
+from retrack_jax.sampling.loop import Coefficients, float32_rows
 
 _WEIGHTS = np.array([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
                      [55 / 24, -59 / 24, 37 / 24, -9 / 24]])  # fmt: skip
@@ -30,7 +33,7 @@ _WEIGHTS = np.array([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0], 
 class PNDM:
     """PLMS; `num_steps` + 1 calls of the network."""
 
-    rows: Rows
+    rows: Coefficients
     combines_v: bool = struct.field(pytree_node=False, default=False)
     stochastic = False
 
@@ -50,7 +53,7 @@ class PNDM:
         stride = schedule.num_train_timesteps // num_steps
         t = np.insert(visited, 1, visited[1])  # the second call is at the timestep after the first
         start, end = t.copy(), t - stride
-        start[1], end[1] = t[1] + stride, t[1]  # and repeats the first step
+        start[1], end[1] = t[1] + stride, t[1]  # it repeats the first step
         if start[1] >= schedule.num_train_timesteps:
             raise UserError(
                 f"{num_steps} PNDM steps start at t = {start[1]}, past {schedule.num_train_timesteps - 1}; use another number"
@@ -76,7 +79,7 @@ class PNDM:
         return cls(rows={**rows, "repeats": repeats}, combines_v=schedule.prediction_type == "v_prediction")
 
     def init(self, x: Array) -> tuple[Array, ...]:
-        """Returns the state (x_t, where the first step started, e_1, e_2, e_3); a prediction not made yet has no weight."""
+        """Returns the state (x_t, where the first step started, e_1, e_2, e_3); predictions not yet made have no weight."""
         return (x, x, *(jnp.zeros_like(x),) * 3)
 
     def step(self, state: tuple[Array, ...], eps: Array, noise: None, row: dict[str, Array]) -> tuple[Array, ...]:
@@ -88,5 +91,5 @@ class PNDM:
         if self.combines_v:
             e = row["start_gamma"] * e + row["start_sigma"] * start
         x_next = row["from_x"] * start + row["from_e"] * e
-        history = tuple(jnp.where(row["repeats"], kept, new) for kept, new in ((e_1, e_0), (e_2, e_1), (e_3, e_2)))
+        history = tuple(jnp.where(row["repeats"], old, new) for old, new in ((e_1, e_0), (e_2, e_1), (e_3, e_2)))
         return (x_next, x_first, *history)

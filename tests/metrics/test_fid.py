@@ -54,11 +54,11 @@ def test_equal_sets_are_at_distance_zero():
 
 def test_is_exact_with_fewer_images_than_dimensions_and_says_so():
     a, b = _features(6, 16), _features(9, 16, seed=1)
-    # Independent: tr sqrt(S1 S2) is the nuclear norm of the centred features' cross product.
-    centred = [(x.astype(np.float64) - x.astype(np.float64).mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
-    nuclear = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    # Independent: tr sqrt(S1 S2) is the nuclear norm of the centered features' cross product.
+    centered = [(x.astype(np.float64) - x.astype(np.float64).mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    nuclear = np.linalg.svd(centered[0] @ centered[1].T, compute_uv=False).sum()
     shift = a.astype(np.float64).mean(0) - b.astype(np.float64).mean(0)
-    expected = shift @ shift + (centred[0] ** 2).sum() + (centred[1] ** 2).sum() - 2 * nuclear
+    expected = shift @ shift + (centered[0] ** 2).sum() + (centered[1] ** 2).sum() - 2 * nuclear
     with pytest.warns(UserWarning, match="FID from 6 images has a singular 16-dimensional covariance"):
         assert fid(moments_of(a), moments_of(b)) == pytest.approx(expected, rel=1e-9)
     assert unstable_reason(16, 100, 16) and unstable_reason(100, 16, 16) and unstable_reason(17, 17, 16) is None

@@ -83,7 +83,7 @@ def test_nll(models, target, rng):
     assert difference > 3 * np.hypot(bits["retrained"][1][0], bits["pretrained"][1][0])
 
 
-def test_sscd_and_its_normalised_variant(models, target):
+def test_sscd_and_its_normalized_variant(models, target):
     run = jax.jit(
         lambda model, rngs: inject(lambda x, t: _eps(model, x, t), jnp.repeat(target[None], len(rngs), 0), rngs, SCHEDULE)
     )

@@ -1,4 +1,4 @@
-"""SSCD's cosine, the normalised perturbation, and that SSCDnorm does not reward a ruined image."""
+"""SSCD's cosine, the normalized perturbation, and that SSCDnorm does not reward a ruined image."""
 
 import numpy as np
 import pytest

@@ -21,11 +21,11 @@ def eps_fn_of(mean, std):
 
 
 def test_a_model_of_one_image_gives_it_back():
-    memorised = jnp.linspace(-0.8, 0.8, 16).reshape(1, 4, 4, 1)
+    memorized = jnp.linspace(-0.8, 0.8, 16).reshape(1, 4, 4, 1)
     rngs = jax.random.split(jax.random.key(0), 3)
     forget = jnp.zeros((3, 4, 4, 1))
-    out = jax.jit(lambda x: inject(eps_fn_of(jnp.repeat(memorised, 3, 0), 0.0), x, rngs, SCHEDULE))(forget)
-    np.testing.assert_allclose(out, np.repeat(memorised, 3, 0), atol=1e-4)
+    out = jax.jit(lambda x: inject(eps_fn_of(jnp.repeat(memorized, 3, 0), 0.0), x, rngs, SCHEDULE))(forget)
+    np.testing.assert_allclose(out, np.repeat(memorized, 3, 0), atol=1e-4)
 
 
 def test_gaussian_data_gives_the_known_mean_and_std():

@@ -1,7 +1,8 @@
 """A small classifier of 8x8 digits, the feature network of the embedded data.
 
-No public network knows 8x8 digits, so the project trains this one on scikit-learn's: three convolutions, 64 features, ten logits.
-It never sees the T-shirt, which is not a class. Its FID is comparable only with FIDs of the same digest, which results quote.
+No public network knows 8x8 digits, so this one is trained on scikit-learn's: three convolutions, 64 features, ten logits. It
+never sees the T-shirt, which is not a class. Compare its FID only with FIDs of a network with the same digest, which results
+quote.
 """
 
 import flax.linen as nn
@@ -38,7 +39,7 @@ class DigitNet(nn.Module):
 
 
 def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batch_size: int = 128, learning_rate: float = 5e-3):
-    """Returns a `DigitNet` trained on labelled digits, as a `FeatureNetwork`; the same seed gives the same network.
+    """Returns a `DigitNet` trained on labeled digits, as a `FeatureNetwork`; the same seed gives the same network.
 
     Args:
       images: uint8 `[N, 8, 8, 1]`, digits only.
@@ -72,7 +73,7 @@ def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batc
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, x, y), opt_state, params)
         return jax.tree.map(lambda p, update: p - rate * update, params, updates), opt_state
 
-    # A host loop: on CPU the gradient of a convolution is many times slower inside lax.scan.
+    # A Python loop: on CPU, the gradient of a convolution is many times slower inside lax.scan.
     order = np.random.default_rng(seed)
     padded = np.pad(images.astype(np.float32) / np.float32(255.0), ((0, 0), (1, 1), (1, 1), (0, 0)))
     rates = iter(learning_rate * 0.5 * (1 + np.cos(np.pi * np.linspace(0, 1, num_epochs * steps_per_epoch))))

@@ -1,9 +1,9 @@
-"""The resize rules of the feature networks, each as one matrix a side.
+"""The resize rules of the feature networks, each as one matrix per side.
 
 Equations, for an input of n pixels, an output of m, s = n/m, output pixel i:
     (1)  tf1:           c = i s,  lo = floor(c),  d = c - lo:   out_i = (1 - d) in_lo + d in_min(lo + 1, n - 1)
     (2)  torchmetrics:  c = (i + 1/2) s,  r = max(s, 1):        out_i = sum_j w_j in_j / sum_j w_j,
-                        w_j = max(0, 1 - |j + 1/2 - c| / r)     (half-pixel centres; antialiased where it shrinks)
+                        w_j = max(0, 1 - |j + 1/2 - c| / r)     (half-pixel centers; antialiased if it shrinks)
 
 (1) is what TensorFlow 1 did to the images that FID was defined on, and what torch-fidelity does; (2) is PyTorch's `interpolate`
 with `antialias=True`, which torchmetrics uses since 1.8. They give different FIDs, so a result names its rule.
@@ -23,10 +23,10 @@ def resize_matrix(rule: str, num_in: int, num_out: int) -> np.ndarray:
 
 
 def _tf1(num_in: int, num_out: int) -> np.ndarray:
-    # In float32, as TensorFlow computes the centres: their rounding decides which pixel a centre on an edge belongs to.
-    centre = np.arange(num_out, dtype=np.float32) * np.float32(num_in / num_out)
-    low = centre.astype(np.int64)
-    fraction = centre - low.astype(np.float32)
+    # In float32, as TensorFlow computes the centers: rounding decides to which pixel a center on an edge belongs.
+    center = np.arange(num_out, dtype=np.float32) * np.float32(num_in / num_out)
+    low = center.astype(np.int64)
+    fraction = center - low.astype(np.float32)
     matrix = np.zeros((num_out, num_in), np.float32)
     rows = np.arange(num_out)
     np.add.at(matrix, (rows, low), 1 - fraction)
@@ -36,8 +36,8 @@ def _tf1(num_in: int, num_out: int) -> np.ndarray:
 
 def _antialiased(num_in: int, num_out: int) -> np.ndarray:
     scale = num_in / num_out
-    centre = (np.arange(num_out) + 0.5) * scale
-    distance = np.abs(np.arange(num_in)[None, :] + 0.5 - centre[:, None])
+    center = (np.arange(num_out) + 0.5) * scale
+    distance = np.abs(np.arange(num_in)[None, :] + 0.5 - center[:, None])
     weights = np.maximum(0.0, 1.0 - distance / max(scale, 1.0))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -45,7 +45,7 @@ def _antialiased(num_in: int, num_out: int) -> np.ndarray:
 def pil_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     """Returns an RGB uint8 image `[H, W, 3]` whose shorter side is `size`, by Pillow's bilinear filter.
 
-    What torchvision's `Resize(size)` does to a PIL image: the longer side is cut to a whole number of pixels, pixels stay uint8.
+    torchvision's `Resize(size)` does this to a PIL image: the longer side is rounded down to whole pixels, pixels stay uint8.
     """
     from PIL import Image
 
