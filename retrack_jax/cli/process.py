@@ -24,8 +24,10 @@ def run_command(config: ConfigDict, workdir: str, should_stop: Callable[[], bool
     """Sets the process up and runs the config."""
     set_up_logs()
     set_up_jax(config.compute.cpu_devices, should_stop)
+    from retrack_jax import parallel
     from retrack_jax.run.sweep import run
 
+    parallel.stop_together(should_stop, "the first stage")
     run(config, workdir, should_stop=should_stop)
 
 
