@@ -243,7 +243,7 @@ class Stages:
         params = model().params
         fingerprint = files.json_digest([tree_digest(params), self.experiment.sampling_digest(target)])
         main = parallel.is_main_process()
-        with progress([], f"sample {name}", total=total, is_main=main, unit="img") as bar:
+        with progress([], f"sample {name}", total=total, is_main=main, unit="img", compiles=True) as bar:
 
             def advance(done: int, _: int) -> None:
                 bar.update(done - bar.n)
