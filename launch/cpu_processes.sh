@@ -5,7 +5,8 @@
 #
 # D: CPU devices in each process (default 1). DIR: where processes 1 to N-1 write what they print (default: a temporary folder);
 # process 0 prints here. PYTHON chooses the interpreter (default: .venv/bin/python, else python3). PORT chooses the coordinator's port.
-# The first process that fails ends the others, and its exit status is this script's; SIGTERM and SIGINT are passed on to all.
+# The first process that fails ends the others, and its exit status is this script's. SIGTERM and one Ctrl-C make all of them save and
+# stop; a second Ctrl-C ends them at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -49,7 +50,9 @@ stop_all() {
   local pid
   for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
-trap 'stop_all TERM' TERM INT
+interrupt=TERM
+trap 'stop_all TERM' TERM
+trap 'stop_all "$interrupt"; interrupt=KILL' INT
 for ((index = 0; index < count; index++)); do
   if [[ $index -eq 0 ]]; then
     env "${common[@]}" "RETRACK_PROCESS=$index" "$python" -m retrack_jax.main "$@" &

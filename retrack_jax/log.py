@@ -8,6 +8,7 @@ that broken tail is cut when the file is opened again. Names carry a prefix (`tr
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from retrack_jax.checks import UserError
 
 _PLAIN_SECONDS = 10.0  # how often a log that is not a terminal gets a progress line
+_COMPILE_SECONDS = 5.0  # after which a first step that is not back yet is explained
+_BAR_BEFORE_THE_SECOND = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 
 
 class Writer:
@@ -136,60 +139,96 @@ def read_log(path) -> list[dict]:
     return [record for record in records if record is not None]
 
 
-class _PlainLines(tqdm):
-    """tqdm that prints whole lines: for logs, where a carriage return makes one endless line."""
+class Progress:
+    """Progress of a loop on the screen; `progress` makes it. Use it in `for`, or as a context manager with `update`."""
 
-    def __init__(self, *args, **kwargs):
-        self._shown = None
-        kwargs["bar_format"] = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
-        if kwargs.get("total") is None:
-            kwargs["bar_format"] = "{desc}: {n_fmt}, {rate_fmt}{postfix}"
-        super().__init__(*args, mininterval=_PLAIN_SECONDS, miniters=0, position=0, **kwargs)
+    def __init__(self, iterable: Iterable, desc: str, total: int | None, initial: int, unit: str, silent: bool, compiles: bool):
+        self._iterable, self._desc, self._total, self._unit = iterable, desc, total, unit
+        self.n = self._shown = initial  # how many are done, and how many the last line said
+        self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first update came, and how many were done then
+        self._silent, self._bar = silent, None
+        if not silent and sys.stderr.isatty():
+            options = dict(initial=initial, total=total, unit=unit, dynamic_ncols=True, bar_format=_BAR_BEFORE_THE_SECOND)
+            self._bar = tqdm(desc=desc, file=sys.stderr, **options)
+        self._notice = threading.Timer(_COMPILE_SECONDS, say, [f"{desc}: compiling, which may take up to a minute"])
+        self._notice.daemon = True
+        if compiles and not silent:
+            self._notice.start()
 
-    def display(self, msg=None, pos=None):
-        if self.n != self._shown and self.n > self.initial:
-            self._shown = self.n
-            self.fp.write(f"{msg or self}\n")
-            self.fp.flush()
-        return True
+    def __iter__(self):
+        with self:
+            for item in self._iterable:
+                yield item
+                self.update()
 
-    def moveto(self, n):
-        pass
+    def __enter__(self):
+        return self
 
-    def clear(self, nolock=False):
-        pass
+    def __exit__(self, *exception):
+        self._notice.cancel()
+        if self._bar is not None:
+            self._bar.close()
+        elif self.n != self._shown and not self._silent:
+            self._print_line()
 
-    def close(self):
-        if not self.disable:
-            self._ema_dt = lambda: None  # as tqdm does at its end: the last rate is that of the whole
-            self.display()
-            self.leave, self.disable = True, True
-            self._decr_instances(self)
+    def update(self, count: int = 1) -> None:
+        """Counts `count` more as done."""
+        self._notice.cancel()
+        self.n += count
+        if self._bar is not None:
+            if self._first is not None:
+                self._bar.bar_format = None  # tqdm's own, with a rate and the time left
+            self._bar.update(count)
+        elif time.monotonic() - self._printed >= _PLAIN_SECONDS and not self._silent:
+            self._print_line()
+        self._first = self._first or (time.monotonic(), self.n)
+
+    def _print_line(self) -> None:
+        self._shown, self._printed = self.n, time.monotonic()
+        of = "" if self._total is None else f"/{self._total} ({100 * self.n / max(self._total, 1):.0f}%)"
+        print(f"{self._desc}: {self.n}{of}{self._rate()}", file=sys.stderr, flush=True)
+
+    def _rate(self) -> str:
+        """Returns the rate since the first update, and the time left at that rate; nothing before the second update."""
+        since, done_then = self._first or (0.0, self.n)
+        if self.n == done_then:
+            return ""
+        seconds = max(time.monotonic() - since, 1e-6) / (self.n - done_then)
+        text = f", {1 / seconds:.2f}{self._unit}/s" if seconds < 1 else f", {seconds:.2f}s/{self._unit}"
+        left = "" if self._total is None else f", {tqdm.format_interval(seconds * (self._total - self.n))} left"
+        return text + left
 
 
 def progress(
-    iterable: Iterable | int, desc: str, *, total: int | None = None, initial: int = 0, is_main: bool = True, unit: str = "it"
-) -> tqdm:
-    """Returns a `tqdm` over `iterable`: a bar with rate and time left on a terminal, a plain line every 10 s in a log.
+    iterable: Iterable | int,
+    desc: str,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    is_main: bool = True,
+    unit: str = "it",
+    compiles: bool = False,
+) -> Progress:
+    """Returns `iterable` with its progress: a bar with rate and time left on a terminal, a plain line every 10 s in a log.
 
     Args:
       iterable: anything, or an int n for `range(n)`.
       desc: what is being done, such as `pretrain`.
-      total: how many in all, where `len(iterable)` does not say, or where `initial` of them are done already:
+      total: how many in all, if `len(iterable)` does not say or if `initial` of them are done already:
         `progress(range(start, stop), "unlearn", total=stop, initial=start)`.
       is_main: other processes iterate silently.
       unit: what the rate counts.
+      compiles: whether a program is compiled before the first update; a line says so if that takes longer than 5 s.
 
-    Use it in `for`, or as a context manager with `.update(n)`; `.set_postfix(loss=..., refresh=False)` adds a number to it.
+    Use it in `for`, or as a context manager with `.update(n)`. The first update may have compiled, so the rate is that since
+    then, and no time left is shown before the second.
     """
     if isinstance(iterable, int):
         iterable, total = range(initial, iterable), iterable
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
-    options = dict(desc=desc, total=total, initial=initial, unit=unit, disable=not is_main, file=sys.stderr)
-    if sys.stderr.isatty():
-        return tqdm(iterable, dynamic_ncols=True, **options)
-    return _PlainLines(iterable, **options)
+    return Progress(iterable, desc, total, initial, unit, not is_main, compiles)
 
 
 def say(message: str, *, is_main: bool = True) -> None:

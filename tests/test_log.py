@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 import pytest
 
@@ -112,23 +113,43 @@ def test_progress_prints_whole_lines_in_a_log(monkeypatch):
     assert lines[0].startswith("unlearn: 5/5 (100%), ") and lines[1].startswith("sample: 4/4 (100%), ")
 
 
-def test_progress_lines_tell_rate_and_time_left(monkeypatch):
+def test_progress_lines_tell_rate_and_time_left_from_the_second_update_on(monkeypatch):
+    """The first update takes as long as its compilation, which says nothing about the others."""
+    screen, clock = io.StringIO(), iter([0.0, 60.0, 60.0, 60.0, 70.0, 70.0, 70.0, 70.0])
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(writer.time, "monotonic", lambda: next(clock, 70.0))
+    with progress(100, "pretrain", unit="step") as bar:
+        bar.update(20)
+        bar.update(40)
+    lines = screen.getvalue().splitlines()
+    assert lines == ["pretrain: 20/100 (20%)", "pretrain: 60/100 (60%), 4.00step/s, 00:10 left"]
+
+
+def test_a_long_compilation_says_so_once_and_a_short_one_nothing(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(writer, "_PLAIN_SECONDS", 0.0)
-    with progress(100, "pretrain") as bar:
-        bar.set_postfix(loss=1.5, refresh=False)
-        bar.update(10)
-    first = screen.getvalue().splitlines()[0]
-    assert first.startswith("pretrain: 10/100 (10%), ") and "left" in first and "loss=1.5" in first and "it/s" in first
+    monkeypatch.setattr(writer, "_COMPILE_SECONDS", 0.05)
+    for compiles, is_main, seconds in ((True, True, 0.4), (True, True, 0.0), (False, True, 0.4), (True, False, 0.4)):
+        with progress(3, "pretrain", compiles=compiles, is_main=is_main) as bar:
+            time.sleep(seconds)
+            bar.update()
+            time.sleep(0.1)
+    lines = [line for line in screen.getvalue().splitlines() if not line.startswith("pretrain: 1/3")]
+    assert lines == ["pretrain: compiling, which may take up to a minute"]
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", screen)
-    list(progress(3, "sample"))
-    assert "\r" in screen.getvalue() and "3/3" in screen.getvalue()
+    with progress(4, "sample") as bar:
+        for _ in range(4):
+            bar.update()
+            time.sleep(0.15)  # tqdm draws ten times a second
+    drawn = screen.getvalue().split("\r")
+    assert "4/4" in drawn[-1] and "it/s" in drawn[-1]
+    early = [text for text in drawn if "| 0/4" in text or "| 1/4" in text]
+    assert early and not any("?" in text or "it" in text for text in early)
 
 
 def test_object_store_is_written_whole(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def set_up_logs() -> None:
     # A failed save raises, and becomes our one line; the library's own tracebacks of it, and of its other tasks, would bury that.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _quiet_late_callbacks(sys.unraisablehook)
+    sys.unraisablehook = _show_unless_late
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # After a failed save, whose error was raised already.
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
@@ -46,14 +46,10 @@ def set_up_logs() -> None:
     warnings.showwarning = lambda message, *place, **more: logging.getLogger(__name__).warning("%s", message)
 
 
-def _quiet_late_callbacks(show):
-    """TensorStore's callbacks may arrive after a failed save closed their event loop; the failure itself was raised already."""
-
-    def hook(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            show(unraisable)
-
-    return hook
+def _show_unless_late(unraisable) -> None:
+    """Hides TensorStore's callbacks that arrive after a failed save closed their event loop; the failure itself was raised."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def is_one_of_many() -> bool:

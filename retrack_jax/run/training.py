@@ -193,7 +193,7 @@ def train(job: Job, context: RunContext) -> Model:
                 seconds_before=seconds,
                 rate_field=f"config.{stage}.learning_rate",
             )
-        return Model(state.params if state.ema_params is None else state.ema_params, num_steps, seconds)
+        return Model(state.eval_params, num_steps, seconds)
 
 
 def _state(job: Job, context: RunContext, params: PyTree | None = None) -> TrainState:

@@ -93,7 +93,8 @@ def train(
 
     main = parallel.is_main_process()
     prefetched = prefetch(batches, start, num_steps)
-    with progress(range(start, num_steps), name, total=num_steps, initial=start, is_main=main, unit="step") as steps:
+    options = dict(total=num_steps, initial=start, is_main=main, unit="step", compiles=True)
+    with progress(range(start, num_steps), name, **options) as steps:
         try:
             for step in steps:
                 state, metrics = p_step(state, next(prefetched), shared, rng)

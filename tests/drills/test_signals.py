@@ -20,6 +20,7 @@ def start(workdir, cache, **changes):
     return subprocess.Popen(
         cli.command(cli.flags(workdir, **changes)), cwd=cli.ROOT, env=cli.environment(cache),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in a script's background the tests may not hear it
     )  # fmt: skip
 
 

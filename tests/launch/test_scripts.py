@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 CONFIG = "--config=configs/digits_tshirt.py:siss"
+HEARS_CTRL_C = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in a script's background the tests may not
 TPU = ["--name", "slice", "--zone", "us-central2-b"]
 COMMANDS = {
     "cpu_processes.sh": ["2", CONFIG],
@@ -205,3 +206,17 @@ def test_termination_is_passed_on_and_waited_for(stand_in, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def test_a_second_interrupt_ends_processes_that_are_still_saving(stand_in, tmp_path):
+    asked = f'trap "touch {tmp_path}/asked-$RETRACK_PROCESS" TERM'
+    body = f"{asked}; touch {tmp_path}/up-$RETRACK_PROCESS; while :; do sleep 0.05; done"
+    command = ["bash", str(LAUNCH / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2", CONFIG]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **stand_in(body)}, stderr=subprocess.DEVNULL, **HEARS_CTRL_C)
+    for sign in ("up", "asked"):
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob(f"{sign}-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 128 + signal.SIGKILL
