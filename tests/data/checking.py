@@ -1,10 +1,12 @@
 """Shared by the tests of config.mode=check: configs by name, and what is printed for them."""
 
+import dataclasses
 import importlib.util
 import io
 from pathlib import Path
 
-from retrack_jax.config import rules as recipe
+from retrack_jax.config.options import read_config
+from retrack_jax.config.rules import unset
 from retrack_jax.data.checklist import print_requirements
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,5 +23,6 @@ def config_of(name: str):
 def printed(config) -> str:
     """What config.mode=check prints for it."""
     file = io.StringIO()
-    print_requirements(config.to_dict(), recipe.unset(config), file)
+    options = read_config(config)
+    print_requirements(dataclasses.asdict(options), unset(options), file)
     return file.getvalue()

@@ -10,7 +10,7 @@ import pytest
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids
 from retrack_jax.metrics.features.clip_image import towers_from_openai
-from tests.sd.openai_clip import openai_tensors
+from tests.openai_clip import openai_tensors
 
 
 @pytest.fixture(scope="module")
