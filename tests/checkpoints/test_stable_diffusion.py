@@ -52,13 +52,13 @@ def test_half_precision_files_become_float32(pipeline):
         (lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json holds no JSON object"),
     ],
 )
-def test_folders_that_do_not_fit(pipeline_folder, spoil, message):
+def test_a_folder_whose_parts_do_not_fit_is_refused(pipeline_folder, spoil, message):
     spoil(pipeline_folder)
     with pytest.raises(UserError, match=message):
         load_pipeline(pipeline_folder)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="no folder .*nothing"):
         load_pipeline(tmp_path / "nothing")
 

@@ -42,7 +42,7 @@ def test_sd2_pads_with_zero_and_reads_exclamation_marks_as_padding(pipeline_fold
 
 
 @pytest.mark.parametrize("prompts", ["one string", ["fine", None], [3]])
-def test_prompts_that_are_no_list_of_strings(pipeline, prompts):
+def test_prompts_that_are_no_list_of_strings_are_refused(pipeline, prompts):
     with pytest.raises(UserError, match="prompt"):
         pipeline.tokenizer(prompts)
 
@@ -57,13 +57,13 @@ def test_prompts_that_are_no_list_of_strings(pipeline, prompts):
         (lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'), "only CLIP"),
     ],
 )
-def test_bad_files(pipeline_folder, spoil, message):
+def test_damaged_files_are_refused(pipeline_folder, spoil, message):
     spoil(pipeline_folder / "tokenizer")
     with pytest.raises(UserError, match=message):
         load_tokenizer(pipeline_folder / "tokenizer")
 
 
-def test_a_special_token_outside_the_vocabulary(pipeline_folder):
+def test_a_special_token_outside_the_vocabulary_is_refused(pipeline_folder):
     path = pipeline_folder / "tokenizer" / "special_tokens_map.json"
     special = json.loads(path.read_text())
     path.write_text(json.dumps({**special, "pad_token": "<pad>"}))

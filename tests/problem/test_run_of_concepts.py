@@ -42,7 +42,7 @@ def finished(tmp_path_factory, pipeline):
     return tmp_path, summary
 
 
-def test_files_and_metrics(finished):
+def test_a_run_leaves_a_report_and_metrics_of_both_models(finished):
     tmp_path, summary = finished
     assert summary["methods"]["retrack"]["runs"] == 1
     folder = tmp_path / "work" / "retrack" / "seed0-red_circle"
@@ -68,7 +68,7 @@ def test_samples_are_of_both_prompts_in_uint8_and_floats(finished):
         assert not np.array_equal(archive["original"], arrays["original"])
 
 
-def test_export_is_the_unlearned_pipeline(finished, pipeline):
+def test_the_export_is_the_unlearned_pipeline(finished, pipeline):
     tmp_path, _ = finished
     folder = tmp_path / "work" / "retrack" / "seed0-red_circle" / "diffusers"
     unlearned = load_pipeline(folder)

@@ -51,7 +51,7 @@ def test_guidance_extrapolates_from_the_negative_prompt(guidance):
     np.testing.assert_allclose(found, of["negative"] + weight * (of["prompt"] - of["negative"]), rtol=1e-6)
 
 
-def test_a_guidance_scale_that_is_no_number():
+def test_a_guidance_scale_that_is_no_number_is_refused():
     with pytest.raises(UserError, match="guidance scale"):
         guided_eps_fn(toy_eps, 0.1, jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), float("nan"))
 
