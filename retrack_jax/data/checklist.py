@@ -24,7 +24,7 @@ def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) 
     """Returns what a config needs in addition to this package.
 
     Args:
-      config: as `ConfigDict.to_dict()` gives it.
+      config: the options as nested plain dicts.
       unset: the fields that must still be set, each with what to do about it; they head the list.
 
     Raises:

@@ -52,7 +52,7 @@ class ConceptData:
     images = held_out = None
 
     def __init__(self, options: DataOptions):
-        self._concepts = load_concepts(dataclasses.asdict(options))
+        self._load = load_concepts(dataclasses.asdict(options))
 
     def target(self, spec: str) -> Target:
         """Returns a concept as a target. Raises `UserError` for a group, or for one without its folder, files or prompts."""
@@ -60,7 +60,7 @@ class ConceptData:
             not any(sign in spec for sign in "+*?[@") and not spec.startswith("label:"),
             f"the target {spec!r} is a group; one run forgets one concept, so name concepts and separate them by commas",
         )
-        concept = self._concepts[spec]
+        concept = self._load(spec)
         return make_target(spec, concept.images, concept.forget, concept.remain, concept)
 
     def digests(self, target: Target | None = None) -> dict[str, str]:

@@ -56,8 +56,11 @@ def erasediff(context: Context, remain: Stream, forget: Stream) -> Terms:
 def siss(context: Context, remain: Stream, forget: Stream) -> Terms:
     """Both terms from one forward pass at points of the mixture of remaining and forgotten images."""
     mixture = context.options.mixture
-    from_forget = expand(remain.bernoulli(mixture), remain.x_0)
-    points = context.noise(remain, jnp.where(from_forget, forget.x_0, remain.x_0))
+    from_forget = remain.bernoulli(mixture)
+    # Each point is under the condition of the image that it was noised from.
+    x_0 = jnp.where(expand(from_forget, remain.x_0), forget.x_0, remain.x_0)
+    condition = None if remain.condition is None else jnp.where(from_forget, forget.condition, remain.condition)
+    points = context.noise(remain.replace(x_0=x_0, condition=condition))
     (eps_pred,) = context.predict(points)
     pair = points.x_t, remain.x_0, forget.x_0, points.gamma, points.sigma, mixture
     main, correction = losses.siss(eps_pred, *pair)

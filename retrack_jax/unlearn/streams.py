@@ -83,9 +83,9 @@ class Context:
     t_min: int = 0
     t_max: int
 
-    def noise(self, stream: Stream, x_0: Array | None = None) -> Noised:
-        """Draws t and eps for each example of `stream` and noises its images, or `x_0` in their place."""
-        x_0 = stream.x_0 if x_0 is None else x_0
+    def noise(self, stream: Stream) -> Noised:
+        """Draws t and eps for each example of `stream` and noises its images."""
+        x_0 = stream.x_0
 
         def draw(rng):
             t = jax.random.randint(jax.random.fold_in(rng, _TIME), (), self.t_min, self.t_max)

@@ -19,7 +19,7 @@ def all_concepts(root, resolution=32, **fields):
 
 
 def load(root, name=NAME, resolution=32):
-    return all_concepts(root, resolution)[name]
+    return all_concepts(root, resolution)(name)
 
 
 def edit(path, change):
@@ -39,20 +39,11 @@ def test_a_whole_concept(concepts):
     assert list_concepts(concepts) == ["blue_square", "red_circle"]
 
 
-def test_rows_number_the_pictures_of_all_concepts(concepts):
-    loaded = all_concepts(concepts)
-    first, second = loaded["red_circle"], loaded["blue_square"]
-    assert (first.first_row, second.first_row) == (0, len(first.images)) and loaded["red_circle"] is first
-    assert loaded.of(second.forget + second.first_row) is second and loaded.of(first.remain) is first
-    with pytest.raises(ValueError, match="belongs to no concept"):
-        loaded.of(np.array([len(first.images) + len(second.images)]))
-
-
 def test_prompts_come_with_the_pictures(concepts, tmp_path):
     """From files below the folder unless their paths are absolute."""
     (tmp_path / "other.json").write_text('{"red_circle": "a disc"}')
     assert load(concepts).prompts == prompts_of(NAME, concepts / "original_prompts.json", concepts / "modified_prompts.json")
-    other = all_concepts(concepts, modified_prompts=str(tmp_path / "other.json"))[NAME]
+    other = all_concepts(concepts, modified_prompts=str(tmp_path / "other.json"))(NAME)
     assert other.prompts.modified == "a disc" and other.prompts.original == load(concepts).prompts.original
 
 

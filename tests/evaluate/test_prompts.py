@@ -23,7 +23,7 @@ from tests.tiny_sd import CONCEPTS
 
 def test_metrics_of_samples_with_a_known_answer(tmp_path):
     """One prompt draws the memorised picture, the other one that remains."""
-    concept = load_concept(CONCEPTS, "red_circle", resolution=32, cache_dir=tmp_path)
+    concept = load_concept({"dir": CONCEPTS, "resolution": 32, "cache_dir": tmp_path}, "red_circle")
     other = concept.images.images[concept.remain[:3]]
     samples = PromptSamples({"original": np.stack([concept.memorised] * 3), "modified": other})
 
@@ -48,7 +48,7 @@ def test_a_metric_without_its_files_is_unavailable_and_says_what_to_do(tmp_path,
     (tmp_path / "RN50.pt").write_bytes(b"<html>not found</html>")
     with pytest.raises(Unavailable, match="RN50.pt"):
         load_clip_iqa(tmp_path, pipeline.tokenizer, 4)
-    concept = load_concept(CONCEPTS, "red_circle", resolution=32, cache_dir=tmp_path)
+    concept = load_concept({"dir": CONCEPTS, "resolution": 32, "cache_dir": tmp_path}, "red_circle")
     hidden = dataclasses.replace(concept, folder=tmp_path)
     with pytest.raises(Unavailable, match="classifier=labels") as raised:
         concept_centers(hidden, "joblib")
@@ -58,7 +58,7 @@ def test_a_metric_without_its_files_is_unavailable_and_says_what_to_do(tmp_path,
 
 def test_a_classifier_for_another_size_leaves_out_its_metric_alone(tmp_path):
     """A checkpoint of another resolution than the shipped classifier's is no reason to lose the other metrics."""
-    concept = load_concept(CONCEPTS, "red_circle", resolution=16, cache_dir=tmp_path)
+    concept = load_concept({"dir": CONCEPTS, "resolution": 16, "cache_dir": tmp_path}, "red_circle")
     samples = PromptSamples({kind: concept.images.images[:3] for kind in ("original", "modified")})
 
     def colours(images):

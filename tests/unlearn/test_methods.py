@@ -183,6 +183,6 @@ def test_the_mixture_of_siss_is_the_share_of_forgotten_images(rng):
     only_remain = METHODS["vanilla"].terms(there, remain, None).main
     np.testing.assert_allclose(METHODS["siss"].terms(there, remain, forget).main, only_remain, rtol=1e-6)
     there = context(toys.params(), SissOptions(mixture=1.0))
-    points = there.noise(remain, forget.x_0)
+    points = there.noise(remain.replace(x_0=forget.x_0))
     only_forget = losses.vanilla(there.predict(points)[0], points.eps).mean()
     np.testing.assert_allclose(METHODS["siss"].terms(there, remain, forget).correction, only_forget, rtol=1e-5)

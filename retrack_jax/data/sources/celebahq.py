@@ -28,5 +28,4 @@ SOURCE = Source(
     load=_load,
     needs=_needs,
     checkpoint_command=lambda folder: hub("google/ddpm-ema-celebahq-256", folder),
-    has_recipe=False,
 )

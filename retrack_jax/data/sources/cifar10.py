@@ -75,5 +75,4 @@ SOURCE = Source(
     load=_load,
     needs=_needs,
     checkpoint_command=lambda folder: unzip(_ARCHIVE, "ddpm_ema_cifar10", folder),
-    has_recipe=False,
 )

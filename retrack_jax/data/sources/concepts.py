@@ -7,10 +7,10 @@ CONCEPT/clustering_info.json    {"mem_idx": 12, ...}: images/CONCEPT_012.png is 
 CONCEPT/kmeans_classifier.joblib
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,7 @@ class Concept:
       images: its labelled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
       memorised: the memorised picture, uint8 `[H, W, 3]`.
       memorised_name: its file name.
-      prompts: its two prompts; None if only the pictures were loaded.
-      first_row: the number of its first picture among the pictures of all concepts that were asked for.
+      prompts: its two prompts.
     """
 
     name: str
@@ -51,8 +50,7 @@ class Concept:
     images: ImageSet
     memorised: np.ndarray
     memorised_name: str
-    prompts: PromptPair | None = None
-    first_row: int = 0
+    prompts: PromptPair
 
     @property
     def forget(self) -> np.ndarray:
@@ -117,19 +115,19 @@ def memorised_name(folder, name: str) -> str:
     return picture
 
 
-def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
-    """Returns the concept `name` below `root`, its pictures decoded once into the cache.
+def load_concept(data: Mapping, name: str) -> Concept:
+    """Returns the concept `name`, its pictures decoded once into the cache.
 
     Args:
-      root: the folder that holds one folder per concept.
-      resolution: side in pixels that pictures must have, or are brought to; 0 takes them as they are.
-      cache_dir: where decoded pictures are kept.
+      data: the fields of `config.data`: `dir`, the folder that holds one folder per concept; `resolution`, the side in pixels
+        that pictures must have, or are brought to (0: as they are); `cache_dir`; `original_prompts` and `modified_prompts`.
 
     Raises:
       UserError: there is no such concept; its labels are missing or do not fit its pictures; there is no memorised picture, or
-        it is labelled to remain; a picture cannot be decoded.
+        it is labelled to remain; a picture cannot be decoded; a prompt is missing.
     """
-    folder = Path(root).expanduser() / name
+    root = Path(data["dir"]).expanduser()
+    folder = root / name
     if not (folder / "images").is_dir():
         raise UserError(f"no concept {name!r} in {root}{suggestion(name, list_concepts(root))}; looked for {folder / 'images'}")
     labels = read_labels(folder)
@@ -142,7 +140,7 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
     unlabelled = sum(file.is_file() and file.name not in labels for file in (folder / "images").iterdir())
     if unlabelled:
         logger.info("%s: %d pictures without a label in %s are left out", name, unlabelled, folder / "images")
-    options = DecodeOptions(resolution=resolution, channels=3)
+    options = DecodeOptions(resolution=data.get("resolution", 0), channels=3)
 
     def load(title: str, names: list[str], values) -> ImageSet:
         key = json_digest([[file_key(folder / "images" / image, image) for image in names], values])
@@ -151,7 +149,7 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
             lambda: ((image, folder / "images" / image) for image in names),
             len(names),
             options,
-            cache_dir=cache_dir,
+            cache_dir=data["cache_dir"],
             source_key=["concept", key],
             labels=None if values is None else (lambda: values),
         )
@@ -161,35 +159,7 @@ def load_concept(root, name: str, *, resolution: int, cache_dir) -> Concept:
         picture = images.images[list(images.ids).index(memorised)]
     else:
         picture = load(f"{name} (memorised)", [memorised], None).images[0]
-    return Concept(name, folder, images, np.asarray(picture), memorised)
-
-
-class Concepts:
-    """The concepts that `data`, the fields of `config.data`, describes, each loaded at its first use.
-
-    Rows number the pictures of all concepts in the order in which the concepts were first asked for, so that a row identifies its
-    concept.
-    """
-
-    def __init__(self, data: Mapping):
-        self._data, self._loaded = data, {}
-
-    def __getitem__(self, name: str) -> Concept:
-        """Raises `UserError` for a concept that does not exist, or lacks a file or a prompt (see `load_concept`)."""
-        if name not in self._loaded:
-            data = self._data
-            concept = load_concept(data["dir"], name, resolution=data.get("resolution", 0), cache_dir=data["cache_dir"])
-            first_row = sum(len(other.images) for other in self._loaded.values())
-            prompts = prompts_of(name, *_prompt_paths(data).values())
-            self._loaded[name] = dataclasses.replace(concept, prompts=prompts, first_row=first_row)
-        return self._loaded[name]
-
-    def of(self, rows: np.ndarray) -> Concept:
-        """Returns the loaded concept that all of `rows`, int `[R]` with R at least 1, belong to."""
-        for concept in self._loaded.values():
-            if concept.first_row <= rows[0] < concept.first_row + len(concept.images):
-                return concept
-        raise ValueError(f"row {rows[0]} belongs to no concept")
+    return Concept(name, folder, images, np.asarray(picture), memorised, prompts_of(name, *_prompt_paths(data).values()))
 
 
 def _prompt_paths(data: Mapping) -> dict[str, Path]:
@@ -234,9 +204,8 @@ _MODEL_FILES = (
 )
 SOURCE = Source(
     formats=("concepts",),
-    load=Concepts,
+    load=lambda data: partial(load_concept, data),
     needs=_needs,
     checkpoint_command=lambda folder: hub(f"CompVis/stable-diffusion-v1-4 {' '.join(_MODEL_FILES)}", folder),
-    has_recipe=False,
     gives_concepts=True,
 )

@@ -58,5 +58,4 @@ SOURCE = Source(
     formats=("embedded",),
     load=lambda data: digits_tshirt(data["copies"]),
     needs=lambda data, config: iter(()),
-    has_recipe=True,
 )

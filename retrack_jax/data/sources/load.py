@@ -1,10 +1,10 @@
 """The door to all sources: images or concepts from the fields of `config.data`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from retrack_jax.checks import check
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.concepts import Concepts
+from retrack_jax.data.sources.concepts import Concept
 from retrack_jax.data.sources.folder import named_images
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
@@ -15,7 +15,7 @@ def load_images(data: Mapping) -> ImageSet:
 
     Args:
       data: `source`; and, with defaults, `dir`, `format`, `copies`, `resolution`, `crop`, `channels`, `skip_corrupt`,
-        `cache_dir`, `split`, `tfds_name`, as configs/base.py explains them.
+        `cache_dir`, `split`, `tfds_name`, as config/options.py explains them.
 
     Raises:
       UserError: anything that the user can fix: an unknown source, missing or damaged files, images that do not agree.
@@ -28,8 +28,8 @@ def load_images(data: Mapping) -> ImageSet:
     return SOURCES[data["source"]].load(data)
 
 
-def load_concepts(data: Mapping) -> Concepts:
-    """Returns the concepts that the fields of `config.data` describe. Raises `UserError` for a source of plain images."""
+def load_concepts(data: Mapping) -> Callable[[str], Concept]:
+    """Returns `name -> concept` of those that the fields of `config.data` describe. Raises `UserError` for plain images."""
     data = complete_fields(data, SOURCES)
     names = ", ".join(name for name, source in SOURCES.items() if source.gives_concepts)
     check(

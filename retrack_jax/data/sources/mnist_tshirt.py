@@ -78,5 +78,4 @@ SOURCE = Source(
     load=load_mnist_tshirt,
     needs=_needs,
     checkpoint_command=lambda folder: kaggle_folder("checkpoints", "checkpoints/mnist-tshirt/base/checkpoint-117500", folder),
-    has_recipe=True,
 )

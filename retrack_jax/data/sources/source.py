@@ -17,12 +17,10 @@ class Source:
 
     Attributes:
       formats: how its files may be stored, the default first.
-      load: `data` -> `ImageSet`, or `Concepts` if `gives_concepts`.
+      load: `data` -> `ImageSet`, or `name -> Concept` if `gives_concepts`.
       needs: (`data`, whole config as a plain dict) -> the files that are read, each with the command that gets it.
       checkpoint_command: folder -> the shell command that downloads the checkpoint of this source's config into it; empty where
         no checkpoint is published.
-      has_recipe: whether this source's config holds the recipe by which its model was trained. None: no config is made for this
-        source, so only the user knows.
       gives_concepts: whether it holds concepts with prompts rather than one set of images.
     """
 
@@ -30,7 +28,6 @@ class Source:
     load: Callable[[Mapping], object]
     needs: Callable[[Mapping, Mapping], Iterator[Requirement]]
     checkpoint_command: Callable[[Path], str] = lambda folder: ""
-    has_recipe: bool | None = None
     gives_concepts: bool = False
 
 
