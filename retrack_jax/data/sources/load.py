@@ -15,7 +15,7 @@ def load_images(data: Mapping) -> ImageSet:
 
     Args:
       data: `source`; and, with defaults, `dir`, `format`, `copies`, `resolution`, `crop`, `channels`, `skip_corrupt`,
-        `cache_dir`, `split`, `tfds_name`, as configs/base.py explains them.
+        `cache_dir`, `split`, `tfds_name`, as `DataOptions` of config/options.py explains them.
 
     Raises:
       UserError: anything that the user can fix: an unknown source, missing or damaged files, images that do not agree.
