@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None, should_stop: Callable[[], bool] = lambda
 
     try:
         config, workdir = parse(argv)
-        run_command(config, workdir, should_stop)  # imports jax, which takes longer than to report a mistyped flag
+        run_command(config, workdir, should_stop)
         return DONE
     except Preempted as reason:
         print(f"preempted: {reason}; everything is saved, the same command continues", file=sys.stderr)

@@ -58,6 +58,11 @@ FAMILIES = {
 }
 
 
+def example_inputs(module) -> tuple[jax.Array, ...]:
+    """Returns the smallest arguments that `module.init` takes: images, timesteps and, for a conditional network, a condition."""
+    return next(family.inputs(module) for family in FAMILIES.values() if type(module) is family.module)
+
+
 def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTree]:
     """Returns the module and the parameters (float32 NumPy arrays) of a network that diffusers saved, one of `FAMILIES`.
 
@@ -76,9 +81,8 @@ def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTr
     name = config.get("_class_name", "UNet2DModel")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{folder / 'config.json'} is of a {name}; only {' and '.join(FAMILIES)} are read here")
-    family = FAMILIES[name]
-    module = family.module.from_config(config, **own_fields)
-    return module, load_params(module, folder, *family.inputs(module))
+    module = FAMILIES[name].module.from_config(config, **own_fields)
+    return module, load_params(module, folder, *example_inputs(module))
 
 
 def load_params(module, folder, *inputs, names: tuple[str, ...] = DIFFUSERS_WEIGHTS, table: RenameTable = DIFFUSERS) -> PyTree:

@@ -43,10 +43,13 @@ def parse(argv: list[str]):
     from absl import flags
     from ml_collections import config_flags
 
+    from retrack_jax.cli.process import import_jax
+
     argv = [_quoted(argument) for argument in argv]
     config_flag = _only(argv, "--config=")
     path, _, _ = config_flag.partition(":")
     _check_file(Path(path))
+    import_jax()  # config files import it
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "where results go", flag_values=values)

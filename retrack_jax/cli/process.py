@@ -95,11 +95,9 @@ def set_up_jax(cpu_devices: int = 1, should_stop: Callable[[], bool] = lambda: F
       UserError: the environment asks for what jax does not have or know, or for float64; the other processes are not there.
       Preempted: `should_stop` said so.
     """
-    check_xla_flags()
-    try:
-        import jax
-    except ValueError as error:  # which names the variable
-        raise UserError(f"jax cannot use a variable of the environment: {error}; correct or unset it") from error
+    import_jax()
+    import jax
+
     check(
         not jax.config.jax_enable_x64,
         "float64 is enabled in jax, which changes the weights that a run ends with; unset JAX_ENABLE_X64 (jax_enable_x64)",
@@ -113,6 +111,18 @@ def set_up_jax(cpu_devices: int = 1, should_stop: Callable[[], bool] = lambda: F
     join_processes(should_stop)
     check_devices()
     warn_of_idle_accelerator()
+
+
+def import_jax() -> None:
+    """Imports jax. Raises `UserError` for a variable of the environment that jax or XLA does not understand.
+
+    To be called before anything else imports jax, config files included: an error there would name a line of the file.
+    """
+    check_xla_flags()
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:  # which names the variable
+        raise UserError(f"jax cannot use a variable of the environment: {error}; correct or unset it") from error
 
 
 def check_xla_flags() -> None:

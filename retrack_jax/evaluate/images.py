@@ -91,7 +91,7 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     return {name: float(np.mean(scores[name])) for name in wanted}, note
 
 
-EVALUATORS = (
+EVALUATORS = [
     Evaluator(names=("frequency",), compute=_frequency),
     Evaluator(names=FEATURE_METRICS, compute=_features),
     Evaluator(names=("nll_bits_per_dim",), compute=_nll),
@@ -100,12 +100,16 @@ EVALUATORS = (
     Evaluator(names=("membership_auc", "membership_auc_secmi"), compute=membership),
     Evaluator(names=("relearning_steps", "relearning_steps_remain"), compute=relearning),
     Evaluator(names=("sscd", "sscd_norm"), compute=_sscd),
-)
-METRIC_NAMES = (*(name for evaluator in EVALUATORS for name in evaluator.names), OFFICIAL)
+]
 _CLASS_SCORES = ("inception_score", OFFICIAL)
 
 
-def evaluators(task: Task) -> tuple[Evaluator, ...]:
+def metric_names() -> tuple[str, ...]:
+    """Returns every metric of images that can be asked for."""
+    return (*(name for evaluator in EVALUATORS for name in evaluator.names), OFFICIAL)
+
+
+def evaluators(task: Task) -> Sequence[Evaluator]:
     """Returns `EVALUATORS`; for a task with a classifier the inception scores are that one's, and not of `task.features`."""
     if task.classifier is None:
         return EVALUATORS

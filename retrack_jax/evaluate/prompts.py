@@ -179,9 +179,13 @@ def _names(metric: str) -> tuple[str, ...]:
     return tuple(f"{metric}_{kind}" for kind in KINDS)
 
 
-EVALUATORS = (
+EVALUATORS = [
     Evaluator(names=_names("sscd"), compute=_sscd),
     Evaluator(names=_names("clip_iqa"), compute=_clip_iqa),
     Evaluator(names=_names("success_rate"), compute=_success_rate, is_current=_same_classifier),
-)
-METRIC_NAMES = tuple(name for evaluator in EVALUATORS for name in evaluator.names)
+]
+
+
+def metric_names() -> tuple[str, ...]:
+    """Returns every metric of prompts that can be asked for."""
+    return tuple(name for evaluator in EVALUATORS for name in evaluator.names)

@@ -5,11 +5,12 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, read_schedule_config
+from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check
@@ -18,7 +19,6 @@ from retrack_jax.data.dataset import ImageSet
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.notation import ModelEpsFn, PyTree
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Denoiser:
       export: `(path, params, note)` writes the network as diffusers saves it; `note` goes into its card.
     """
 
-    module: UNet2D | UNet2DCondition
+    module: nn.Module
     schedule: Schedule
     shape: tuple[int, int, int]
     params: PyTree | None
@@ -52,7 +52,7 @@ class Denoiser:
     @property
     def has_dropout(self) -> bool:
         """Whether the network has dropout, which training turns on."""
-        return self.module.dropout > 0
+        return getattr(self.module, "dropout", 0.0) > 0
 
     def init_params(self, seed: int) -> PyTree:
         """Returns random parameters."""
@@ -109,22 +109,25 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
 def _check_fits(module, images: ImageSet) -> None:
     """Raises `UserError` if the network cannot take the images, or makes another number of channels than they have."""
     height, width, channels = images.images.shape[1:]
+    inputs = example_inputs(module)
     check(
-        isinstance(module, UNet2D),
-        "the network in config.checkpoint takes a prompt, and images alone have none; configs/stable_diffusion.py has prompts",
+        len(inputs) == 2,
+        "the network in config.checkpoint takes a condition, and images alone have none; configs/stable_diffusion.py has prompts",
     )
+    smallest, takes = inputs[0].shape[1], inputs[0].shape[3]
     check(
-        channels == module.in_channels,
-        f"the images of {images.name} have {channels} channels and the network takes {module.in_channels}; "
+        channels == takes,
+        f"the images of {images.name} have {channels} channels and the network takes {takes}; "
         "choose the data and the checkpoint that belong together",
     )
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    makes = jax.eval_shape(module.apply, variables, *inputs).shape[3]
     check(
-        channels == module.out_channels,
-        f"the network makes {module.out_channels} channels of {channels}; one that also predicts a variance is not supported",
+        channels == makes,
+        f"the network makes {makes} channels of {channels}; one that also predicts a variance is not supported",
     )
-    factor = 2 ** (len(module.block_out_channels) - 1)
     check(
-        np.all(np.array([height, width]) % factor == 0),
-        f"the images of {images.name} are {height}x{width}; the network needs sides that {factor} divides; set "
+        height % smallest == 0 and width % smallest == 0,
+        f"the images of {images.name} are {height}x{width}; the network needs sides that {smallest} divides; set "
         "config.data.resolution",
     )

@@ -71,7 +71,7 @@ class ImageEvaluation:
     def __init__(self, options: Options, data: ImageData, denoiser: Denoiser, codec: PixelCodec):
         self._options, self._data, self._denoiser, self._codec = options, data, denoiser, codec
         for name in options.eval.metrics:
-            check_choice("config.eval.metrics", name, images.METRIC_NAMES)
+            check_choice("config.eval.metrics", name, images.metric_names())
         check_score_network(options.eval.score_network, options.eval.metrics, denoiser.shape)
 
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
@@ -150,7 +150,7 @@ class PromptEvaluation:
     def __init__(self, options: Options, tokenizer, codec: LatentCodec):
         self._options, self._tokenizer, self._codec = options, tokenizer, codec
         for name in options.eval.metrics:
-            check_choice("config.eval.metrics", name, prompts.METRIC_NAMES)
+            check_choice("config.eval.metrics", name, prompts.metric_names())
 
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
         samples, wanted = prompts.PromptSamples(model.arrays), self._options.eval.metrics

@@ -24,6 +24,11 @@ and (5) splits into one weighted target and a spread that does not depend on the
 
   (7) sum_k p_k ||e - v_k||^2 = ||e - v_bar||^2 + r^2 sum_k p_k ||a_k - a_bar||^2,  v_bar = (x_t - gamma a_bar)/sigma,
       a_bar = sum_k p_k a_k
+
+(5)'s target differs from the true noise by r (f - a_bar), so that small t, with r up to 100, decide every clipped step. An option
+weights each forgotten example's term as min-SNR (arXiv 2303.09556) weights a loss on eps:
+
+  (8) w = min(1, c / r^2)
 """
 
 import jax
@@ -99,6 +104,12 @@ def retrack(eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: 
     """
     target, spread = retrack_target(x_t, neighbors, gamma, sigma)
     return vanilla(eps_pred, target) + spread
+
+
+def snr_weight(gamma: Array, sigma: Array, cap: float | Array) -> Array:
+    """Returns the weights (8), `[B]` in (0, 1], for gamma and sigma `[B]`; `cap` is c, the largest r^2 that keeps its weight."""
+    # (c sigma^2)/gamma^2 rather than c/r^2: finite where sigma is 0, and 1 where gamma is.
+    return jnp.minimum(1.0, cap * jnp.square(sigma) / jnp.maximum(jnp.square(gamma), jnp.finfo(gamma.dtype).tiny))
 
 
 def retrack_target(x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> tuple[Array, Array]:

@@ -82,10 +82,10 @@ def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
     points_remain, points_forget = context.noise(remain), context.noise(forget)
     eps_remain, eps_forget = context.predict(points_remain, points_forget)
     retain = context.retain_loss(eps_remain, points_remain).mean()
-    unlearn = losses.retrack(
-        eps_forget, points_forget.x_t, forget.neighbors, points_forget.gamma, points_forget.sigma
-    ).mean()
-    lam = context.options.lam
+    lam, cap = context.options.lam, context.options.snr_cap
+    gamma, sigma = points_forget.gamma, points_forget.sigma
+    unlearn_B = losses.retrack(eps_forget, points_forget.x_t, forget.neighbors, gamma, sigma)
+    unlearn = (unlearn_B if cap is None else losses.snr_weight(gamma, sigma, cap) * unlearn_B).mean()
     return Terms(main=lam * unlearn + (1 - lam) * retain, logs={"unlearn": unlearn, "retain": retain})
 
 

@@ -31,8 +31,11 @@ class RetrackOptions(MethodOptions):
     lam: float | None = 0.005  # lambda, in [0, 1]: the weight of the unlearning term; None: left to the rules (config/rules.py)
     lam_schedule: str = "constant"  # or linear, cosine: from lam to lam_end over the run
     lam_end: float | None = None
+    snr_cap: float | None = None  # c: the unlearning term at t is weighted by min(1, c sigma^2/gamma^2); None: the paper's loss
 
     def __post_init__(self):
+        if self.snr_cap is not None:
+            check_number("snr_cap", self.snr_cap, 0.0, above=True)
         if self.lam is not None:
             check_number("lam", self.lam, 0.0, 1.0)
         _check_schedule("lam", self.lam_schedule, self.lam_end)

@@ -16,6 +16,7 @@ topology and schedules for its memory; a step that does not fit is an error that
 minutes.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.config import build
+from retrack_jax.config.options import Options, read_config
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.state import create_state
@@ -46,13 +47,13 @@ HEADER = """| config | option | images per microbatch | arguments, GiB | tempora
 |---|---|---|---|---|---|"""
 
 
-def config_of(name: str):
-    """Returns the fields of `configs/NAME.py`."""
+def options_of(name: str) -> Options:
+    """Returns the options of `configs/NAME.py`."""
     path = Path(__file__).parents[2] / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return read_config(module.get_config())
 
 
 def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
@@ -61,18 +62,18 @@ def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
 
 def plan(name: str, option: str) -> dict:
     """Compiles one step from abstract arguments and returns its memory in bytes, and the seconds of compiling."""
-    config, method = config_of(name), get_method("retrack")
-    recipe = config.unlearn
+    options, method = options_of(name), get_method("retrack")
+    recipe = options.recipe("retrack")
     found = re.fullmatch(r"(float32|bfloat16|remat|bfloat16\+remat)(?:\+a(\d+))?", option)
     if found is None:
         raise SystemExit(f"unknown option {option}\n{__doc__}")
-    recipe.accumulation = int(found[2] or recipe.accumulation)
+    recipe = dataclasses.replace(recipe, accumulation=int(found[2] or recipe.accumulation))
     fields = {"dtype": jnp.bfloat16 if "bfloat16" in option else jnp.float32, "remat": "remat" in option}
-    unet = UNet2D.from_config(NETWORKS.get(name) or config.model.to_dict(), **fields)
+    unet = UNet2D.from_config(NETWORKS.get(name) or dataclasses.asdict(options.model), **fields)
     schedule = Schedule.create()
     image = (unet.sample_size, unet.sample_size, unet.in_channels)
     x, t = jnp.zeros((1, *image)), jnp.zeros((1,), jnp.int32)
-    optimizer = build.optimizer_from(recipe)
+    optimizer = recipe.optimizer()
     state = jax.eval_shape(lambda: create_state(unet.init(jax.random.key(0), x, t)["params"], optimizer))
     batch = {"remain": {"pixels": array(1, recipe.batch_size, *image, dtype=jnp.uint8)}}
     batch |= {part: array(1, recipe.batch_size) for part in ("remain_index", "forget_row", "forget_index")}
@@ -82,7 +83,7 @@ def plan(name: str, option: str) -> dict:
         neighbors={"pixels": array(recipe.num_neighbors, *image, dtype=jnp.uint8)},
         neighbor_rows=array(1, recipe.num_neighbors),
     )
-    how = build.unlearn_options_from(recipe, method, schedule.num_train_timesteps, dropout=False)
+    how = recipe.step_options(schedule.num_train_timesteps, dropout=False)
     p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
     began = time.perf_counter()
     try:

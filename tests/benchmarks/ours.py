@@ -49,10 +49,10 @@ def make_data(network: str, remain: int, forget: int) -> tuple[PyTree, Shared]:
 
 def make_step(module: UNet2D, network: str, method: str, accumulation: int = 1) -> Callable:
     """Returns the compiled-on-first-use step `(state, batch, shared, rng) -> (state, metrics)`."""
-    options = {"lam": RECIPE[network][0] if method == "retrack" else 0.5, "siss_scale": SISS_SCALE[network]}
-    how = StepOptions(options=options, accumulation=accumulation, t_max=1000)
-    eps_fn = make_eps_fn(module.apply, Schedule.create())
-    return make_train_step(get_method(method), eps_fn, how)
+    entry, scale = get_method(method), {"scale": SISS_SCALE[network]}
+    own = {"retrack": {"lam": RECIPE[network][0]}, "siss": scale, "siss_no_is": scale}
+    how = StepOptions(options=entry.options(**own.get(method, {})), accumulation=accumulation, t_max=1000)
+    return make_train_step(entry, make_eps_fn(module.apply, Schedule.create()), how)
 
 
 def make_state(network: str, params: PyTree) -> TrainState:

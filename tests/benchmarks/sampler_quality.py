@@ -17,16 +17,17 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
+from etils import epath
 
 from retrack_jax.cli import flags as command_line
 from retrack_jax.cli.process import set_up_jax
-from retrack_jax.config import rules as recipe
-from retrack_jax.evaluate.images import EVALUATORS
-from retrack_jax.evaluate.results import evaluate
-from retrack_jax.evaluate.task import Subject
-from retrack_jax.problem.pixels import PixelExperiment
-from retrack_jax.run.training import Model, Stages
+from retrack_jax.config.options import read_config
+from retrack_jax.config.rules import complete
+from retrack_jax.data.dataset import unit_to_pixels
+from retrack_jax.problem.evaluation import EvaluatedModel
+from retrack_jax.problem.problem import build_problem
+from retrack_jax.run.context import RunContext
+from retrack_jax.run.training import load, pretrained
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
 
@@ -37,22 +38,26 @@ ROWS = (
 METRICS = ("frequency", "fid")
 
 
-def measure(experiment: PixelExperiment, workdir: Workdir, params, name: str, num_steps: int, images: int, sets: int) -> dict:
+def measure(context: RunContext, params, name: str, num_steps: int, images: int, sets: int) -> dict:
     """Returns one row: network calls per image, seconds for 1,000 images, and each metric's values over the sets."""
-    config = experiment.config
-    sampler = make_sampler(name, experiment.schedule, num_steps)
-    p_sample = pmap_sample_fn(make_sample_fn(experiment.eps_fn, sampler, experiment.image_shape), output="float32")
-    options = dict(rng=jax.random.key(config.sampling.seed), batch_size=config.sampling.batch_size)
-    generate(p_sample, params, num_images=config.sampling.batch_size, **options)  # compiles
-    task = experiment.task(experiment.target(config.targets[0]), workdir, lambda: Model(params, 0, 0.0))
+    problem, sampling = context.problem, context.options.sampling
+    sampler = make_sampler(name, problem.denoiser.schedule, num_steps)
+    p_sample = pmap_sample_fn(make_sample_fn(problem.denoiser.eps_fn, sampler, problem.denoiser.shape), output="float32")
+    options = dict(rng=jax.random.key(sampling.seed), batch_size=sampling.batch_size)
+    generate(p_sample, params, num_images=sampling.batch_size, **options)  # compiles
+    (target,) = context.targets.values()
     calls, seconds, values = num_calls(sampler), [], {metric: [] for metric in METRICS}
     for index in range(sets if calls <= 100 else 1):
         start = time.perf_counter()
         made = generate(p_sample, params, num_images=images, first=index * images, **options)
         seconds.append(time.perf_counter() - start)
-        subject = Subject(params, np.floor(255.0 * made).astype(np.uint8), made)
+        arrays = {"samples": unit_to_pixels(made), "samples_float": made}
         with tempfile.TemporaryDirectory() as folder:
-            results = evaluate(EVALUATORS, METRICS, task, subject, Path(folder) / "metrics.json")
+            path = epath.Path(folder) / "metrics.json"
+            model = EvaluatedModel(
+                params=lambda: params, pretrained=lambda: params, arrays=arrays, path=path, workdir=context.workdir.root
+            )
+            results = problem.evaluation.evaluate(target, model)
         for metric in METRICS:
             values[metric].append(results.values[metric])
     return {
@@ -89,14 +94,16 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     config, workdir = command_line.parse([sys.argv[0], *rest])
     set_up_jax(config.compute.cpu_devices)
-    config, workdir = recipe.complete(config), Workdir(workdir)
-    experiment = PixelExperiment(config)
-    stages = Stages(config=config, experiment=experiment, workdir=workdir, should_stop=lambda: False, steps={})
-    params = stages.pretrain(only_existing=True).params
+    with config.unlocked():
+        config.eval.metrics = METRICS
+    problem = build_problem(complete(read_config(config)))
+    spec = problem.options.target_specs[0]
+    context = RunContext(problem, {spec: problem.target(spec)}, Workdir(workdir), lambda: False)
+    params = pretrained(context, load).params
     wanted = [tuple(row.split(":")) for row in arguments.only.split(",")] if arguments.only else ROWS
     rows = []
     for name, num_steps in wanted:
-        rows.append(measure(experiment, workdir, params, name, int(num_steps), arguments.images, arguments.sets))
+        rows.append(measure(context, params, name, int(num_steps), arguments.images, arguments.sets))
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")

@@ -31,7 +31,7 @@ from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import get_method
 from tests.benchmarks.measure import peak_resident_bytes
 from tests.benchmarks.memory import plan_for, too_large
-from tests.sd.test_networks import SD14_UNET
+from tests.models.test_text_to_image_networks import SD14_UNET
 
 GB = 1e9
 MOST_GB = 10  # what one forward pass may take
@@ -108,7 +108,7 @@ def step(method_name: str, option: str) -> None:
         batch["remain_index"] = array(1, accumulation, dtype=jnp.int32)
     if "forget" in method.streams:
         batch |= {name: array(1, accumulation, dtype=jnp.int32) for name in ("forget_row", "forget_index")}
-    shared = Shared(schedule=schedule, condition=(array(*PROMPT),))
+    shared = Shared(schedule=schedule, conditions=array(*PROMPT))
     if "neighbors" in method.streams:
         shared = shared.replace(
             forget={"x_0": array(50, *LATENT)},
@@ -117,7 +117,7 @@ def step(method_name: str, option: str) -> None:
         )
     elif "forget" in method.streams:
         shared = shared.replace(forget={"mean": array(50, *LATENT), "std": array(50, *LATENT)})
-    how = StepOptions(options=dict(method.options), accumulation=accumulation, t_max=1000)
+    how = StepOptions(options=method.options(), accumulation=accumulation, t_max=1000)
     p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
     began = time.perf_counter()
     lowered = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0)))

@@ -36,7 +36,7 @@ def main() -> None:
                 shutil.copytree(Path(options.workdir) / "features", folder / "features")
             config = get_config(method)
             config.seeds = (SEED,)
-            config.unlearn.learning_rate = rate
+            config.unlearn[method].learning_rate = rate
             summary = run(config, folder)
             metrics = summary["methods"][method]["metrics"]
             table[f"{method} {rate:g}"] = {name: metrics[name]["mean"] for name in ("frequency", "fid")}

@@ -92,7 +92,8 @@ def error_line(capsys) -> str:
         ({"unlearn__learning_rte": 1}, "config.unlearn.learning_rte; did you mean 'learning_rate'"),
         ({"unlearn__num_steps": "many"}, "unlearn.num_steps"),
         ({"unlearn__num_steps": 0}, "unlearn.num_steps is 0"),
-        ({"unlearn__lam": 1.5}, "lambda"),
+        ({"unlearn__retrack__lam": 1.5}, "config.unlearn.retrack.lam is 1.5"),
+        ({"unlearn__lam": 0.1}, "is --config.unlearn.retrack.lam"),
         ({"unlearn__batch_size": 6}, "does not divide evenly over 4 devices"),
         ({"unlearn__learning_rate": -1}, "learning_rate"),
         ({"unlearn__num_neighbors": 5000}, "only 1797 images remain"),
@@ -103,7 +104,6 @@ def error_line(capsys) -> str:
         ({"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"config": CONFIG + ":all", "unlearn__forget_batch_size": 4}, "config.unlearn.forget_batch_size is 4"),
         ({"unlearn__t_max": 1001}, "config.unlearn.t_max is 1001"),
-        ({"config": "--config=configs/celebahq.py:retrain"}, "is not in this config; choose another method"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, capsys):
@@ -111,7 +111,12 @@ def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, caps
     assert words in error_line(capsys)
 
 
-BASE = "from configs import base\n\ndef get_config(method):\n    config = base.get_config()\n"
+def test_a_checkpoint_whose_recipe_is_not_known_cannot_be_retrained(tmp_path, capsys):
+    assert main(["retrack_jax", "--config=configs/celebahq.py:retrain", f"--workdir={tmp_path}"]) == 2
+    assert "is not in this config; choose another method" in error_line(capsys)
+
+
+BASE = "from retrack_jax.config.base import base_config\n\ndef get_config(method):\n    config = base_config('mine')\n"
 
 
 @pytest.mark.parametrize("override", [[], ["--config.mode=check"], ["--config.nothing=1"]])

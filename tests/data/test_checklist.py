@@ -5,7 +5,8 @@ import hashlib
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.config import rules as recipe
+from retrack_jax.config.options import read_config
+from retrack_jax.config.rules import complete
 from retrack_jax.data.checklist import requirements
 from retrack_jax.main import main
 from tests.data.checking import CONFIGS, config_of, printed
@@ -116,7 +117,7 @@ def test_configs_without_a_pretraining_recipe_need_a_checkpoint(name):
     config = config_of(name)
     config.checkpoint = ""
     with pytest.raises(UserError, match=f"config.checkpoint is empty; {name} has no pretraining recipe"):
-        recipe.complete(config)
+        complete(read_config(config))
     assert "missing  setting: config.checkpoint\n" in printed(config)
 
 
@@ -174,7 +175,7 @@ class TestCommand:
         assert "found    list of targets: a+b.txt (20 B, sha256" in capsys.readouterr().out
 
     def test_values_are_checked_too(self, tmp_path, jpeg_folder, capsys):
-        assert self.custom(tmp_path, jpeg_folder, unlearn__lam="1.5") == 2
-        assert "error: config.unlearn.lam" in capsys.readouterr().err
-        assert self.check("celebahq", unlearn__lam="1.5") == 2
-        assert "error: config.unlearn.lam" in capsys.readouterr().err
+        assert self.custom(tmp_path, jpeg_folder, unlearn__retrack__lam="1.5") == 2
+        assert "error: config.unlearn.retrack.lam" in capsys.readouterr().err
+        assert self.check("celebahq", unlearn__retrack__lam="1.5") == 2
+        assert "error: config.unlearn.retrack.lam" in capsys.readouterr().err

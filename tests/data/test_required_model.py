@@ -40,8 +40,9 @@ def test_every_shard_is_needed(tmp_path):
     assert f"missing  model weights: {config.checkpoint}/{shards[1]}\n" in printed(config)
     (folder / shards[1]).write_bytes(b"weights")
     assert f"found    model weights: {config.checkpoint} (3 files" in printed(config)
-    index.write_text("[]")
-    assert "holds no JSON object" in printed(config)
+    for text, reason in (("{}", "has no weight_map"), ("[]", "holds no JSON object")):
+        index.write_text(text)
+        assert reason in printed(config)
 
 
 def test_a_lone_variant_is_found_and_a_choice_is_not(tmp_path):

@@ -115,7 +115,8 @@ def test_cifar10_names_in_both_orders(order):
 def test_copies_share_a_row():
     pictures = np.random.default_rng(0).integers(0, 2, (30, 2, 2, 1), dtype=np.uint8)
     forget = np.arange(100, 130)
-    target = make_target("a", forget, np.arange(100), pictures)
+    images = image_set("a", np.concatenate([np.full((100, 2, 2, 1), 2, np.uint8), pictures]), [f"{row}" for row in range(130)])
+    target = make_target("a", images, forget, np.arange(100))
     distinct, first, copy_of = np.unique(pictures.reshape(30, 4), axis=0, return_index=True, return_inverse=True)
     np.testing.assert_array_equal(target.unique, forget[first])
     np.testing.assert_array_equal(target.copy_of, copy_of.reshape(-1))
@@ -123,9 +124,9 @@ def test_copies_share_a_row():
 
 def test_a_large_image_is_compared_as_bytes():
     """A field for each of its 196,608 values took a second of each of a sweep's targets, twice."""
-    pictures = np.zeros((4, 256, 256, 3), np.uint8)
+    images = image_set("a", np.zeros((9, 256, 256, 3), np.uint8), list("abcdefghi"))
     start = time.process_time()
-    assert make_target("a", np.arange(4), np.arange(4, 9), pictures).unique.tolist() == [0]
+    assert make_target("a", images, np.arange(4), np.arange(4, 9)).unique.tolist() == [0]
     assert time.process_time() - start < 0.3
 
 

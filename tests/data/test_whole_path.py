@@ -8,24 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
-from retrack_jax.problem.pixels import PixelExperiment
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
-from retrack_jax.config import build
-from retrack_jax.config import rules as recipe
+from retrack_jax.config.options import read_config
+from retrack_jax.config.rules import complete
 from retrack_jax.diffusion import Schedule
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.problem.problem import Problem, build_problem
 
 TOY = {
     "unlearn.num_steps": 2,
     "unlearn.batch_size": 8,
     "unlearn.accumulation": 1,
     "unlearn.num_neighbors": 3,
-    "unlearn.lam": 0.02,  # in all of them the same step, so that it is compiled once
+    "unlearn.retrack.lam": 0.02,  # in all of them the same step, so that it is compiled once
     "sampling.num_images": 8,
     "sampling.num_steps": 2,
     "sampling.batch_size": 8,
@@ -73,6 +73,18 @@ def write_checkpoint(folder, size, subfolder="", prediction_type="epsilon"):
             path.rename(folder / ("scheduler" if "scheduler" in path.name else subfolder) / path.name)
     (folder / "LICENSE").write_text("the terms of the toy")
     return folder
+
+
+def problem_of(config: ConfigDict) -> Problem:
+    return build_problem(complete(read_config(config)))
+
+
+def toy_custom(tmp_path, folder, **model) -> ConfigDict:
+    """Returns configs/custom.py on the images of `folder` and a toy checkpoint."""
+    config = importlib.import_module("configs.custom").get_config()
+    config.data.dir, config.data.cache_dir, config.targets = str(folder), str(tmp_path / "cache"), ("00001.jpg",)
+    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16, **model))
+    return config
 
 
 def check_run(workdir, slug, num_forget, num_remain, forgotten=None):
@@ -141,12 +153,11 @@ def test_other_formats_of_the_papers_sets(tmp_path, tfds_dir, parquet_file, name
         parquet_file([9, 0, 3], size=28, channels=1, column="image", folder="data/fashion_mnist")
         config.data.format, config.data.copies = "parquet", 6
     config.unlearn.num_neighbors = 3
-    experiment = PixelExperiment(recipe.complete(config))
-    target = experiment.target(config.targets[0])
-    data = experiment.forget_data(target, 3, "exact")
+    problem = problem_of(config)
+    target = problem.target(config.targets[0])
+    data = problem.codec.forget_data(target, 3, "exact")
     assert (len(target.forget), len(target.unique)) == ((1, 1) if name == "celebahq" else (6, 1))
     assert data.distances.shape == (1, 3) and (data.distances > 0).all()
-    assert data.neighbor_images is None  # F x K pictures are for the report, which takes a few
 
 
 def test_celebahq(command, tmp_path, jpeg_folder):
@@ -165,11 +176,12 @@ def test_methods_without_neighbors_set_no_bound_on_k(tmp_path, jpeg_folder):
     config = importlib.import_module("configs.celebahq").get_config("vanilla")
     config.data.dir, config.data.cache_dir, config.data.resolution = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), 16
     config.checkpoint, config.unlearn.num_neighbors = str(write_checkpoint(tmp_path / "model", 16)), 10
-    experiment = PixelExperiment(config)
-    target, samples = experiment.target("00001.jpg"), {"samples": np.zeros((8, 16, 16, 3), np.uint8)}
-    shown = experiment.pictures(target, samples, samples)
+    problem = problem_of(config)
+    target, samples = problem.target("00001.jpg"), {"samples": np.zeros((8, 16, 16, 3), np.uint8)}
+    shown = problem.evaluation.pictures(target, samples, samples)
     assert shown["neighbors"].shape == (1, 3, 16, 16, 3) and shown["distances"].shape == (1, 3)
-    assert experiment.comparison_pictures(target, {"vanilla": samples})["neighbors"].shape == (1, 3, 16, 16, 3)
+    compared = problem.evaluation.comparison_pictures(target, {"vanilla": samples})
+    assert compared["neighbors"].shape == (1, 3, 16, 16, 3)
 
 
 def test_custom(command, tmp_path, jpeg_folder):
@@ -188,15 +200,13 @@ def test_custom(command, tmp_path, jpeg_folder):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_what_losses_see_of_a_checkpoint_is_eps(tmp_path, jpeg_folder, prediction_type):
-    """All stages take their network from `experiment.eps_fn`; the formulas are those of diffusers' `step`."""
+    """Training, sampling and evaluation take the network from `denoiser.eps_fn`; the formulas are those of diffusers' `step`."""
     folder, _ = jpeg_folder(4, size=16)
-    config = importlib.import_module("configs.custom").get_config()
-    config.data.dir, config.data.cache_dir, config.targets = str(folder), str(tmp_path / "cache"), ("00001.jpg",)
-    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16, prediction_type=prediction_type))
-    experiment = PixelExperiment(recipe.complete(config))
-    params, t = experiment.imported_params(), jnp.array([3, 700], jnp.int32)
+    config = toy_custom(tmp_path, folder, prediction_type=prediction_type)
+    denoiser = problem_of(config).denoiser
+    params, t = denoiser.params, jnp.array([3, 700], jnp.int32)
     x_t = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    output = np.float64(jax.jit(experiment.module.apply)({"params": params}, x_t, t))
+    output = np.float64(jax.jit(denoiser.module.apply)({"params": params}, x_t, t))
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[[3, 700], None, None, None]
     gamma, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     expected = {
@@ -204,51 +214,43 @@ def test_what_losses_see_of_a_checkpoint_is_eps(tmp_path, jpeg_folder, predictio
         "v_prediction": gamma * output + sigma * x_t,
         "sample": (x_t - gamma * output) / sigma,
     }[prediction_type]
-    found = np.float64(jax.jit(experiment.eps_fn)(params, x_t, t))
+    found = np.float64(jax.jit(denoiser.eps_fn)(params, x_t, t))
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_timesteps_are_those_of_the_checkpoints_schedule(tmp_path, jpeg_folder):
     """Unlearning covers all 4000, and 4000 sampling steps are not too many; the config's own schedule has 1000."""
-    config = importlib.import_module("configs.custom").get_config()
-    config.data.dir, config.data.cache_dir, config.targets = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), ("00001.jpg",)
-    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+    config = toy_custom(tmp_path, jpeg_folder(4)[0])
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 4000}))
     config.sampling.num_steps = 4000
-    config = recipe.complete(config)
-    build.check_config(config)
-    timesteps = PixelExperiment(config).num_timesteps
-    options = build.unlearn_options_from(config.unlearn, METHODS["retrack"], timesteps, dropout=False)
-    assert (options.t_min, options.t_max) == (0, 4000)
+    problem = problem_of(config)
+    how = problem.options.recipe("retrack").step_options(problem.denoiser.schedule.num_train_timesteps, dropout=False)
+    assert (how.t_min, how.t_max) == (0, 4000)
     config.unlearn.t_max = 4001
     with pytest.raises(UserError, match="config.unlearn.t_max is 4001; .* at most 4000"):
-        PixelExperiment(config)
+        problem_of(config)
 
 
-def test_a_copy_that_remains_is_told(tmp_path, jpeg_folder, caplog):
+def test_a_copy_that_remains_is_warned_of(tmp_path, jpeg_folder, caplog):
     folder, _ = jpeg_folder(6, size=16)
     shutil.copy(folder / "00001.jpg", folder / "twin.jpg")
-    config = importlib.import_module("configs.custom").get_config()
-    config.data.dir, config.data.cache_dir, config.targets = str(folder), str(tmp_path / "cache"), ("00001.jpg",)
-    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+    config = toy_custom(tmp_path, folder)
     config.unlearn.num_neighbors = 3
-    experiment = PixelExperiment(recipe.complete(config))
+    problem = problem_of(config)
     with caplog.at_level("WARNING"):
-        experiment.forget_data(experiment.target("00001.jpg+twin.jpg"), 3, "exact")
+        problem.codec.forget_data(problem.target("00001.jpg+twin.jpg"), 3, "exact")
     assert "have a copy" not in caplog.text
     with caplog.at_level("WARNING"):
-        experiment.forget_data(experiment.target("00001.jpg"), 3, "exact")
+        problem.codec.forget_data(problem.target("00001.jpg"), 3, "exact")
     assert "1 of 1 forgotten images have a copy among the remaining ones (00001.jpg and twin.jpg)" in caplog.text
 
 
-def test_a_checkpoint_without_a_schedule_is_told(tmp_path, jpeg_folder, caplog):
-    config = importlib.import_module("configs.custom").get_config()
-    config.data.dir, config.data.cache_dir, config.targets = str(jpeg_folder(4)[0]), str(tmp_path / "cache"), ("00001.jpg",)
-    config.checkpoint = str(write_checkpoint(tmp_path / "model", 16))
+def test_a_checkpoint_without_a_schedule_is_warned_of(tmp_path, jpeg_folder, caplog):
+    config = toy_custom(tmp_path, jpeg_folder(4)[0])
     (tmp_path / "model" / "scheduler" / "scheduler_config.json").unlink()
     with caplog.at_level("WARNING"):
-        PixelExperiment(recipe.complete(config))
+        problem_of(config)
     assert f"no scheduler_config.json in {config.checkpoint}; config.schedule is taken" in caplog.text
 
 
@@ -265,7 +267,7 @@ def test_a_checkpoint_without_a_schedule_is_told(tmp_path, jpeg_folder, caplog):
         ("custom", {}, "config.checkpoint is empty"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(command, tmp_path, jpeg_folder, capsys, name, fields, message):
+def test_a_mistake_that_the_user_can_fix_is_one_line(command, tmp_path, jpeg_folder, capsys, name, fields, message):
     folder, _ = jpeg_folder(12, size=16)
     defaults = {"data__dir": folder, "targets": "00003.jpg"}
     if name == "celebahq":

@@ -33,7 +33,7 @@ def _leaves(config, prefix=""):
             yield prefix + name, value
 
 
-FIELDS = {name: value for name, value in _leaves(_config()) if not name.startswith("recipes")}
+FIELDS = dict(_leaves(_config()))
 words = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=3, max_size=12)
 below_one = st.integers(-(10**6), 0)
 negative = st.floats(-1e6, -1e-9) | st.sampled_from([float("nan"), float("inf"), -float("inf")])
@@ -43,10 +43,10 @@ COUNTS = """pretrain.num_steps unlearn.num_steps pretrain.batch_size unlearn.bat
     unlearn.num_neighbors sampling.num_steps sampling.num_images sampling.batch_size log_every schedule.num_train_timesteps
     eval.nll_probes eval.grid_images model.layers_per_block model.norm_num_groups""".split()
 AMOUNTS = """pretrain.eps unlearn.eps pretrain.weight_decay unlearn.weight_decay pretrain.clip_norm unlearn.clip_norm
-    unlearn.siss_scale unlearn.siss_share unlearn.erasediff_eta pretrain.learning_rate unlearn.learning_rate
+    unlearn.siss.scale unlearn.siss.share unlearn.erasediff.eta pretrain.learning_rate unlearn.learning_rate
     eval.frequency_threshold""".split()
 CHOICES = """
-    method mode pretrain.learning_rate_schedule unlearn.learning_rate_schedule unlearn.lam_schedule
+    method mode pretrain.learning_rate_schedule unlearn.learning_rate_schedule unlearn.retrack.lam_schedule
     unlearn.neighbor_backend unlearn.retain_loss sampling.sampler eval.features eval.fid_resize
     eval.fid_reference compute.dtype data.source data.crop schedule.beta_schedule schedule.prediction_type
     schedule.variance_type schedule.timestep_spacing
@@ -57,8 +57,8 @@ RANGES = {
     "unlearn.forget_batch_size": below_one.filter(lambda n: n < 0) | undivided,
     "pretrain.batch_size": undivided,
     "unlearn.batch_size": undivided,
-    "sampling.batch_size": undivided,
-    "unlearn.lam": st.floats(1.0001, 1e6) | negative,
+    "unlearn.retrack.lam": st.floats(1.0001, 1e6) | negative,
+    "unlearn.siss.mixture": st.floats(1.0001, 1e6) | negative,
     "pretrain.b1": st.floats(1.0001, 10) | negative,
     "unlearn.b2": st.floats(1.0001, 10) | negative,
     "pretrain.ema_max_decay": st.floats(1.0001, 10) | negative,
@@ -135,7 +135,7 @@ def flag_mistakes(workdir):
         st.sampled_from([[], base[1:], [base[0], *base], ["--config="], ["--config"], [*base, "--workdir"]]).map(
             lambda f: (f"flags {f[:2]}", f)
         ),
-        st.sampled_from(["unlearn", "model", "unlearn.lam.x", "", "."]).map(
+        st.sampled_from(["unlearn", "unlearn.siss", "model", "unlearn.lam", "unlearn.retrack.lam.x", "", "."]).map(
             lambda n: (f"field {n!r}", [*base, f"--config.{n}=1"])
         ),
     )

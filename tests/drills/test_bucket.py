@@ -17,7 +17,7 @@ from retrack_jax.checkpoints.diffusers_export import is_whole
 from retrack_jax.log import Writer, read_log
 from retrack_jax.report.comparison import comparison_report
 from retrack_jax.report.html import run_report
-from retrack_jax.run.training import read_samples
+from retrack_jax.run import samples
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.sampling.generate import generate
 from tests import toys
@@ -74,10 +74,10 @@ def test_files_of_a_run_lie_in_the_bucket(bucket, tmp_path):
     work = Workdir(bucket)
     folder = work.run("retrack", 0, "t")
     assert str(folder) == f"{bucket}/retrack/seed0-t"
-    work.claim(folder, {"a": 1}, {})
-    work.check_claim(folder, {"a": 1})
+    work.record(folder, {"model": {"a": 1}})
+    work.check(folder, {"model": {"a": 1}})
     with pytest.raises(files.UserError, match="another config's run"):
-        work.check_claim(folder, {"a": 2})
+        work.check(folder, {"model": {"a": 2}})
     with Writer(folder / "log.jsonl") as log:
         for step in range(5):
             log.scalars(step, {"unlearn_loss": 1.0 / (step + 1)})
@@ -86,7 +86,7 @@ def test_files_of_a_run_lie_in_the_bucket(bucket, tmp_path):
     assert [record["step"] for record in read_log(folder / "log.jsonl")] == [0, 1, 2]
     images = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), np.uint8)
     files.write_npz(folder / "samples.npz", samples=images)
-    np.testing.assert_array_equal(read_samples(folder / "samples.npz")["samples"], images)
+    np.testing.assert_array_equal(samples.read(folder)["samples"], images)
     values = {"frequency": 0.0, "fid": 3.0}
     files.write_json(
         folder / "metrics.json",
@@ -112,7 +112,8 @@ def test_files_of_a_run_lie_in_the_bucket(bucket, tmp_path):
     }
     page = (tmp_path / "store" / "bucket" / "work" / "report.html").read_text()
     assert 'href="retrack/seed0-t/report.html"' in page
-    assert json.loads((tmp_path / "store/bucket/work/retrack/seed0-t/config.json").read_text()) == {"a": 1, "inputs": {}}
+    stored = json.loads((tmp_path / "store/bucket/work/retrack/seed0-t/config.json").read_text())
+    assert stored["model"] == {"a": 1} and set(stored) == {"format", "model"}
 
 
 def test_sampling_goes_on_from_parts_in_the_bucket(bucket):

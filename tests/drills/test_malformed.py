@@ -39,7 +39,7 @@ def check_one_line(errors: str, what: str) -> None:
 def test_two_hundred_in_process(place, capsys):
     seen, number = {}, itertools.count()
     assert (
-        main(["retrack_jax.main"]) == main(["retrack_jax.main", *cli.flags(place / "first", unlearn__lam=2)]) == 2
+        main(["retrack_jax.main"]) == main(["retrack_jax.main", *cli.flags(place / "first", unlearn__retrack__lam=2)]) == 2
     )  # imports jax
 
     @settings(
@@ -79,9 +79,9 @@ TEN = [
     ("no flag at all", lambda work: []),
     ("a config file that is not there", lambda work: [f"--config={cli.ROOT}/configs/digit_tshirt.py"]),
     ("a method that is not there", lambda work: [f"--config={cli.ROOT}/configs/digits_tshirt.py:retrak"]),
-    ("a field that is not there", lambda work: [*cli.flags(work), "--config.unlearn.lamda=0.1"]),
+    ("a field that is not there", lambda work: [*cli.flags(work), "--config.unlearn.retrack.lamda=0.1"]),
     ("a value of the wrong kind", lambda work: [*cli.flags(work), "--config.unlearn.num_steps=many"]),
-    ("a value out of range", lambda work: cli.flags(work, unlearn__lam=1.5)),
+    ("a value out of range", lambda work: cli.flags(work, unlearn__retrack__lam=1.5)),
     ("more neighbors than images", lambda work: cli.flags(work, unlearn__num_neighbors=5000)),
     ("a target that is not there", lambda work: cli.flags(work, targets="label:99")),
     ("data that are not there", lambda work: cli.flags(work, data__source="folder", data__dir="/no/such/folder")),

@@ -11,8 +11,8 @@ import pytest
 from retrack_jax.checkpoints import export_pipeline, load_pipeline
 from retrack_jax.checkpoints.diffusers_import import FAMILIES
 from retrack_jax.run.sweep import run
-from tests.sd.test_sweep import quick_config
-from tests.sd.tiny import PIPELINE, hasty_compiler
+from tests.problem.test_sweep_of_concepts import quick_config
+from tests.tiny_sd import PIPELINE, hasty_compiler
 
 OTHERS = ("siss", "siss_no_is", "erasediff", "neggrad", "vanilla")
 # EraseDiff's step is vanilla's wherever the two gradients agree: its weight is max(eta - <g_R, g_c>/|g_c|^2, 0), which is then 0.
@@ -32,7 +32,7 @@ def small_pipeline(tmp_path):
 
 
 def test_every_other_method_runs_by_its_recipe(tmp_path, small_pipeline):
-    """`all` shares one experiment, so that sampling is compiled once; ReTrack's own run is tests/sd/test_run.py's."""
+    """`all` shares one problem, so that sampling is compiled once; ReTrack's run is tests/problem/test_run_of_concepts.py's."""
     config = quick_config(tmp_path, "all")
     with config.unlocked():
         config.checkpoint = str(small_pipeline)
@@ -43,10 +43,10 @@ def test_every_other_method_runs_by_its_recipe(tmp_path, small_pipeline):
     for method in OTHERS:
         folder = tmp_path / "work" / method / "seed0-red_circle"
         metrics = json.loads((folder / "metrics.json").read_text())
-        recipe = metrics["config"]["unlearn"]
+        own = metrics["config"]["methods"][method]["own"]
         assert metrics["steps"] == 2 and (folder / "report.html").is_file()
-        assert recipe["siss_scale"] == (750.0 if method.startswith("siss") else 0.0)
-        assert recipe["erasediff_eta"] == (1e-2 if method == "erasediff" else 1e-3)
+        assert own.get("scale") == (750.0 if method.startswith("siss") else None)
+        assert own.get("eta") == (1e-2 if method == "erasediff" else None)
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         losses = [value for row in rows for name, value in row.items() if "loss" in name]
         assert losses and all(math.isfinite(value) for value in losses)

@@ -5,8 +5,8 @@ import operator
 import numpy as np
 import pytest
 
-from configs.base import get_config
 from retrack_jax.checks import Preempted, UserError
+from retrack_jax.config.options import default_config
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.evaluate.finetune import make_finetune
 from retrack_jax.train.optimizer import make_optimizer
@@ -39,4 +39,4 @@ def test_a_rate_that_diverges_names_a_field_of_the_config():
     state, train = FINETUNE(toys.params(), lambda rows: {"x_0": np.full((len(rows), *toys.SHAPE), np.nan, np.float32)}, 40)
     with pytest.raises(UserError, match=f"try a lower {field}$"):
         train(state, 0, 1)
-    assert operator.attrgetter(field.removeprefix("config."))(get_config()) > 0
+    assert operator.attrgetter(field.removeprefix("config."))(default_config()) > 0

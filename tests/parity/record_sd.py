@@ -9,8 +9,8 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from retrack_jax.checkpoints import export_pipeline, load_pipeline
-from tests.sd.prompts200 import PROMPTS
-from tests.sd.tiny import CONCEPTS, PIPELINE, RECORDED
+from tests.prompts200 import PROMPTS
+from tests.tiny_sd import CONCEPTS, PIPELINE, RECORDED
 
 PROMPT = "A Red Circle, on a green wall!"
 STEPS = 10

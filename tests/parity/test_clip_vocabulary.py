@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers")
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 
 from retrack_jax.models.tokenizer import load_tokenizer  # noqa: E402
-from tests.sd.prompts200 import PROMPTS  # noqa: E402
-from tests.sd.tiny import PIPELINE  # noqa: E402
+from tests.prompts200 import PROMPTS  # noqa: E402
+from tests.tiny_sd import PIPELINE  # noqa: E402
 
 NUM_PIECES, NUM_MERGES = 49_408, 48_894
 

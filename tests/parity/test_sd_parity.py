@@ -23,8 +23,8 @@ from retrack_jax.sampling import make_sampler  # noqa: E402
 from retrack_jax.sampling.guided import guided_eps_fn  # noqa: E402
 from retrack_jax.sampling.loop import num_calls  # noqa: E402
 from retrack_jax.weights.names import from_torch  # noqa: E402
-from tests.sd.prompts200 import PROMPTS  # noqa: E402
-from tests.sd.tiny import PIPELINE  # noqa: E402
+from tests.prompts200 import PROMPTS  # noqa: E402
+from tests.tiny_sd import PIPELINE  # noqa: E402
 
 torch.set_num_threads(1)
 

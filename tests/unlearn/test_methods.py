@@ -66,6 +66,27 @@ def test_retrack_is_the_published_mixture(rng):
     np.testing.assert_allclose(found.main, 0.3 * unlearn + 0.7 * retain, rtol=1e-5)
 
 
+def test_the_snr_cap_weights_each_forgotten_example(rng):
+    """min(1, c sigma^2/gamma^2), by hand at three t; without it, and with a cap above every r^2, the loss is the paper's."""
+    gamma, sigma = (np.asarray(table)[np.array([0, 500, 999])] for table in (SCHEDULE.gamma, SCHEDULE.sigma))
+    by_hand = [min(1.0, 5.0 * float(s) ** 2 / float(g) ** 2) for g, s in zip(gamma, sigma, strict=True)]
+    np.testing.assert_allclose(losses.snr_weight(jnp.asarray(gamma), jnp.asarray(sigma), 5.0), by_hand, rtol=1e-6)
+    assert by_hand[0] < 1e-3 and by_hand[1] == by_hand[2] == 1.0
+    assert losses.snr_weight(jnp.zeros(1), jnp.ones(1), 5.0) == 1.0  # zero-terminal SNR
+
+    method, params = METHODS["retrack"], toys.params()
+    paper, uncapped, capped = (
+        method.terms(context(params, RetrackOptions(lam=0.3, snr_cap=cap)), *streams(method, rng)) for cap in (None, 1e9, 5.0)
+    )
+    assert float(paper.main) == float(uncapped.main) and float(capped.logs["unlearn"]) < float(paper.logs["unlearn"])
+    here = context(params, NONE)
+    _, forget = streams(method, rng)
+    f = here.noise(forget)
+    per_image = losses.retrack(EPS_FN(params, f.x_t, f.t), f.x_t, forget.neighbors, f.gamma, f.sigma)
+    weights = np.minimum(1.0, 5.0 * (np.asarray(f.sigma) / np.asarray(f.gamma)) ** 2)
+    np.testing.assert_allclose(capped.logs["unlearn"], np.mean(weights * np.asarray(per_image)), rtol=1e-5)
+
+
 def test_the_window_of_t_is_kept_and_covered(rng):
     remain, _ = streams(METHODS["vanilla"], rng, size=256)
     t = np.asarray(context(toys.params(), NONE, t_min=250, t_max=260).noise(remain).t)

@@ -14,23 +14,23 @@ from retrack_jax.sampling.generate import generate, pmap_sample_fn
 from retrack_jax.sampling.guided import GuidedParams, guided_eps_fn, make_guided_sample_fn
 
 
-def test_ten_steps_are_diffusers_pipeline(pipeline, recorded):
-    embeddings = prompt_embeddings(pipeline, ["", str(recorded["prompt"])])
+def test_ten_steps_are_diffusers_pipeline(pipeline, recorded_sd):
+    embeddings = prompt_embeddings(pipeline, ["", str(recorded_sd["prompt"])])
     eps_fn = make_eps_fn(pipeline.unet.apply, pipeline.schedule)
     guided = guided_eps_fn(eps_fn, pipeline.unet_params, embeddings[1:], embeddings[:1], 7.5)
-    sampler = make_sampler("ddpm", pipeline.schedule, len(recorded["noise"]))
+    sampler = make_sampler("ddpm", pipeline.schedule, len(recorded_sd["noise"]))
 
     def step(state, row_and_noise):
         row, noise = row_and_noise
         return sampler.step(state, guided(state[0], jnp.full((2,), row["t"])), noise, row), None
 
     def run(x):
-        (x_0,), _ = jax.lax.scan(step, sampler.init(x), (sampler.rows, recorded["noise"]))
+        (x_0,), _ = jax.lax.scan(step, sampler.init(x), (sampler.rows, recorded_sd["noise"]))
         return pipeline.vae.apply({"params": pipeline.vae_params}, x_0, method="decode")
 
-    images = np.clip(np.asarray(jax.jit(run)(recorded["latents"])) / 2 + 0.5, 0, 1)
-    assert recorded["guided"].std() > 0.01
-    assert np.abs(images - recorded["guided"]).max() < 1e-3
+    images = np.clip(np.asarray(jax.jit(run)(recorded_sd["latents"])) / 2 + 0.5, 0, 1)
+    assert recorded_sd["guided"].std() > 0.01
+    assert np.abs(images - recorded_sd["guided"]).max() < 1e-3
 
 
 def toy_eps(params, x, t, prompt):
@@ -51,7 +51,7 @@ def test_guidance_extrapolates_from_the_negative_prompt(guidance):
     np.testing.assert_allclose(found, of["negative"] + weight * (of["prompt"] - of["negative"]), rtol=1e-6)
 
 
-def test_a_guidance_scale_that_is_no_number():
+def test_a_guidance_scale_that_is_no_number_is_refused():
     with pytest.raises(UserError, match="guidance scale"):
         guided_eps_fn(toy_eps, 0.1, jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), float("nan"))
 

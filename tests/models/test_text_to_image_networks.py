@@ -11,7 +11,7 @@ from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.transformer2d import Transformer2DModel
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
-from tests.sd.prompts200 import PROMPTS
+from tests.prompts200 import PROMPTS
 
 SD14_UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -81,31 +81,31 @@ def apply_unet(pipeline):
     return jax.jit(pipeline.unet.apply)
 
 
-def test_text_encoder(pipeline, recorded):
-    found = prompt_embeddings(pipeline, [PROMPTS[index] for index in recorded["chosen"]])
+def test_text_encoder(pipeline, recorded_sd):
+    found = prompt_embeddings(pipeline, [PROMPTS[index] for index in recorded_sd["chosen"]])
     assert found.dtype == jnp.float32
-    assert relative(found, recorded["text"]) < 1e-5
+    assert relative(found, recorded_sd["text"]) < 1e-5
 
 
-def test_unet(pipeline, recorded, apply_unet):
-    found = apply_unet({"params": pipeline.unet_params}, recorded["latents"], recorded["t"], recorded["text"][1:])
-    assert relative(found, recorded["unet"]) < 1e-5
+def test_unet(pipeline, recorded_sd, apply_unet):
+    found = apply_unet({"params": pipeline.unet_params}, recorded_sd["latents"], recorded_sd["t"], recorded_sd["text"][1:])
+    assert relative(found, recorded_sd["unet"]) < 1e-5
 
 
-def test_unet_gives_one_prompt_to_all_images(pipeline, recorded, apply_unet):
-    one = recorded["text"][1:2]
-    args = {"params": pipeline.unet_params}, recorded["latents"], recorded["t"]
+def test_unet_gives_one_prompt_to_all_images(pipeline, recorded_sd, apply_unet):
+    one = recorded_sd["text"][1:2]
+    args = {"params": pipeline.unet_params}, recorded_sd["latents"], recorded_sd["t"]
     np.testing.assert_allclose(apply_unet(*args, one), apply_unet(*args, np.concatenate([one, one])), atol=1e-6)
 
 
-def test_vae(pipeline, recorded):
+def test_vae(pipeline, recorded_sd):
     params = {"params": pipeline.vae_params}
-    x = recorded["picture"][None].astype(np.float32) / np.float32(127.5) - 1
+    x = recorded_sd["picture"][None].astype(np.float32) / np.float32(127.5) - 1
     mean, std = jax.jit(lambda params, x: pipeline.vae.apply(params, x, method="encode"))(params, x)
-    assert relative(mean, recorded["mean"]) < 1e-5 and relative(std, recorded["std"]) < 1e-5
+    assert relative(mean, recorded_sd["mean"]) < 1e-5 and relative(std, recorded_sd["std"]) < 1e-5
     assert (np.asarray(std) > 0).all()
-    decoded = jax.jit(lambda params, z: pipeline.vae.apply(params, z, method="decode"))(params, recorded["latents"])
-    assert relative(decoded, recorded["decoded"]) < 1e-5
+    decoded = jax.jit(lambda params, z: pipeline.vae.apply(params, z, method="decode"))(params, recorded_sd["latents"])
+    assert relative(decoded, recorded_sd["decoded"]) < 1e-5
 
 
 @pytest.mark.parametrize(("config", "parameters"), [(SD14_UNET, 859_520_964), (SD21_UNET, 865_910_724)])
@@ -124,13 +124,13 @@ def test_full_size_vae_and_text_encoder_have_the_published_number_of_parameters(
     assert count(ClipTextEncoder.from_config(SD14_TEXT), jnp.zeros((1, 77), jnp.int32)) == 123_060_480
 
 
-def test_bfloat16_parameters_and_compute(pipeline, recorded):
+def test_bfloat16_parameters_and_compute(pipeline, recorded_sd):
     """As close as 8 bits allow; the result is float32 all the same."""
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pipeline.unet_params)
     module = pipeline.unet.clone(dtype=jnp.bfloat16)
-    found = jax.jit(module.apply)({"params": half}, recorded["latents"], recorded["t"], recorded["text"][1:])
+    found = jax.jit(module.apply)({"params": half}, recorded_sd["latents"], recorded_sd["t"], recorded_sd["text"][1:])
     assert found.dtype == jnp.float32
-    assert 1e-4 < relative(found, recorded["unet"]) < 0.05
+    assert 1e-4 < relative(found, recorded_sd["unet"]) < 0.05
 
 
 def test_remat_computes_again_and_changes_no_gradient():
@@ -147,9 +147,9 @@ def test_remat_computes_again_and_changes_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
-def test_remat_reaches_every_block_of_the_unet(pipeline, recorded):
+def test_remat_reaches_every_block_of_the_unet(pipeline, recorded_sd):
     def remats(module):
-        args = pipeline.unet_params, recorded["latents"], recorded["t"], recorded["text"][1:]
+        args = pipeline.unet_params, recorded_sd["latents"], recorded_sd["t"], recorded_sd["text"][1:]
         return str(jax.make_jaxpr(lambda params, *rest: module.apply({"params": params}, *rest))(*args)).count("remat")
 
     # one for each of 7 residual and 4 transformer blocks
@@ -202,9 +202,9 @@ def test_refused_text_encoder_options(change, message):
         ClipTextEncoder.from_config({**SD14_TEXT, **change})
 
 
-def test_shapes_that_do_not_fit(pipeline, recorded):
+def test_shapes_that_do_not_fit(pipeline, recorded_sd):
     params = {"params": pipeline.unet_params}
-    x, t, text = recorded["latents"], recorded["t"], recorded["text"][1:]
+    x, t, text = recorded_sd["latents"], recorded_sd["t"], recorded_sd["text"][1:]
     with pytest.raises(UserError, match="take UNet and text encoder from one checkpoint"):
         pipeline.unet.apply(params, x, t, text[..., :8])
     with pytest.raises(UserError, match="multiples of 2"):

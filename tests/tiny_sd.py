@@ -1,4 +1,4 @@
-"""Where the committed tiny pipeline and concepts lie (tests/make_tiny_sd.py makes them), and the config of a run on them."""
+"""The tiny Stable Diffusion: where its files lie (made by tests/make_tiny_sd.py), and the config of a run on them."""
 
 import contextlib
 from pathlib import Path
@@ -7,10 +7,10 @@ import jax
 
 from configs import stable_diffusion
 
-ROOT = Path(__file__).parents[1] / "fixtures" / "tiny_sd"
+ROOT = Path(__file__).parent / "fixtures" / "tiny_sd"
 PIPELINE = ROOT / "pipeline"
 CONCEPTS = ROOT / "concepts"
-RECORDED = Path(__file__).parents[1] / "fixtures" / "sd_parity.npz"
+RECORDED = Path(__file__).parent / "fixtures" / "sd_parity.npz"
 
 
 def tiny_config(tmp_path, method="retrack"):
@@ -39,7 +39,7 @@ def tiny_config(tmp_path, method="retrack"):
 
 @contextlib.contextmanager
 def hasty_compiler():
-    """Where a program runs once or twice, most of its time would go into optimizing it."""
+    """Compiles without most optimizations: a program that runs once or twice would spend most of its time on them."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield

@@ -10,7 +10,7 @@ import pytest
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids
 from retrack_jax.metrics.features.clip_image import towers_from_openai
-from tests.sd.openai_clip import openai_tensors
+from tests.openai_clip import openai_tensors
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_prompts_are_padded_with_zeros_behind_the_first_end(pipeline):
 
 
 @pytest.mark.parametrize("shape", [(2, 33, 32, 3), (2, 32, 32, 1)])
-def test_images_of_another_shape(metric, shape):
+def test_images_of_another_shape_are_refused(metric, shape):
     with pytest.raises(UserError, match="multiples of 32"):
         metric(np.zeros(shape, np.float32))
 
@@ -120,7 +120,7 @@ def test_images_of_another_shape(metric, shape):
         (lambda w: w.pop("text_projection"), "text_projection"),
     ],
 )
-def test_weights_of_another_network(weights, spoil, message):
+def test_weights_of_another_network_are_refused(weights, spoil, message):
     spoilt = dict(weights)
     spoil(spoilt)
     with pytest.raises(UserError, match=message):

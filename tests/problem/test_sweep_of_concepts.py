@@ -6,7 +6,7 @@ import pytest
 
 from retrack_jax.run.sweep import run
 from retrack_jax.train.loop import Preempted
-from tests.sd.tiny import tiny_config
+from tests.tiny_sd import tiny_config
 
 
 def quick_config(tmp_path, method):

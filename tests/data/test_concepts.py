@@ -106,13 +106,13 @@ def test_pictures_of_another_size_are_brought_to_the_resolution(concepts):
         (lambda f: (f / "images" / "red_circle_003.png").write_bytes(b"no picture"), "red_circle_003.png"),
     ],
 )
-def test_folders_that_are_not_whole(concepts, spoil, message):
+def test_a_folder_that_is_not_whole_is_refused(concepts, spoil, message):
     spoil(concepts / NAME)
     with pytest.raises(UserError, match=message):
         load(concepts)
 
 
-def test_a_concept_that_is_not_there(concepts, tmp_path):
+def test_a_concept_that_is_not_there_is_refused(concepts, tmp_path):
     with pytest.raises(UserError, match="did you mean 'red_circle'"):
         load(concepts, "red_circel")
     with pytest.raises(UserError, match="no folder"):
@@ -122,7 +122,7 @@ def test_a_concept_that_is_not_there(concepts, tmp_path):
         list_concepts(tmp_path / "empty")
 
 
-def test_prompts(concepts):
+def test_a_concept_needs_both_of_its_prompts(concepts):
     paths = concepts / "original_prompts.json", concepts / "modified_prompts.json"
     pair = prompts_of(NAME, *paths)
     assert pair.original == "A Red Circle, on a green wall!" and pair.modified.startswith("a picture")

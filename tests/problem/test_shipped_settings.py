@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import pytest
 
 from retrack_jax.checkpoints import import_diffusers
-from retrack_jax.problem.text_to_image import TextToImageExperiment
+from retrack_jax.run import training
 from retrack_jax.run.sweep import run
 from retrack_jax.train.loop import Preempted
-from tests.sd.tiny import hasty_compiler, tiny_config
+from tests.tiny_sd import hasty_compiler, tiny_config
 
 
 @pytest.fixture(scope="module")
 def unlearned(tmp_path_factory):
-    """The folder of a run that was stopped after one of its two steps and went on; and how often it read the first parameters."""
+    """The folder of a run that was stopped after one of its two steps and continued; how often that took the first parameters."""
     tmp_path = tmp_path_factory.mktemp("shipped")
     config = tiny_config(tmp_path)
     with config.unlocked():
@@ -23,16 +23,16 @@ def unlearned(tmp_path_factory):
         config.compute.remat = True
         config.export = "unet"
     folder = tmp_path / "work" / "retrack" / "seed0-red_circle"
-    reads, original = [], TextToImageExperiment.imported_params
+    reads, original = [], training.pretrained
     with hasty_compiler(), pytest.MonkeyPatch.context() as patch:
         with pytest.raises(Preempted, match="step 1 of 2"):
             run(config, tmp_path / "work", should_stop=(folder / "log.jsonl").exists)  # after the first step
-        patch.setattr(TextToImageExperiment, "imported_params", lambda self: reads.append(1) or original(self))
+        patch.setattr(training, "pretrained", lambda *arguments: reads.append(1) or original(*arguments))
         run(config, tmp_path / "work")
     return folder, len(reads)
 
 
-def test_a_run_that_goes_on_keeps_no_second_copy_of_the_parameters(unlearned):
+def test_a_run_that_continues_takes_no_second_copy_of_the_parameters(unlearned):
     folder, reads = unlearned
     assert reads == 0
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2

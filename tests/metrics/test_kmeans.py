@@ -60,13 +60,13 @@ def test_hostile_files_run_nothing(tmp_path, place):
     ("value", "message"),
     [(KMeans(2), "without cluster centers"), ({"a": 1}, "holds a dict"), (PCA(2).fit(PIXELS), "PCA"), (np.zeros(3), "ndarray")],
 )
-def test_files_of_something_else(tmp_path, value, message):
+def test_files_of_something_else_are_refused(tmp_path, value, message):
     joblib.dump(value, tmp_path / "k.joblib")
     with pytest.raises(UserError, match=message):
         read_centers(tmp_path / "k.joblib")
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no file"):
         read_centers(tmp_path / "k.joblib")
     joblib.dump(KMeans(2, n_init=1).fit(PIXELS), tmp_path / "k.joblib")

@@ -1,0 +1,118 @@
+"""How the condition of each example reaches the network through the training step: labels, rows of a table, one prompt for all.
+
+The toy network answers `params` if the condition that it is given belongs to the image that it is given, else 0, so the loss says
+for how many examples it does. At t = 0 an image can be told from its noisy point. With n pixels and eps the noise,
+
+    loss(w) = mean |w match - eps|^2,    loss(1) + loss(-1) - 2 loss(0) = 2 n mean(match).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from retrack_jax import parallel
+from retrack_jax.train.state import create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.unlearn.methods import METHODS
+from tests import toys
+
+NUM, SIZE = 8, 16  # images, each of one gray level, and pixels of each
+LEVELS = np.arange(NUM) * 30
+IMAGES = np.broadcast_to(LEVELS[:, None, None, None], (NUM, *toys.SHAPE)).astype(np.uint8)
+RIGHT = np.arange(NUM, dtype=np.int32)
+SWAPPED = RIGHT[[0, 1, 2, 3, 4, 5, 7, 6]]  # two examples have each other's
+
+
+def answer(params, x_t, condition):
+    number = jnp.round((x_t.mean(axis=(1, 2, 3)) + 1) * (127.5 / 30))
+    return jnp.where(number == condition, params, 0.0)[:, None, None, None] * jnp.ones_like(x_t)
+
+
+def by_label(params, x_t, t, label, **dropout):
+    assert label.dtype == jnp.int32 and label.shape == t.shape
+    return answer(params, x_t, label.astype(jnp.float32))
+
+
+def by_embedding(params, x_t, t, embedding, **dropout):
+    assert embedding.shape[1:] == (3, 2) and embedding.shape[0] in (1, len(t))
+    return answer(params, x_t, embedding[:, 0, 0])
+
+
+@functools.cache
+def step_of(method, eps_fn, accumulation, t_max, dropout):
+    entry = METHODS[method]
+    how = StepOptions(options=entry.options(), accumulation=accumulation, t_max=t_max, dropout=dropout)
+    return make_train_step(entry, eps_fn, how)
+
+
+def losses_at(weights, eps_fn, *, remain, forget=None, method="vanilla", dropout=False, accumulation=1, conditions=None, t_max=1):
+    """Returns the loss, and the gradient's norm, at each of `weights`; `remain` and `forget` are the examples' conditions."""
+    step = step_of(method, eps_fn, accumulation, t_max, dropout)
+    examples = {"pixels": IMAGES, **({} if remain is None else {"condition": remain})}
+    batch = {"remain": examples, "remain_index": RIGHT, "forget_index": RIGHT, "forget_row": RIGHT[::-1].copy()}
+    shared = Shared(
+        schedule=toys.schedule(),
+        forget={"pixels": IMAGES, **({} if forget is None else {"condition": forget})},
+        neighbors={"pixels": IMAGES},
+        neighbor_rows=RIGHT[:, None],
+        conditions=conditions,
+    )
+    found = []
+    for weight in weights:
+        state = parallel.replicate(create_state(jnp.float32(weight), optax.sgd(0.1)))
+        _, metrics = step(state, parallel.shard_batch(batch), parallel.replicate(shared), jax.random.key(1))
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(found)
+
+
+def matched(eps_fn, **how) -> float:
+    """Returns the share of examples whose condition reached the network together with their image."""
+    (minus, zero, plus), _ = losses_at((-1.0, 0.0, 1.0), eps_fn, **how).T
+    return (plus + minus - 2 * zero) / (2 * SIZE)
+
+
+@pytest.mark.parametrize(("dropout", "accumulation"), [(False, 1), (False, 2), (True, 1)])
+def test_labels_of_remaining_images_reach_the_network(dropout, accumulation):
+    how = {"dropout": dropout, "accumulation": accumulation}
+    assert matched(by_label, remain=RIGHT, **how) == pytest.approx(1.0, abs=1e-3)
+    assert matched(by_label, remain=SWAPPED, **how) == pytest.approx(0.75, abs=1e-3)
+
+
+def test_labels_of_forgotten_images_reach_the_network():
+    assert matched(by_label, remain=None, forget=RIGHT, method="neggrad") == pytest.approx(-1.0, abs=1e-3)
+    assert matched(by_label, remain=None, forget=SWAPPED, method="neggrad") == pytest.approx(-0.75, abs=1e-3)
+
+
+def test_in_one_forward_pass_of_both_streams_each_keeps_its_labels():
+    lam = METHODS["retrack"].options().lam
+    expected = lam * 0.75 + (1 - lam) * 1.0
+    assert matched(by_label, remain=RIGHT, forget=SWAPPED, method="retrack") == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_conditions_are_rows_of_a_table(dropout):
+    table = np.broadcast_to(np.arange(NUM, dtype=np.float32)[:, None, None], (NUM, 3, 2))
+    assert matched(by_embedding, remain=RIGHT, conditions=table, dropout=dropout) == pytest.approx(1.0, abs=1e-3)
+    assert matched(by_embedding, remain=SWAPPED, conditions=table, dropout=dropout) == pytest.approx(0.75, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["retrack", "siss", "erasediff"])
+def test_a_table_of_one_row_is_the_same_embedding_for_every_example(method, rng):
+    """Nothing in the examples is needed then; losses and gradients are those of rows that are all equal."""
+    keys = jax.random.split(rng)
+    row, kernel = jax.random.normal(keys[0], (1, 3, 2)), jax.random.normal(keys[1], (2, SIZE))
+
+    def network(weight, x_t, t, embedding, **dropout):
+        shift = jnp.tanh(embedding.mean(axis=1) @ kernel).reshape(-1, *toys.SHAPE)
+        return jnp.tanh(weight * x_t + shift)
+
+    how = {"method": method, "t_max": 1000}
+    one = losses_at((0.3,), network, remain=None, conditions=row, **how)
+    same = losses_at((0.3,), network, remain=RIGHT % 4, forget=RIGHT % 3, conditions=jnp.tile(row, (4, 1, 1)), **how)
+    np.testing.assert_allclose(one, same, rtol=1e-6)
+    other = losses_at((0.3,), network, remain=None, conditions=row + 1, **how)
+    assert np.abs(one - other).max() > 1e-2
