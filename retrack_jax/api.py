@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, suggestion
 from retrack_jax.config.devices import check_unlearning_step
-from retrack_jax.config.options import UnlearnOptions, unlearn_options
+from retrack_jax.config.options import UnlearnOptions, read_config, unlearn_options
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
@@ -29,19 +29,20 @@ from retrack_jax.train.step import Shared, make_train_step
 from retrack_jax.unlearn.methods import METHODS, get_method
 
 
-def run(config: ConfigDict, workdir) -> dict:
+def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
     """Does what the command does: every stage that is not done yet. Returns `summary.json` as a dict.
 
     Args:
       config: from `configs/*.py`, for example `configs.digits_tshirt.get_config("retrack")`; fields may be changed.
       workdir: a folder or a `gs://` address.
+      should_stop: asked between stages, steps, batches and metrics; true saves and raises `checks.Preempted`.
 
     Raises:
       UserError (a ValueError): what the user can mend.
     """
-    from retrack_jax.run.sweep import run as run_config
+    from retrack_jax.run import sweep
 
-    return run_config(config, workdir)
+    return sweep.run(read_config(config), workdir, should_stop=should_stop)
 
 
 def unlearn(

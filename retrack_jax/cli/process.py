@@ -25,10 +25,11 @@ def run_command(config: ConfigDict, workdir: str, should_stop: Callable[[], bool
     set_up_logs()
     set_up_jax(config.compute.cpu_devices, should_stop)
     from retrack_jax import parallel
-    from retrack_jax.run.sweep import run
+    from retrack_jax.config.options import read_config
+    from retrack_jax.run import sweep
 
     parallel.stop_together(should_stop, "the first stage")
-    run(config, workdir, should_stop=should_stop)
+    sweep.run(read_config(config), workdir, should_stop=should_stop)
 
 
 def set_up_logs() -> None:

@@ -7,12 +7,10 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from ml_collections import ConfigDict
-
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check
 from retrack_jax.config.devices import fit_to_devices
-from retrack_jax.config.options import Options, read_config
+from retrack_jax.config.options import Options
 from retrack_jax.config.rules import complete, open_fields, unset
 from retrack_jax.problem.problem import build_problem, check_problem
 from retrack_jax.run.context import RunContext
@@ -24,18 +22,17 @@ from retrack_jax.unlearn.methods import METHODS
 log = logging.getLogger(__name__)
 
 
-def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
+def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
     """Runs every stage of every method, target and seed that is not done yet, and returns `summary.json`.
 
     Args:
-      config: as from `configs/*.py`.
+      options: the config.
       workdir: a folder or a `gs://` address.
       should_stop: asked between stages, steps, batches and metrics; true saves and raises `checks.Preempted`.
 
     Raises:
       UserError: something that the user can mend.
     """
-    options = read_config(config)
     if options.mode == "check":
         check_needs(options)
         return {}

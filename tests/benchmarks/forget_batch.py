@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from configs.digits_tshirt import get_config
+from retrack_jax.api import run
 from retrack_jax.cli.process import set_up_jax, set_up_logs
-from retrack_jax.run.sweep import run
 
 METRICS = ("frequency", "fid", "forget_loss")
 

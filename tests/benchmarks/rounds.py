@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.digits_class import get_config
+from retrack_jax.api import run
 from retrack_jax.cli.process import set_up_jax, set_up_logs
 from retrack_jax.data.sources.digits import digits_tshirt
 from retrack_jax.data.target_names import slug
@@ -21,7 +22,6 @@ from retrack_jax.evaluate.networks import feature_network
 from retrack_jax.metrics.feature_metrics import feature_stats
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.fid import fid
-from retrack_jax.run.sweep import run
 from retrack_jax.run.workdir import Workdir
 
 

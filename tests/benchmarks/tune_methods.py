@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from configs.digits_tshirt import get_config
+from retrack_jax.api import run
 from retrack_jax.cli.process import set_up_jax, set_up_logs
-from retrack_jax.run.sweep import run
 
 RATES = (5e-5, 1e-4, 2e-4)
 METHODS = ("retrack", "siss", "siss_no_is", "erasediff", "neggrad", "vanilla")

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from retrack_jax.api import run
 from retrack_jax.checkpoints import export_pipeline, load_pipeline
 from retrack_jax.checkpoints.diffusers_import import FAMILIES
-from retrack_jax.run.sweep import run
 from tests.problem.test_sweep_of_concepts import quick_config
 from tests.tiny_sd import PIPELINE, hasty_compiler
 

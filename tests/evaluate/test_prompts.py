@@ -9,13 +9,13 @@ from retrack_jax.data.sources.concepts import load_concept
 from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.prompts import (
     EVALUATORS,
-    METRIC_NAMES,
     ConceptTask,
     PromptSamples,
     concept_centers,
     load_clip_iqa,
     memorised_of_both,
     memorised_samples,
+    metric_names,
 )
 from retrack_jax.evaluate.results import Unavailable, evaluate
 from tests.tiny_sd import CONCEPTS
@@ -33,7 +33,7 @@ def test_metrics_of_samples_with_a_known_answer(tmp_path):
     colours.description, colours.digest = "mean colour", "0" * 64
     centers = concept_centers(concept, "joblib")
     task = ConceptTask(concept=concept, centers=lambda: centers, centers_name="", sscd=lambda: colours, clip_iqa=None)
-    wanted = tuple(name for name in METRIC_NAMES if not name.startswith("clip_iqa"))
+    wanted = tuple(name for name in metric_names() if not name.startswith("clip_iqa"))
     found = evaluate(EVALUATORS, wanted, task, samples, tmp_path / "metrics.json").values
     assert found["success_rate_original"] == 0.0 and found["success_rate_modified"] == 1.0
     assert found["sscd_original"] == pytest.approx(1.0, abs=1e-6) and found["sscd_modified"] < 0.9

@@ -6,12 +6,12 @@ import pytest
 
 from configs import stable_diffusion
 from retrack_jax import parallel
+from retrack_jax.api import run
 from retrack_jax.checks import UserError
 from retrack_jax.config.devices import fit_to_devices
 from retrack_jax.config.options import read_config
 from retrack_jax.problem import sampler
 from retrack_jax.problem.problem import Problem, build_problem, check_problem
-from retrack_jax.run.sweep import run
 from tests.tiny_sd import tiny_config
 
 

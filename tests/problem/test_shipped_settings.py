@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from retrack_jax.api import run
 from retrack_jax.checkpoints import import_diffusers
 from retrack_jax.run import training
-from retrack_jax.run.sweep import run
 from retrack_jax.train.loop import Preempted
 from tests.tiny_sd import hasty_compiler, tiny_config
 

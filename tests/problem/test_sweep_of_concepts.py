@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from retrack_jax.run.sweep import run
+from retrack_jax.api import run
 from retrack_jax.train.loop import Preempted
 from tests.tiny_sd import tiny_config
 
