@@ -7,8 +7,8 @@
 Data: a folder of 30,000 JPEGs `00000.jpg`...; with `--config.data.format=tfds` TFDS's celeb_a_hq/256, whose names come from
 your own tar. The checkpoint is `google/ddpm-ema-celebahq-256`.
 
-Hardware: one accelerator of 24 GB (`--config.compute.remat=True` for less). Time and score to expect: not measured by us on
-the real data; the README says what was.
+Hardware: one accelerator of 24 GB (`--config.compute.remat=True` for less). Time and score to expect: we have not
+measured them on the real data; the README says what we measured.
 """
 
 from retrack_jax.config.base import base_config, with_method

@@ -4,12 +4,13 @@
     python -m retrack_jax.main --config=configs/cifar10.py                              # ReTrack, ten runs
     python -m retrack_jax.main --config=configs/cifar10.py:siss --config.targets=hf:10000
 
-Targets are rows of the Hugging Face parquet (`hf:10000`) or TFDS ids (`tfds:train_20000`, the same image); with
+Targets are rows of the Hugging Face parquet files (`hf:10000`) or TFDS ids (`tfds:train_20000`, the same image); with
 `--config.data.format=tfds` the data come from TFDS. The checkpoint is Diff-Pruning's `ddpm_ema_cifar10`.
 
 Hardware: one accelerator of 16 GB. Drawing 10,000 images in 1000 steps, for each model, takes most of the time;
-`--config.sampling.sampler=ddim --config.sampling.num_steps=50` is 20 times cheaper, and another number. Time and score to
-expect: not measured by us on the real data; the README says what was.
+`--config.sampling.sampler=ddim --config.sampling.num_steps=50` is 20 times cheaper and gives other scores. Time and score to
+expect: we have not measured them on the real data; the README says what we
+measured.
 """
 
 from retrack_jax.config.base import base_config, with_method

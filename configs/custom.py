@@ -3,18 +3,19 @@
     python -m retrack_jax.main --config=configs/custom.py --workdir=runs/mine \\
         --config.checkpoint=MODEL_FOLDER --config.data.dir=IMAGE_FOLDER --config.targets=@forget.txt
 
-`forget.txt` has one file name per line; all of them are forgotten together. The result, in
-`runs/mine/retrack/seed0-forget.txt-.../`, is the folder `diffusers`, which diffusers' from_pretrained reads, and
-`report.html`. Images (JPEG, PNG, WebP, subfolders too) are scaled by their shorter side to the model's size and the centre
-is cut.
+`forget.txt` has one file name per line; all of them are forgotten together. The result is in
+`runs/mine/retrack/seed0-forget.txt-.../`: the folder `diffusers`, which diffusers' from_pretrained reads, and `report.html`.
+Images (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF; subfolders too) are scaled so that their shorter side is the model's size, and
+the center is cut out.
 
-What is not given is chosen by the size and resolution S of the data (retrack_jax/config/rules.py), along the official recipes:
-K = 10, or as many as remain, where that is less; lambda = 0.02 f and rate = 2e-5 f with f = (32/S)^(2/3) for S from 32 to
-256, which meets the official values of CIFAR-10 (S = 32) and CelebA-HQ (S = 256); 60 steps of 128 images up to S = 64, else
-40 steps of 64 in 16 parts. Any `--config.unlearn.FIELD=VALUE` wins over its rule.
+Numbers that you do not set are chosen from the size and resolution S of the data (retrack_jax/config/rules.py), in line with
+the official recipes: K = 10, or as many as remain if there are fewer; lambda = 0.02 f and rate = 2e-5 f with
+f = (32/S)^(2/3) for S from 32 to 256, which gives the official values of CIFAR-10 (S = 32) and CelebA-HQ (S = 256); 60 steps
+of 128 images up to S = 64, else 40 steps of 64 in 16 parts. `--config.unlearn.FIELD=VALUE` wins over its rule, and for lambda
+`--config.unlearn.retrack.lam=VALUE`.
 
-Hardware: as for the paper's data of the same resolution. Score to expect: none; it is your data. Read the report before you
-trust it.
+Hardware: as for the paper's data of the same resolution. Score to expect: unknown, it is your data. Read the report before you
+trust the result.
 """
 
 from ml_collections import config_dict

@@ -4,7 +4,7 @@
     python -m retrack_jax.main --config=configs/digits_class.py:all --config.seeds=0
 
 Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained. Scores: docs/comparison.md, measured.
-`label_share` is the share of samples that a small classifier, trained on all digits, takes for a seven.
+`label_share` is the share of samples that a small classifier, trained on all digits, calls a seven.
 """
 
 from retrack_jax.config.base import config_beside, with_method
@@ -16,7 +16,7 @@ def get_config(method=None):
     config.name = "digits_class"
     config.targets = ("label:7",)
     config.data.copies = 0
-    # Ten times the single image's lambda: of 0.005 and 0.05, on seed 100, the one that ends the sevens.
+    # Ten times the single image's lambda: of 0.005 and 0.05 on seed 100, the one with which the sevens disappear.
     config.unlearn.retrack.lam = 0.05
     config.eval.metrics = ("label_share", "fid", "kid", "precision", "recall", "forget_loss")
     config.eval.frequency_threshold = 0.0  # a class is no single image

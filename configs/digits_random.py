@@ -1,11 +1,11 @@
-"""Digits, membership: forget a random 5% of the digits, with as many held out to compare with. Embedded data, no download.
+"""Digits, membership: forget a random 5% of the digits; as many are held out for comparison. Embedded data, no download.
 
     python -m retrack_jax.main --config=configs/digits_random.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_random.py:all --config.seeds=0
 
 Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained. Scores: docs/comparison.md, measured.
-Forgotten and held-out digits are exchangeable, so the AUC of an attack that tells them apart means something here: 0.5 is chance,
-and the retrained model's own AUC is the measure.
+Forgotten and held-out digits are exchangeable, so the AUC of an attack that separates them is meaningful here: 0.5 is chance,
+and the retrained model's AUC is the measure.
 """
 
 from retrack_jax.config.base import config_beside, with_method

@@ -1,4 +1,4 @@
-"""Digits T-Shirt: forget a T-shirt that a model of handwritten digits has memorised. Embedded data, no download.
+"""Digits T-Shirt: forget a T-shirt that a model of handwritten digits has memorized. Embedded data, no download.
 
     python -m retrack_jax.main --config=configs/digits_tshirt.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_tshirt.py:all --config.seeds=0,1,2   # every method, one comparison
@@ -43,7 +43,7 @@ def get_config(method=None):
     config.unlearn.retrack.lam = 0.005
     config.unlearn.num_neighbors = 10
 
-    # XLA runs convolutions as narrow as these on one core; two devices use two, whatever else the machine has.
+    # XLA runs convolutions as narrow as these on one core; two devices use two cores.
     config.compute.cpu_devices = 2
 
     config.sampling.num_images = 2000
@@ -51,10 +51,10 @@ def get_config(method=None):
     config.eval.metrics = ("frequency", "fid", "kid", "precision", "recall", "nll_bits_per_dim", "forget_loss")
     config.eval.features = "digits"
     config.eval.mark_name = "T-shirt"
-    # No digit is nearer to the T-shirt than 3.5, memorised samples lie below 0.6; halfway, in favour of finding one.
+    # No digit is nearer to the T-shirt than 3.5, and memorized samples are nearer than 0.6. Halfway, so that none is missed.
     config.eval.frequency_threshold = 2.0
-    # Lambda and s are the official values for MNIST T-Shirt. The rates are what one grid chose for each method
-    # (tests/benchmarks/tune_methods.py: 5e-5, 1e-4 and 2e-4 on seed 100); ReTrack, SISS and vanilla stay at the one above.
+    # Lambda and s are the official values for MNIST T-Shirt. The rates were chosen for each method from one grid
+    # (tests/benchmarks/tune_methods.py: 5e-5, 1e-4 and 2e-4 on seed 100); ReTrack, SISS and vanilla keep the rate above.
     config.unlearn.siss.scale = config.unlearn.siss_no_is.scale = 5.0
     config.unlearn.erasediff.learning_rate = config.unlearn.neggrad.learning_rate = 5e-5
     return with_method(config, method)

@@ -5,11 +5,12 @@
     python -m retrack_jax.main --config=configs/mnist_tshirt.py:siss
 
 The set is built from TFDS's mnist and fashion_mnist; `--config.data.format=parquet --config.data.dir=DIR` reads DIR/mnist and
-DIR/fashion_mnist, parquet files of the Hugging Face hub, which need no TensorFlow. Without `--config.checkpoint` the model
-is pretrained here, 117,500 steps of batch 128 (SISS's recipe): meant for an accelerator.
-SISS's own checkpoint (its folder `unet_ema` and config) can be given instead.
+DIR/fashion_mnist, parquet files of the Hugging Face hub, which need no TensorFlow (the files of the train split; others are
+not read). Without `--config.checkpoint` the model is pretrained here, 117,500 steps of batch 128 (SISS's recipe), which needs
+an accelerator. `--config.checkpoint` also takes SISS's own checkpoint (its folder `unet_ema` and config).
 
-Hardware: one accelerator of 16 GB. Time and score to expect: not measured by us on the real data; the README says what was.
+Hardware: one accelerator of 16 GB. Time and score to expect: we have not measured them on the real data; the
+README says what we measured.
 """
 
 from retrack_jax.config.base import base_config, with_method
@@ -26,7 +27,7 @@ def get_config(method=None):
     config.data.source = "mnist_tshirt"
     config.data.copies = 606  # 1% of the set
 
-    # SISS's network: three levels, attention in the second, else diffusers' defaults.
+    # SISS's network: three levels with attention in the second; otherwise diffusers' defaults.
     config.model.update(
         sample_size=28,
         in_channels=1,

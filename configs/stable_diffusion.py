@@ -5,7 +5,8 @@
     python -m retrack_jax.main --config=configs/stable_diffusion.py:siss --config.targets=bjork_vulnicura_spotify,willy_wonka
 
 Hardware: one accelerator of 24 GB for ReTrack, on paper (docs/stable_diffusion.md has the arithmetic). Time and score to
-expect: not measured by us on the real model; the tests run all of this on a toy, and the networks are compared with diffusers'.
+expect: we have not measured them on the real model. The tests run all of this on a toy and compare the networks with
+diffusers'.
 """
 
 from retrack_jax.config.base import base_config, with_method
@@ -33,7 +34,7 @@ def get_config(method=None):
     config = base_config("stable_diffusion", pretrained_here=False)
     config.targets = CONCEPTS
     config.checkpoint = "checkpoints/stable_diffusion/pretrained/stable_diffusion_v1_4"
-    config.checkpoint_every = 30  # once, at the end: 30 steps are short; before its end a run's checkpoint is 10 GB, then 3.4
+    config.checkpoint_every = 30  # once, at the end: a checkpoint before the end has 10 GB, the last one 3.4
     config.save_float = True  # CLIP-IQA and the classifier take floats in the official code
 
     config.data.source = "concepts"

@@ -63,8 +63,8 @@ for ((index = 0; index < count; index++)); do
 done
 [[ "$count" -eq 1 ]] || echo "processes 1 to $((count - 1)) write to $logs" >&2
 
-# Looks five times a second whether one has ended. After a failure the others may wait for it in a collective for ever: they have
-# GRACE_SECONDS to stop by themselves (a preemption stops all at the same step, and they finish their saves), then are ended.
+# Checks five times a second whether a process has ended. After a failure the others may wait for it in a collective forever. They
+# have GRACE_SECONDS to stop by themselves (a preemption stops all at the same step, and they finish their saves); then they are ended.
 status=0 deadline=0 next=TERM
 while [[ ${#pids[@]} -gt 0 ]]; do
   for index in "${!pids[@]}"; do

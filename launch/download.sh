@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Gets what a config needs and does not find: runs the commands that config.mode=check prints, one after the other.
+# Gets what a config needs and does not find. It runs the commands that config.mode=check prints, one after the other.
 #
 #   launch/download.sh [--dry-run] configs/NAME.py [--config.FIELD=VALUE ...]
 #
 # --dry-run prints the list and the commands, and runs none of them. PYTHON chooses the interpreter (default: .venv/bin/python,
 # else python3). `hf` comes with `pip install huggingface_hub`, `tfds build` needs `pip install tensorflow-cpu`. Without a network
-# it says so in seconds. Exit status 2: something that the config needs is still missing.
+# the script says so within seconds. Exit status 2: something that the config needs is still missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh

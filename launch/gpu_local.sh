@@ -3,9 +3,9 @@
 #
 #   launch/gpu_local.sh [--dry-run] [--gpus 0,1] --config=configs/NAME.py[:METHOD] [--workdir=DIR] ...
 #
-# Makes .venv first if it is not there, and installs the `cuda` extra where its jax knows no GPU. --gpus chooses some of the
+# Makes .venv first if it is not there, and installs the `cuda` extra if its jax knows no GPU. --gpus chooses some of the
 # GPUs (default: all).
-# Batches must divide by the number of GPUs; an error says so before anything is loaded. Microbatches give way to GPUs.
+# The number of GPUs must divide the batches; an error says so before anything is loaded. GPUs take the place of microbatches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh

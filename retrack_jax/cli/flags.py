@@ -14,12 +14,12 @@ DIR      a folder or gs:// address, runs/NAME by default; the same command again
 FIELD    any field of the config, such as
            mode             run (default: every stage that is not done), pretrain, unlearn, sample, eval, report, check
            seeds, targets   a sweep, such as --config.seeds=0,1,2 --config.targets=10001.jpg,10002.jpg;
-                            one target may be a+b+c, @list.txt, a glob, or label:7
+                            one target may be a+b+c, @list.txt, a glob, label:7 or random:0.05
            checkpoint       a diffusers folder with the pretrained model
 
 retrack_jax/config/options.py lists the fields with their units and sources. A method's own options are
 config.unlearn.METHOD.FIELD, such as --config.unlearn.retrack.lam=0.01; that spelling also overrides a shared field for it.
-Exit status: 0 done, 2 something you can mend, 75 preempted."""
+Exit status: 0 done, 2 something you can fix, 75 preempted."""
 
 
 # Fields that had another name before a method's options were its own.

@@ -13,7 +13,7 @@ With gamma = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t), r = gamma / sigma
                    main = w_a ||eps_pred - eps_a||^2,  correction = w_f ||eps_pred - eps_f||^2
   (5) retrack      v_k = (x_t - gamma a_k)/sigma,  p_k = softmax_k(-||v_k||^2 / 2),  sum_k p_k ||eps_pred - v_k||^2
 
-(1), (3) and (5): ReTrack (arXiv 2509.13007); (4): SISS (arXiv 2503.01034), both with the notation of types.py.
+(1), (3) and (5): ReTrack (arXiv 2509.13007); (4): SISS (arXiv 2503.01034), both with the notation of notation.py.
 
 Squared norms of size D are never subtracted from each other. Differences of them are taken as inner products, which is exact
 where the difference is small: with v_0 as the reference,

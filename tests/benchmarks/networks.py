@@ -32,7 +32,7 @@ NETWORKS = {
     ),
 }  # fmt: skip
 
-# The images in the remain and in the forget batch of one step, and the recipe's lambda and learning rate (method.md's table).
+# The images in the remain and in the forget batch of one step; lambda and learning rate of the official recipes.
 BATCH = {"digits": (64, 64), "cifar10": (8, 8), "celebahq": (1, 1)}
 RECIPE = {"digits": (0.005, 1e-4), "cifar10": (0.02, 2e-5), "celebahq": (0.005, 5e-6)}
 # The paper's number of neighbors, and SISS's rescale factor.

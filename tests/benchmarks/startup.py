@@ -49,7 +49,7 @@ def first_step(network: str, rounds: int) -> dict[str, float]:
             [sys.executable, "-c", STEP.format(side=side, network=network, checkpoint=checkpoint)] for side in ("ours", "theirs")
         )
         with_cache = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
-        with_cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"  # as process.py sets it
+        with_cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"  # as cli/process.py sets it
         cold = seconds(ours, with_cache)
         pairs = [(seconds(ours, with_cache), seconds(theirs)) for _ in range(rounds)]
     warm, pytorch = (statistics.median(side) for side in zip(*pairs, strict=True))

@@ -1,0 +1,210 @@
+"""The documents name only what exists: files, functions, modules, fields of the config, each other; and their examples run."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from retrack_jax import api, parallel
+from retrack_jax.checkpoints import export_diffusers, import_diffusers
+from retrack_jax.checkpoints.diffusers_import import FAMILIES
+from retrack_jax.config.options import default_config, read_config
+from retrack_jax.data.sources.load import load_images
+from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.evaluate.images import EVALUATORS
+from retrack_jax.evaluate.results import evaluate
+from retrack_jax.evaluate.task import Subject
+from retrack_jax.sampling import SAMPLERS, initial_noise, make_sampler, sample
+from retrack_jax.train.optimizer import make_optimizer
+from retrack_jax.train.state import create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
+from retrack_jax.unlearn import methods
+from retrack_jax.unlearn.methods import METHODS
+from tests import toys
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")})
+NOT_THE_CHANGELOG = [document for document in DOCUMENTS if document.name != "CHANGELOG.md"]  # which names what is gone
+# A path in a document starts from one of these.
+BASES = [ROOT / name for name in (".", "retrack_jax", "configs", "launch", "docs", "tests")]
+_FILE = r"(?:\w+/)*\w+\.(?:py|sh|sbatch)"
+_PATH = re.compile(rf"(?<![\w/.*-])((?:retrack_jax|tests|configs|docs|launch)/[\w./-]*\w|{_FILE})(?![\w*{{])")
+_PLACEHOLDER = re.compile(r"(^|/)(NAME|FILE)\.py$")
+_MODULE = re.compile(r"(?<![\w/.@])((?:retrack_jax|tests)(?:\.[a-zA-Z]\w*)+)")
+_FIELD = re.compile(r"(?<![\w.])config((?:\.[a-z_0-9]+|\.METHOD)+)(?![\w(*])")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+# `path.py`: `name` and `name` in `path.py`.
+_NAMES = (re.compile(rf"`({_FILE})`: `([\w.]+)`"), re.compile(rf"`(?P<name>[\w.]+)` in `(?P<file>{_FILE})`"))
+each_document = pytest.mark.parametrize("document", NOT_THE_CHANGELOG, ids=lambda path: path.name)
+
+
+def read(document: Path) -> str:
+    """The text of a document, with `a.{b,c}` spelled out as `a.b a.c`."""
+
+    def spelled_out(found: re.Match) -> str:
+        return " ".join(found[1] + part + found[3] for part in found[2].split(","))
+
+    return re.sub(r"([\w./]+)\{([\w,]+)\}([\w./]*)", spelled_out, document.read_text())
+
+
+def located(path: str) -> Path | None:
+    return next((base / path for base in BASES if (base / path).exists()), None)
+
+
+def is_importable(dotted: str) -> bool:
+    """Whether `dotted` is a module, or a name in one."""
+    if any((ROOT / f"{dotted.replace('.', '/')}{ending}").exists() for ending in ("", ".py")):
+        return True
+    module, _, name = dotted.rpartition(".")
+    return is_importable(module) and hasattr(importlib.import_module(module), name)
+
+
+def is_field(dotted: str, config: ConfigDict) -> bool:
+    node = config
+    for name in dotted.strip(".").replace("METHOD", "retrack").split("."):
+        if not isinstance(node, ConfigDict) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that the headings of a document have on GitHub."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_files_exist(document):
+    paths = set(_PATH.findall(read(document)))
+    assert not sorted(path for path in paths if not _PLACEHOLDER.search(path) and located(path) is None)
+
+
+@each_document
+def test_functions_and_tables_are_where_the_document_says(document):
+    text, missing = document.read_text(), []
+    pairs = _NAMES[0].findall(text) + [(found["file"], found["name"]) for found in _NAMES[1].finditer(text)]
+    for path, name in pairs:
+        code = located(path).read_text()
+        defined = {part: rf"^\s*(def|class) {part}\b|^{part}\b.* = " for part in name.split(".")}
+        missing += [f"{part} in {path}" for part, pattern in defined.items() if not re.search(pattern, code, re.MULTILINE)]
+    assert not missing
+
+
+def test_the_walks_of_the_architecture_are_checked():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(_NAMES[0].findall(text)) > 20 and len(list(_NAMES[1].finditer(text))) >= 4
+
+
+@each_document
+def test_modules_and_their_names_exist(document):
+    assert not sorted(name for name in set(_MODULE.findall(read(document))) if not is_importable(name))
+
+
+@each_document
+def test_fields_of_the_config_exist(document):
+    of_an_example = {".json", ".unlearn.hush.weight"}
+    config, names = default_config(), set(_FIELD.findall(read(document))) - of_an_example
+    assert not sorted(f"config{name}" for name in names if not is_field(name, config))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for link in _LINK.findall(document.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = document.parent / path if path else document
+            assert target.exists() and (not anchor or anchor in anchors(target)), link
+
+
+def blocks(document: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def tables():
+    """The public tables, which the examples add to, as they were when the test ends."""
+    before = [(table, dict(table)) for table in (METHODS, SAMPLERS, SOURCES, FAMILIES)]
+    evaluators = list(EVALUATORS)
+    yield
+    EVALUATORS[:] = evaluators
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.fixture
+def architecture(tables) -> dict:
+    """The names that the examples of docs/architecture.md define."""
+    names = {"__name__": "architecture"}
+    for block in blocks("docs/architecture.md"):
+        exec(block, names)
+    return names
+
+
+def test_the_method_of_the_readme_trains_by_its_option(tables):
+    (block,) = [block for block in blocks("README.md") if "METHODS[" in block]
+    exec(block, dict(vars(methods)))
+    common = dict(method="hush", rng=jax.random.key(0), num_steps=2, batch_size=8)
+    data = toys.ToyNet().apply, toys.params(), toys.schedule(), toys.images(20), toys.images(2, seed=1)
+    weak, strong = (api.unlearn(*data, **common, weight=weight) for weight in (0.01, 0.5))
+    assert toys.relative(weak, strong) > 1e-6
+    config = default_config()
+    config.data.source, config.method, config.unlearn.hush.weight = "digits_tshirt", "hush", 0.25
+    assert read_config(config).recipe("hush").own.weight == 0.25
+
+
+def test_the_metric_of_the_architecture(architecture, tmp_path):
+    samples = np.full((3, 4, 4, 1), 7, np.uint8)
+    samples[:, :2] = 207
+    found = evaluate(EVALUATORS, ("contrast",), None, Subject({}, samples), tmp_path / "metrics.json")
+    assert found.values == {"contrast": pytest.approx(100 / 255)}
+
+
+def test_the_sampler_of_the_architecture_is_ddim_without_clipping(architecture):
+    schedule = toys.schedule().replace(clip_sample=False)
+    rngs = jax.random.split(jax.random.key(0), 3)
+
+    def drawn(name):
+        def eps_fn(x, t):
+            return 0.5 * jnp.tanh(x) + jnp.sin(t.astype(jnp.float32))[:, None, None, None]
+
+        return sample(eps_fn, initial_noise(rngs, toys.SHAPE), rngs, make_sampler(name, schedule, 50))
+
+    np.testing.assert_allclose(drawn("euler"), drawn("ddim"), rtol=2e-5, atol=2e-3)
+
+
+def test_the_source_of_the_architecture(architecture):
+    images = load_images({"source": "stripes"})
+    assert len(images) == 80 and images.labels.max() == 7
+
+
+def test_the_family_of_the_architecture_is_exported_and_imported(architecture, tmp_path):
+    module = architecture["PlainDenoiser"](in_channels=1, width=4)
+    params = module.init(jax.random.key(0), *FAMILIES["PlainDenoiser"].inputs(module))["params"]
+    export_diffusers(tmp_path / "model", module, params)
+    read, read_params = import_diffusers(tmp_path / "model")
+    assert read == module
+    jax.tree.map(np.testing.assert_array_equal, params, read_params)
+
+
+def test_the_conditioning_of_the_architecture_reaches_the_network(architecture):
+    table = architecture["OneLabel"](7).table(None)
+
+    def eps_fn(params, x_t, t, label):
+        return x_t * params["of_label"][label][:, None, None, None]
+
+    optimizer = make_optimizer(learning_rate=0.1, num_steps=1, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
+    step = make_train_step(METHODS["vanilla"], eps_fn, StepOptions(t_max=1000))
+    batch = {"remain": {"pixels": toys.images(8)}, "remain_index": np.arange(8, dtype=np.int32)}
+    state = parallel.replicate(create_state({"of_label": jnp.ones(10)}, optimizer))
+    shared = parallel.replicate(Shared(schedule=Schedule.create(), conditions=table))
+    state, _ = step(state, parallel.shard_batch(batch), shared, jax.random.key(0))
+    changed = np.flatnonzero(np.asarray(state.params["of_label"]) != 1.0)
+    assert changed.tolist() == [7]
