@@ -1,6 +1,7 @@
 # make demo    a model forgets an image, on embedded data        make drills  kills, faults, several processes
 # make test    the test suite                                    make parity  against the real PyTorch diffusers
-# make bench   speed, side by side with PyTorch                  make clean   remove the virtual environments
+# make bench   speed, side by side with PyTorch                  make lint    ruff
+# make clean   remove the virtual environments
 # JAX=cuda or JAX=tpu installs jax for that accelerator.
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 QUIET_PIP := -q --disable-pip-version-check
 
-.PHONY: demo test drills parity bench clean
+.PHONY: demo test drills parity bench lint clean
 
 demo: .venv/installed-$(JAX)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
 
 test: .venv/installed-$(JAX)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: .venv/installed-$(JAX)
+	$(BIN)/ruff check .
 
 drills: .venv/installed-$(JAX)
 	$(BIN)/python -m pytest tests/drills -n 2 --dist loadfile
