@@ -90,10 +90,6 @@ class LatentCodec:
         side = self._options.resolution // self.vae.downscale
         return side, side, self.vae.latent_channels
 
-    def decode(self, params: PyTree, latents: jax.Array) -> jax.Array:
-        """Returns images `[B, H, W, C]`, about [-1, 1], of latents `[B, h, w, C]`; `params` are the VAE's."""
-        return self.vae.apply({"params": params}, latents, method="decode")
-
     def gather(self, images: ImageSet, rows: np.ndarray) -> Gather:
         """Returns `positions [b] -> {"mean", "std"}` within `rows`."""
         latents = self._latents_of(images)

@@ -1,9 +1,10 @@
 """The network that is trained, with its noise schedule: a checkpoint's, or a new one of the config's shape."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ from retrack_jax.data.dataset import ImageSet
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.notation import ModelEpsFn, PyTree
+from retrack_jax.notation import ModelEpsFn, PyTree, Rng
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ class Denoiser:
     condition: tuple[jax.Array, ...]
     export: Callable[[object, PyTree, str], None]
 
-    @cached_property
+    @property
     def eps_fn(self) -> ModelEpsFn:
-        """`(params, x_t, t, *condition) -> eps`: one function object, so that programs are compiled once."""
-        return make_eps_fn(self.module.apply, self.schedule)
+        """`(params, x_t, t, *condition) -> eps`: one function object for one network, so that programs are compiled once."""
+        return _eps_fn(self.module, json.dumps(self.schedule.to_config()))
 
     @property
     def has_dropout(self) -> bool:
@@ -57,12 +58,22 @@ class Denoiser:
     def init_params(self, seed: int) -> PyTree:
         """Returns random parameters."""
         inputs = jnp.zeros((1, *self.shape)), jnp.zeros((1,), jnp.int32), *self.condition
-        return jax.jit(self.module.init)(jax.random.key(seed), *inputs)["params"]
+        return _init(self.module, jax.random.key(seed), *inputs)["params"]
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """Name -> digest of the weights that were read."""
         return {} if self.params is None else {"weights in config.checkpoint": tree_digest(self.params)}
+
+
+@lru_cache(maxsize=8)
+def _eps_fn(module: nn.Module, schedule: str) -> ModelEpsFn:
+    return make_eps_fn(module.apply, Schedule.from_config(json.loads(schedule)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(module: nn.Module, rng: Rng, *inputs: jax.Array) -> PyTree:
+    return module.init(rng, *inputs)
 
 
 def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:

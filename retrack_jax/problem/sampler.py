@@ -1,7 +1,9 @@
 """Samples of a problem: unconditional images, or images of each of a target's conditions, decoded to pixels."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,14 @@ from etils import epath
 from retrack_jax import files
 from retrack_jax.config.options import Options
 from retrack_jax.data.dataset import unit_to_pixels
-from retrack_jax.notation import PyTree
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.models.vae import AutoencoderKL
+from retrack_jax.notation import ModelEpsFn, PyTree
 from retrack_jax.problem.codec import LatentCodec, PixelCodec
 from retrack_jax.problem.conditioning import Conditioning
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
-from retrack_jax.sampling import make_sampler
+from retrack_jax.sampling import SAMPLERS
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 from retrack_jax.sampling.guided import GuidedParams, make_guided_sample_fn
 
@@ -31,18 +35,21 @@ class ProblemSampler:
     def __init__(self, options: Options, denoiser: Denoiser, codec: PixelCodec | LatentCodec, conditioning: Conditioning):
         self._options, self._denoiser, self._codec, self._conditioning = options.sampling, denoiser, codec, conditioning
         self._param_dtype = jnp.dtype(options.compute.param_dtype)
-        sampler = make_sampler(options.sampling.sampler, denoiser.schedule, options.sampling.num_steps)
-        if isinstance(codec, LatentCodec):
-            guidance = options.sampling.guidance_scale
-            sample_fn = make_guided_sample_fn(denoiser.eps_fn, codec.decode, sampler, denoiser.shape, guidance=guidance)
-        else:
-            sample_fn = make_sample_fn(denoiser.eps_fn, sampler, denoiser.shape)
-        self._p_sample = pmap_sample_fn(sample_fn, output="float32" if options.save_float else "uint8")
+        self._p_sample = _p_sample(
+            denoiser.eps_fn,
+            SAMPLERS[options.sampling.sampler],
+            options.sampling.num_steps,
+            json.dumps(denoiser.schedule.to_config()),
+            denoiser.shape,
+            getattr(codec, "vae", None),
+            options.sampling.guidance_scale,
+            "float32" if options.save_float else "uint8",
+        )
         fields = dataclasses.asdict(options.sampling)
         # Image i is the same in any batch and among any number, so finished parts stay of use when these change.
-        settings = {name: value for name, value in fields.items() if name not in ("batch_size", "num_images")}
+        binding = {name: value for name, value in fields.items() if name not in ("batch_size", "num_images")}
         self.digest = files.json_digest([
-            settings, denoiser.schedule.to_config(), options.save_float, denoiser.shape, codec.digests, options.compute.dtype,
+            binding, denoiser.schedule.to_config(), options.save_float, denoiser.shape, codec.digests, options.compute.dtype,
             options.compute.param_dtype,
         ])  # fmt: skip
 
@@ -78,6 +85,28 @@ class ProblemSampler:
             )
             arrays |= {name: images} if images.dtype == np.uint8 else {name: unit_to_pixels(images), f"{name}_float": images}
         return arrays
+
+
+@lru_cache(maxsize=8)
+def _p_sample(
+    eps_fn: ModelEpsFn,
+    sampler_class: type,
+    num_steps: int,
+    schedule: str,
+    shape: tuple[int, int, int],
+    vae: AutoencoderKL | None,
+    guidance: float,
+    output: str,
+) -> Callable:
+    """Returns the compiled sampler of `generate`; problems with the same arguments share one."""
+    sampler = sampler_class.create(Schedule.from_config(json.loads(schedule)), num_steps)
+    if vae is None:
+        return pmap_sample_fn(make_sample_fn(eps_fn, sampler, shape), output=output)
+
+    def decode(params: PyTree, latents: jax.Array) -> jax.Array:
+        return vae.apply({"params": params}, latents, method="decode")
+
+    return pmap_sample_fn(make_guided_sample_fn(eps_fn, decode, sampler, shape, guidance=guidance), output=output)
 
 
 def _converted(params: PyTree, dtype) -> PyTree:

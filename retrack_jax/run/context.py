@@ -1,7 +1,7 @@
 """What all runs of one command share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from retrack_jax.config.options import Options
 from retrack_jax.problem.problem import Problem
@@ -18,14 +18,12 @@ class RunContext:
       targets: every target of the command by its spec, resolved before the first run starts.
       workdir: where results lie.
       should_stop: asked between stages, steps, batches and metrics; true saves and raises `Preempted`.
-      steps: compiled training steps by name, so that runs of one method share one.
     """
 
     problem: Problem
     targets: dict[str, Target]
     workdir: Workdir
     should_stop: Callable[[], bool]
-    steps: dict = field(default_factory=dict)
 
     @property
     def options(self) -> Options:

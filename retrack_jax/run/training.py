@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -11,10 +12,10 @@ from etils import epath
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import TrainingOptions, UnlearnOptions
+from retrack_jax.config.options import PretrainOptions, TrainingOptions, UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.log import Writer
-from retrack_jax.notation import PyTree
+from retrack_jax.notation import ModelEpsFn, PyTree
 from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
 from retrack_jax.train import loop
@@ -34,7 +35,7 @@ class Model:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """An optimizer and the step that is compiled with it; the runs of a sweep share one, so that it is traced once."""
+    """An optimizer and the step that is compiled with it."""
 
     optimizer: optax.GradientTransformation
     ema_decay: Callable | None
@@ -94,7 +95,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
         return _from_scratch(context, "retrain", folder, seed, target.images, target.remain)
     recipe, denoiser = context.options.recipe(method), problem.denoiser
     how = recipe.step_options(denoiser.schedule.num_train_timesteps, denoiser.has_dropout)
-    step = _compiled(context, method, entry, recipe, how)
+    step = _compiled(entry, denoiser.eps_fn, how, recipe)
 
     def start() -> PyTree:
         return pretrained(context, load).params
@@ -130,7 +131,7 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
     how = StepOptions(
         accumulation=recipe.accumulation, t_max=denoiser.schedule.num_train_timesteps, dropout=denoiser.has_dropout
     )
-    step = _compiled(context, "from scratch", METHODS["vanilla"], recipe, how, recipe.ema_decay())
+    step = _compiled(METHODS["vanilla"], denoiser.eps_fn, how, recipe)
 
     def inputs() -> TrainInputs:
         gather = context.problem.codec.gather(images, rows)
@@ -142,13 +143,11 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
     return Job(name, folder, seed, recipe, step, lambda: denoiser.init_params(seed), inputs)
 
 
-def _compiled(
-    context: RunContext, name: str, method: Method, recipe: TrainingOptions, how: StepOptions, ema_decay: Callable | None = None
-) -> CompiledStep:
-    if name not in context.steps:
-        p_step = make_train_step(method, context.problem.denoiser.eps_fn, how)
-        context.steps[name] = CompiledStep(recipe.optimizer(), ema_decay, p_step)
-    return context.steps[name]
+@lru_cache(maxsize=16)
+def _compiled(method: Method, eps_fn: ModelEpsFn, how: StepOptions, recipe: TrainingOptions) -> CompiledStep:
+    """Runs with the same arguments share one step, in later commands of the process too: it is traced and compiled once."""
+    ema_decay = recipe.ema_decay() if isinstance(recipe, PretrainOptions) else None
+    return CompiledStep(recipe.optimizer(), ema_decay, make_train_step(method, eps_fn, how))
 
 
 def load(job: Job, context: RunContext) -> Model:
