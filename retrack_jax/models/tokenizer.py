@@ -132,19 +132,11 @@ def _add_special(backend, special: dict[str, dict]) -> None:
 def _bpe(folder, unknown: str):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    vocabulary = read_json(folder / "vocab.json")
-    lines = [line for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n") if line]
-    lines = [line for index, line in enumerate(lines) if not (index == 0 and line.startswith("#version"))]
-    merges = [tuple(line.split(" ")) for line in lines]
-    for number, merge in enumerate(merges):
-        check(
-            len(merge) == 2,
-            f"{folder / 'merges.txt'}: entry {number + 1} is {lines[number]!r}, not two pieces; download it again",
-        )
+    read_json(folder / "vocab.json")  # for its errors, which are plainer
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    options = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "unk_token": unknown}
     try:
-        model = models.BPE(
-            vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown
-        )
+        model = models.BPE.from_file(*files, **options)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
             f"{folder}: vocab.json and merges.txt do not belong together ({error}); take both from one checkpoint"
