@@ -45,7 +45,8 @@ class TorchFile(Mapping[str, np.ndarray]):
     """The tensors of a file by name, read when asked for: `file[name]`, `file.shape(name)`.
 
     Dicts, lists and TorchScript objects inside each other give dotted names (`backbone.conv1.weight`); values that are no tensors
-    are left out.
+    are left out. A TorchScript module's own tensors are named as in its `state_dict()`, those of its table of constants
+    `constants.0`, `constants.1`, ...; its code is never looked at. bfloat16 comes as `ml_dtypes.bfloat16`.
 
     Raises:
       UserError: the file is missing, damaged, or holds anything but tensors in plain containers; the message names what.
@@ -101,16 +102,6 @@ class TorchFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def read_torch(path) -> dict[str, np.ndarray]:
-    """Returns all tensors that `torch.save` or TorchScript wrote to `path`, by name (nested containers give dotted names).
-
-    bfloat16 comes as `ml_dtypes.bfloat16`. A TorchScript module's own tensors are named as in its `state_dict()`, those of its
-    table of constants `constants.0`, `constants.1`, ...; its code is never looked at. Raises `UserError` as `TorchFile` does.
-    """
-    file = TorchFile(path)
-    return {name: np.ascontiguousarray(file[name]) for name in file}
 
 
 def _load(stream, where: str) -> Any:
