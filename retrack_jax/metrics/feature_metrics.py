@@ -13,7 +13,7 @@ from retrack_jax.metrics.fid import fid, unstable_reason
 from retrack_jax.metrics.inception_score import inception_score
 from retrack_jax.metrics.kid import kid
 from retrack_jax.metrics.moments import Moments, moments_of
-from retrack_jax.metrics.precision_recall import precision_recall
+from retrack_jax.metrics.precision_recall import NEIGHBORS, precision_recall
 
 FEATURE_METRICS = ("fid", "kid", "inception_score", "precision", "recall")
 MAX_ROWS = 10_000  # KID, precision and recall take at most this many rows of a set; FID takes all.
@@ -91,7 +91,7 @@ def evaluate_features(
     values: dict[str, float] = {}
     notes = {"features": samples.network, "num_samples": samples.moments.count, "num_reference": reference.moments.count}
     if "fid" in wanted:
-        values["fid"] = fid(samples.moments, reference.moments, warn=False)
+        values["fid"] = fid(samples.moments, reference.moments)
         warning = unstable_reason(samples.moments.count, reference.moments.count, len(samples.moments.mean))
         if warning:
             notes["fid_warning"] = warning
@@ -107,10 +107,10 @@ def evaluate_features(
         values["inception_score"] = score.mean
         notes |= {"inception_score_std": score.std, "inception_score_splits": score.num_splits}
     if "precision" in wanted or "recall" in wanted:
-        shares = precision_recall(samples.rows, reference.rows)
-        both = {"precision": shares.precision, "recall": shares.recall}
-        values |= {name: value for name, value in both.items() if name in wanted}
-        notes["precision_recall"] = f"k = {shares.k}, {shares.num_samples} samples and {shares.num_reference} reference images"
+        shares = precision_recall(samples.rows, reference.rows)._asdict()
+        values |= {name: value for name, value in shares.items() if name in wanted}
+        sides = f"{len(samples.rows)} samples and {len(reference.rows)} reference images"
+        notes["precision_recall"] = f"k = {NEIGHBORS}, {sides}"
     return values, notes
 
 
@@ -119,14 +119,11 @@ def cached_feature_stats(
     images,
     data_digest: str,
     cache_dir,
-    *,
-    transform: str = "none",
     desc: str = "",
 ) -> FeatureStats:
     """Returns `feature_stats`, read from `cache_dir` if they were computed before.
 
-    The key names the data, the transform (what was done to the data before this: a crop, a choice of rows), and the network
-    with its resize rule. A file that cannot be read is computed again.
+    The key names the data, and the network with its resize rule. A file that cannot be read is computed again.
 
     Args:
       data_digest: SHA-256 of the images.
@@ -136,7 +133,6 @@ def cached_feature_stats(
     key = {
         "version": _CACHE_VERSION,
         "data": data_digest,
-        "transform": transform,
         "network": network.name,
         "weights": network.digest,
         "resize": network.resize,

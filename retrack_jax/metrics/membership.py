@@ -17,8 +17,7 @@ as the T-shirt, even a model that never saw it has an AUC of 0.0. There, the los
 were retrained without it.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,8 +27,8 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
 from retrack_jax.diffusion.conversions import add_noise, eps_to_x0
-from retrack_jax.metrics.blocks import in_blocks
-from retrack_jax.notation import ModelEpsFn, PyTree, Rng
+from retrack_jax.metrics.blocks import in_blocks, mapped
+from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
 T_SEC, INTERVAL = 100, 10  # of equation 2: the paper's for CIFAR-10
 
@@ -73,22 +72,14 @@ def denoising_losses(
     """
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
-    p_losses = _p_pair_losses(eps_fn, num_noises)
-    losses = in_blocks(
-        lambda pairs: p_losses(params, schedule, images, rng, pairs),
-        len(images) * num_noises,
-        images.shape[1:],
-        batch_size,
-        desc,
-    ).astype(np.float64)
+    p_losses = mapped(_pair_losses, (None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
+
+    def of_pairs(pairs: np.ndarray) -> Array:
+        return p_losses(params, schedule, images, rng, pairs)
+
+    losses = in_blocks(of_pairs, len(images) * num_noises, images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
-
-
-@functools.lru_cache(maxsize=8)
-def _p_pair_losses(eps_fn: ModelEpsFn, num_noises: int) -> Callable:
-    losses = functools.partial(_pair_losses, eps_fn=eps_fn, num_noises=num_noises)
-    return parallel.pmap(losses, in_axes=(None, None, None, None, 0), out_axes=0)
 
 
 def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noises):
@@ -141,18 +132,14 @@ def secmi_scores(
     check_int("t_sec", t_sec, 0, num_timesteps - 1 - interval)
     check(t_sec % interval == 0, f"t_sec is {t_sec}; it must be a multiple of interval, {interval}")
     images = np.asarray(images, np.float32)
-    p_t_error = _p_t_error(eps_fn, t_sec, interval)
-    errors = in_blocks(
-        lambda rows: p_t_error(params, schedule, images[rows]), len(images), images.shape[1:], batch_size, desc
-    ).astype(np.float64)
+    p_t_error = mapped(_t_error, (None, None, 0), eps_fn=eps_fn, t_sec=t_sec, interval=interval)
+
+    def of_rows(rows: np.ndarray) -> Array:
+        return p_t_error(params, schedule, images[rows])
+
+    errors = in_blocks(of_rows, len(images), images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("SecMI score", errors)
     return -errors
-
-
-@functools.lru_cache(maxsize=8)
-def _p_t_error(eps_fn: ModelEpsFn, t_sec: int, interval: int) -> Callable:
-    error = functools.partial(_t_error, eps_fn=eps_fn, t_sec=t_sec, interval=interval)
-    return parallel.pmap(error, in_axes=(None, None, 0), out_axes=0)
 
 
 def _t_error(params, schedule, x_0, *, eps_fn, t_sec, interval):
