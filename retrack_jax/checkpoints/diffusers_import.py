@@ -71,17 +71,11 @@ def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTr
 
 
 def load_params(module, folder, *inputs, names: tuple[str, ...] = DIFFUSERS_WEIGHTS, table: RenameTable = DIFFUSERS) -> PyTree:
-    """Returns the parameters of any module, float32 NumPy arrays, from the weights in `folder`.
+    """Returns the parameters of a Linen module, float32 NumPy arrays, from the weights in `folder`.
 
-    Args:
-      module: a Linen module whose names follow `table`.
-      folder: holds the weights.
-      inputs: arguments for `module.init`, to learn its parameters' shapes; nothing is computed.
-      names: the names that the weights may have, in the order in which to look.
-      table: the spelling.
-
-    Raises:
-      UserError: as `import_diffusers`.
+    `inputs` are arguments of `module.init`, to learn the parameters' shapes; nothing is computed. `names` are the file names that
+    the weights may have, in the order in which to look. Names of parameters follow `table`. Raises `UserError` as
+    `import_diffusers`.
     """
     path, state = open_weights(folder, names)
     return from_torch(state, param_shapes(module, *inputs), table=table, where=str(path))

@@ -38,15 +38,14 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
     """Returns the network that `config.eval.features` names.
 
     Args:
-      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`, kept
-        in `folder`.
+      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`.
       images: the training images, with labels.
       folder: where a network trained here is kept.
       weights_dir: where downloaded weights lie.
       resize: Inception's resize rule, `torchmetrics` or `tf1`.
 
     Raises:
-      Unavailable: the weights are not there, or are not this network's.
+      Unavailable: as `from_file`.
       Inapplicable: `digits`, and the images are not labelled digits of its size.
     """
     check_choice("config.eval.features", name, NETWORKS)

@@ -1,7 +1,8 @@
 """The metrics of text-to-image models: for each of a concept's two prompts SSCD, CLIP-IQA and the success rate.
 
-A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. CLIP-IQA and the classifier are
-given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not kept.
+A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. Each evaluator computes both kinds.
+CLIP-IQA and the classifier are given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not
+kept.
 """
 
 import math
@@ -133,7 +134,7 @@ def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
         "reference": task.concept.memorised_name,
         "num_samples": len(samples.pixels(KINDS[0])),
     }
-    return _only(values, wanted), note
+    return values, note
 
 
 def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
@@ -145,7 +146,7 @@ def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
         "samples": samples.precision,
         "num_samples": len(samples.pixels(KINDS[0])),
     }
-    return _only(values, wanted), note
+    return values, note
 
 
 def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
@@ -158,15 +159,11 @@ def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[st
         "num_samples": len(samples.pixels(KINDS[0])),
         **counts,
     }
-    return _only(values, wanted), note
+    return values, note
 
 
 def _same_classifier(task: ConceptTask, note: dict) -> bool:
     return note.get("classifier") == task.centers_name
-
-
-def _only(values: dict[str, float], wanted: Sequence[str]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name in wanted}
 
 
 def _names(metric: str) -> tuple[str, ...]:

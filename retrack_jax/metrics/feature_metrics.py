@@ -41,13 +41,8 @@ class FeatureStats:
 
 
 def feature_stats(network: FeatureNetwork, images, desc: str = "") -> FeatureStats:
-    """Returns the statistics of `images` `[N, H, W, C]`, uint8 or floats in [0, 1], from one pass over them.
-
-    `desc` is the label of the progress bar; without it there is none.
-
-    Raises:
-      UserError: NaN in images, a shape the network does not take, fewer than two images.
-    """
+    """Returns the statistics of `images` `[N, H, W, C]` from one pass over them; arguments and errors as `FeatureNetwork`'s
+    call."""
     outputs = network(images, desc)
     return stats_of(outputs["features"], outputs.get("logits"), network.description)
 
@@ -121,14 +116,10 @@ def cached_feature_stats(
     cache_dir,
     desc: str = "",
 ) -> FeatureStats:
-    """Returns `feature_stats`, read from `cache_dir` if they were computed before.
+    """Returns `feature_stats`, read from the folder `cache_dir` if they were computed before.
 
-    The key names the data, and the network with its resize rule. A file that cannot be read is computed again.
-
-    Args:
-      data_digest: SHA-256 of the images.
-      cache_dir: the cache's folder.
-      desc: as in `feature_stats`.
+    The key names the data by the images' SHA-256 `data_digest`, and the network with its resize rule. A file that cannot be read
+    is computed again.
     """
     key = {
         "version": _CACHE_VERSION,

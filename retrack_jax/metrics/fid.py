@@ -18,12 +18,7 @@ from retrack_jax.metrics.moments import Moments
 def fid(samples: Moments, reference: Moments) -> float:
     """Returns the Fréchet distance (equation 1) of two sets of features, in squared feature units.
 
-    Args:
-      samples: moments of the generated images' features.
-      reference: moments of the real images' features, from the same network and resize rule.
-
-    Raises:
-      UserError: fewer than two images, or numbers of dimensions that differ.
+    Both must be of one network and resize rule. Raises `UserError` for fewer than two images, or dimensions that differ.
     """
     check(
         len(samples.mean) == len(reference.mean),

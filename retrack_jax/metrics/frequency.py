@@ -18,14 +18,11 @@ from retrack_jax.neighbors.distinct import distinct_rows
 
 
 def target_distances(samples, targets) -> np.ndarray:
-    """Returns the L2 distance of each sample to the nearest target (equation 1).
+    """Returns the L2 distance of each sample to the nearest target (equation 1), float64 `[N]`, over pixels in [0, 1].
 
     Args:
       samples: `[N, H, W, C]`, floats in [0, 1] or uint8 (divided by 255).
-      targets: `[F, H, W, C]` or `[H, W, C]`, the forgotten images, floats in [0, 1] or uint8.
-
-    Returns:
-      float64 `[N]`, in units of pixels in [0, 1].
+      targets: `[F, H, W, C]` or `[H, W, C]`, the forgotten images, alike.
 
     Raises:
       UserError: NaN in samples, or shapes that differ.

@@ -53,23 +53,19 @@ def nll_bits_per_dim(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the negative log-likelihood of each image and its standard error over probes, in bits/dim.
 
-    It is compiled once per `eps_fn` and image shape: to use it for other `params`, pass the same function object.
+    Both are float64 `[B]`; the error is None with a single probe. Compiled once per `eps_fn` and image shape: to use it for other
+    `params`, pass the same function object.
 
     Args:
-      eps_fn: `eps_fn(params, x_t [N, H, W, C], t [N]) -> eps [N, H, W, C]`, deterministic; t is int32 in the official mode
-        and float32 in the continuous one.
+      eps_fn: deterministic; its t is int32 in the official mode and float32 in the continuous one.
       params: its parameters.
-      schedule: the model's `Schedule`; it must be the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
+      schedule: must be the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
       images: `[B, H, W, C]` in [-1, 1].
       rng: decides the probes; image i and probe j take `fold_in(fold_in(rng, i), j)`.
       num_probes: independent probes per image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
-      batch_size: the most pairs of image and probe per device and call; None chooses by the images' size (metrics/blocks.py).
-      desc: the label of the progress bar; without it there is none.
-
-    Returns:
-      bits `[B]` float64, and their standard errors `[B]` float64, or None with a single probe.
+      batch_size, desc: as in `in_blocks`, for pairs of image and probe.
 
     Raises:
       UserError: an unknown mode, another schedule, a continuous t for a model whose eps needs the table, non-finite images, or an

@@ -58,14 +58,12 @@ def denoising_losses(
     takes t from the j-th of `num_noises` equal parts of [0, T): every image sees all parts of the schedule.
 
     Args:
-      eps_fn: `eps_fn(params, x_t [B, H, W, C], t [B] int32) -> eps`; pass the same function object to reuse what is compiled.
-      params: its parameters.
-      schedule: the model's `Schedule`.
+      eps_fn: pass the same function object to reuse what is compiled.
+      params, schedule: of the model.
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws per image.
-      batch_size: the most pairs of image and draw per device and call; None chooses by the images' size (metrics/blocks.py).
-      desc: the label of the progress bar; without it there is none.
+      batch_size, desc: as in `in_blocks`, for pairs of image and draw.
 
     Raises:
       Diverged: a loss that is not finite.
@@ -117,15 +115,8 @@ def secmi_scores(
 ) -> np.ndarray:
     """Returns the SecMI-style score of each image (equation 2), float64 `[N]`; deterministic.
 
-    Args:
-      eps_fn, params, schedule, images: as in `denoising_losses`.
-      t_sec: the timestep of the error, a multiple of `interval`.
-      interval: k of equation 2.
-      batch_size: the most images per device and call; None chooses by their size (metrics/blocks.py).
-      desc: as in `denoising_losses`.
-
-    Raises:
-      UserError: timesteps outside the schedule; `Diverged` for a score that is not finite.
+    `t_sec` is the timestep of the error, a multiple of `interval`, which is k of equation 2. The other arguments are as in
+    `denoising_losses`. Raises `UserError` for timesteps outside the schedule, `Diverged` for a score that is not finite.
     """
     num_timesteps = len(schedule.gamma)
     check_int("interval", interval, 1)
@@ -164,14 +155,10 @@ def auc(members, held_out) -> float:
 
 
 def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, confidence: float = 0.95) -> Auc:
-    """Returns the AUC and its bootstrap interval, for which both sets are drawn again with replacement.
+    """Returns the AUC of scores of forgotten (once trained-on) images `[N]` against held-out ones `[M]`, and its interval.
 
-    Args:
-      members: scores of the forgotten (once trained-on) images, `[N]`.
-      held_out: scores of exchangeable images that no model saw, `[M]`.
-      seed: decides the draws.
-      num_bootstrap: how many times the sets are drawn.
-      confidence: the share of those AUCs that the interval holds.
+    The interval holds the share `confidence` of `num_bootstrap` AUCs of both sets drawn again with replacement; `seed` decides
+    these draws. The held-out images must be exchangeable with the others, and no model may have seen them.
     """
     members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
     _check_finite("membership score", np.concatenate([members, held_out]))

@@ -29,15 +29,9 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(samples, reference, *, k: int = NEIGHBORS) -> PrecisionRecall:
-    """Returns precision and recall (equations 1 and 2).
+    """Returns precision and recall (equations 1 and 2) of features `[N, D]` and `[M, D]` of one network.
 
-    Args:
-      samples: features `[N, D]`, N > k.
-      reference: features `[M, D]`, M > k, from the same network. Equal N and M make the two shares comparable.
-      k: neighbors that span a manifold.
-
-    Raises:
-      UserError: NaN, too few rows for k, or other dimensions.
+    Equal N and M, both above k, make the two shares comparable. Raises `UserError` for NaN, too few rows, or other dimensions.
     """
     x, y = check_features("samples' features", samples), check_features("reference features", reference)
     check_int("k", k, 1)

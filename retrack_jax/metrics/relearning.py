@@ -36,11 +36,10 @@ def relearning_curve(
     """Returns the metric along fine-tuning.
 
     Args:
-      train: `train(state, first_step, num_steps) -> state`, pure. The step numbers decide its batches, so that a curve can be
-        computed again.
+      train: `train(state, first_step, num_steps) -> state`, pure. The step numbers decide its batches.
       measure: `measure(state) -> float`.
       state: where fine-tuning starts.
-      steps: increasing numbers of steps after which to measure; 0 is always measured.
+      steps: rising numbers of steps after which to measure; 0 is always measured.
 
     Raises:
       UserError: steps that do not rise; `Diverged` for a value that is not finite.

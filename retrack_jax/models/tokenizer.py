@@ -49,12 +49,8 @@ class ClipTokenizer:
     backend: Any
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns int32 ids `[N, length]`: start, at most `length - 2` pieces of words, end, padding.
-
-        Raises `UserError` if `prompts` is not a list of strings.
-        """
-        if isinstance(prompts, str):
-            raise UserError("prompts is one string; pass a list of prompts")
+        """Returns int32 ids `[N, length]`: start, pieces of words, end, padding. Raises `UserError` unless all are strings."""
+        check(not isinstance(prompts, str), "prompts is one string; pass a list of prompts")
         for index, prompt in enumerate(prompts):
             check(isinstance(prompt, str), f"prompt {index} is {prompt!r}; a prompt must be a string")
         encoded = self.backend.encode_batch(list(prompts))

@@ -85,14 +85,9 @@ class UNet(Configured, nn.Module):
     ) -> Array:
         """Returns the prediction, float32 `[B, H, W, out_channels]`.
 
-        Args:
-          x_t: `[B, H, W, in_channels]`.
-          t: timesteps `[B]`.
-          down, up: for each block what attends in it, and its resampler, which the last block does not use.
-          mid: what attends in the middle block.
-          prompt: what transformers attend to, `[B, M, D]`.
-          act_fn: the activation of the time embedding and of the output.
-          deterministic: whether dropout is off.
+        `down` and `up` say for each block what attends in it, and its resampler, which the last block does not use; `mid` says
+        what attends in the middle. Transformers attend to `prompt` `[B, M, D]`. `act_fn` is the activation of time embedding and
+        output.
         """
         options, channels, last = ResnetOptions.of(self), self.block_out_channels, len(self.block_out_channels) - 1
         width = self.time_embedding_dim or 4 * channels[0]

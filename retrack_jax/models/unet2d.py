@@ -89,8 +89,7 @@ class UNet2D(UNet):
           t: timesteps `[B]`, int or float.
           deterministic: False turns dropout on, which draws from the rng collection "dropout".
 
-        Raises:
-          UserError: the options or the shapes do not fit (at tracing).
+        Raises `UserError` at tracing if the options or the shapes do not fit.
         """
         self.check_options()
         self._check_shapes(x_t, t)

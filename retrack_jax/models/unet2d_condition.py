@@ -75,16 +75,10 @@ class UNet2DCondition(UNet):
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, encoder_hidden_states: Array, deterministic: bool = True) -> Array:
-        """Returns the prediction for noisy latents, float32 `[B, H, W, out_channels]`.
+        """Returns the prediction for noisy latents; the other arguments and the errors are those of `UNet2D`.
 
-        Args:
-          x_t: `[B, H, W, in_channels]`; H and W are multiples of 2^(blocks - 1).
-          t: timesteps `[B]`, int or float.
-          encoder_hidden_states: prompt embeddings `[B, M, cross_attention_dim]`, or `[1, M, cross_attention_dim]` for all images.
-          deterministic: False turns dropout on, which draws from the rng collection "dropout".
-
-        Raises:
-          UserError: the options or the shapes do not fit (at tracing).
+        `encoder_hidden_states` are prompt embeddings `[B, M, cross_attention_dim]`, or `[1, M, cross_attention_dim]` for all
+        images.
         """
         self.check_options()
         self._check_shapes(x_t, t)

@@ -41,11 +41,12 @@ class DigitNet(nn.Module):
 def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batch_size: int = 128, learning_rate: float = 5e-3):
     """Returns a `DigitNet` trained on labeled digits, as a `FeatureNetwork`; the same seed gives the same network.
 
+    Training is by Adam with a cosine rate; images are shifted by up to one pixel. `seed` decides the initial weights, the order
+    of the images and their shifts.
+
     Args:
       images: uint8 `[N, 8, 8, 1]`, digits only.
       labels: int `[N]` in [0, 10).
-      seed: decides the initial weights, the order of the images and their shifts.
-      num_epochs, batch_size, learning_rate: Adam with a cosine rate; images are shifted by up to one pixel.
 
     Raises:
       UserError: other shapes, or a label outside [0, 10).
