@@ -5,7 +5,14 @@ import zipfile
 
 import numpy as np
 
+from retrack_jax.weights.torch_reader import TorchFile
+
 _STORAGES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage", np.dtype(np.int64): "LongStorage"}
+
+
+def read_torch(path) -> dict[str, np.ndarray]:
+    """Returns all tensors of the file at `path` by name."""
+    return dict(TorchFile(path))
 
 
 def save_state(path, state) -> None:

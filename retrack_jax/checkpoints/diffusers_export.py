@@ -1,6 +1,8 @@
 """Flax parameters back to a folder that diffusers' `from_pretrained` reads."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def export_diffusers(
       UserError: `path` is `source` or holds something else, or cannot be written; or there is no `source`.
     """
     path = epath.Path(path)
-    check_replaceable(path, source)
+    _check_replaceable(path, source)
     files: dict[str, Any] = {"README.md": model_card(source, note)} | licenses(source)
     config = module.to_config()
     if schedule is not None:
@@ -57,10 +59,23 @@ def export_diffusers(
     if "://" in str(path):
         _write_folder(path, files, config, params, table)
         return
-    folder = beside(Path(path))
-    try:
+    with replacing(path, source) as folder:
         _write_folder(folder, files, config, params, table)
-        move_into_place(folder, Path(path))
+
+
+@contextlib.contextmanager
+def replacing(path, source) -> Iterator[Path]:
+    """Yields where to write a folder that becomes `path` when the block ends; an earlier export there is replaced.
+
+    Raises:
+      UserError: as `export_diffusers`.
+    """
+    path = Path(path)
+    _check_replaceable(path, source)
+    folder = beside(path)
+    try:
+        yield folder
+        _move_into_place(folder, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
     finally:
@@ -82,7 +97,7 @@ def _write_folder(folder, files: dict[str, Any], config: dict, params: PyTree, t
     write_json(folder / "config.json", config)
 
 
-def move_into_place(folder: Path, path: Path) -> None:
+def _move_into_place(folder: Path, path: Path) -> None:
     """Renames `folder` to `path`; what is there steps aside and comes back if that fails."""
     if not path.exists():
         folder.rename(path)
@@ -98,7 +113,7 @@ def move_into_place(folder: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_replaceable(path, source) -> None:
+def _check_replaceable(path, source) -> None:
     """Raises `UserError` unless an export may go to `path`: nothing is there, or an earlier export, and it is not `source`."""
     if source is not None and not Path(source).is_dir():
         raise UserError(f"no folder {source}, where the model should have come from")

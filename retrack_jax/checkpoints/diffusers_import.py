@@ -12,20 +12,9 @@ from retrack_jax.checks import UserError
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.notation import PyTree
-from retrack_jax.weights.folder import (
-    DIFFUSERS_WEIGHTS,
-    model_folder,
-    open_weights,
-    read_config,
-    read_object,
-    schedule_places,
-)
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, model_folder, open_weights, read_config, read_object, schedule_places
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, param_shapes
 
-# What diffusers' EMAModel adds to the config of the network that it averages.
-_EMA_FIELDS = {
-    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power", "foreach"
-}  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -77,7 +66,7 @@ def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTr
       UserError: something is missing, not supported or does not fit; the message lists what, and nothing has been loaded.
     """
     folder = model_folder(path)
-    config = {name: value for name, value in read_config(folder).items() if name not in _EMA_FIELDS}
+    config = read_config(folder)
     name = config.get("_class_name", "UNet2DModel")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{folder / 'config.json'} is of a {name}; only {' and '.join(FAMILIES)} are read here")
@@ -86,17 +75,11 @@ def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTr
 
 
 def load_params(module, folder, *inputs, names: tuple[str, ...] = DIFFUSERS_WEIGHTS, table: RenameTable = DIFFUSERS) -> PyTree:
-    """Returns the parameters of any module, float32 NumPy arrays, from the weights in `folder`.
+    """Returns the parameters of a Linen module, float32 NumPy arrays, from the weights in `folder`.
 
-    Args:
-      module: a Linen module whose names follow `table`.
-      folder: holds the weights.
-      inputs: arguments for `module.init`, to learn its parameters' shapes; nothing is computed.
-      names: the names that the weights may have, in the order in which to look.
-      table: the spelling.
-
-    Raises:
-      UserError: as `import_diffusers`.
+    `inputs` are arguments of `module.init`, to learn the parameters' shapes; nothing is computed. `names` are the file names that
+    the weights may have, in the order in which to look. Names of parameters follow `table`. Raises `UserError` as
+    `import_diffusers`.
     """
     path, state = open_weights(folder, names)
     return from_torch(state, param_shapes(module, *inputs), table=table, where=str(path))

@@ -55,24 +55,17 @@ class Pipeline:
     schedule: Schedule
     vae_digest: str
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents that the UNet denoises."""
-        return self.vae.latent_channels
-
     def encode_pixels(self, x_BHWC: Array) -> tuple[Array, Array]:
         """Returns mean and std of the scaled latents of images in [-1, 1]; see `AutoencoderKL.encode`."""
         return self.vae.apply({"params": self.vae_params}, x_BHWC, method="encode")
 
 
-def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> Pipeline:
+def load_pipeline(path, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
     """Returns the Stable Diffusion pipeline in the folder `path`.
 
     Args:
       path: the folder, as diffusers saves it; weights as safetensors or `.bin`, float32 or float16.
       dtype: what the networks compute in.
-      param_dtype: what the UNet's parameters are kept in. bfloat16 halves them (3.4 to 1.7 GB for Stable Diffusion 1.x),
-        for sampling: an update smaller than 1/256 of a weight is lost in it, so train in float32.
       remat: whether the UNet computes activations again in the backward pass.
 
     Raises:
@@ -88,15 +81,12 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
     schedule = Schedule.from_config(read_schedule_config(folder))
 
-    unet_params = load_params(unet, folder / "unet", *FAMILIES["UNet2DConditionModel"].inputs(unet))
-    if param_dtype != jnp.float32:
-        unet_params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), unet_params)
     pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
     text_files = {"names": TRANSFORMERS_WEIGHTS, "table": _TEXT_TABLE}
     return Pipeline(
         path=folder,
         unet=unet,
-        unet_params=unet_params,
+        unet_params=load_params(unet, folder / "unet", *FAMILIES["UNet2DConditionModel"].inputs(unet)),
         vae=vae,
         vae_params=jax.device_put(load_params(vae, folder / "vae", pixels)),
         text_encoder=text_encoder,
@@ -110,10 +100,8 @@ def load_pipeline(path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bo
 def check_pipeline(folder) -> None:
     """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
     folder = Path(folder).expanduser()
-    check(
-        folder.is_dir(),
-        f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)",
-    )
+    there = folder.is_dir()
+    check(there, f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)")
     index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = str(index.get("_class_name", "StableDiffusionPipeline"))
     if "XL" in name or (folder / "text_encoder_2").is_dir():
@@ -148,25 +136,21 @@ def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array
     return module.apply({"params": params}, ids_PN).astype(jnp.float32)
 
 
-def _check_fit(
-    folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: ClipTextEncoder, tokenizer: ClipTokenizer
-) -> None:
+def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: ClipTextEncoder, tokenizer: ClipTokenizer) -> None:
     """Raises `UserError` if the parts are not of one model."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     check(scheduler.is_file(), f"no {scheduler}; it is the noise schedule that the model was trained with")
-    fits = unet.in_channels == unet.out_channels == vae.latent_channels
     check(
-        fits,
+        unet.in_channels == unet.out_channels == vae.latent_channels,
         f"{folder}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels and the VAE's latents have "
         f"{vae.latent_channels}; inpainting, depth and upscaling models are not supported",
     )
-    fits = unet.cross_attention_dim == text.hidden_size
     check(
-        fits,
+        unet.cross_attention_dim == text.hidden_size,
         f"{folder}: the UNet reads prompts of {unet.cross_attention_dim} features, the text encoder gives {text.hidden_size}",
     )
-    fits = (
-        max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < text.vocab_size
-        and tokenizer.length <= text.max_position_embeddings
+    known = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < text.vocab_size
+    check(
+        known and tokenizer.length <= text.max_position_embeddings,
+        f"{folder}: the tokenizer's ids or length do not fit the text encoder's {text.vocab_size} tokens",
     )
-    check(fits, f"{folder}: the tokenizer's ids or length do not fit the text encoder's {text.vocab_size} tokens")

@@ -4,10 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
-from retrack_jax.checkpoints.diffusers_export import check_replaceable, export_diffusers, licenses, model_card, move_into_place
+from retrack_jax.checkpoints.diffusers_export import export_diffusers, licenses, model_card, replacing
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
-from retrack_jax.checks import UserError, check
-from retrack_jax.files import beside, read_json, write_bytes, write_json, write_text
+from retrack_jax.checks import check
+from retrack_jax.files import read_json, write_bytes, write_json, write_text
 from retrack_jax.notation import PyTree
 
 # Weights of one precision among several: `model.fp16.safetensors`.
@@ -25,31 +25,19 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
       UserError: `path` is the source or holds something else, is not local, or cannot be written.
     """
     check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
-    path, source = Path(path), pipeline.path
-    check_replaceable(path, source)
-    temporary = beside(path)
-    try:
-        temporary.mkdir(parents=True)
-        export_diffusers(temporary / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)
-        parts = [
-            entry
-            for entry in sorted(source.iterdir())
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "unet"
-        ]
+    source = pipeline.path
+    with replacing(path, source) as folder:
+        folder.mkdir(parents=True)
+        export_diffusers(folder / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)
+        folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir()]
+        parts = [part for part in folders if part.name != "unet" and not part.name.startswith(".")]
         for part in parts:
-            shutil.copytree(part, temporary / part.name, symlinks=False)
-            _name_plainly(temporary / part.name)
-        write_json(temporary / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
-        write_text(temporary / "README.md", model_card(source, note))
+            shutil.copytree(part, folder / part.name, symlinks=False)
+            _name_plainly(folder / part.name)
+        write_json(folder / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
+        write_text(folder / "README.md", model_card(source, note))
         for name, content in licenses(source).items():
-            write_bytes(temporary / name, content)
-        move_into_place(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            write_bytes(folder / name, content)
 
 
 def _name_plainly(folder: Path) -> None:
@@ -80,9 +68,7 @@ def _model_index(source: Path, parts: set[str]) -> dict:
     if (source / "model_index.json").is_file():
         default = read_json(source / "model_index.json")
     else:
-        default["scheduler"][1] = read_json(source / "scheduler" / "scheduler_config.json").get(
-            "_class_name", "PNDMScheduler"
-        )
-    return {
-        name: [None, None] if isinstance(value, list) and name not in parts else value for name, value in default.items()
-    }
+        scheduler = read_json(source / "scheduler" / "scheduler_config.json")
+        default["scheduler"][1] = scheduler.get("_class_name", "PNDMScheduler")
+    lacking = [name for name, value in default.items() if isinstance(value, list) and name not in parts]
+    return default | {name: [None, None] for name in lacking}

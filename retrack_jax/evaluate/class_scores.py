@@ -19,15 +19,12 @@ NUM_SPLITS = 10
 
 
 def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.ndarray) -> tuple[dict[str, float], dict]:
-    """Returns `{name: score}`, in [1, number of classes], and the note for provenance; no value where there are too few samples.
+    """Returns `{name: score}`, in [1, number of classes], and the note for provenance; no value if there are too few samples.
 
     Args:
       name: `inception_score` or `inception_score_official`.
       load: `official -> FeatureNetwork` with logits; raises `Unavailable` without its weights.
       samples: `[N, H, W, C]`, floats in [0, 1] or uint8, without those that are the forgotten image.
-
-    Raises:
-      UserError: NaN in the samples, or images that the classifier does not take.
     """
     if len(samples) < NUM_SPLITS:
         return {}, {"why": f"{NUM_SPLITS} splits need as many samples; {len(samples)} are left beside the forgotten image"}

@@ -83,7 +83,7 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
         except Diverged as error:
             note["why"] = str(error)
             continue
-        found = relearning_steps(curve, threshold, "falls")
+        found = relearning_steps(curve, threshold)
         values[name] = found.steps
         note[name] = {"steps": list(curve.steps), "values": list(curve.values), "censored": found.censored}
     return values, note

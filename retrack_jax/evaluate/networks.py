@@ -5,8 +5,9 @@ One run can use several: MNIST's FID is Inception's, its inception scores are a 
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,7 @@ from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
-from retrack_jax.weights.folder import present
-from retrack_jax.weights.torch_reader import read_torch
+from retrack_jax.weights.folder import open_file, present
 
 NETWORKS = ("digits", "inception")
 FEATURES, MNIST_RESNET = "features", "mnist_resnet"
@@ -38,35 +38,29 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
     """Returns the network that `config.eval.features` names.
 
     Args:
-      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`, kept
-        in `folder`.
+      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`.
       images: the training images, with labels.
       folder: where a network trained here is kept.
       weights_dir: where downloaded weights lie.
       resize: Inception's resize rule, `torchmetrics` or `tf1`.
 
     Raises:
-      Unavailable: the weights are not there, or are not this network's.
+      Unavailable: as `from_file`.
       Inapplicable: `digits`, and the images are not labelled digits of its size.
     """
     check_choice("config.eval.features", name, NETWORKS)
     if name == "digits":
         return _digits(images, folder)
-    return _from_file(
-        weights_dir, (INCEPTION_FILE,), lambda path: inception_network(read_torch(path), file_digest(path), resize=resize)
-    )
+    return from_file(weights_dir, (INCEPTION_FILE,), functools.partial(inception_network, resize=resize))
 
 
 def load_sscd(weights_dir) -> FeatureNetwork:
-    """Returns SSCD's network from `weights_dir`: the TorchScript archive, or the state dict with torchvision's or Classy
-    Vision's names. Raises `Unavailable` if none is there, or it is damaged, or of another network."""
-    return _from_file(weights_dir, SSCD_FILES, lambda path: sscd_network(read_torch(path), file_digest(path)))
+    """Returns SSCD's network from one of `SSCD_FILES`. Raises `Unavailable` as `from_file`."""
+    return from_file(weights_dir, SSCD_FILES, sscd_network)
 
 
 def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | None:
     """Returns `official -> FeatureNetwork` behind the inception scores; None if that is the network behind fid.
-
-    The function raises `Unavailable` if the weights are missing or damaged.
 
     Args:
       name: `config.eval.score_network`: `features`, or `mnist_resnet`, the classifier of the official MNIST experiment.
@@ -77,11 +71,8 @@ def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | 
 
 
 def load_mnist_resnet(weights_dir, official: bool = False) -> FeatureNetwork:
-    """Returns the MNIST ResNet-18 from `weights_dir`, `official`: in training mode. Raises `Unavailable` if its file is
-    missing or damaged, or of another network."""
-    return _from_file(
-        weights_dir, (MNIST_FILE,), lambda path: mnist_resnet_network(read_torch(path), file_digest(path), official=official)
-    )
+    """Returns the MNIST ResNet-18, in training mode if `official`. Raises `Unavailable` as `from_file`."""
+    return from_file(weights_dir, (MNIST_FILE,), functools.partial(mnist_resnet_network, official=official))
 
 
 def check_score_network(name: str, wanted: Sequence[str], image_shape: tuple[int, ...]) -> None:
@@ -100,19 +91,25 @@ def check_score_network(name: str, wanted: Sequence[str], image_shape: tuple[int
     )
 
 
-def _from_file(weights_dir, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
+def from_file(weights_dir, names: Sequence[str], load: Callable[[Mapping[str, np.ndarray], str], Any]) -> Any:
+    """Returns `load(tensors, SHA-256)` of the first of the files `names` that is in `weights_dir`.
+
+    Raises:
+      Unavailable: none of them is there, or it is damaged or of another network; on every process if on one.
+    """
+
+    def load_first() -> Any:
+        folder = Path(weights_dir).expanduser()
+        path = next(iter(present(folder, names)), None)
+        if path is None:
+            raise Unavailable(f"no {' or '.join(names)} in {folder}; --config.mode=check prints the command that gets it")
+        try:
+            return load(open_file(path), file_digest(path))
+        except UserError as error:
+            raise Unavailable(f"{path}: {error}") from error
+
     # Each host has its own folder, and all hosts use the network together.
-    return parallel.together(lambda: _load_first(Path(weights_dir).expanduser(), names, load), Unavailable)
-
-
-def _load_first(folder: Path, names: Sequence[str], load: Callable[[Path], FeatureNetwork]) -> FeatureNetwork:
-    path = next(iter(present(folder, names)), None)
-    if path is None:
-        raise Unavailable(f"no {' or '.join(names)} in {folder}; --config.mode=check prints the command that gets it")
-    try:
-        return load(path)
-    except UserError as error:
-        raise Unavailable(f"{path}: {error}") from error
+    return parallel.together(load_first, Unavailable)
 
 
 def _digits(images: ImageSet, folder) -> FeatureNetwork:

@@ -1,29 +1,28 @@
 """The metrics of text-to-image models: for each of a concept's two prompts SSCD, CLIP-IQA and the success rate.
 
-A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. CLIP-IQA and the classifier are
-given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not kept.
+A metric's name is its own and the prompt's kind: `sscd_original`, `clip_iqa_modified`. Each evaluator computes both kinds.
+CLIP-IQA and the classifier are given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not
+kept.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.checks import UserError, check_choice
+from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.sources.concepts import CLASSIFIER, Concept
 from retrack_jax.data.sources.prompts import KINDS
+from retrack_jax.evaluate.networks import from_file
 from retrack_jax.evaluate.results import Evaluator, Unavailable
-from retrack_jax.files import file_digest
 from retrack_jax.metrics.clip_iqa import ClipIqa, make_clip_iqa
 from retrack_jax.metrics.features.clip_image import towers_from_openai
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate
 from retrack_jax.metrics.sscd import sscd
 from retrack_jax.models.tokenizer import ClipTokenizer
-from retrack_jax.weights.folder import open_file, present
 
 # config.eval.classifier -> where its centers come from.
 CLASSIFIERS = {"joblib": "the shipped kmeans_classifier.joblib", "labels": "means of the shipped labels"}
@@ -96,24 +95,20 @@ def concept_centers(concept: Concept, classifier: str) -> np.ndarray:
 
 
 def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> ClipIqa:
-    """Returns CLIP-IQA from `RN50.pt` (or the same tensors as `RN50.safetensors`) in `weights_dir`.
+    """Returns CLIP-IQA from one of `CLIP_FILES`, which hold the same tensors, in `weights_dir`.
 
     Raises:
-      Unavailable: the file is missing, or is another network's, or the tokenizer is not CLIP's.
+      Unavailable: as `from_file`, or the tokenizer is not CLIP's.
     """
-    folder = Path(weights_dir).expanduser()
-    path = next(iter(present(folder, CLIP_FILES)), None)
-    if path is None:
-        raise Unavailable(f"no {CLIP_FILES[0]}, CLIP's weights, in {folder}; --config.mode=check prints the command that gets it")
-    try:
-        towers = towers_from_openai(dict(open_file(path)))
-    except UserError as error:
-        raise Unavailable(f"{path}: {error}") from error
-    if towers.text.vocab_size != tokenizer.eos_id + 1:
-        raise Unavailable(
-            f"{path} knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {tokenizer.eos_id + 1}"
+
+    def load(tensors: Mapping[str, np.ndarray], digest: str) -> ClipIqa:
+        towers, known = towers_from_openai(dict(tensors)), tokenizer.eos_id + 1
+        check(
+            towers.text.vocab_size == known, f"it knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {known}"
         )
-    return make_clip_iqa(towers, tokenizer, file_digest(path), batch_size)
+        return make_clip_iqa(towers, tokenizer, digest, batch_size)
+
+    return from_file(weights_dir, CLIP_FILES, load)
 
 
 def memorised_samples(task: ConceptTask, samples: PromptSamples, kind: str) -> np.ndarray:
@@ -139,11 +134,11 @@ def _sscd(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
         "reference": task.concept.memorised_name,
         "num_samples": len(samples.pixels(KINDS[0])),
     }
-    return _only(values, wanted), note
+    return values, note
 
 
 def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
-    metric = parallel.together(task.clip_iqa, Unavailable)
+    metric = task.clip_iqa()
     values = {f"clip_iqa_{kind}": float(metric(samples.floats(kind)).mean()) for kind in KINDS}
     note = {
         "features": metric.network.description,
@@ -151,7 +146,7 @@ def _clip_iqa(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
         "samples": samples.precision,
         "num_samples": len(samples.pixels(KINDS[0])),
     }
-    return _only(values, wanted), note
+    return values, note
 
 
 def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[str]):
@@ -164,15 +159,11 @@ def _success_rate(task: ConceptTask, samples: PromptSamples, wanted: Sequence[st
         "num_samples": len(samples.pixels(KINDS[0])),
         **counts,
     }
-    return _only(values, wanted), note
+    return values, note
 
 
 def _same_classifier(task: ConceptTask, note: dict) -> bool:
     return note.get("classifier") == task.centers_name
-
-
-def _only(values: dict[str, float], wanted: Sequence[str]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name in wanted}
 
 
 def _names(metric: str) -> tuple[str, ...]:

@@ -1,8 +1,5 @@
 """What a model restores of a forgotten image: the probe behind SSCD, and the pictures of it that the report shows."""
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +8,7 @@ from retrack_jax import parallel
 from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
-from retrack_jax.metrics.blocks import in_blocks
+from retrack_jax.metrics.blocks import in_blocks, mapped
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.sampling.inject import inject, noised
 
@@ -29,23 +26,21 @@ def restore(
       images: the forgotten images, uint8 `[F, H, W, C]`.
       rng: every model is given the same noise.
     """
-    x_0, rngs, p_restore = pixels_to_model(images), jax.random.split(rng, len(images)), _p_restore(eps_fn)
-    pairs = in_blocks(
-        lambda rows: p_restore(params, schedule, x_0[rows], rngs[rows]), len(images), images.shape[1:], desc="sscd"
-    )
-    given, made = np.clip(np.moveaxis(pairs, 1, 0) / 2 + 0.5, 0.0, 1.0)
-    return given, made
+    x_0, rngs = pixels_to_model(images), jax.random.split(rng, len(images))
+    p_pairs = mapped(_pairs, (None, None, 0, 0), eps_fn=eps_fn)
+
+    def of_rows(rows: np.ndarray) -> Array:
+        return p_pairs(params, schedule, x_0[rows], rngs[rows])
+
+    pairs = in_blocks(of_rows, len(images), images.shape[1:], desc="sscd")
+    noised_images, restored = np.clip(np.moveaxis(pairs, 1, 0) / 2 + 0.5, 0.0, 1.0)
+    return noised_images, restored
 
 
-@functools.lru_cache(maxsize=8)
-def _p_restore(eps_fn: ModelEpsFn) -> Callable:
-    """Returns clean images `[D, b, H, W, C]` to noised and restored ones, `[D, b, 2, H, W, C]`, mapped over devices."""
-
-    def pairs(params: PyTree, schedule: Schedule, x_0: Array, rngs: Rng) -> Array:
-        made = inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=INJECTED_T)
-        return jnp.stack([noised(x_0, rngs, schedule, t=INJECTED_T), made], axis=1)
-
-    return parallel.pmap(pairs, in_axes=(None, None, 0, 0), out_axes=0)
+def _pairs(params: PyTree, schedule: Schedule, x_0: Array, rngs: Rng, *, eps_fn: ModelEpsFn) -> Array:
+    """Maps clean images `[b, H, W, C]` to noised and restored ones, `[b, 2, H, W, C]`."""
+    made = inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=INJECTED_T)
+    return jnp.stack([noised(x_0, rngs, schedule, t=INJECTED_T), made], axis=1)
 
 
 def keep_pictures(path, forgotten: np.ndarray, given: np.ndarray, made: np.ndarray, scores: np.ndarray) -> None:

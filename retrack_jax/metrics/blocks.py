@@ -1,5 +1,6 @@
 """Many images through a network: in calls of so few that memory depends on neither their number nor their size, with progress."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,12 @@ def images_per_call(image_shape: tuple[int, ...]) -> int:
 def shown_progress(desc: str, total: int):
     """Returns a progress bar over `total` images, to be updated by hand; with an empty `desc` it shows nothing."""
     return progress([], desc, total=total, is_main=bool(desc) and parallel.is_main_process(), unit="img")
+
+
+@functools.lru_cache(maxsize=32)
+def mapped(function: Callable, in_axes: tuple[int | None, ...], **static) -> Callable:
+    """Returns `function` with the keyword arguments `static`, mapped over devices; the same arguments give the same program."""
+    return parallel.pmap(functools.partial(function, **static), in_axes=in_axes, out_axes=0)
 
 
 def in_blocks(

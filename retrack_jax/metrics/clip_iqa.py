@@ -58,20 +58,16 @@ def make_clip_iqa(towers: ClipTowers, tokenizer: ClipTokenizer, digest: str, bat
         prepare=_prepare,
         batch_size=batch_size,
     )
-    return ClipIqa(network, np.asarray(text_anchors(towers, prompt_ids(tokenizer))))
+    ids_2N = jnp.asarray(prompt_ids(tokenizer))
+    anchors_2D = towers.text.apply({"params": towers.text_params}, ids_2N, method="pooled")
+    return ClipIqa(network, np.asarray(anchors_2D / jnp.linalg.norm(anchors_2D, axis=-1, keepdims=True)))
 
 
-def prompt_ids(tokenizer: ClipTokenizer, prompts=PROMPTS) -> np.ndarray:
-    """Returns int32 `[P, 77]`, padded with zeros, with whatever id the tokenizer pads."""
-    ids = tokenizer(prompts)
+def prompt_ids(tokenizer: ClipTokenizer) -> np.ndarray:
+    """Returns int32 `[2, 77]`, padded with zeros, with whatever id the tokenizer pads."""
+    ids = tokenizer(PROMPTS)
     is_end = ids == tokenizer.eos_id
     return np.where(np.cumsum(is_end, axis=1) - is_end > 0, 0, ids)
-
-
-def text_anchors(towers: ClipTowers, ids_PN: np.ndarray) -> Array:
-    """Returns float32 `[P, D]`: the prompts' features, each of length 1 (equation 2)."""
-    features_PD = towers.text.apply({"params": towers.text_params}, jnp.asarray(ids_PN), method="pooled")
-    return features_PD / jnp.linalg.norm(features_PD, axis=-1, keepdims=True)
 
 
 def score(features_ND: Array, anchors_2D: Array) -> Array:

@@ -13,7 +13,7 @@ from retrack_jax.metrics.fid import fid, unstable_reason
 from retrack_jax.metrics.inception_score import inception_score
 from retrack_jax.metrics.kid import kid
 from retrack_jax.metrics.moments import Moments, moments_of
-from retrack_jax.metrics.precision_recall import precision_recall
+from retrack_jax.metrics.precision_recall import NEIGHBORS, precision_recall
 
 FEATURE_METRICS = ("fid", "kid", "inception_score", "precision", "recall")
 MAX_ROWS = 10_000  # KID, precision and recall take at most this many rows of a set; FID takes all.
@@ -41,13 +41,8 @@ class FeatureStats:
 
 
 def feature_stats(network: FeatureNetwork, images, desc: str = "") -> FeatureStats:
-    """Returns the statistics of `images` `[N, H, W, C]`, uint8 or floats in [0, 1], from one pass over them.
-
-    `desc` is the label of the progress bar; without it there is none.
-
-    Raises:
-      UserError: NaN in images, a shape the network does not take, fewer than two images.
-    """
+    """Returns the statistics of `images` `[N, H, W, C]` from one pass over them; arguments and errors as `FeatureNetwork`'s
+    call."""
     outputs = network(images, desc)
     return stats_of(outputs["features"], outputs.get("logits"), network.description)
 
@@ -91,7 +86,7 @@ def evaluate_features(
     values: dict[str, float] = {}
     notes = {"features": samples.network, "num_samples": samples.moments.count, "num_reference": reference.moments.count}
     if "fid" in wanted:
-        values["fid"] = fid(samples.moments, reference.moments, warn=False)
+        values["fid"] = fid(samples.moments, reference.moments)
         warning = unstable_reason(samples.moments.count, reference.moments.count, len(samples.moments.mean))
         if warning:
             notes["fid_warning"] = warning
@@ -107,10 +102,10 @@ def evaluate_features(
         values["inception_score"] = score.mean
         notes |= {"inception_score_std": score.std, "inception_score_splits": score.num_splits}
     if "precision" in wanted or "recall" in wanted:
-        shares = precision_recall(samples.rows, reference.rows)
-        both = {"precision": shares.precision, "recall": shares.recall}
-        values |= {name: value for name, value in both.items() if name in wanted}
-        notes["precision_recall"] = f"k = {shares.k}, {shares.num_samples} samples and {shares.num_reference} reference images"
+        shares = precision_recall(samples.rows, reference.rows)._asdict()
+        values |= {name: value for name, value in shares.items() if name in wanted}
+        sides = f"{len(samples.rows)} samples and {len(reference.rows)} reference images"
+        notes["precision_recall"] = f"k = {NEIGHBORS}, {sides}"
     return values, notes
 
 
@@ -119,24 +114,16 @@ def cached_feature_stats(
     images,
     data_digest: str,
     cache_dir,
-    *,
-    transform: str = "none",
     desc: str = "",
 ) -> FeatureStats:
-    """Returns `feature_stats`, read from `cache_dir` if they were computed before.
+    """Returns `feature_stats`, read from the folder `cache_dir` if they were computed before.
 
-    The key names the data, the transform (what was done to the data before this: a crop, a choice of rows), and the network
-    with its resize rule. A file that cannot be read is computed again.
-
-    Args:
-      data_digest: SHA-256 of the images.
-      cache_dir: the cache's folder.
-      desc: as in `feature_stats`.
+    The key names the data by the images' SHA-256 `data_digest`, and the network with its resize rule. A file that cannot be read
+    is computed again.
     """
     key = {
         "version": _CACHE_VERSION,
         "data": data_digest,
-        "transform": transform,
         "network": network.name,
         "weights": network.digest,
         "resize": network.resize,

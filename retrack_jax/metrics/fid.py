@@ -9,31 +9,21 @@ With fewer images than dimensions, S_1 S_2 is singular: `sqrtm` would return com
 columns.
 """
 
-import warnings
-
 import numpy as np
 
 from retrack_jax.checks import check
 from retrack_jax.metrics.moments import Moments
 
 
-def fid(samples: Moments, reference: Moments, *, warn: bool = True) -> float:
+def fid(samples: Moments, reference: Moments) -> float:
     """Returns the Fréchet distance (equation 1) of two sets of features, in squared feature units.
 
-    Args:
-      samples: moments of the generated images' features.
-      reference: moments of the real images' features, from the same network and resize rule.
-      warn: whether to warn when there are fewer images than the covariance has dimensions.
-
-    Raises:
-      UserError: fewer than two images, or numbers of dimensions that differ.
+    Both must be of one network and resize rule. Raises `UserError` for fewer than two images, or dimensions that differ.
     """
     check(
         len(samples.mean) == len(reference.mean),
         f"FID of {len(samples.mean)} against {len(reference.mean)} dimensions; use one feature network for both",
     )
-    if warn and (reason := unstable_reason(samples.count, reference.count, len(samples.mean))):
-        warnings.warn(reason, stacklevel=2)
     mean_1, cov_1 = samples.compute()
     mean_2, cov_2 = reference.compute()
     cross = trace_sqrt_product(cov_1, cov_2)

@@ -12,20 +12,17 @@ among MNIST's digits it is 10, and the nearest digit lies at 11.49. Samples are 
 
 import numpy as np
 
-from retrack_jax.checks import check, check_int, check_number
+from retrack_jax.checks import check, check_int
 from retrack_jax.metrics.arrays import unit_images
 from retrack_jax.neighbors.distinct import distinct_rows
 
 
 def target_distances(samples, targets) -> np.ndarray:
-    """Returns the L2 distance of each sample to the nearest target (equation 1).
+    """Returns the L2 distance of each sample to the nearest target (equation 1), float64 `[N]`, over pixels in [0, 1].
 
     Args:
       samples: `[N, H, W, C]`, floats in [0, 1] or uint8 (divided by 255).
-      targets: `[F, H, W, C]` or `[H, W, C]`, the forgotten images, floats in [0, 1] or uint8.
-
-    Returns:
-      float64 `[N]`, in units of pixels in [0, 1].
+      targets: `[F, H, W, C]` or `[H, W, C]`, the forgotten images, alike.
 
     Raises:
       UserError: NaN in samples, or shapes that differ.
@@ -48,21 +45,6 @@ def target_distances(samples, targets) -> np.ndarray:
             distance = np.sqrt(np.einsum("nd,nd->n", block, block))
             np.minimum(nearest[start : start + 1024], distance, out=nearest[start : start + 1024])
     return nearest
-
-
-def frequency(samples, targets, threshold: float) -> float:
-    """Returns the share of samples, in [0, 1], that lie nearer than `threshold` to a target (equation 2).
-
-    Args:
-      samples: `[N, H, W, C]`, floats in [0, 1] or uint8.
-      targets: `[F, H, W, C]` or `[H, W, C]`.
-      threshold: L2 distance over pixels in [0, 1], above 0.
-
-    Raises:
-      UserError: NaN in samples, shapes that differ, a threshold that is not a positive number.
-    """
-    check_number("threshold", threshold, 0.0, above=True)
-    return float(np.mean(target_distances(samples, targets) < threshold))
 
 
 def frequency_upper_bound(hits: int, num_samples: int, confidence: float = 0.95) -> float:

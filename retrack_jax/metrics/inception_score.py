@@ -26,15 +26,10 @@ class InceptionScore:
 
 
 def inception_score(logits, *, seed: int, num_splits: int = 10) -> InceptionScore:
-    """Returns the inception score of images from their logits.
+    """Returns the inception score of images from their logits `[N, classes]`.
 
-    Args:
-      logits: `[N, classes]`, N at least `num_splits`.
-      seed: decides the permutation.
-      num_splits: parts, each scored by itself (equation 2).
-
-    Raises:
-      UserError: NaN, or fewer images than splits.
+    `seed` decides the permutation; each of the `num_splits` parts is scored by itself (equation 2). Raises `UserError` for NaN or
+    fewer images than splits.
     """
     logits = check_features("logits", logits)
     check_int("num_splits", num_splits, 1)

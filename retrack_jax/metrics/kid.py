@@ -27,14 +27,13 @@ class Kid:
 
 
 def kid(samples, reference, *, seed: int, num_subsets: int = 100, subset_size: int = 1000) -> Kid:
-    """Returns the kernel distance (equation 3); defaults are those of torchmetrics and torch-fidelity.
+    """Returns the kernel distance (equation 3) of features `[N, D]` and `[M, D]`; defaults are torchmetrics' and
+    torch-fidelity's.
 
     Args:
-      samples: features of the generated images `[N, D]`.
-      reference: features of the real images `[M, D]`, from the same network.
+      samples, reference: features of generated and of real images, from the same network.
       seed: decides the subsets, each drawn without replacement.
-      num_subsets: at least 1.
-      subset_size: rows per subset; fewer if a set has fewer, and the result says how many.
+      num_subsets, subset_size: a subset has fewer rows if a set has fewer, and the result says how many.
 
     Raises:
       UserError: NaN, fewer than two rows, or other dimensions.

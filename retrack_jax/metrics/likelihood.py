@@ -19,17 +19,14 @@ size, so a value does not depend on what else is in the batch. The divergence is
 `vjp` in a third of the time.
 """
 
-import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
-from retrack_jax.metrics.blocks import in_blocks
+from retrack_jax.metrics.blocks import in_blocks, mapped
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
 MODES = ("official", "continuous")
@@ -56,23 +53,19 @@ def nll_bits_per_dim(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the negative log-likelihood of each image and its standard error over probes, in bits/dim.
 
-    It is compiled once per `eps_fn` and image shape: to use it for other `params`, pass the same function object.
+    Both are float64 `[B]`; the error is None with a single probe. Compiled once per `eps_fn` and image shape: to use it for other
+    `params`, pass the same function object.
 
     Args:
-      eps_fn: `eps_fn(params, x_t [N, H, W, C], t [N]) -> eps [N, H, W, C]`, deterministic; t is int32 in the official mode
-        and float32 in the continuous one.
+      eps_fn: deterministic; its t is int32 in the official mode and float32 in the continuous one.
       params: its parameters.
-      schedule: the model's `Schedule`; it must be the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
+      schedule: must be the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
       images: `[B, H, W, C]` in [-1, 1].
       rng: decides the probes; image i and probe j take `fold_in(fold_in(rng, i), j)`.
       num_probes: independent probes per image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
-      batch_size: the most pairs of image and probe per device and call; None chooses by the images' size (metrics/blocks.py).
-      desc: the label of the progress bar; without it there is none.
-
-    Returns:
-      bits `[B]` float64, and their standard errors `[B]` float64, or None with a single probe.
+      batch_size, desc: as in `in_blocks`, for pairs of image and probe.
 
     Raises:
       UserError: an unknown mode, another schedule, a continuous t for a model whose eps needs the table, non-finite images, or an
@@ -88,7 +81,8 @@ def nll_bits_per_dim(
     _check_schedule(schedule, mode)
     images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
-    p_log_likelihoods = _p_log_likelihoods(eps_fn, mode, float(rtol), float(atol))
+    options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
+    p_log_likelihoods = mapped(_log_likelihoods, (None, None, 0, None, 0, 0), **options)
 
     def log_likelihoods(pairs: np.ndarray) -> Array:
         numbers, probes = pairs // num_probes, pairs % num_probes
@@ -100,19 +94,12 @@ def nll_bits_per_dim(
     log_p = log_p.astype(np.float64).reshape(len(images), num_probes)
     if not np.isfinite(log_p).all():
         raise UserError(
-            f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise "
-            "prediction is not finite "
-            "or far from smooth; look at its samples, or raise the tolerance"
+            f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise prediction is "
+            "not finite or far from smooth; look at its samples, or raise the tolerance"
         )
     bits = -log_p / (math.log(2.0) * math.prod(images.shape[1:])) + OFFSET
     stderr = bits.std(axis=1, ddof=1) / math.sqrt(num_probes) if num_probes > 1 else None
     return bits.mean(axis=1), stderr
-
-
-@functools.lru_cache(maxsize=8)
-def _p_log_likelihoods(eps_fn: ModelEpsFn, mode: str, rtol: float, atol: float) -> Callable:
-    log_likelihoods = functools.partial(_log_likelihoods, eps_fn=eps_fn, mode=mode, rtol=rtol, atol=atol)
-    return parallel.pmap(log_likelihoods, in_axes=(None, None, 0, None, 0, 0), out_axes=0)
 
 
 def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, eps_fn, mode, rtol, atol, fixed_step=None):
@@ -146,7 +133,7 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, ep
             t1=1.0,
             dt0=_FIRST_STEP if fixed_step is None else fixed_step,
             y0=(image, jnp.zeros((), image.dtype)),
-            args=_probe(jax.random.fold_in(image_rng, probe), image),
+            args=jax.random.rademacher(jax.random.fold_in(image_rng, probe), image.shape, image.dtype),
             stepsize_controller=controller,
             adjoint=diffrax.ForwardMode(),
             max_steps=_MAX_STEPS,
@@ -157,10 +144,6 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, ep
         return jnp.where(solution.result == diffrax.RESULTS.successful, prior + divergence, jnp.nan)
 
     return jax.vmap(solve)(images_BHWC, number_B, probe_B)
-
-
-def _probe(rng: Rng, like: Array) -> Array:
-    return jax.random.rademacher(rng, like.shape, like.dtype)
 
 
 def _label_and_std(s: Array, sigma_T: Array, mode: str) -> tuple[Array, Array]:

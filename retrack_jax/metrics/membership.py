@@ -17,8 +17,7 @@ as the T-shirt, even a model that never saw it has an AUC of 0.0. There, the los
 were retrained without it.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,8 +27,8 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
 from retrack_jax.diffusion.conversions import add_noise, eps_to_x0
-from retrack_jax.metrics.blocks import in_blocks
-from retrack_jax.notation import ModelEpsFn, PyTree, Rng
+from retrack_jax.metrics.blocks import in_blocks, mapped
+from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
 T_SEC, INTERVAL = 100, 10  # of equation 2: the paper's for CIFAR-10
 
@@ -59,36 +58,26 @@ def denoising_losses(
     takes t from the j-th of `num_noises` equal parts of [0, T): every image sees all parts of the schedule.
 
     Args:
-      eps_fn: `eps_fn(params, x_t [B, H, W, C], t [B] int32) -> eps`; pass the same function object to reuse what is compiled.
-      params: its parameters.
-      schedule: the model's `Schedule`.
+      eps_fn: pass the same function object to reuse what is compiled.
+      params, schedule: of the model.
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws per image.
-      batch_size: the most pairs of image and draw per device and call; None chooses by the images' size (metrics/blocks.py).
-      desc: the label of the progress bar; without it there is none.
+      batch_size, desc: as in `in_blocks`, for pairs of image and draw.
 
     Raises:
       Diverged: a loss that is not finite.
     """
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
-    p_losses = _p_pair_losses(eps_fn, num_noises)
-    losses = in_blocks(
-        lambda pairs: p_losses(params, schedule, images, rng, pairs),
-        len(images) * num_noises,
-        images.shape[1:],
-        batch_size,
-        desc,
-    ).astype(np.float64)
+    p_losses = mapped(_pair_losses, (None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
+
+    def of_pairs(pairs: np.ndarray) -> Array:
+        return p_losses(params, schedule, images, rng, pairs)
+
+    losses = in_blocks(of_pairs, len(images) * num_noises, images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
-
-
-@functools.lru_cache(maxsize=8)
-def _p_pair_losses(eps_fn: ModelEpsFn, num_noises: int) -> Callable:
-    losses = functools.partial(_pair_losses, eps_fn=eps_fn, num_noises=num_noises)
-    return parallel.pmap(losses, in_axes=(None, None, None, None, 0), out_axes=0)
 
 
 def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noises):
@@ -126,33 +115,22 @@ def secmi_scores(
 ) -> np.ndarray:
     """Returns the SecMI-style score of each image (equation 2), float64 `[N]`; deterministic.
 
-    Args:
-      eps_fn, params, schedule, images: as in `denoising_losses`.
-      t_sec: the timestep of the error, a multiple of `interval`.
-      interval: k of equation 2.
-      batch_size: the most images per device and call; None chooses by their size (metrics/blocks.py).
-      desc: as in `denoising_losses`.
-
-    Raises:
-      UserError: timesteps outside the schedule; `Diverged` for a score that is not finite.
+    `t_sec` is the timestep of the error, a multiple of `interval`, which is k of equation 2. The other arguments are as in
+    `denoising_losses`. Raises `UserError` for timesteps outside the schedule, `Diverged` for a score that is not finite.
     """
     num_timesteps = len(schedule.gamma)
     check_int("interval", interval, 1)
     check_int("t_sec", t_sec, 0, num_timesteps - 1 - interval)
     check(t_sec % interval == 0, f"t_sec is {t_sec}; it must be a multiple of interval, {interval}")
     images = np.asarray(images, np.float32)
-    p_t_error = _p_t_error(eps_fn, t_sec, interval)
-    errors = in_blocks(
-        lambda rows: p_t_error(params, schedule, images[rows]), len(images), images.shape[1:], batch_size, desc
-    ).astype(np.float64)
+    p_t_error = mapped(_t_error, (None, None, 0), eps_fn=eps_fn, t_sec=t_sec, interval=interval)
+
+    def of_rows(rows: np.ndarray) -> Array:
+        return p_t_error(params, schedule, images[rows])
+
+    errors = in_blocks(of_rows, len(images), images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("SecMI score", errors)
     return -errors
-
-
-@functools.lru_cache(maxsize=8)
-def _p_t_error(eps_fn: ModelEpsFn, t_sec: int, interval: int) -> Callable:
-    error = functools.partial(_t_error, eps_fn=eps_fn, t_sec=t_sec, interval=interval)
-    return parallel.pmap(error, in_axes=(None, None, 0), out_axes=0)
 
 
 def _t_error(params, schedule, x_0, *, eps_fn, t_sec, interval):
@@ -177,14 +155,10 @@ def auc(members, held_out) -> float:
 
 
 def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, confidence: float = 0.95) -> Auc:
-    """Returns the AUC and its bootstrap interval, for which both sets are drawn again with replacement.
+    """Returns the AUC of scores of forgotten (once trained-on) images `[N]` against held-out ones `[M]`, and its interval.
 
-    Args:
-      members: scores of the forgotten (once trained-on) images, `[N]`.
-      held_out: scores of exchangeable images that no model saw, `[M]`.
-      seed: decides the draws.
-      num_bootstrap: how many times the sets are drawn.
-      confidence: the share of those AUCs that the interval holds.
+    The interval holds the share `confidence` of `num_bootstrap` AUCs of both sets drawn again with replacement; `seed` decides
+    these draws. The held-out images must be exchangeable with the others, and no model may have seen them.
     """
     members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
     _check_finite("membership score", np.concatenate([members, held_out]))

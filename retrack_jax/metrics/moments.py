@@ -9,6 +9,7 @@ Equations, for two parts a and b with counts n, means m and scatter matrices M =
 Each part is centered before its product: sum(x x^T) - n m m^T would lose digits by cancellation.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,34 +20,16 @@ from retrack_jax.metrics.arrays import check_features
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean `[D]` and scatter `[D, D]` of the rows seen so far, all float64. `update` and `merge` return new ones."""
+    """Count, mean `[D]` and scatter `[D, D]` of some rows, all float64."""
 
     count: int
     mean: np.ndarray
     scatter: np.ndarray
 
-    @classmethod
-    def empty(cls, num_features: int) -> "Moments":
-        """Returns the accumulator of no rows."""
-        return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
-
-    def update(self, features) -> "Moments":
-        """Returns the accumulator after `features` `[N, D]`. Raises `UserError` for NaN or another D."""
-        features = check_features("features", features).astype(np.float64)
-        check(
-            features.shape[1] == len(self.mean),
-            f"features have {features.shape[1]} dimensions, earlier ones {len(self.mean)}; use one feature network",
-        )
-        mean = features.mean(axis=0)
-        centered = features - mean
-        return self.merge(Moments(len(features), mean, centered.T @ centered))
-
     def merge(self, other: "Moments") -> "Moments":
-        """Returns the accumulator of the rows of both (equations 1 to 3)."""
+        """Returns the moments of the rows of both (equations 1 to 3). Raises `UserError` for another D."""
         if len(self.mean) != len(other.mean):
             raise UserError(f"moments of {len(self.mean)} and {len(other.mean)} dimensions do not merge; use one feature network")
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
         count = self.count + other.count
         shift = other.mean - self.mean
         mean = self.mean + shift * (other.count / count)
@@ -62,7 +45,11 @@ class Moments:
 def moments_of(features, block: int = 4096) -> Moments:
     """Returns the moments of features `[N, D]`, `block` rows at a time so that the float64 copy stays small."""
     features = check_features("features", features)
-    moments = Moments.empty(features.shape[1])
-    for start in range(0, len(features), block):
-        moments = moments.update(features[start : start + block])
-    return moments
+
+    def of_block(start: int) -> Moments:
+        rows = features[start : start + block].astype(np.float64)
+        mean = rows.mean(axis=0)
+        centered = rows - mean
+        return Moments(len(rows), mean, centered.T @ centered)
+
+    return functools.reduce(Moments.merge, map(of_block, range(0, len(features), block)))

@@ -10,37 +10,28 @@ float32 products of features that are centered on the mean of the reference: oth
 cancellation in clusters far from 0.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from retrack_jax.checks import check, check_int
 from retrack_jax.metrics.arrays import check_features
 
+NEIGHBORS = 3  # k of the paper
 _BLOCK = 2048
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Both shares, in [0, 1], the k of the manifolds and the rows on each side."""
+class PrecisionRecall(NamedTuple):
+    """Both shares, in [0, 1]."""
 
     precision: float
     recall: float
-    k: int
-    num_samples: int
-    num_reference: int
 
 
-def precision_recall(samples, reference, *, k: int = 3) -> PrecisionRecall:
-    """Returns precision and recall (equations 1 and 2).
+def precision_recall(samples, reference, *, k: int = NEIGHBORS) -> PrecisionRecall:
+    """Returns precision and recall (equations 1 and 2) of features `[N, D]` and `[M, D]` of one network.
 
-    Args:
-      samples: features `[N, D]`, N > k.
-      reference: features `[M, D]`, M > k, from the same network. Equal N and M make the two shares comparable.
-      k: neighbors that span a manifold.
-
-    Raises:
-      UserError: NaN, too few rows for k, or other dimensions.
+    Equal N and M, both above k, make the two shares comparable. Raises `UserError` for NaN, too few rows, or other dimensions.
     """
     x, y = check_features("samples' features", samples), check_features("reference features", reference)
     check_int("k", k, 1)
@@ -58,7 +49,7 @@ def precision_recall(samples, reference, *, k: int = 3) -> PrecisionRecall:
         distance = _squared_distances(x[rows], x_sq[rows], y, y_sq)
         inside_reference[rows] = (distance <= y_radius).any(axis=1)
         inside_samples |= (distance <= x_radius[rows, None]).any(axis=0)
-    return PrecisionRecall(float(inside_reference.mean()), float(inside_samples.mean()), k, len(x), len(y))
+    return PrecisionRecall(float(inside_reference.mean()), float(inside_samples.mean()))
 
 
 def _squared_distances(a: np.ndarray, a_sq: np.ndarray, b: np.ndarray, b_sq: np.ndarray) -> np.ndarray:

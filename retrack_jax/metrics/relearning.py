@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retrack_jax.checks import Diverged, check, check_choice
-
-DIRECTIONS = ("rises", "falls")
+from retrack_jax.checks import Diverged, check
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,10 @@ def relearning_curve(
     """Returns the metric along fine-tuning.
 
     Args:
-      train: `train(state, first_step, num_steps) -> state`, pure. The step numbers decide its batches, so that a curve can be
-        computed again.
+      train: `train(state, first_step, num_steps) -> state`, pure. The step numbers decide its batches.
       measure: `measure(state) -> float`.
       state: where fine-tuning starts.
-      steps: increasing numbers of steps after which to measure; 0 is always measured.
+      steps: rising numbers of steps after which to measure; 0 is always measured.
 
     Raises:
       UserError: steps that do not rise; `Diverged` for a value that is not finite.
@@ -61,18 +58,9 @@ def relearning_curve(
     return RelearningCurve((0, *steps), tuple(values))
 
 
-def relearning_steps(curve: RelearningCurve, threshold: float, direction: str) -> RelearningSteps:
-    """Returns how many steps it takes the curve to reach `threshold`.
-
-    Args:
-      curve: from `relearning_curve`.
-      threshold: the value that counts as "back", such as half the pretrained model's frequency.
-      direction: `rises` for a metric that grows as the image comes back (frequency, SSCD), `falls` for one that shrinks (loss,
-        NLL).
-    """
-    check_choice("direction", direction, DIRECTIONS)
-    sign = 1.0 if direction == "rises" else -1.0
-    distance = sign * (np.asarray(curve.values) - threshold)
+def relearning_steps(curve: RelearningCurve, threshold: float) -> RelearningSteps:
+    """Returns how many steps it takes the curve to fall to `threshold`, such as twice the pretrained model's loss."""
+    distance = threshold - np.asarray(curve.values)
     back = np.flatnonzero(distance >= 0)
     if not len(back):
         return RelearningSteps(float(curve.steps[-1]), True)

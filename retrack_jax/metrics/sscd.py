@@ -44,7 +44,7 @@ def sscd(embed: Callable, images, targets) -> np.ndarray:
     Args:
       embed: the feature network, images -> `{"features": [N, D]}`.
       images: `[N, H, W, C]`, floats in [0, 1] (taken as floor(255 x)) or uint8.
-      targets: `[N, H, W, C]`, one per image, or `[1, H, W, C]` for all; floats or uint8 like `images`.
+      targets: alike, one per image, or `[1, H, W, C]` for all.
 
     Raises:
       UserError: NaN, or shapes that do not pair.

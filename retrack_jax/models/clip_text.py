@@ -4,7 +4,6 @@ Layers and parameters have the names of transformers' `CLIPTextModel`; the reade
 these. Padding is not masked: the causal mask hides it from every earlier token, and Stable Diffusion attends to it on purpose.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -61,9 +60,8 @@ class ClipMlp(nn.Module):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipLayerOptions:
-    """What all layers of one encoder have in common; the names are those of transformers' `CLIPTextConfig`."""
+class ClipLayer(nn.Module):
+    """A pre-norm transformer layer; the names of its fields are those of transformers' `CLIPTextConfig`."""
 
     num_attention_heads: int
     intermediate_size: int
@@ -71,20 +69,12 @@ class ClipLayerOptions:
     layer_norm_eps: float
     dtype: Any = jnp.float32
 
-
-class ClipLayer(nn.Module):
-    """A pre-norm transformer layer."""
-
-    options: ClipLayerOptions
-
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        options = self.options
-        norm = {"epsilon": options.layer_norm_eps, "dtype": options.dtype}
-        attention = ClipAttention(options.num_attention_heads, options.dtype, name="self_attn")
-        mlp = ClipMlp(options.intermediate_size, options.hidden_act, options.dtype, name="mlp")
-        x = x + attention(LayerNorm(**norm, name="layer_norm1")(x))
-        return x + mlp(LayerNorm(**norm, name="layer_norm2")(x))
+        attention = ClipAttention(self.num_attention_heads, self.dtype, name="self_attn")
+        mlp = ClipMlp(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")
+        x = x + attention(LayerNorm(self.layer_norm_eps, self.dtype, name="layer_norm1")(x))
+        return x + mlp(LayerNorm(self.layer_norm_eps, self.dtype, name="layer_norm2")(x))
 
 
 class ClipTextEncoder(nn.Module):
@@ -113,26 +103,20 @@ class ClipTextEncoder(nn.Module):
         kind = config.get("model_type", "clip_text_model")
         check(kind == "clip_text_model", f"text encoder config: model_type is {kind!r}; only clip_text_model is supported")
         masked = config.get("use_attention_mask", False)
-        check(
-            not masked, "text encoder config: use_attention_mask is true; only encoders that attend to padding are supported"
-        )
+        check(not masked, "text encoder config: use_attention_mask is true; only encoders that attend to padding are supported")
         fields = {key: config[key] for key in _FIELDS if key in config}
         module = cls(**{**fields, **overrides})
         check_choice("text encoder config: hidden_act", module.hidden_act, _ACTIVATIONS)
         for name in _FIELDS[:6]:
             check_int(f"text encoder config: {name}", getattr(module, name))
-        whole = module.hidden_size % module.num_attention_heads == 0
-        check(
-            whole,
-            f"text encoder config: hidden_size {module.hidden_size} does not split into {module.num_attention_heads} heads",
-        )
+        size, heads = module.hidden_size, module.num_attention_heads
+        check(size % heads == 0, f"text encoder config: hidden_size {size} does not split into {heads} heads")
         return module
 
     def setup(self):
         self.embeddings = ClipEmbeddings(self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype)
-        names = [field.name for field in dataclasses.fields(ClipLayerOptions)]
-        options = ClipLayerOptions(**{name: getattr(self, name) for name in names})
-        self.encoder = ClipLayers(self.num_hidden_layers, options)
+        layer = (self.num_attention_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.dtype)
+        self.encoder = ClipLayers(self.num_hidden_layers, layer)
         self.final_layer_norm = LayerNorm(self.layer_norm_eps, self.dtype)
         if self.projection_dim is not None:
             self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
@@ -169,13 +153,13 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipLayers(nn.Module):
-    """The stack of transformer layers."""
+    """The stack of transformer layers; `layer` holds the fields of each."""
 
     num_layers: int
-    options: ClipLayerOptions
+    layer: tuple
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for index in range(self.num_layers):
-            x = ClipLayer(self.options, name=f"layers_{index}")(x)
+            x = ClipLayer(*self.layer, name=f"layers_{index}")(x)
         return x

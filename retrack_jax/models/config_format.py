@@ -3,12 +3,16 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from retrack_jax.checks import UserError, check, check_choice, suggestion
 
 # Fields of our modules that diffusers' config does not have.
 _OWN_FIELDS = ("parent", "name", "dtype", "remat")
+# What diffusers' EMAModel adds to the config of the network that it averages.
+_EMA_KEYS = (
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power", "foreach"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class ConfigFormat:
     passed_over: tuple[str, ...] = ()
 
     def read(self, module_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the fields that `config` sets, lists as tuples; keys that start with an underscore are ignored.
+        """Returns the fields that `config` sets, lists as tuples. Ignores keys with a leading underscore or of an averaged model.
 
         Raises:
           UserError: the config is another class's, or has an unknown key, or an option that is not supported.
@@ -35,7 +39,7 @@ class ConfigFormat:
         check(name == self.class_name, f"the config is of a {name}; only {self.class_name} is read here")
         known, values = set(_config_fields(module_class)), {}
         for key, value in config.items():
-            if key.startswith("_") or key in self.passed_over:
+            if key.startswith("_") or key in self.passed_over + _EMA_KEYS:
                 continue
             if key in self.fixed:
                 only = json.dumps(self.fixed[key])
@@ -54,20 +58,45 @@ class ConfigFormat:
         return {"_class_name": self.class_name} | values | lists | self.fixed
 
 
+class Configured:
+    """A Linen module that diffusers has too: subclasses set `config_format` and define `check_options()`."""
+
+    config_format: ClassVar[ConfigFormat]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **own_fields) -> Self:
+        """Returns the module for diffusers' `config.json` as a dict; `own_fields` sets `dtype` and `remat`.
+
+        Raises:
+          UserError: the config is another class's, or has an unknown key, or an option that is not supported.
+        """
+        module = cls(**cls.config_format.read(cls, config), **own_fields)
+        module.check_options()
+        return module
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns diffusers' `config.json` of this network, every option spelled out."""
+        return self.config_format.write(self)
+
+
 def check_block_types(module, *, plain=str, **kinds) -> None:
     """Raises `UserError` unless each field that `kinds` names has one entry per block, and each entry is one of its kinds.
 
-    `plain` maps an entry to the name that is compared.
+    Also checks the widths of the blocks and that the groups of the norms divide them. `plain` maps an entry to the name that is
+    compared.
     """
-    widths = module.block_out_channels
+    widths, groups, owner = module.block_out_channels, module.norm_num_groups, type(module).__name__
     whole = isinstance(widths, (tuple, list)) and all(isinstance(width, int) and width > 0 for width in widths)
     check(whole, f"block_out_channels is {widths!r}; it must be a list of whole numbers above 0")
-    blocks = len(widths)
     for field, allowed in kinds.items():
         types = getattr(module, field)
-        check(len(types) == blocks, f"{field} has {len(types)} entries, block_out_channels {blocks}; they must be as many")
+        whole = len(types) == len(widths)
+        check(whole, f"{field} has {len(types)} entries, block_out_channels {len(widths)}; they must be as many")
         for entry in types:
             check_choice(f"an entry of {field}", plain(entry), allowed)
+    for width in widths:
+        whole = isinstance(groups, int) and groups > 0 and width % groups == 0
+        check(whole, f"{owner}'s norm_num_groups is {groups!r}; it must divide {width} channels")
 
 
 def _config_fields(module_class: type) -> list[str]:

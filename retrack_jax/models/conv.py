@@ -18,7 +18,6 @@ class Conv(nn.Module):
       kernel_size: side of the square kernel.
       strides: the same stride along both axes.
       padding: pixels of zeros on every side, or ((top, bottom), (left, right)).
-      use_bias: whether to add a bias.
       dtype: the dtype that the convolution computes in; parameters stay float32.
     """
 
@@ -26,7 +25,6 @@ class Conv(nn.Module):
     kernel_size: int = 3
     strides: int = 1
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
-    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -36,7 +34,5 @@ class Conv(nn.Module):
         pair = (self.padding, self.padding)
         padding = (pair, pair) if isinstance(self.padding, int) else tuple(tuple(side) for side in self.padding)
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), strides=self.strides, padding=padding)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-            y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
-        return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)

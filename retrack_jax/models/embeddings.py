@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import check_choice
 from retrack_jax.notation import Array
 
 
@@ -46,8 +46,7 @@ _ACTIVATIONS = {
 
 def activation(act_fn: str):
     """Returns the function with diffusers' name `act_fn`; raises `UserError` for an unknown name."""
-    if act_fn not in _ACTIVATIONS:
-        raise UserError(f"act_fn is {act_fn!r}; choose one of {', '.join(_ACTIVATIONS)}")
+    check_choice("act_fn", str(act_fn), _ACTIVATIONS)
     return _ACTIVATIONS[act_fn]
 
 

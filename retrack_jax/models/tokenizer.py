@@ -49,12 +49,8 @@ class ClipTokenizer:
     backend: Any
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns int32 ids `[N, length]`: start, at most `length - 2` pieces of words, end, padding.
-
-        Raises `UserError` if `prompts` is not a list of strings.
-        """
-        if isinstance(prompts, str):
-            raise UserError("prompts is one string; pass a list of prompts")
+        """Returns int32 ids `[N, length]`: start, pieces of words, end, padding. Raises `UserError` unless all are strings."""
+        check(not isinstance(prompts, str), "prompts is one string; pass a list of prompts")
         for index, prompt in enumerate(prompts):
             check(isinstance(prompt, str), f"prompt {index} is {prompt!r}; a prompt must be a string")
         encoded = self.backend.encode_batch(list(prompts))
@@ -132,19 +128,11 @@ def _add_special(backend, special: dict[str, dict]) -> None:
 def _bpe(folder, unknown: str):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    vocabulary = read_json(folder / "vocab.json")
-    lines = [line for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n") if line]
-    lines = [line for index, line in enumerate(lines) if not (index == 0 and line.startswith("#version"))]
-    merges = [tuple(line.split(" ")) for line in lines]
-    for number, merge in enumerate(merges):
-        check(
-            len(merge) == 2,
-            f"{folder / 'merges.txt'}: entry {number + 1} is {lines[number]!r}, not two pieces; download it again",
-        )
+    read_json(folder / "vocab.json")  # for its errors, which are plainer
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    options = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "unk_token": unknown}
     try:
-        model = models.BPE(
-            vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown
-        )
+        model = models.BPE.from_file(*files, **options)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
             f"{folder}: vocab.json and merges.txt do not belong together ({error}); take both from one checkpoint"

@@ -7,7 +7,6 @@
     (3) x = decoder(post_quant_conv(latent / scaling_factor))
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,34 +14,14 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import check, check_int, check_number
 from retrack_jax.models.attention import GroupNorm
-from retrack_jax.models.blocks import DownBlock2D, ResnetOptions, UNetMidBlock2D
-from retrack_jax.models.config_format import ConfigFormat, check_block_types
+from retrack_jax.models.blocks import AttentionOptions, DownBlock2D, UNetMidBlock2D, UpBlock2D
+from retrack_jax.models.config_format import ConfigFormat, Configured, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import activation, silu
-from retrack_jax.models.resnet import Upsample2D
+from retrack_jax.models.resnet import ResnetOptions
 from retrack_jax.notation import Array
 
-_FORMAT = ConfigFormat(
-    class_name="AutoencoderKL",
-    fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
-    passed_over=("force_upcast",),  # advice on precision, which is the user's choice here
-)
 _EPS = 1e-6
-
-
-class UpDecoderBlock2D(nn.Module):
-    """Residual blocks without a time embedding, then doubling if `upsample`."""
-
-    out_channels: int
-    num_layers: int
-    options: ResnetOptions
-    upsample: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.num_layers):
-            x = self.options.resnet(self.out_channels, f"resnets_{i}")(x, None, True)
-        return Upsample2D(self.out_channels, self.options.dtype, name="upsamplers_0")(x) if self.upsample else x
 
 
 class _Half(nn.Module):
@@ -52,7 +31,7 @@ class _Half(nn.Module):
     layers_per_block: int
     out_channels: int
     options: ResnetOptions
-    add_attention: bool
+    attention: AttentionOptions | None
 
 
 class Encoder(_Half):
@@ -63,12 +42,9 @@ class Encoder(_Half):
         channels, options = self.block_out_channels, self.options
         x = Conv(channels[0], 3, padding=1, dtype=options.dtype, name="conv_in")(x)
         for i, width in enumerate(channels):
-            resampler = "conv" if i < len(channels) - 1 else None
-            block = DownBlock2D(
-                width, self.layers_per_block, options, resampler=resampler, downsample_padding=0, name=f"down_blocks_{i}"
-            )
-            x, _ = block(x, None, True)
-        x = UNetMidBlock2D(options, self.add_attention, channels[-1], name="mid_block")(x, None, True)
+            fields = (self.layers_per_block, options, None, "conv" if i < len(channels) - 1 else None, 0)
+            x, _ = DownBlock2D(width, *fields, name=f"down_blocks_{i}")(x, None)
+        x = UNetMidBlock2D(options, self.attention, name="mid_block")(x, None)
         return _out(options, x, self.out_channels)
 
 
@@ -79,10 +55,10 @@ class Decoder(_Half):
     def __call__(self, z: Array) -> Array:
         channels, options = self.block_out_channels[::-1], self.options
         x = Conv(channels[0], 3, padding=1, dtype=options.dtype, name="conv_in")(z)
-        x = UNetMidBlock2D(options, self.add_attention, channels[0], name="mid_block")(x, None, True)
+        x = UNetMidBlock2D(options, self.attention, name="mid_block")(x, None)
         for i, width in enumerate(channels):
-            upsample = i < len(channels) - 1
-            x = UpDecoderBlock2D(width, self.layers_per_block + 1, options, upsample, name=f"up_blocks_{i}")(x)
+            block = UpBlock2D(width, options, resampler="conv" if i < len(channels) - 1 else None, name=f"up_blocks_{i}")
+            x = block(x, [None] * (self.layers_per_block + 1), None)
         return _out(options, x, self.out_channels)
 
 
@@ -92,7 +68,7 @@ def _out(options: ResnetOptions, x: Array, features: int) -> Array:
     return Conv(features, 3, padding=1, dtype=options.dtype, name="conv_out")(x)
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Configured, nn.Module):
     """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`.
 
     Call `apply` with method "encode" or "decode".
@@ -118,24 +94,15 @@ class AutoencoderKL(nn.Module):
     mid_block_add_attention: bool = True
     dtype: jnp.dtype = jnp.float32
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **own_fields) -> "AutoencoderKL":
-        """Returns the module for diffusers' `vae/config.json` as a dict.
-
-        Raises `UserError` that names an option that is not supported.
-        """
-        module = cls(**_FORMAT.read(cls, config), **own_fields)
-        module.check_options()
-        return module
+    config_format = ConfigFormat(
+        class_name="AutoencoderKL",
+        fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
+        passed_over=("force_upcast",),  # advice on precision, which is the user's choice here
+    )
 
     def check_options(self) -> None:
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
         check_block_types(self, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",))
-        for width in self.block_out_channels:
-            check(
-                width % self.norm_num_groups == 0,
-                f"the VAE's norm_num_groups is {self.norm_num_groups}; it must divide {width} channels",
-            )
         check_int("the VAE's layers_per_block", self.layers_per_block)
         check_number("the VAE's scaling_factor", self.scaling_factor, 0, above=True)
         activation(self.act_fn)
@@ -143,7 +110,9 @@ class AutoencoderKL(nn.Module):
     def setup(self):
         options = ResnetOptions(groups=self.norm_num_groups, eps=_EPS, act_fn=self.act_fn, dtype=self.dtype)
         shape = (self.block_out_channels, self.layers_per_block)
-        attention = self.mid_block_add_attention
+        attention = None
+        if self.mid_block_add_attention:  # one head
+            attention = AttentionOptions(head_dim=None, norm_num_groups=self.norm_num_groups)
         self.encoder = Encoder(*shape, 2 * self.latent_channels, options, attention)
         self.decoder = Decoder(*shape, self.out_channels, options, attention)
         pointwise = {"kernel_size": 1, "padding": 0, "dtype": self.dtype}

@@ -31,17 +31,10 @@ class DDIM:
         """Returns the sampler."""
         t = schedule.timesteps(num_steps, spacing)
         final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar64[0]
-        now, then = (
-            schedule.alpha_bar_at(t),
-            schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final),
-        )
-        rows = float32_rows(
-            t,
-            gamma=np.sqrt(now),
-            sigma=np.sqrt(1 - now),
-            next_gamma=np.sqrt(then),
-            next_sigma=np.sqrt(1 - then),
-        )
+        now = schedule.alpha_bar_at(t)
+        then = schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final)
+        at_now = {"gamma": np.sqrt(now), "sigma": np.sqrt(1 - now)}
+        rows = float32_rows(t, **at_now, next_gamma=np.sqrt(then), next_sigma=np.sqrt(1 - then))
         return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
 
     def init(self, x: Array) -> tuple[Array]:

@@ -130,10 +130,8 @@ def generate(
         parallel.barrier("generate: parts written")
         images, missing = parallel.together(lambda: _read_parts(out_dir, fingerprint, first, num_images))
         if missing.any():
-            raise UserError(
-                f"{int(missing.sum())} of {num_images} images are missing in {out_dir}; "
-                "the processes need a workdir that they share"
-            )
+            count = f"{int(missing.sum())} of {num_images} images"
+            raise UserError(f"{count} are missing in {out_dir}; the processes need a workdir that they share")
     return images
 
 

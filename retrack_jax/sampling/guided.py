@@ -50,21 +50,6 @@ def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: A
     return guided
 
 
-def sample_guided(
-    eps_fn: ModelEpsFn,
-    params: PyTree,
-    prompt: Array,
-    negative: Array,
-    x_init: Array,
-    rngs: Rng,
-    sampler: Sampler,
-    *,
-    guidance: float,
-) -> Array:
-    """Returns latents x_0 `[B, h, w, C]` from the noise `x_init`, one key per image; traceable."""
-    return sample(guided_eps_fn(eps_fn, params, prompt, negative, guidance), x_init, rngs, sampler)
-
-
 def make_guided_sample_fn(
     eps_fn: ModelEpsFn,
     decode_fn: Callable[[PyTree, Array], Array],
@@ -84,8 +69,8 @@ def make_guided_sample_fn(
     """
 
     def sample_fn(params: GuidedParams, rngs: Rng) -> Array:
-        x_init = initial_noise(rngs, latent_shape)
-        x_0 = sample_guided(eps_fn, params.unet, params.prompt, params.negative, x_init, rngs, sampler, guidance=guidance)
+        guided = guided_eps_fn(eps_fn, params.unet, params.prompt, params.negative, guidance)
+        x_0 = sample(guided, initial_noise(rngs, latent_shape), rngs, sampler)
         return jax.lax.map(lambda one: decode_fn(params.vae, one[None])[0], x_0)
 
     return sample_fn

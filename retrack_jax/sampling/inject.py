@@ -18,13 +18,8 @@ def inject(eps_fn: EpsFn, x_0: Array, rngs: Rng, schedule: Schedule, *, t: int =
 
     Args:
       eps_fn: `eps_fn(x_t [B, ...], t [B]) -> eps`, the parameters closed over.
-      x_0: clean images [B, ...] in the space that the network denoises.
-      rngs: one key per image, [B].
-      schedule: the model's.
-      t: how far to noise, in [0, T).
-
-    Raises:
-      UserError: `t` outside the schedule.
+      x_0: clean images [B, ...] in the space that the network denoises, one key in `rngs` [B] for each.
+      t: how far to noise, in [0, T); raises `UserError` outside.
     """
     return sample(eps_fn, noised(x_0, rngs, schedule, t=t), rngs, start_at(DDPM.create(schedule), t))
 

@@ -60,11 +60,7 @@ class PNDM:
             )
         repeats = np.arange(len(t)) == 1
         final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar64[0]
-        now, then, called = (
-            schedule.alpha_bar_at(start),
-            schedule.alpha_bar_at(end, final),
-            schedule.alpha_bar_at(t),
-        )
+        now, then, called = schedule.alpha_bar_at(start), schedule.alpha_bar_at(end, final), schedule.alpha_bar_at(t)
         weights = _WEIGHTS[np.minimum(np.arange(len(t)), 4)]
         rows = float32_rows(
             t,

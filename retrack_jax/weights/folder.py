@@ -5,7 +5,7 @@ file that those libraries would load is read and the log names the others.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.files import file_digest, read_json
-from retrack_jax.weights.opening import check_regular
+from retrack_jax.weights.opening import FileTensors, check_regular
 from retrack_jax.weights.safetensors_io import SafetensorsFile
 from retrack_jax.weights.torch_reader import TorchFile
 
@@ -70,7 +70,7 @@ def _variants(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return []
 
 
-def open_weights(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> tuple[Path, Mapping[str, np.ndarray]]:
+def open_weights(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> tuple[Path, FileTensors]:
     """Returns the path of the weights in `folder` and a mapping that reads them one tensor at a time.
 
     Raises `UserError` as `find_weights` does, and if there are none or a file is missing or damaged.
@@ -81,7 +81,7 @@ def open_weights(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> tuple[Pa
     return files[0], ShardedFile(files[0]) if _is_index(files[0]) else open_file(files[0])
 
 
-def open_file(path: Path) -> Mapping[str, np.ndarray]:
+def open_file(path: Path) -> FileTensors:
     """Returns the tensors of one file by name, read when asked for: safetensors by its ending, else PyTorch's."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
@@ -146,7 +146,7 @@ def schedule_places(path) -> list[Path]:
     return places
 
 
-class ShardedFile(Mapping[str, np.ndarray]):
+class ShardedFile(FileTensors):
     """The tensors of several files under one index, `{"weight_map": {name: file}}`.
 
     Raises:
@@ -162,19 +162,10 @@ class ShardedFile(Mapping[str, np.ndarray]):
             names = ", ".join(different[:8])
             raise UserError(f"{index_path} and its files differ about {len(different)} tensors: {names}; download them again")
         self._shards = {name: shards[file] for name, file in weight_map.items()}
+        super().__init__({name: shard.shape(name) for name, shard in self._shards.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._shards[name][name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor without reading it."""
-        return self._shards[name].shape(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shards)
-
-    def __len__(self) -> int:
-        return len(self._shards)
 
 
 def _is_index(path: Path) -> bool:

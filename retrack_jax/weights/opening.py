@@ -1,8 +1,11 @@
-"""How a file of weights is opened: regular files only, and Git LFS pointers are named as what they are."""
+"""How files of weights are opened: regular files only, Git LFS pointers named as what they are; and their tensors by name."""
 
 import os
 import stat
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
+
+import numpy as np
 
 from retrack_jax.checks import UserError
 
@@ -39,3 +42,20 @@ def open_regular(path) -> BinaryIO:
 def check_regular(path) -> None:
     """Raises `UserError` as `open_regular` does."""
     open_regular(path).close()
+
+
+class FileTensors(Mapping[str, np.ndarray]):
+    """Tensors by name; `file[name]`, which subclasses define, reads one, and `file.shape(name)` reads nothing."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self._shapes = shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

@@ -8,7 +8,7 @@ header), then the values.
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from retrack_jax.checks import UserError
 from retrack_jax.weights.names import TorchTensor
-from retrack_jax.weights.opening import check_regular
+from retrack_jax.weights.opening import FileTensors, check_regular
 from retrack_jax.weights.torch_vocabulary import MAX_DIMENSIONS
 
 _DTYPES = {
@@ -35,8 +35,8 @@ _DTYPES = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
-class SafetensorsFile(Mapping[str, np.ndarray]):
-    """The tensors of one file by name, read when asked for: `file[name]`, `file.shape(name)`.
+class SafetensorsFile(FileTensors):
+    """The tensors of one file.
 
     Raises:
       UserError: the file is missing, its header does not describe it exactly, or a dtype is not supported.
@@ -50,7 +50,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(error) from error
-        self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        super().__init__({name: tuple(part.get_shape()) for name, part in slices.items()})
         for name, part in slices.items():
             if (dtype := part.get_dtype()) not in _DTYPES:
                 raise UserError(f"{path} holds {name} as {dtype}, which is not supported; save it as one of {', '.join(_DTYPES)}")
@@ -67,16 +67,6 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             return self._file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(error) from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor without reading it."""
-        return self._shapes[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 def write_safetensors(path, tensors: Iterable[TorchTensor]) -> None:

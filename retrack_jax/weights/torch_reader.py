@@ -11,7 +11,6 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.weights import pickle_machine
-from retrack_jax.weights.opening import open_regular
+from retrack_jax.weights.opening import FileTensors, open_regular
 from retrack_jax.weights.pickle_machine import Record
 from retrack_jax.weights.torch_vocabulary import TORCH, Tensor
 
@@ -41,11 +40,12 @@ class _Root(NamedTuple):
     value: Any
 
 
-class TorchFile(Mapping[str, np.ndarray]):
-    """The tensors of a file by name, read when asked for: `file[name]`, `file.shape(name)`.
+class TorchFile(FileTensors):
+    """The tensors of a file that `torch.save` or TorchScript wrote.
 
     Dicts, lists and TorchScript objects inside each other give dotted names (`backbone.conv1.weight`); values that are no tensors
-    are left out.
+    are left out. A TorchScript module's own tensors are named as in its `state_dict()`, those of its table of constants
+    `constants.0`, `constants.1`, ...; its code is never looked at. bfloat16 comes as `ml_dtypes.bfloat16`.
 
     Raises:
       UserError: the file is missing, damaged, or holds anything but tensors in plain containers; the message names what.
@@ -64,6 +64,7 @@ class TorchFile(Mapping[str, np.ndarray]):
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}; download it again") from error
         self._tensors = _named_tensors(roots, str(path))
+        super().__init__({name: tensor.shape for name, tensor in self._tensors.items()})
         total = sum(tensor.numel * tensor.storage.dtype.itemsize for tensor in self._tensors.values())
         if total > _MAX_EXPANSION * self._size:
             raise UserError(f"{path}: its tensors claim {total} bytes, the file has {self._size}; refused")
@@ -91,26 +92,6 @@ class TorchFile(Mapping[str, np.ndarray]):
                 raise UserError(f"{self._path} ends within {name}; download the file again")
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor without reading it."""
-        return self._tensors[name].shape
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def read_torch(path) -> dict[str, np.ndarray]:
-    """Returns all tensors that `torch.save` or TorchScript wrote to `path`, by name (nested containers give dotted names).
-
-    bfloat16 comes as `ml_dtypes.bfloat16`. A TorchScript module's own tensors are named as in its `state_dict()`, those of its
-    table of constants `constants.0`, `constants.1`, ...; its code is never looked at. Raises `UserError` as `TorchFile` does.
-    """
-    file = TorchFile(path)
-    return {name: np.ascontiguousarray(file[name]) for name in file}
 
 
 def _load(stream, where: str) -> Any:

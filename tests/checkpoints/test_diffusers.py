@@ -22,8 +22,8 @@ from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_sch
 from retrack_jax.checks import UserError
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, to_torch
 from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
-from retrack_jax.weights.torch_reader import read_torch
 from tests import toys
+from tests.torch_files import read_torch
 
 DATA = Path(__file__).parents[1] / "fixtures" / "diffusers"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

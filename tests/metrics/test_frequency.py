@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.metrics.frequency import frequency, frequency_upper_bound, target_distances
+from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
 
 
-def test_counts_samples_nearer_than_the_threshold():
+def test_distances_by_hand():
     target = np.zeros((2, 2, 1), np.float32)
     samples = np.stack([np.full((2, 2, 1), value, np.float32) for value in (0.0, 0.25, 0.5, 1.0)])
     np.testing.assert_allclose(target_distances(samples, target), [0.0, 0.5, 1.0, 2.0])  # sqrt(4 v^2) = 2 v
-    assert frequency(samples, target, 1.0) == 0.5  # strictly nearer
-    assert frequency(samples, target, 1.01) == 0.75
 
 
 def test_a_group_counts_the_nearest_of_its_images_and_copies_change_nothing():
@@ -49,6 +47,4 @@ def test_upper_bound_of_zero_hits_is_the_closed_form():
 )
 def test_refuses(samples, message):
     with pytest.raises(UserError, match=message):
-        frequency(samples, np.zeros((2, 2, 1), np.float32), 1.0)
-    with pytest.raises(UserError, match="threshold"):
-        frequency(np.zeros((3, 2, 2, 1), np.float32), np.zeros((2, 2, 1), np.float32), 0.0)
+        target_distances(samples, np.zeros((2, 2, 1), np.float32))

@@ -21,14 +21,12 @@ def test_measures_before_and_after_each_stretch_of_training():
 
 
 def test_steps_are_interpolated_and_censored():
-    curve = RelearningCurve((0, 10, 20), (0.0, 0.1, 0.5))
-    assert relearning_steps(curve, 0.3, "rises").steps == pytest.approx(15.0)
-    assert not relearning_steps(curve, 0.3, "rises").censored
-    assert relearning_steps(curve, 0.6, "rises") == relearning_steps(curve, 0.9, "rises")
-    assert relearning_steps(curve, 0.6, "rises").censored and relearning_steps(curve, 0.6, "rises").steps == 20.0
-    assert relearning_steps(curve, 0.0, "rises").steps == 0.0
-    falling = RelearningCurve((0, 10, 20), (5.0, 4.0, 2.0))
-    assert relearning_steps(falling, 3.0, "falls").steps == pytest.approx(15.0)
+    curve = RelearningCurve((0, 10, 20), (5.0, 4.0, 2.0))
+    assert relearning_steps(curve, 3.0).steps == pytest.approx(15.0)
+    assert not relearning_steps(curve, 3.0).censored
+    assert relearning_steps(curve, 1.5) == relearning_steps(curve, 1.0)
+    assert relearning_steps(curve, 1.5).censored and relearning_steps(curve, 1.5).steps == 20.0
+    assert relearning_steps(curve, 5.0).steps == 0.0
 
 
 def test_refuses():
@@ -38,5 +36,3 @@ def test_refuses():
         relearning_curve(lambda s, a, n: s, float, 0, (0,))
     with pytest.raises(UserError, match="not finite"):
         relearning_curve(lambda s, a, n: math.nan, float, 0, (5,))
-    with pytest.raises(UserError, match="did you mean 'rises'"):
-        relearning_steps(RelearningCurve((0, 1), (0.0, 1.0)), 0.5, "rise")

@@ -133,7 +133,7 @@ def test_relearning(models, target, rng):
 
     threshold = measure(0.1)
     steps = {
-        name: relearning_steps(relearning_curve(train, measure, copies, (5, 10, 20, 40)), threshold, "falls")
+        name: relearning_steps(relearning_curve(train, measure, copies, (5, 10, 20, 40)), threshold)
         for name, copies in (("hid it", 0.05), ("never knew", 0.0))
     }
     assert steps["hid it"].steps < steps["never knew"].steps <= 10.0 + 1e-6

@@ -53,7 +53,7 @@ def test_prompts_that_are_no_list_of_strings_are_refused(pipeline, prompts):
         (lambda folder: (folder / "merges.txt").unlink(), "no vocab.json with merges.txt"),
         (lambda folder: (folder / "vocab.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "merges.txt").write_text("#version: 0.2\nzz qq\n"), "do not belong together"),
-        (lambda folder: (folder / "merges.txt").write_text("#version: 0.2\none\n"), "not two pieces"),
+        (lambda folder: (folder / "merges.txt").write_text("#version: 0.2\none\n"), "text file invalid at line 1"),
         (lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'), "only CLIP"),
     ],
 )

@@ -16,9 +16,9 @@ from jax.test_util import check_grads
 from retrack_jax.checkpoints import import_diffusers
 from retrack_jax.checks import UserError
 from retrack_jax.models.attention import Attention, GroupNorm
-from retrack_jax.models.blocks import DownBlock2D, ResnetOptions
+from retrack_jax.models.blocks import AttentionOptions, DownBlock2D
 from retrack_jax.models.embeddings import silu, timestep_embedding
-from retrack_jax.models.resnet import ResnetBlock2D, downsample_mean, upsample_nearest
+from retrack_jax.models.resnet import ResnetBlock2D, ResnetOptions, downsample_mean, upsample_nearest
 from retrack_jax.models.unet2d import UNet2D
 
 DATA = Path(__file__).parents[1] / "fixtures" / "diffusers"
@@ -183,12 +183,12 @@ def test_remat_changes_neither_value_nor_gradient_nor_dropout(rng):
 
     def block(remat):
         options = ResnetOptions(groups=2, dropout=0.5, remat=remat)
-        return DownBlock2D(4, 1, options, add_attention=True, attention_head_dim=2, resampler=None)
+        return DownBlock2D(4, 1, options, AttentionOptions(head_dim=2, norm_num_groups=2), resampler=None)
 
     params = jax.jit(block(False).init)(rng, x, temb)["params"]
 
     def loss(params, remat):
-        y, _ = block(remat).apply({"params": params}, x, temb, False, rngs={"dropout": jax.random.key(7)})
+        y, _ = block(remat).apply({"params": params}, x, temb, None, False, rngs={"dropout": jax.random.key(7)})
         return jnp.sum(jnp.square(y))
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -294,7 +294,7 @@ def test_attention_to_a_context_of_another_width(rng):
 
 @pytest.mark.parametrize("norm", ["default", "scale_shift"])
 def test_resnet_gradients_equal_finite_differences(norm, rng):
-    module = ResnetBlock2D(4, groups=2, time_embedding_norm=norm)
+    module = ResnetBlock2D(4, ResnetOptions(groups=2, eps=1e-6, time_scale_shift=norm))
     x, temb = jax.random.normal(rng, (1, 2, 2, 2)), jax.random.normal(rng, (1, 3))
     params = jax.jit(module.init)(rng, x, temb)["params"]
     apply = jax.jit(lambda p, x, temb: module.apply({"params": p}, x, temb))

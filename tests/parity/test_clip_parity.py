@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids  # noqa: E402
 from retrack_jax.metrics.features.clip_image import towers_from_openai  # noqa: E402
 from retrack_jax.models.tokenizer import load_tokenizer  # noqa: E402
-from retrack_jax.weights.torch_reader import read_torch  # noqa: E402
 from tests.tiny_sd import PIPELINE  # noqa: E402
+from tests.torch_files import read_torch  # noqa: E402
 
 torch.set_num_threads(1)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -20,9 +20,9 @@ from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_netwo
 from retrack_jax.metrics.fid import fid  # noqa: E402
 from retrack_jax.metrics.inception_score import split_scores  # noqa: E402
 from retrack_jax.metrics.moments import moments_of  # noqa: E402
-from retrack_jax.weights.torch_reader import read_torch  # noqa: E402
 from tests.metrics.feature_weights import inception_shapes, mnist_shapes, random_images, random_state, sscd_shapes  # noqa: E402
 from tests.parity import torch_twins  # noqa: E402
+from tests.torch_files import read_torch  # noqa: E402
 
 with torch_twins.torchvision_stand_in():
     pytest.importorskip("torch_fidelity")

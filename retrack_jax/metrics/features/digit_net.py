@@ -26,26 +26,24 @@ NUM_CLASSES = 10
 class DigitNet(nn.Module):
     """Images `[B, 8, 8, 1]` in [0, 1] -> `{"features": [B, 64], "logits": [B, 10]}`."""
 
-    num_features: int = 64
-    num_classes: int = NUM_CLASSES
-
     @nn.compact
     def __call__(self, x: Array) -> dict[str, Array]:
         x = 2.0 * x - 1.0
         for features, strides in ((16, 1), (32, 2), (32, 2)):
             x = nn.relu(nn.Conv(features, (3, 3), strides=strides)(x))
-        features = nn.relu(nn.Dense(self.num_features, name="features")(x.reshape(len(x), -1)))
-        return {"features": features, "logits": nn.Dense(self.num_classes, name="logits")(features)}
+        features = nn.relu(nn.Dense(64, name="features")(x.reshape(len(x), -1)))
+        return {"features": features, "logits": nn.Dense(NUM_CLASSES, name="logits")(features)}
 
 
 def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batch_size: int = 128, learning_rate: float = 5e-3):
     """Returns a `DigitNet` trained on labeled digits, as a `FeatureNetwork`; the same seed gives the same network.
 
+    Training is by Adam with a cosine rate; images are shifted by up to one pixel. `seed` decides the initial weights, the order
+    of the images and their shifts.
+
     Args:
       images: uint8 `[N, 8, 8, 1]`, digits only.
       labels: int `[N]` in [0, 10).
-      seed: decides the initial weights, the order of the images and their shifts.
-      num_epochs, batch_size, learning_rate: Adam with a cosine rate; images are shifted by up to one pixel.
 
     Raises:
       UserError: other shapes, or a label outside [0, 10).

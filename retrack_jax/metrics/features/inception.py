@@ -165,7 +165,7 @@ def inception_network(
     """Returns the FID network of these weights; it takes images of any size, grey or RGB.
 
     Args:
-      state: the weights by name, as `read_torch` returns them.
+      state: the weights by name, such as a `TorchFile`.
       digest: SHA-256 of the file.
       resize: `torchmetrics` (what the official code gives today) or `tf1` (torch-fidelity, TensorFlow): see `resize`.
       batch_size: images per call.

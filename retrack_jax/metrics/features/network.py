@@ -66,12 +66,9 @@ class FeatureNetwork:
     def __call__(self, images, desc: str = "") -> dict[str, np.ndarray]:
         """Returns the network's outputs for all images, float32, each with N rows; processes share the images.
 
-        Args:
-          images: `[N, H, W, C]`, uint8 or floats in [0, 1]; a memory map is read one batch at a time.
-          desc: what a progress bar over this process's images calls it; none is shown without.
-
-        Raises:
-          UserError: NaN in images, or an image shape that the network does not take.
+        Images are `[N, H, W, C]`, uint8 or floats in [0, 1]; a memory map is read one batch at a time. `desc` labels a progress
+        bar over this process's images; without it there is none. Raises `UserError` for NaN or a shape that the network does not
+        take.
         """
         check(images.ndim == 4 and len(images) > 0, f"images have shape {images.shape}; expected at least one, [N, H, W, C]")
         if not self.pad:

@@ -128,13 +128,8 @@ def mnist_shapes():
 def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: int = 4) -> FeatureNetwork:
     """Returns SSCD's network of these weights, with the official transform (Pillow, shorter side to 288, ImageNet mean and std).
 
-    Args:
-      state: the weights by name, from `sscd_disc_mixup.torchscript.pt`, or its `.torchvision.pt` or `.classy.pt`.
-      digest: SHA-256 of the file.
-      batch_size: images per call; few, because the metric embeds one image or sixteen, and a batch is filled up.
-
-    Raises:
-      UserError: the weights are not this network's.
+    Arguments and errors are those of `inception_network`. Few images per call, because the metric embeds one image or sixteen,
+    and a batch is filled up.
     """
     module = SscdNet()
     params = from_torch(state, sscd_shapes(), table=SSCD_TABLE, network="SSCD's ResNet-50 (sscd_disc_mixup)")
@@ -153,17 +148,10 @@ def sscd_network(state: Mapping[str, np.ndarray], digest: str, *, batch_size: in
 def mnist_resnet_network(
     state: Mapping[str, np.ndarray], digest: str, *, official: bool = False, batch_size: int = 256
 ) -> FeatureNetwork:
-    """Returns the MNIST classifier behind `inception_score` of these weights.
+    """Returns the MNIST classifier behind `inception_score` of these weights; arguments and errors as in `inception_network`.
 
-    Args:
-      state: the weights by name.
-      digest: SHA-256 of the file.
-      official: normalize by the statistics of each batch, as the official code does by leaving the network in training mode. Its
-        score (`inception_score_official`) depends on batch size and order; nothing is padded then.
-      batch_size: images per call.
-
-    Raises:
-      UserError: the weights are not this network's.
+    With `official` it normalizes by the statistics of each batch, as the official code does by leaving the network in training
+    mode. That score (`inception_score_official`) depends on batch size and order; nothing is padded then.
     """
     module = MnistResNet(batch_statistics=official)
     params = from_torch(state, mnist_shapes(), table=MNIST_TABLE, network="the MNIST ResNet-18")
