@@ -11,7 +11,8 @@ that F is compared with: held-out images if there are any, else R. |F| is a numb
 
     (1)  c_i  =  log L_i - b log L~_i                over C: mean m, standard deviation tau
     (2)  u_i  =  exp(m) L~_i^b                       the loss of image i if it were unseen
-    (3)  g    =  mean_F log(L_i / u_i)               below 0: easier than unseen; g' likewise from L'_i
+    (3)  g    =  mean_F log(L_i / u_i)               below 0: easier than unseen
+         g'   =  mean_F log(L'_i / u_i) - min(0, mean_R log(L'_i / L_i))
     (4)  s^2  =  tau^2 (1/E + 1/|C|) + e^2           E = |F| if F is a random part of the data, else 1
     (5)  h^2  =  tau^2 (1 + 1/|C|) + e^2             the spread of single images, which is what an attacker sees
     (6)  D    =  mean_F log(L'_i / L_i) - mean_R log(L'_i / L_i)
@@ -20,7 +21,8 @@ that F is compared with: held-out images if there are any, else R. |F| is a numb
 b is 0, which leaves the turned copies out, if F is of the kind of C and tau is smaller then; else 1. F is of that kind if
 mean_F log L~_i lies within z standard deviations of C's: turned copies were not trained on, so this says nothing of memory.
 E is 1 for a group of one kind, because its images may all be harder or easier than C for one reason, which more of them do not
-make smaller. e and e_d are the noise of the draws in the means over F. With z, the quantile of Student's t:
+make smaller. e and e_d are the noise of the draws in the means over F. The minimum in g' is there because a model that is trained
+longer gets better at unseen images too; one that got worse is measured by what it was. With z, the quantile of Student's t:
 
     remembered before    g < -z s                                     clearly easier than unseen images
     unchanged            g' < -z s, or D is below its noise z d       still remembered, or not moved
@@ -233,7 +235,7 @@ def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, s
     error = float(np.sqrt(others.var(ddof=1) * (1 / len(mine) + 1 / len(others)) + noise**2))
     limit = _quantile(len(others)) * error
     if known.log_unseen is not None:
-        gap = float(np.nanmean(np.log(now.mean(axis=1)) - known.log_unseen))
+        gap = float(np.nanmean(np.log(now.mean(axis=1)) - known.log_unseen) - min(0.0, others.mean()))
         if gap < -known.margin:
             return "unchanged", f"{moved_to}, still below unseen images"
     if not change > limit:
