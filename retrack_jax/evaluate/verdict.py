@@ -25,10 +25,12 @@ make smaller. e and e_d are the noise of the draws in the means over F. The mini
 longer gets better at unseen images too; one that got worse is measured by what it was. With z, the quantile of Student's t:
 
     remembered before    g < -z s                                     clearly easier than unseen images
-    unchanged            g' < -z s, or D is below its noise z d       still remembered, or not moved
+    unchanged            g' < -z s, or D < z d, its noise             still remembered, or not moved
     singled out          g' > z h and D > max(z d, s)                 rose far above unseen images: it now stands out
     forgotten            otherwise, if D > max(z d, s)                rose to the level of unseen images
     unknown              otherwise                                    it moved by less than s, which the reference cannot resolve
+
+If the remaining images' losses rose by more than `MARGIN` and D is below its noise, the verdict is unknown instead of unchanged.
 
 Remaining images are damaged if their losses rose by more than `MARGIN`, and kept if not, each beyond the noise over R. Without
 held-out images C was trained on as well, so that "unseen" means: no better known than other training images.
@@ -239,9 +241,13 @@ def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, s
         if gap < -known.margin:
             return "unchanged", f"{moved_to}, still below unseen images"
     if not change > limit:
-        return "unchanged", f"{moved_to}, which is no rise beyond the noise"
-    if known.remembered is None or not change > known.spread:
-        return "unknown", f"{moved_to}, a rise that is too small or has too little to be compared with"
+        if others.mean() > np.log1p(MARGIN):
+            return "unknown", f"{moved_to}, and the losses of all other images rose as much"
+        return "unchanged", f"{moved_to}, no rise beyond the noise"
+    if known.remembered is None:
+        return "unknown", f"{moved_to}, and no reference to compare it with"
+    if not change > known.spread:
+        return "unknown", f"{moved_to}, too small a rise to tell from how images differ"
     if gap > known.single:
         return "singled out", f"{moved_to}, {np.exp(gap):.1f} times that of unseen images"
     return "forgotten", f"{moved_to}, as unseen images have"

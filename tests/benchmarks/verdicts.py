@@ -3,7 +3,7 @@
     python -m retrack_jax.main --config=configs/digits_tshirt.py:all --config.seeds=0,1,2
     python -m tests.benchmarks.verdicts runs/digits_tshirt [more workdirs]
 
-The pretrained model is known to remember the T-shirt, and the retrained models are known to have forgotten it and to have kept the
+The pretrained model is known to remember the T-shirt, and the retrained models to have forgotten it and to have kept the
 rest, so their rows are the errors of the rule. The others are to be read together with their losses, which are printed too.
 """
 

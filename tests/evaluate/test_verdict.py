@@ -78,6 +78,14 @@ def test_an_image_that_was_not_remembered(kind, times, outcome):
     assert found["remembered_before"] is False and found["forgotten"] == outcome
 
 
+def test_a_model_that_is_broken_for_all_images_has_forgotten_nothing_in_particular():
+    rng = np.random.default_rng(11)
+    known, _ = losses(rng, 64)
+    found = verdict(known, after(known.before, 64, rng, 20.0, 20.0))
+    assert (found["forgotten"], found["kept"]) == ("unknown", "damaged")
+    assert verdict(known, after(known.before, 64, rng, 0.7, 0.7))["forgotten"] == "unchanged"  # one that was trained longer
+
+
 def test_an_image_of_another_kind_is_not_compared_with_the_others():
     """It has four times the others' loss before and after, which neither hides a memory nor singles it out."""
     rng = np.random.default_rng(0)
