@@ -27,7 +27,10 @@ def in_words(verdict: Mapping) -> str:
 
 def box(verdict: Mapping | None) -> dict | None:
     """Returns what the box on the page says, `{"answers": [(class or "", text), ...], "why": [line, ...]}`, or None."""
-    return verdict and {"answers": _answers(verdict), "why": verdict["why"].split("; ")}
+    if not verdict:
+        return None
+    why = verdict["why"].replace("+-", "±").replace("->", "→").split("; ")
+    return {"answers": _answers(verdict), "why": [line[:1].upper() + line[1:] for line in why]}
 
 
 def file_rows(verdict: Mapping | None) -> list[dict]:
