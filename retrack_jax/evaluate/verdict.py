@@ -21,8 +21,9 @@ that F is compared with: held-out images if there are any, else R. |F| is a numb
 b is 0, which leaves the turned copies out, if F is of the kind of C and tau is smaller then; else 1. F is of that kind if
 mean_F log L~_i lies within z standard deviations of C's: turned copies were not trained on, so this says nothing of memory.
 E is 1 for a group of one kind, because its images may all be harder or easier than C for one reason, which more of them do not
-make smaller. e and e_d are the noise of the draws in the means over F. The minimum in g' is there because a model that is trained
-longer gets better at unseen images too; one that got worse is measured by what it was. With z, the quantile of Student's t:
+make smaller. e and e_d are the noise of the draws in the means over F; with g', e is that after unlearning. The minimum in g' is
+there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. With z,
+the quantile of Student's t:
 
     remembered before    g < -z s                                     clearly easier than unseen images
     unchanged            g' < -z s, or D < z d, its noise             still remembered, or not moved
@@ -94,7 +95,8 @@ class Memory:
     Attributes:
       remembered: whether the forgotten images are remembered; None: it cannot be told, and `why` says why.
       loss, unseen: the mean loss of the forgotten images, and what it would be if they were unseen.
-      gap: g of equation 3; margin: z s; single: z h; spread: s.
+      gap, spread: g and s of equations 3 and 4; z: the quantile.
+      group, single: s and h without the noise of the losses of F.
       log_unseen: `[F]`, log u_i; NaN for an image without a usable turned copy.
       others: the mean loss of the comparison images.
     """
@@ -103,9 +105,10 @@ class Memory:
     loss: float
     unseen: float = float("nan")
     gap: float = 0.0
-    margin: float = 0.0
-    single: float = 0.0
     spread: float = 0.0
+    z: float = 0.0
+    group: float = 0.0
+    single: float = 0.0
     log_unseen: np.ndarray | None = None
     others: str = ""
     why: str = ""
@@ -150,10 +153,10 @@ def memory(losses: Losses) -> Memory:
     spread = easier.std(ddof=1)
     log_unseen = easier.mean() + b * turned_log
     gap = float(np.nanmean(mine_log - log_unseen))
-    noise = _log_noise(mine[usable_mine]) ** 2 + b * _log_noise(turned[usable_mine]) ** 2
     effective = usable_mine.sum() if losses.is_random else 1
-    s = float(np.sqrt(spread**2 * (1 / effective + 1 / count) + noise))
-    h = float(np.sqrt(spread**2 * (1 + 1 / count) + noise))
+    of_turned = b * _log_noise(turned[usable_mine])
+    group, single = (float(np.hypot(spread * np.sqrt(share + 1 / count), of_turned)) for share in (1 / effective, 1.0))
+    s = float(np.hypot(group, _log_noise(mine[usable_mine])))
     remembered, why = bool(gap < -z * s), ""
     if not remembered and z * s > np.log(WIDEST):
         remembered, why = None, f"unseen images differ too much, by a factor of {np.exp(z * s):.1f} each way"
@@ -162,9 +165,10 @@ def memory(losses: Losses) -> Memory:
         loss=loss,
         unseen=float(np.exp(np.nanmean(log_unseen))),
         gap=gap,
-        margin=z * s,
-        single=z * h,
         spread=s,
+        z=z,
+        group=group,
+        single=single,
         log_unseen=log_unseen,
         others=_range(compared.mean(axis=1)),
         why=why,
@@ -214,7 +218,7 @@ def before_in_words(losses: Losses, known: Memory) -> str:
         these += f" ({len(losses.names)} measured)"
     level = f"loss {_text(known.loss)}"
     if known.unseen == known.unseen:
-        low, high = (known.unseen * np.exp(sign * known.margin) for sign in (-1, 1))
+        low, high = (known.unseen * np.exp(sign * known.z * known.group) for sign in (-1, 1))
         level += f", unseen {'one' if count == 1 else 'ones'} like {'it' if count == 1 else 'them'}"
         level += f" {_text(known.unseen)} ({_text(low)} to {_text(high)}), others {known.others}"
     if known.remembered is None:
@@ -238,7 +242,8 @@ def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, s
     limit = _quantile(len(others)) * error
     if known.log_unseen is not None:
         gap = float(np.nanmean(np.log(now.mean(axis=1)) - known.log_unseen) - min(0.0, others.mean()))
-        if gap < -known.margin:
+        now_noise = _log_noise(now)
+        if gap < -known.z * np.hypot(known.group, now_noise):
             return "unchanged", f"{moved_to}, still below unseen images"
     if not change > limit:
         if others.mean() > np.log1p(MARGIN):
@@ -248,7 +253,7 @@ def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, s
         return "unknown", f"{moved_to}, and no reference to compare it with"
     if not change > known.spread:
         return "unknown", f"{moved_to}, too small a rise to tell from how images differ"
-    if gap > known.single:
+    if gap > known.z * np.hypot(known.single, now_noise):
         return "singled out", f"{moved_to}, {np.exp(gap):.1f} times that of unseen images"
     return "forgotten", f"{moved_to}, as unseen images have"
 

@@ -10,7 +10,7 @@ _UNCHANGED = {
 }
 _FORGOTTEN = {
     "forgotten": ("better", "Forgotten."),
-    "singled out": ("worse", "Singled out: the loss is far above that of unseen images, so the image stands out."),
+    "singled out": ("worse", "Singled out: the loss is above what unseen images have, so that it stands out."),
     "unknown": ("", "Not known whether it was forgotten."),
 }
 _KEPT = {
