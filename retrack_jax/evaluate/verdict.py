@@ -22,8 +22,8 @@ b is 0, which leaves the turned copies out, if F is of the kind of C and tau is 
 mean_F log L~_i lies within z standard deviations of C's: turned copies were not trained on, so this says nothing of memory.
 E is 1 for a group of one kind, because its images may all be harder or easier than C for one reason, which more of them do not
 make smaller. e and e_d are the noise of the draws in the means over F; with g', e is that after unlearning. The minimum in g' is
-there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. With z,
-the quantile of Student's t:
+there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. With
+z, the quantile of Student's t:
 
     remembered before    g < -z s                                     clearly easier than unseen images
     unchanged            g' < -z s, or D < z d, its noise             still remembered, or not moved
