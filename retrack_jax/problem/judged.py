@@ -14,8 +14,8 @@ from retrack_jax.notation import PyTree
 from retrack_jax.problem.problem import Problem
 from retrack_jax.problem.target import Target
 
-NUM_NOISES = 64
-# Images of each kind: 64 of up to 32 x 32, as many pixels of larger ones, and at least 16: of those the spread is still known.
+# How many images of each kind, and how many draws each: 64 up to 32 x 32, fewer as images are larger, down to 16. The loss of a
+# large image is a sum over more pixels and so has less noise, and a verdict must cost little next to unlearning.
 _MOST, _LEAST, _PIXELS = 64, 16, 64 * 32 * 32
 _SEED = 0  # of the choice of images and of all draws: the same for every run and seed, so that losses are paired
 
@@ -42,8 +42,7 @@ class Judged:
 
 def judged(problem: Problem, target: Target) -> Judged:
     """Returns a fixed random choice of distinct images; no remaining or held-out one is a copy of a forgotten one."""
-    height, width, _ = problem.denoiser.shape
-    most = min(_MOST, max(_LEAST, _PIXELS // (height * width)))
+    most = _count(problem)
     forgotten = np.sort(_chosen(target.images, target.unique, most))
     remaining = _chosen(target.images, target.remain, most, target)
     parts = [problem.codec.clean(target.images, rows) for rows in (forgotten, remaining)]
@@ -56,13 +55,18 @@ def judged(problem: Problem, target: Target) -> Judged:
 
 
 def losses(problem: Problem, target: Target, params: PyTree, images: np.ndarray, desc: str) -> np.ndarray:
-    """Returns the denoising losses of `images`, float64 `[N, NUM_NOISES]`, under the condition that the model remembers by."""
+    """Returns the denoising losses of `images`, float64 `[N, n]`, under the condition that the model remembers by."""
     denoiser, condition = problem.denoiser, problem.conditioning.remembered(target)
     eps_fn = denoiser.eps_fn
     if condition is not None:
         eps_fn, params = denoiser.conditioned_eps_fn, (params, condition)
     rng = jax.random.key(_SEED)
-    return denoising_losses(eps_fn, params, denoiser.schedule, images, rng, num_noises=NUM_NOISES, desc=desc)
+    return denoising_losses(eps_fn, params, denoiser.schedule, images, rng, num_noises=_count(problem), desc=desc)
+
+
+def _count(problem: Problem) -> int:
+    height, width, _ = problem.denoiser.shape
+    return min(_MOST, max(_LEAST, _PIXELS // (height * width)))
 
 
 def _chosen(images: ImageSet, rows: np.ndarray, most: int, target: Target | None = None) -> np.ndarray:
