@@ -264,8 +264,8 @@ def _kept(before: np.ndarray, after: np.ndarray) -> tuple[str, str]:
         return "unknown", f"only {len(before)} remaining images were measured"
     changes = np.log(after.mean(axis=1) / before.mean(axis=1))
     mean, limit = changes.mean(), _quantile(len(changes)) * changes.std(ddof=1) / np.sqrt(len(changes))
-    percent = f"{100 * np.expm1(mean):+.1f} +- {100 * limit:.1f}%"
-    numbers = f"remaining images {_text(before.mean())} -> {_text(after.mean())} ({percent})"
+    change = f"{100 * np.expm1(mean):+.1f} +- {100 * limit:.1f}%" if mean < 1 else f"{np.exp(mean):.1f} times"
+    numbers = f"remaining images {_text(before.mean())} -> {_text(after.mean())} ({change})"
     if mean - limit > np.log1p(MARGIN):
         return "damaged", numbers
     return "kept" if mean + limit < np.log1p(MARGIN) else "unknown", numbers

@@ -1,6 +1,6 @@
 """The verdict of a run: the losses behind it, which are kept in the workdir, and the line that is said before training.
 
-    pretrained/losses-TARGET.npz    before, turned: of the model before unlearning, once per target
+    pretrained/losses-TARGET.npz    once per target, before unlearning: before, turned, usable, num_remaining (evaluate.verdict.Losses)
     METHOD/seed0-TARGET/losses.npz  after
 """
 
@@ -63,7 +63,8 @@ def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
     def measure() -> dict[str, np.ndarray]:
         params = pretrained(context, load).params
         pictures = {"before": images.images, "turned": images.turned}
-        return {name: losses(problem, target, params, those, f"verdict, {name}") for name, those in pictures.items()}
+        arrays = {name: losses(problem, target, params, those, f"verdict, {name}") for name, those in pictures.items()}
+        return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
 
     arrays = _kept_losses(folder / f"losses-{target.slug}.npz", measure)
     return Losses(
