@@ -1,6 +1,6 @@
 """The verdict of a run: the losses behind it, which are kept in the workdir, and the line that is said before training.
 
-    pretrained/losses-TARGET.npz    once per target, before unlearning: before, turned, usable, num_remaining (evaluate.verdict.Losses)
+    pretrained/losses-TARGET.npz    before, turned, usable, num_remaining (of evaluate.verdict.Losses), once per target
     METHOD/seed0-TARGET/losses.npz  after
 """
 
@@ -51,8 +51,11 @@ def judge(
         if after is None:
             return verdict(found, found.before)
         images = judged(context.problem, target).images
-        measure = lambda: {"after": losses(context.problem, target, params(), images, "verdict")}  # noqa: E731
-        return verdict(found, _kept_losses(after / "losses.npz", measure)["after"])
+
+        def measure() -> dict[str, np.ndarray]:
+            return {"after": losses(context.problem, target, params(), images, "verdict")}
+
+        return verdict(found, _kept_losses(after / "losses.npz", ("after",), measure)["after"])
     except Diverged as error:
         return unknown(str(error))
 
@@ -66,7 +69,7 @@ def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
         arrays = {name: losses(problem, target, params, those, f"verdict, {name}") for name, those in pictures.items()}
         return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
 
-    arrays = _kept_losses(folder / f"losses-{target.slug}.npz", measure)
+    arrays = _kept_losses(folder / f"losses-{target.slug}.npz", ("before", "turned"), measure)
     return Losses(
         names=images.names,
         num_forgotten=images.num_forgotten,
@@ -78,10 +81,12 @@ def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
     )
 
 
-def _kept_losses(path: epath.Path, measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns the arrays of `path`; if it is not there, of `measure()`, which are then written there."""
+def _kept_losses(
+    path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays `names` of `path`; if it is not there, of `measure()`, which are then written there."""
     if parallel.from_main(path.exists):
-        return parallel.from_main(lambda: files.read_npz(path))
+        return parallel.from_main(lambda: files.read_npz(path, names))
     arrays = measure()
     parallel.on_main(lambda: files.write_npz(path, **arrays))
     return arrays

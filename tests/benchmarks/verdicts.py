@@ -48,7 +48,9 @@ def _table(workdir: Path, runs: Sequence[tuple[Path, dict]]) -> str:
         verdicts = [run["verdict"] for _, run in by_method[method]]
         called = [_shares(Counter(one[name] for one in verdicts)) for name in ("forgotten", "kept")]
         after = [files.read_npz(folder / "losses.npz")["after"] for folder, _ in by_method[method]]
-        singles = Counter(verdict(losses, one[places])["forgotten"] for one in after for losses, places in _one_by_one(kept, first))
+        singles = Counter(
+            verdict(losses, one[places])["forgotten"] for one in after for losses, places in _one_by_one(kept, first)
+        )
         rows.append((method_label(method), str(len(verdicts)), *called, _losses(verdicts, "after"), _shares(singles)))
     heads = ("method", "runs", "the target", "the rest", "loss on the target", "single remaining images")
     return text_table(list(zip(heads, zip(*rows, strict=True), strict=True)))
