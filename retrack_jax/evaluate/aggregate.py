@@ -2,9 +2,21 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from retrack_jax.metrics.membership import prediction_interval
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
+
+# The spread of few models is itself hardly known: with 3, an interval is 5.0 standard deviations wide each way, with 5 it is 3.0.
+FEWEST_RETRAINED = 5
+
+
+class Interval(NamedTuple):
+    """Where the loss of one more retrained model would lie, and of how many models this is known."""
+
+    low: float
+    high: float
+    runs: int
 
 
 def summarize(runs: Sequence[Mapping]) -> dict:
@@ -15,8 +27,10 @@ def summarize(runs: Sequence[Mapping]) -> dict:
 
     `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The standard deviation divides by n - 1, and is None for
     one run. The gap is to the retrained model of the same seed, or of the lowest seed that has one.
-    `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}}`: for how many runs the loss on the forgotten images
-    lies in the interval of one more retrained model, with 95% confidence. It is None if fewer than two models were retrained.
+    `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}, "too_few": {TARGET: why}}`: for how many runs the loss
+    on the forgotten images lies in the interval of one more retrained model, with 95% confidence. Runs on the targets of
+    `too_few` are not counted: fewer than `FEWEST_RETRAINED` models were retrained, or the interval holds the pretrained model
+    too. It is None if fewer than two models were retrained.
     `relearning` holds the mean curves: `{NAME: {"steps", "values", "threshold"}}`.
     """
     intervals = _retrained_intervals(runs)
@@ -40,22 +54,38 @@ def summarize(runs: Sequence[Mapping]) -> dict:
     return {"methods": methods, "absent": absent, "provenance": runs[0]["provenance"] if runs else {}}
 
 
-def _retrained_intervals(runs: Sequence[Mapping]) -> dict[str, tuple[float, float]]:
+def _retrained_intervals(runs: Sequence[Mapping]) -> dict[str, Interval]:
     """Returns target -> the interval in which the loss on it of one more retrained model would lie."""
     losses: dict[str, list[float]] = {}
     for run in runs:
         if run["method"] == "retrain" and "forget_loss" in run["unlearned"]:
             losses.setdefault(run["target"], []).append(run["unlearned"]["forget_loss"])
-    return {target: prediction_interval(values) for target, values in losses.items() if len(values) > 1}
+    return {target: Interval(*prediction_interval(values), len(values)) for target, values in losses.items() if len(values) > 1}
 
 
-def _verdict(runs: Sequence[Mapping], intervals: Mapping[str, tuple[float, float]]) -> dict | None:
+def _verdict(runs: Sequence[Mapping], intervals: Mapping[str, Interval]) -> dict | None:
     judged = [run for run in runs if run["target"] in intervals and "forget_loss" in run["unlearned"]]
     if not judged:
         return None
-    bounds = {run["target"]: list(intervals[run["target"]]) for run in judged}
-    inside = [low <= run["unlearned"]["forget_loss"] <= high for run in judged for low, high in [bounds[run["target"]]]]
-    return {"inside": sum(inside), "runs": len(inside), "intervals": bounds}
+    bounds = {run["target"]: [intervals[run["target"]].low, intervals[run["target"]].high] for run in judged}
+    too_few = {run["target"]: why for run in judged if (why := _undecided(run, intervals[run["target"]]))}
+    inside = [
+        low <= run["unlearned"]["forget_loss"] <= high
+        for run in judged
+        if run["target"] not in too_few
+        for low, high in [bounds[run["target"]]]
+    ]
+    return {"inside": sum(inside), "runs": len(inside), "intervals": bounds, "too_few": too_few}
+
+
+def _undecided(run: Mapping, interval: Interval) -> str:
+    """Returns why an interval of retrained models does not decide what is forgotten; empty if it does."""
+    if interval.runs < FEWEST_RETRAINED:
+        return f"too few to tell: {interval.runs} retrained models, and it takes {FEWEST_RETRAINED}"
+    before = run["pretrained"].get("forget_loss")
+    if before is not None and interval.low <= before <= interval.high:
+        return f"too few to tell: the interval of {interval.runs} retrained models holds the pretrained model too"
+    return ""
 
 
 def _curves(runs: Sequence[Mapping]) -> dict[str, dict]:

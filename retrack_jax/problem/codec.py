@@ -12,7 +12,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import check
 from retrack_jax.config.options import DataOptions
-from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.dataset import ImageSet, pixels_to_model
 from retrack_jax.log import progress
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
@@ -41,6 +41,10 @@ class PixelCodec:
     def gather(self, images: ImageSet, rows: np.ndarray) -> Gather:
         """Returns `positions [b] -> {"pixels": uint8 [b, H, W, C]}` within `rows`."""
         return lambda positions: {"pixels": np.ascontiguousarray(images.images[rows[positions]])}
+
+    def clean(self, images: ImageSet, rows: np.ndarray) -> np.ndarray:
+        """Returns `rows` of `images` as the network denoises them without noise, float32 `[len(rows), h, w, c]`."""
+        return pixels_to_model(np.ascontiguousarray(images.images[rows]))
 
     def prepare(self, targets: Sequence[Target], num_neighbors: int, backend: str) -> None:
         """Finds the neighbors of all `targets` in one pass over the images; `forget_data` then reads them from the cache."""
@@ -94,6 +98,10 @@ class LatentCodec:
         """Returns `positions [b] -> {"mean", "std"}` within `rows`."""
         latents = self._latents_of(images)
         return lambda positions: latents.posterior(rows[positions])
+
+    def clean(self, images: ImageSet, rows: np.ndarray) -> np.ndarray:
+        """Returns the means of the posteriors of `rows`, float32 `[len(rows), h, w, c]`."""
+        return np.ascontiguousarray(self._latents_of(images).mean[rows])
 
     def prepare(self, targets: Sequence[Target], num_neighbors: int, backend: str) -> None:
         """Nothing: each target has pictures and neighbors that no other target shares."""

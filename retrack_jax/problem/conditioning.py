@@ -19,6 +19,9 @@ class Conditioning(Protocol):
     def table(self, target: Target) -> Array | None:
         """The table that examples' conditions are rows of (train/step.py `Shared.conditions`)."""
 
+    def remembered(self, target: Target) -> Array | None:
+        """The condition `[1, ...]` under which the model before unlearning would remember the target."""
+
     def sampled(self, target: Target) -> dict[str, Array | None]:
         """Name in `samples.npz` -> the condition `[1, ...]` that those samples are drawn under."""
 
@@ -32,6 +35,9 @@ class Unconditional:
     of_target = False
 
     def table(self, target: Target) -> None:
+        return None
+
+    def remembered(self, target: Target) -> None:
         return None
 
     def sampled(self, target: Target) -> dict[str, None]:
@@ -63,6 +69,9 @@ class PairedPrompts:
 
     def table(self, target: Target) -> Array:
         return self._encode(target.concept.prompts.modified)
+
+    def remembered(self, target: Target) -> Array:
+        return self._encode(target.concept.prompts.original)
 
     def sampled(self, target: Target) -> dict[str, Array]:
         return {kind: self._encode(prompt) for kind, prompt in target.concept.prompts.items()}

@@ -50,6 +50,11 @@ class Denoiser:
         """`(params, x_t, t, *condition) -> eps`: one function object for one network, so that programs are compiled once."""
         return _eps_fn(self.module, json.dumps(self.schedule.to_config()))
 
+    @cached_property
+    def conditioned_eps_fn(self) -> ModelEpsFn:
+        """`((params, condition [1, ...]), x_t, t) -> eps`: as `eps_fn`, every example under one condition."""
+        return lambda given, x_t, t: self.eps_fn(given[0], x_t, t, given[1])
+
     @property
     def has_dropout(self) -> bool:
         """Whether the network has dropout, which training turns on."""

@@ -101,7 +101,7 @@ class ImageEvaluation:
             sscd=lambda: load_sscd(options.weights_dir),
             classifier=score_network(options.score_network, options.weights_dir),
             held_out=data.held_out.images if data.held_out is not None and is_random(target.spec) else None,
-            label=_label_of(target),
+            label=label_of(target),
             finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten, model.should_stop),
             relearning=tuple(options.relearning.steps),
             pretrained=model.pretrained,
@@ -209,7 +209,7 @@ def _all_or_none(marks: dict) -> dict | None:
     return None if any(mark is None for mark in marks.values()) else marks
 
 
-def _label_of(target: Target) -> int | None:
+def label_of(target: Target) -> int | None:
     """The label that all forgotten images and no remaining one have, or None."""
     if target.images.labels is None:
         return None

@@ -176,9 +176,12 @@ def _verdict(summary) -> dict | None:
         return None
     # A method has the intervals of the targets that it was run on; those of one target are the same for all.
     intervals = {target: interval for verdict in judged.values() for target, interval in verdict["intervals"].items()}
+    too_few = {target: why for verdict in judged.values() for target, why in verdict.get("too_few", {}).items()}
+    counts = {method_label(m): f"{verdict['inside']} of {verdict['runs']}" for m, verdict in judged.items() if verdict["runs"]}
     return {
         "intervals": "; ".join(f"{target}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items()),
-        "counts": ", ".join(f"{method_label(m)} {verdict['inside']} of {verdict['runs']}" for m, verdict in judged.items()),
+        "counts": ", ".join(f"{label} {count}" for label, count in counts.items()),
+        "too_few": [f"{target}: {why}" for target, why in too_few.items()],
     }
 
 

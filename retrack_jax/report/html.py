@@ -19,6 +19,7 @@ from retrack_jax.report.page import render
 from retrack_jax.report.stored import first_images
 from retrack_jax.report.strips import neighbor_strips, restored_strips
 from retrack_jax.report.tables import absent_reasons, before_after_rows, provenance_rows
+from retrack_jax.report.verdict import box, file_rows
 
 _SHOWN = 64  # samples in a grid if the run's config names no number
 _NAMES = {"samples": "", "original": "Original prompt", "modified": "Modified prompt"}
@@ -83,6 +84,8 @@ def run_report(
         title=f"{label}: {metrics.get('target', '')}, seed {metrics.get('seed', '')}",
         config_name=config.get("name"),
         work=_work(metrics),
+        verdict=box(metrics.get("verdict")),
+        files=file_rows(metrics.get("verdict")),
         tiles=_tiles(rows),
         samples=samples,
         drawn=drawn,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from retrack_jax.metrics.frequency import frequency_upper_bound
 from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label, order
+from retrack_jax.report.verdict import in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def signed(metric: Metric, gap: float) -> str:
 
 
 def before_after_text(metrics: Mapping) -> str:
-    """Returns the before/after table that the command prints at its end."""
+    """Returns the before/after table that the command prints at its end, and below it the verdict in words."""
     rows = before_after_rows(metrics)
     columns = [("", [describe(row.name).label for row in rows])]
     after = f"after {method_label(metrics.get('method', 'unlearning'))}"
@@ -60,7 +61,8 @@ def before_after_text(metrics: Mapping) -> str:
         cells = [getattr(row, field) for row in rows]
         if any(cells):
             columns.append((heading, [cell or "–" for cell in cells]))
-    return text_table(columns)
+    verdict = metrics.get("verdict")
+    return text_table(columns) + (f"\n\nverdict: {in_words(verdict)}" if verdict else "")
 
 
 def method_order(methods) -> list[str]:

@@ -16,11 +16,13 @@ from retrack_jax.evaluate.results import Results, worth_another_try
 from retrack_jax.log import say
 from retrack_jax.problem.evaluation import EvaluatedModel
 from retrack_jax.problem.target import Target
+from retrack_jax.report.verdict import in_words
 from retrack_jax.run import samples
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.provenance import environment
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
 from retrack_jax.run.training import Model, load, pretrained, record, train, unlearning
+from retrack_jax.run.verdict import announce, judge
 from retrack_jax.unlearn.methods import PRETRAINED, RETRAIN
 
 
@@ -71,9 +73,14 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     _stop_if_asked(context, "unlearning")
     if mode in ("run", "unlearn") and method != PRETRAINED:
         _record(run, "model", "inputs")
+        if not parallel.from_main((run.folder / "losses.npz").exists):
+            announce(context, run.target, run.before)
         model = train(unlearning(context, method, run.target, seed), context)
+        _stop_if_asked(context, "the verdict")
+        verdict = _judge(run, model)
+        say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
         _stop_if_asked(context, "the export")
-        _export(run, model)
+        _export(run, model, verdict)
     _stop_if_asked(context, "sampling")
     if mode in ("run", "sample"):
         _sample(run)
@@ -133,6 +140,8 @@ def _is_done(run: Run) -> bool:
     if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
         return False
     metrics = files.read_json(folder / "metrics.json")
+    if "verdict" not in metrics:  # it was finished by an earlier version
+        return False
     # A metric may be asked for later, with another classifier, and a model may have been retrained since.
     if worth_another_try(metrics, options.eval.metrics) or metrics["config"]["eval"]["classifier"] != options.eval.classifier:
         return False
@@ -149,8 +158,15 @@ def _needs_export(run: Run) -> bool:
     return not is_whole(path) or (path / "unet").exists() != (kind == "pipeline")
 
 
-def _export(run: Run, model: Model) -> None:
+def _judge(run: Run, model: Model | None = None) -> dict:
+    """Returns the verdict on the run's model, which is loaded if it is not given and its losses were not kept."""
+    after = None if run.method == PRETRAINED else run.folder
+    return judge(run.context, run.target, run.before, after, lambda: (model or run.model()).params)
+
+
+def _export(run: Run, model: Model, verdict: dict) -> None:
     note = f"Unlearned by {run.method} in {model.steps} steps; forgotten: {described(run.target.spec)}."
+    note += f"\n\nVerdict by losses on these and on remaining images: {in_words(verdict)}"
 
     def export() -> None:
         if _needs_export(run):
@@ -189,6 +205,7 @@ def _evaluate(run: Run) -> None:
         PRETRAINED: before.values,
         "unlearned": after.values,
         "retrained": after.values if method == RETRAIN else gold and gold["unlearned"],
+        "verdict": _judge(run),
         "provenance": {
             **environment(),
             "data": context.problem.describe(target),

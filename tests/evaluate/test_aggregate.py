@@ -20,15 +20,26 @@ def run(method, seed, loss, retrained=None):
 
 
 def test_forgotten_is_inside_the_spread_of_retrained_seeds():
-    losses = (40.0, 42.0, 44.0)
+    losses = (40.0, 41.0, 42.0, 43.0, 44.0)
     runs = [run("retrain", seed, loss, loss) for seed, loss in enumerate(losses)]
     low, high = prediction_interval(losses)
     runs += [run("retrack", 0, low + 0.1, 40.0), run("retrack", 1, high + 0.1, 42.0), run("neggrad", 0, 2.0 * high, 40.0)]
     methods = summarize(runs)["methods"]
-    assert methods["retrack"]["forgotten"] == {"inside": 1, "runs": 2, "intervals": {"label:10": [low, high]}}
+    assert methods["retrack"]["forgotten"] == {"inside": 1, "runs": 2, "intervals": {"label:10": [low, high]}, "too_few": {}}
     assert methods["neggrad"]["forgotten"]["inside"] == 0
     assert methods["retrain"]["forgotten"] is None and methods["pretrained"]["runs"] == 1
     assert methods["retrack"]["gap_to_retrain"]["forget_loss"]["mean"] == pytest.approx((low + high + 0.2) / 2 - 41.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "why"),
+    [((40.0, 41.0, 42.0, 43.0), "4 retrained models, and it takes 5"), ((1.0, 2.0, 3.0, 4.0, 5.0), "holds the pretrained model")],
+)
+def test_too_few_retrained_models_decide_nothing(losses, why):
+    runs = [run("retrain", seed, loss, loss) for seed, loss in enumerate(losses)] + [run("retrack", 0, losses[1], losses[1])]
+    found = summarize(runs)["methods"]["retrack"]["forgotten"]
+    assert (found["inside"], found["runs"]) == (0, 0)
+    assert found["too_few"]["label:10"].startswith("too few to tell") and why in found["too_few"]["label:10"]
 
 
 def test_relearning_curves_are_averaged_over_runs():

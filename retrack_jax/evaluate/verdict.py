@@ -1,0 +1,313 @@
+"""Does a model remember some images, and did unlearning end that? Decided from denoising losses alone, without a retrained model.
+
+The question needs a reference: the loss that the forgotten images would have if no model had seen them. Other images are no such
+reference if the forgotten ones are of another kind: a T-shirt that a model of digits never saw has four times a digit's loss. So
+each image is also compared with itself turned upside down, which has the same pixels and which no model was trained on. Other
+images, held out or remaining, say how much easier an upright image is by nature, and how much that varies.
+
+l_ij is the loss of image i under draw j of timestep and noise before unlearning, l'_ij after it under the same draws, and l~_ij
+that of its turned copy before. L_i, L'_i and L~_i are means over j. F are the forgotten images, R the remaining ones, and C those
+that F is compared with: held-out images if there are any, else R. |F| is a number of images, mean_F a mean over them.
+
+    (1)  c_i  =  log L_i - b log L~_i                over C: mean m, standard deviation tau
+    (2)  u_i  =  exp(m) L~_i^b                       the loss of image i if it were unseen
+    (3)  g    =  mean_F log(L_i / u_i)               below 0: easier than unseen
+         g'   =  mean_F log(L'_i / u_i) - min(0, mean_R log(L'_i / L_i))
+    (4)  s^2  =  tau^2 (1/E + 1/|C|) + e^2           E = |F| if F is a random part of the data, else 1
+    (5)  h^2  =  tau^2 (1 + 1/|C|) + e^2             the spread of single images, which is what an attacker sees
+    (6)  D    =  mean_F log(L'_i / L_i) - mean_R log(L'_i / L_i)
+    (7)  d^2  =  rho^2 (1/|F| + 1/|R|) + e_d^2       rho: the standard deviation over R of log(L'_i / L_i)
+
+b is 0, which leaves the turned copies out, if F is of the kind of C and tau is smaller then; else 1. F is of that kind if
+mean_F log L~_i lies within z standard deviations of C's: turned copies were not trained on, so this says nothing of memory.
+E is 1 for a group of one kind, because its images may all be harder or easier than C for one reason, which more of them do not
+make smaller. e and e_d are the noise of the draws in the means over F; with g', e is that after unlearning. The minimum in g' is
+there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. With
+z, the quantile of Student's t:
+
+    remembered before    g < -z s                                     clearly easier than unseen images
+    unchanged            g' < -z s, or D < z d, its noise             still remembered, or not moved
+    singled out          g' > z h and D > max(z d, s)                 rose far above unseen images: it now stands out
+    forgotten            otherwise, if D > max(z d, s)                rose to the level of unseen images
+    unknown              otherwise                                    it moved by less than s, which the reference cannot resolve
+
+If the remaining images' losses rose by more than `MARGIN` and D is below its noise, the verdict is unknown instead of unchanged.
+
+Remaining images are damaged if their losses rose by more than `MARGIN`, and kept if not, each beyond the noise over R. Without
+held-out images C was trained on as well, so that "unseen" means: no better known than other training images.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# The probability of a false alarm in each comparison. A sweep of tens of runs asks tens of questions, so 5% would be too much.
+FALSE_ALARM = 0.01
+# With fewer comparison images the spread tau is itself a guess: of 8 images it is known to a factor of about 1.3.
+FEWEST = 8
+# A reference that spans more than this factor each way is of no use: memorized images lie below it by factors of 2 to 10.
+WIDEST = 2.0
+# A turned copy that is nearly the image itself, as of a ring, was seen in training too. Correlation of their pixels.
+TOO_ALIKE = 0.9
+# Models that were trained from other seeds differ by less on the digits, and this is far below what is seen in samples there.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Losses:
+    """Losses of N images: the forgotten ones first, then the remaining ones, then those held out, if any.
+
+    Attributes:
+      names: of the forgotten images that were measured.
+      num_forgotten: how many distinct images are forgotten in all.
+      num_remaining: how many of the N are remaining images.
+      before: float64 `[N, n]`, of the model before unlearning under n draws, ordered by timestep; turned: of turned copies.
+      usable: bool `[N]`, whether the turned copy differs enough from the image.
+      is_random: whether the forgotten images are a random part of the data.
+    """
+
+    names: list[str]
+    num_forgotten: int
+    num_remaining: int
+    before: np.ndarray
+    turned: np.ndarray
+    usable: np.ndarray
+    is_random: bool
+
+    @property
+    def forgotten(self) -> slice:
+        return slice(len(self.names))
+
+    @property
+    def remaining(self) -> slice:
+        return slice(len(self.names), len(self.names) + self.num_remaining)
+
+    @property
+    def compared(self) -> slice:
+        held_out = slice(len(self.names) + self.num_remaining, len(self.before))
+        return held_out if self.usable[held_out].sum() >= FEWEST else self.remaining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What the losses before unlearning say.
+
+    Attributes:
+      remembered: whether the forgotten images are remembered; None: it cannot be told, and `why` says why.
+      loss, unseen: the mean loss of the forgotten images, and what it would be if they were unseen.
+      gap, spread: g and s of equations 3 and 4; z: the quantile.
+      group, single: s and h without the noise of the losses of F.
+      log_unseen: `[F]`, log u_i; NaN for an image without a usable turned copy.
+      others: the mean loss of the comparison images.
+    """
+
+    remembered: bool | None
+    loss: float
+    unseen: float = float("nan")
+    gap: float = 0.0
+    spread: float = 0.0
+    z: float = 0.0
+    group: float = 0.0
+    single: float = 0.0
+    log_unseen: np.ndarray | None = None
+    others: str = ""
+    why: str = ""
+
+
+def turned_copies(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each image upside down or rotated by half a turn, whichever is less like it, and whether it differs enough.
+
+    Left and right are not swapped alone: many models are trained on images that are mirrored like that at random.
+
+    Args:
+      images: float `[N, H, W, C]`.
+
+    Returns:
+      (copies `[N, H, W, C]`, bool `[N]`)
+    """
+    candidates = np.stack([images[:, ::-1], images[:, ::-1, ::-1]])
+    likeness = np.stack([_correlation(images, copies) for copies in candidates])
+    best = likeness.argmin(axis=0)
+    return candidates[best, np.arange(len(images))], likeness.min(axis=0) < TOO_ALIKE
+
+
+def memory(losses: Losses) -> Memory:
+    """Returns whether the model before unlearning remembers the forgotten images (equations 1 to 5)."""
+    mine, turned = losses.before[losses.forgotten], losses.turned[losses.forgotten]
+    loss = float(mine.mean())
+    usable_mine, usable = losses.usable[losses.forgotten], losses.usable[losses.compared]
+    if usable.sum() < FEWEST:
+        few = f"only {int(usable.sum())} other images to compare with, and it takes {FEWEST}"
+        return Memory(remembered=None, loss=loss, why=few)
+    if not usable_mine.any():
+        same = "the forgotten images look the same upside down, so there is nothing to compare them with"
+        return Memory(remembered=None, loss=loss, why=same)
+    compared, copies = losses.before[losses.compared][usable], losses.turned[losses.compared][usable]
+    count = len(compared)
+    z = _quantile(count)
+    plain, of_copies = np.log(compared.mean(axis=1)), np.log(copies.mean(axis=1))
+    mine_log, turned_log = np.log(mine.mean(axis=1)), np.where(usable_mine, np.log(turned.mean(axis=1)), np.nan)
+    same_kind = abs(np.nanmean(turned_log) - of_copies.mean()) < z * of_copies.std(ddof=1)
+    b = 0.0 if same_kind and plain.std() < (plain - of_copies).std() else 1.0
+    easier = plain - b * of_copies
+    spread = easier.std(ddof=1)
+    log_unseen = easier.mean() + b * turned_log
+    gap = float(np.nanmean(mine_log - log_unseen))
+    effective = usable_mine.sum() if losses.is_random else 1
+    of_turned = b * _log_noise(turned[usable_mine])
+    group, single = (float(np.hypot(spread * np.sqrt(share + 1 / count), of_turned)) for share in (1 / effective, 1.0))
+    s = float(np.hypot(group, _log_noise(mine[usable_mine])))
+    remembered, why = bool(gap < -z * s), ""
+    if not remembered and z * s > np.log(WIDEST):
+        remembered, why = None, f"unseen images differ too much, by a factor of {np.exp(z * s):.1f} each way"
+    return Memory(
+        remembered=remembered,
+        loss=loss,
+        unseen=float(np.exp(np.nanmean(log_unseen))),
+        gap=gap,
+        spread=s,
+        z=z,
+        group=group,
+        single=single,
+        log_unseen=log_unseen,
+        others=_range(compared.mean(axis=1)),
+        why=why,
+    )
+
+
+def verdict(losses: Losses, after: np.ndarray) -> dict:
+    """Returns the `verdict` of metrics.json (the module's docstring has the rule).
+
+    Args:
+      losses: before unlearning.
+      after: float64 `[N, n]`, after unlearning, of the same images under the same draws.
+
+    Returns:
+      {"forgotten": "unchanged" | "forgotten" | "singled out" | "unknown", "kept": "kept" | "damaged" | "unknown",
+      "remembered_before": true | false | null, "why": one line, "files": [{"name", "before", "after", "noise"}]}; the losses of a
+      file are means over the draws of sums over pixels, and `noise` is the standard error of their difference.
+    """
+    known = memory(losses)
+    forgotten, reason = _forgotten(losses, after, known)
+    kept, change = _kept(losses.before[losses.remaining], after[losses.remaining])
+    mine, now = losses.before[losses.forgotten], after[losses.forgotten]
+    errors = np.sqrt(_draw_variance(now - mine))
+    rows = zip(losses.names, mine.mean(axis=1), now.mean(axis=1), errors, strict=True)
+    return {
+        "forgotten": forgotten,
+        "kept": kept,
+        "remembered_before": known.remembered,
+        "why": f"{before_in_words(losses, known)}; {reason}; {change}",
+        "files": [
+            {"name": name, "before": round(float(b), 4), "after": round(float(a), 4), "noise": round(float(e), 4)}
+            for name, b, a, e in rows
+        ],
+    }
+
+
+def unknown(why: str) -> dict:
+    """Returns the verdict of a run whose losses could not be measured."""
+    return {"forgotten": "unknown", "kept": "unknown", "remembered_before": None, "why": why, "files": []}
+
+
+def before_in_words(losses: Losses, known: Memory) -> str:
+    """Returns a line on what the model before unlearning knows, with its numbers."""
+    count = losses.num_forgotten
+    these = "this image" if count == 1 else f"these {count} images"
+    if len(losses.names) < count:
+        these += f" ({len(losses.names)} measured)"
+    level = f"loss {_text(known.loss)}"
+    if known.unseen == known.unseen:
+        low, high = (known.unseen * np.exp(sign * known.z * known.group) for sign in (-1, 1))
+        level += f", unseen {'one' if count == 1 else 'ones'} like {'it' if count == 1 else 'them'}"
+        level += f" {_text(known.unseen)} ({_text(low)} to {_text(high)}), others {known.others}"
+    if known.remembered is None:
+        return f"whether the model remembers {these} cannot be told ({known.why}): {level}"
+    if known.remembered:
+        return f"before, the model remembers {these}: {level}"
+    return f"before, the model shows no sign of remembering {these}: {level}"
+
+
+def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, str]:
+    """Returns the verdict on the forgotten images, and the reason."""
+    changes = np.log(after.mean(axis=1) / losses.before.mean(axis=1))
+    mine, others = changes[losses.forgotten], changes[losses.remaining]
+    now = after[losses.forgotten]
+    moved_to = f"after, loss {_text(now.mean())}"
+    if len(others) < FEWEST:
+        return "unknown", f"{moved_to}, with only {len(others)} remaining images to compare the change with"
+    change = float(mine.mean() - others.mean())
+    noise = _log_noise(now, losses.before[losses.forgotten])
+    error = float(np.sqrt(others.var(ddof=1) * (1 / len(mine) + 1 / len(others)) + noise**2))
+    limit = _quantile(len(others)) * error
+    if known.log_unseen is not None:
+        gap = float(np.nanmean(np.log(now.mean(axis=1)) - known.log_unseen) - min(0.0, others.mean()))
+        now_noise = _log_noise(now)
+        if gap < -known.z * np.hypot(known.group, now_noise):
+            return "unchanged", f"{moved_to}, still below unseen images"
+    if not change > limit:
+        if others.mean() > np.log1p(MARGIN):
+            return "unknown", f"{moved_to}, and the losses of all other images rose as much"
+        return "unchanged", f"{moved_to}, no rise beyond the noise"
+    if known.remembered is None:
+        return "unknown", f"{moved_to}, and no reference to compare it with"
+    if not change > known.spread:
+        return "unknown", f"{moved_to}, too small a rise to tell from how images differ"
+    if gap > known.z * np.hypot(known.single, now_noise):
+        return "singled out", f"{moved_to}, {np.exp(gap):.1f} times that of unseen images"
+    return "forgotten", f"{moved_to}, as unseen images have"
+
+
+def _kept(before: np.ndarray, after: np.ndarray) -> tuple[str, str]:
+    """Returns the verdict on the remaining images, and the reason."""
+    if len(before) < FEWEST:
+        return "unknown", f"only {len(before)} remaining images were measured"
+    changes = np.log(after.mean(axis=1) / before.mean(axis=1))
+    mean, limit = changes.mean(), _quantile(len(changes)) * changes.std(ddof=1) / np.sqrt(len(changes))
+    change = f"{100 * np.expm1(mean):+.1f} +- {100 * limit:.1f}%" if mean < 1 else f"{np.exp(mean):.1f} times"
+    numbers = f"remaining images {_text(before.mean())} -> {_text(after.mean())} ({change})"
+    if mean - limit > np.log1p(MARGIN):
+        return "damaged", numbers
+    return "kept" if mean + limit < np.log1p(MARGIN) else "unknown", numbers
+
+
+def _quantile(count: int) -> float:
+    from scipy.stats import t as student
+
+    return float(student.ppf(1 - FALSE_ALARM, count - 1))
+
+
+def _draw_variance(values: np.ndarray) -> np.ndarray:
+    """Returns the variance of each row's mean, `[N]`, of draws `[N, n]` that are ordered by timestep.
+
+    Each draw takes its timestep from a part of the schedule, so the differences between parts are no noise. Neighboring draws are
+    taken for two of one part:
+
+        var  =  sum over pairs of (v_2k - v_2k+1)^2  /  n^2
+    """
+    n = values.shape[1]
+    pairs = values[:, : n - n % 2].reshape(len(values), -1, 2)
+    return np.square(pairs[..., 0] - pairs[..., 1]).sum(axis=1) / n**2
+
+
+def _log_noise(now: np.ndarray, before: np.ndarray | None = None) -> float:
+    """Returns the noise of mean_i log(L_i), or of mean_i log(L'_i / L_i), that comes from the draws."""
+    values = now / now.mean(axis=1, keepdims=True)
+    if before is not None:
+        values = values - before / before.mean(axis=1, keepdims=True)
+    return float(np.sqrt(_draw_variance(values).sum()) / len(values))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the correlation over pixels of each pair of images, `[N]`; 1 for images of one color."""
+    a, b = (x.reshape(len(x), -1) - x.reshape(len(x), -1).mean(axis=1, keepdims=True) for x in (a, b))
+    norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(norm > 0, (a * b).sum(axis=1) / np.where(norm > 0, norm, 1), 1.0)
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{_text(values.mean())} +- {_text(values.std(ddof=1))}"
+
+
+def _text(value: float) -> str:
+    return f"{value:.3g}"

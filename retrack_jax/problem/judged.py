@@ -1,0 +1,83 @@
+"""The images that a verdict is reached from, and a model's losses on them (evaluate/verdict.py)."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.target_names import is_random
+from retrack_jax.evaluate.verdict import turned_copies
+from retrack_jax.metrics.membership import denoising_losses
+from retrack_jax.neighbors.distinct import distinct_rows
+from retrack_jax.notation import PyTree
+from retrack_jax.problem.problem import Problem
+from retrack_jax.problem.target import Target
+
+# How many images of each kind, and how many draws each: 64 up to 32 x 32, fewer as images are larger, down to 16. The loss of a
+# large image is a sum over more pixels and so has less noise, and a verdict must cost little next to unlearning.
+_MOST, _LEAST, _PIXELS = 64, 16, 64 * 32 * 32
+_SEED = 0  # of the choice of images and of all draws: the same for every run and seed, so that losses are paired
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Images as the network denoises them, float32 `[N, h, w, c]`: the forgotten ones, then remaining, then held-out ones.
+
+    Attributes:
+      names: of the forgotten images; num_forgotten: how many distinct ones there are in all.
+      num_remaining: how many remain.
+      images: as above; turned: their turned copies; usable: bool `[N]`, whether those differ enough.
+      is_random: whether the forgotten images are a random part of the data.
+    """
+
+    names: list[str]
+    num_forgotten: int
+    num_remaining: int
+    images: np.ndarray
+    turned: np.ndarray
+    usable: np.ndarray
+    is_random: bool
+
+
+def judged(problem: Problem, target: Target) -> Judged:
+    """Returns a fixed random choice of distinct images; no remaining or held-out one is a copy of a forgotten one."""
+    most = _count(problem)
+    forgotten = np.sort(_chosen(target.images, target.unique, most))
+    remaining = _chosen(target.images, target.remain, most, target)
+    parts = [problem.codec.clean(target.images, rows) for rows in (forgotten, remaining)]
+    if (held_out := problem.data.held_out) is not None:
+        rows = _chosen(held_out, np.arange(len(held_out)), most, target)
+        parts.append(problem.codec.clean(held_out, rows))
+    images = np.concatenate(parts)
+    names = [str(target.images.ids[row]) for row in forgotten]
+    return Judged(names, len(target.unique), len(remaining), images, *turned_copies(images), is_random(target.spec))
+
+
+def losses(problem: Problem, target: Target, params: PyTree, images: np.ndarray, desc: str) -> np.ndarray:
+    """Returns the denoising losses of `images`, float64 `[N, n]`, under the condition that the model remembers by."""
+    denoiser, condition = problem.denoiser, problem.conditioning.remembered(target)
+    eps_fn = denoiser.eps_fn
+    if condition is not None:
+        eps_fn, params = denoiser.conditioned_eps_fn, (params, condition)
+    rng = jax.random.key(_SEED)
+    return denoising_losses(eps_fn, params, denoiser.schedule, images, rng, num_noises=_count(problem), desc=desc)
+
+
+def _count(problem: Problem) -> int:
+    height, width, _ = problem.denoiser.shape
+    return min(_MOST, max(_LEAST, _PIXELS // (height * width)))
+
+
+def _chosen(images: ImageSet, rows: np.ndarray, most: int, target: Target | None = None) -> np.ndarray:
+    """Returns up to `most` of `rows`, at random, distinct in their pixels and from the forgotten images of `target`."""
+    order = np.random.default_rng(_SEED).permutation(rows)
+    copies = set() if target is None else {image.tobytes() for image in target.images.images[target.unique]}
+    chosen: list[int] = []
+    for start in range(0, len(order), most):
+        block = np.concatenate([np.array(chosen, np.int64), order[start : start + most]])
+        pictures = images.images[block]
+        chosen = [int(block[row]) for row in distinct_rows(pictures)[0] if pictures[row].tobytes() not in copies][:most]
+        if len(chosen) == most:
+            break
+    return np.array(chosen, np.int64)

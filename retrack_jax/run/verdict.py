@@ -1,0 +1,92 @@
+"""The verdict of a run: the losses behind it, which are kept in the workdir, and the line that is said before training.
+
+    pretrained/losses-TARGET.npz    before, turned, usable, num_remaining (of evaluate.verdict.Losses), once per target
+    METHOD/seed0-TARGET/losses.npz  after
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from etils import epath
+
+from retrack_jax import files, parallel
+from retrack_jax.checks import Diverged
+from retrack_jax.evaluate.verdict import Losses, before_in_words, memory, unknown, verdict
+from retrack_jax.log import say
+from retrack_jax.notation import PyTree
+from retrack_jax.problem.evaluation import label_of
+from retrack_jax.problem.judged import judged, losses
+from retrack_jax.problem.target import Target
+from retrack_jax.run.context import RunContext
+from retrack_jax.run.training import load, pretrained
+
+
+def announce(context: RunContext, target: Target, folder: epath.Path) -> None:
+    """Says in one line whether the model before unlearning remembers the target; `folder` as in `judge`."""
+    try:
+        found = _before(context, target, folder)
+    except Diverged as error:
+        say(f"whether the model remembers {target.spec} cannot be told: {error}", is_main=parallel.is_main_process())
+        return
+    known = memory(found)
+    # A whole class is known without any of its images being remembered, and unlearning it changes much.
+    little = known.remembered is False and label_of(target) is None
+    advice = "; unlearning will change little" if little else ""
+    say(f"{before_in_words(found, known)}{advice}", is_main=parallel.is_main_process())
+
+
+def judge(
+    context: RunContext, target: Target, before: epath.Path, after: epath.Path | None, params: Callable[[], PyTree]
+) -> dict:
+    """Returns the verdict on a model, as metrics.json holds it. What is measured is kept, so that a second call reads it.
+
+    Args:
+      target: what was to be forgotten.
+      before: the folder of the model before unlearning, for this target.
+      after: the run's folder; None judges the model before unlearning itself.
+      params: `() -> parameters` of the model, called only if its losses are not there yet.
+    """
+    try:
+        found = _before(context, target, before)
+        if after is None:
+            return verdict(found, found.before)
+        images = judged(context.problem, target).images
+
+        def measure() -> dict[str, np.ndarray]:
+            return {"after": losses(context.problem, target, params(), images, "verdict")}
+
+        return verdict(found, _kept_losses(after / "losses.npz", ("after",), measure)["after"])
+    except Diverged as error:
+        return unknown(str(error))
+
+
+def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
+    problem, images = context.problem, judged(context.problem, target)
+
+    def measure() -> dict[str, np.ndarray]:
+        params = pretrained(context, load).params
+        pictures = {"before": images.images, "turned": images.turned}
+        arrays = {name: losses(problem, target, params, those, f"verdict, {name}") for name, those in pictures.items()}
+        return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
+
+    arrays = _kept_losses(folder / f"losses-{target.slug}.npz", ("before", "turned"), measure)
+    return Losses(
+        names=images.names,
+        num_forgotten=images.num_forgotten,
+        num_remaining=images.num_remaining,
+        before=arrays["before"],
+        turned=arrays["turned"],
+        usable=images.usable,
+        is_random=images.is_random,
+    )
+
+
+def _kept_losses(
+    path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays `names` of `path`; if it is not there, of `measure()`, which are then written there."""
+    if parallel.from_main(path.exists):
+        return parallel.from_main(lambda: files.read_npz(path, names))
+    arrays = measure()
+    parallel.on_main(lambda: files.write_npz(path, **arrays))
+    return arrays

@@ -1,0 +1,219 @@
+"""The verdict: each outcome from losses with a known answer, its error rates, and a whole run that tells it everywhere."""
+
+import json
+
+import numpy as np
+import pytest
+
+from retrack_jax.evaluate.verdict import FEWEST, MARGIN, Losses, memory, turned_copies, verdict
+from retrack_jax.main import main
+from retrack_jax.report.verdict import box, file_rows, in_words
+from tests.tiny import flags
+
+NOISES = 64
+_RISE = np.exp(np.linspace(1.0, -3.0, NOISES))  # losses fall along the schedule, as a network's do
+
+
+def draws(levels, rng, noise=0.2):
+    """Losses `[N, NOISES]` of images whose mean losses are about `levels`."""
+    shape = (len(levels), NOISES)
+    return np.asarray(levels)[:, None] * _RISE / _RISE.mean() * np.exp(noise * rng.standard_normal(shape))
+
+
+def losses(
+    rng, count, memory=1.0, kind=1.0, num_remaining=64, num_held_out=0, is_random=False, spread=0.15, of_turned=0.15, noise=0.2
+):
+    """Losses before unlearning: forgotten images have `kind` times the others' loss if unseen, and `memory` of that if not.
+
+    A turned copy has 1.4 times the loss of its image, were that unseen. Returns (the losses, the levels of all images).
+    """
+    size = count + num_remaining + num_held_out
+    levels = 6.0 * np.exp(spread * rng.standard_normal(size))
+    levels[:count] *= kind
+    turned = 1.4 * levels * np.exp(of_turned * rng.standard_normal(size))
+    seen = levels.copy()
+    seen[:count] *= memory
+    return Losses(
+        names=[f"file{i}" for i in range(count)],
+        num_forgotten=count,
+        num_remaining=num_remaining,
+        before=draws(seen, rng, noise),
+        turned=draws(turned, rng, noise),
+        usable=np.ones(size, bool),
+        is_random=is_random,
+    ), levels
+
+
+def after(before, count, rng, times=1.0, others=1.0, noise=0.02):
+    """Losses after unlearning under the same draws: those of the forgotten images `times`, the others' `others` times as high."""
+    factor = np.where(np.arange(len(before)) < count, times, others)
+    return before * factor[:, None] * np.exp(noise * rng.standard_normal((len(before), 1)))
+
+
+@pytest.mark.parametrize("kind", [1.0, 4.0], ids=["same kind", "another kind"])
+@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("times", "outcome"), [(1.0, "unchanged"), (1.3, "unchanged"), (8.0, "forgotten"), (80.0, "singled out")]
+)
+def test_a_remembered_image(kind, count, times, outcome):
+    """The loss before is an eighth of an unseen image's, as of the T-shirt among digits."""
+    rng = np.random.default_rng(count)
+    known, _ = losses(rng, count, memory=1 / 8, kind=kind)
+    found = verdict(known, after(known.before, count, rng, times))
+    assert found["remembered_before"] is True and found["forgotten"] == outcome and found["kept"] == "kept"
+    assert "the model remembers" in found["why"] and "\n" not in found["why"]
+    assert [file["name"] for file in found["files"]] == known.names
+    assert found["files"][0]["after"] / found["files"][0]["before"] == pytest.approx(times, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [1.0, 4.0], ids=["same kind", "another kind"])
+@pytest.mark.parametrize(
+    ("times", "outcome"), [(1.0, "unchanged"), (0.5, "unchanged"), (1.1, "unknown"), (1.25, "forgotten"), (4.0, "singled out")]
+)
+def test_an_image_that_was_not_remembered(kind, times, outcome):
+    """A rise by less than the reference resolves is neither "unchanged" nor "forgotten"."""
+    rng = np.random.default_rng(5)
+    known, _ = losses(rng, 20, kind=kind)
+    found = verdict(known, after(known.before, 20, rng, times))
+    assert found["remembered_before"] is False and found["forgotten"] == outcome
+
+
+def test_a_model_that_is_broken_for_all_images_has_forgotten_nothing_in_particular():
+    rng = np.random.default_rng(11)
+    known, _ = losses(rng, 64)
+    found = verdict(known, after(known.before, 64, rng, 20.0, 20.0))
+    assert (found["forgotten"], found["kept"]) == ("unknown", "damaged")
+    assert verdict(known, after(known.before, 64, rng, 0.7, 0.7))["forgotten"] == "unchanged"  # one that was trained longer
+
+
+def test_an_image_of_another_kind_is_not_compared_with_the_others():
+    """It has four times the others' loss before and after, which neither hides a memory nor singles it out."""
+    rng = np.random.default_rng(0)
+    known, _ = losses(rng, 1, memory=1 / 4, kind=4.0)
+    assert known.before[0].mean() == pytest.approx(known.before[1:].mean(), rel=0.35)  # as ordinary as can be
+    assert memory(known).remembered is True
+    assert verdict(known, after(known.before, 1, rng, 4.0))["forgotten"] == "forgotten"
+
+
+def test_held_out_images_show_what_remaining_ones_hide():
+    """All training images are a tenth easier than unseen ones: among themselves nothing shows."""
+    rng = np.random.default_rng(1)
+    known, _ = losses(rng, 64, memory=0.85, num_held_out=64, is_random=True)
+    known.before[64:128] *= 0.85
+    assert memory(known).remembered is True
+    blind = Losses(**{**vars(known), "before": known.before[:128], "turned": known.turned[:128], "usable": known.usable[:128]})
+    assert memory(blind).remembered is False
+    found = verdict(known, after(known.before, 64, rng, 1 / 0.85))
+    assert found["forgotten"] == "forgotten" and found["kept"] == "kept"
+
+
+def test_false_alarms_are_rare():
+    """Of models that remember nothing and change nothing, about one in a hundred is called something else."""
+    rng = np.random.default_rng(2)
+    alarms = {"remembered": 0, "changed": 0, "not kept": 0}
+    trials = 400
+    for trial in range(trials):
+        count, kind, is_random = ((1, 1.0, False), (1, 4.0, False), (64, 1.0, True))[trial % 3]
+        known, _ = losses(rng, count, kind=kind, is_random=is_random)
+        found = verdict(known, after(known.before, count, rng))
+        alarms["remembered"] += found["remembered_before"] is not False
+        alarms["changed"] += found["forgotten"] != "unchanged"
+        alarms["not kept"] += found["kept"] != "kept"
+    assert all(count <= 0.025 * trials for count in alarms.values()), alarms
+
+
+@pytest.mark.parametrize(
+    ("others", "kept"),
+    [(0.9, "kept"), (1.0, "kept"), (1.0 + MARGIN, "unknown"), (1.0 + 1.5 * MARGIN, "damaged"), (40.0, "damaged")],
+)
+def test_remaining_images(others, kept):
+    rng = np.random.default_rng(10)
+    known, _ = losses(rng, 1)
+    assert verdict(known, after(known.before, 1, rng, others=others))["kept"] == kept
+
+
+@pytest.mark.parametrize("num_remaining", [1, FEWEST - 1])
+def test_too_few_images_to_compare_with_decide_nothing(num_remaining):
+    rng = np.random.default_rng(4)
+    known, _ = losses(rng, 1, memory=1 / 8, num_remaining=num_remaining)
+    found = verdict(known, after(known.before, 1, rng, 8.0))
+    assert (found["remembered_before"], found["forgotten"], found["kept"]) == (None, "unknown", "unknown")
+    assert f"{num_remaining} other images" in found["why"]
+
+
+def test_images_that_differ_too_much_decide_nothing():
+    """Unseen images lie within a factor of 5 each way: a loss like theirs is no sign that nothing is remembered."""
+    rng = np.random.default_rng(6)
+    known, _ = losses(rng, 1, spread=1.0, of_turned=1.0)
+    found = verdict(known, after(known.before, 1, rng, 2.0))
+    assert found["remembered_before"] is None and found["forgotten"] == "unknown"
+
+
+def test_an_image_that_is_the_same_upside_down_has_no_reference():
+    rng = np.random.default_rng(7)
+    known, _ = losses(rng, 1, memory=1 / 8)
+    known.usable[0] = False
+    found = verdict(known, after(known.before, 1, rng, 8.0))
+    assert found["remembered_before"] is None and found["forgotten"] == "unknown" and found["kept"] == "kept"
+    assert verdict(known, after(known.before, 1, rng))["forgotten"] == "unchanged"  # no rise is known without a reference
+
+
+def test_turned_copies():
+    rng = np.random.default_rng(8)
+    images = rng.standard_normal((4, 8, 8, 3)).astype(np.float32)
+    images[1] += images[1, ::-1]
+    images[1] /= 2  # the same upside down, but not rotated
+    images[2] = images[2] + images[2, ::-1] + images[2, :, ::-1] + images[2, ::-1, ::-1]  # the same in every way
+    images[3] = 0.5  # one color
+    copies, usable = turned_copies(images)
+    np.testing.assert_array_equal(usable, [True, True, False, False])
+    np.testing.assert_array_equal(copies[1], images[1, ::-1, ::-1])
+    np.testing.assert_allclose(np.sort(copies, axis=None), np.sort(images, axis=None))
+
+
+def test_words_and_colors():
+    rng = np.random.default_rng(9)
+    known, _ = losses(rng, 2, memory=1 / 8)
+    cases = ((1.0, 1.0, "worse", "better"), (8.0, 1.0, "better", "better"), (80.0, 9.0, "worse", "worse"))
+    for times, others, word, kept in cases:
+        found = verdict(known, after(known.before, 2, rng, times, others, noise=0.0))
+        assert [answer for answer, _ in box(found)["answers"]] == [word, kept]
+        assert found["why"] in in_words(found)
+        assert {row["word"] for row in file_rows(found)} == ({word} if times > 1 else {""})
+    fresh, _ = losses(rng, 2)
+    unchanged = verdict(fresh, fresh.before)
+    assert unchanged["forgotten"] == "unchanged" and box(unchanged)["answers"][0][0] == ""  # no color: nothing was achieved
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("verdict")
+    assert main(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(workdir)]) == 0
+    return workdir
+
+
+def test_a_run_tells_its_verdict_everywhere(finished, capsys):
+    run = finished / "retrack" / "seed0-label_10"
+    metrics = json.loads((run / "metrics.json").read_text())
+    found = metrics["verdict"]
+    assert list(found) == ["forgotten", "kept", "remembered_before", "why", "files"]
+    # Of 8 images the network has learned nothing by heart in 6 steps, and 4 steps at a small rate change next to nothing.
+    assert found["remembered_before"] is False and found["kept"] == "kept"
+    assert len(found["files"]) == 1 and found["files"][0]["name"].startswith("tshirt")
+    page, card = (run / "report.html").read_text(), (run / "diffusers" / "README.md").read_text()
+    assert "Remaining images are kept." in page and all(line in page for line in box(found)["why"])
+    assert in_words(found) in card
+    assert found["files"][0]["name"] in page
+    assert main(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(finished)]) == 0
+    assert f"verdict: {in_words(found)}" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_a_verdict_gets_it(finished):
+    run = finished / "retrack" / "seed0-label_10"
+    metrics = json.loads((run / "metrics.json").read_text())
+    found = metrics.pop("verdict")
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "losses.npz").unlink()
+    (finished / "pretrained" / "losses-label_10.npz").unlink()
+    assert main(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(finished)]) == 0
+    assert json.loads((run / "metrics.json").read_text())["verdict"] == found
