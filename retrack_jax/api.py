@@ -96,7 +96,7 @@ def unlearn(
         shared = shared.replace(neighbors={name: remain[distinct]}, neighbor_rows=positions)
     if recipe.retain_loss == "distillation":
         shared = shared.replace(reference=params)
-    how = recipe.step_options(schedule.num_train_timesteps, dropout)
+    how = recipe.step_options(schedule.t_end, dropout)
     order_rng, step_rng = jax.random.split(rng)
     batches = Batches(
         gather=lambda rows: {name: remain[rows]},

@@ -35,11 +35,13 @@ class DDIM:
             schedule.alpha_bar_at(t),
             schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final),
         )
+        # At pure noise (zero SNR) eps holds so much of v = -x_0, from which x_0 is found, in addition to x_t.
+        share_of_v = np.sqrt(now) - np.sqrt(schedule.alpha_bar64[t])
         rows = float32_rows(
             t,
             gamma=np.sqrt(now),
             sigma=np.sqrt(1 - now),
-            next_gamma=np.sqrt(then),
+            next_gamma=np.sqrt(then) + np.sqrt(1 - then) * share_of_v,
             next_sigma=np.sqrt(1 - then),
         )
         return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
