@@ -128,8 +128,9 @@ def _check_class(name: Any) -> None:
     if isinstance(name, str) and name in CLASS_DEFAULTS:
         return
     kind = "sigmas of EDM" if "EDM" in str(name) else "flows" if "Flow" in str(name) else ""
+    near = "" if kind else suggestion(name, CLASS_DEFAULTS)
     why = f"is for {kind}" if kind else "is none that is known to define them"
     raise UserError(
         f"the scheduler config's _class_name is {name!r}: training needs betas, and it {why}; give the scheduler_config.json "
-        f"that the model was trained with, of a class such as {', '.join(OWN)}{suggestion(name, CLASS_DEFAULTS) if not kind else ''}"
+        f"that the model was trained with, of a class such as {', '.join(OWN)}{near}"
     )
