@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -151,6 +152,17 @@ def read_npz(path, names: Sequence[str] | None = None, *, advice: str = MAKE_AGA
             return {name: archive[name] for name in (archive.files if names is None else names)}
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
+
+
+def npz_rows(path, *, advice: str = MAKE_AGAIN) -> int:
+    """Returns the length of the first array in the `.npz` at `path`, from its header alone; raises `UserError` as `read_npz`."""
+    try:
+        with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
+            first = np.lib.format.read_magic(member)[0] == 1
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            return read(member)[0][0]
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise UserError(f"{path} is damaged ({error}); {advice}") from error
 

@@ -136,6 +136,8 @@ def _is_done(run: Run) -> bool:
     # A metric may be asked for later, with another classifier, and a model may have been retrained since.
     if worth_another_try(metrics, options.eval.metrics) or metrics["config"]["eval"]["classifier"] != options.eval.classifier:
         return False
+    if metrics["config"]["sampling"]["num_images"] != options.sampling.num_images:
+        return False
     gold = _retrained_run(run)
     current = run.method == RETRAIN or metrics["retrained"] == (gold and gold["unlearned"])
     return current and metrics["config"]["export"] == options.export and not _needs_export(run)
@@ -208,7 +210,7 @@ def _results(run: Run, folder: epath.Path, name: str) -> Results:
     model = EvaluatedModel(
         params=lambda: run.model().params,
         pretrained=lambda: pretrained(context, load).params,
-        arrays=samples.read(folder),
+        arrays=samples.read(folder, context.options.sampling.num_images),
         path=folder / name,
         workdir=context.workdir.root,
         should_stop=context.should_stop,

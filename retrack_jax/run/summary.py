@@ -1,5 +1,6 @@
 """What a command ends with, over every finished run of its workdir: summary.json, the comparison, the table on the screen."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from retrack_jax.run.one_run import Run
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
+log = logging.getLogger(__name__)
+
 
 def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]) -> dict:
     """Writes summary.json and, if the workdir has several runs, the comparison; prints the table and where the report is.
@@ -29,6 +32,12 @@ def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]
     runs = parallel.from_main(lambda: _finished_runs(context.workdir))
     if not runs:
         return {}
+    counts = sorted({run["provenance"].get("num_samples", 0) for run in runs})
+    if len(counts) > 1:
+        log.warning(
+            "runs of %s have from %d to %d samples: give each as many, by config.sampling.num_images, before you compare them",
+            context.workdir.root, counts[0], counts[-1],
+        )  # fmt: skip
     summary = summarize(runs)
     parallel.on_main(lambda: _write(context, sweep, runs, summary))
     return summary
