@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ _JSON_BYTES = 64 << 20
 IN_WORKDIR = "choose another --workdir"  # what to do if a file cannot be written
 IN_CACHE = "set config.data.cache_dir"
 MAKE_AGAIN = "delete it, and the same command makes it again"
+NUMBERS = object()  # in a shape (read_shaped): an object whose values are all numbers
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,40 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON (nested too deeply); restore or delete it") from error
     except ValueError as error:  # also not UTF-8, and a number of too many digits
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def read_shaped(path, shape: Mapping):
+    """Returns the JSON object in a file that an earlier command wrote, if it has the shape that this version writes.
+
+    Args:
+      path: the file.
+      shape: name -> the kind of its value: a type, several of them, another shape, or `NUMBERS`. The object may hold more.
+
+    Raises:
+      UserError: as `read_json`, or a name is missing or its value is of another kind.
+    """
+    value = read_json(path)
+    if misfit := _misfit(value, shape, ""):
+        raise UserError(f"{path} is damaged, or another version wrote it: {misfit}; {MAKE_AGAIN}")
+    return value
+
+
+def _misfit(value, shape, where: str) -> str:
+    """Says where `value` is not as `shape` has it; empty if it is."""
+    if shape is NUMBERS:
+        shape = dict.fromkeys(value, (int, float)) if isinstance(value, dict) else dict
+    if not isinstance(shape, Mapping):
+        right = isinstance(value, shape) and not isinstance(value, bool)
+        return "" if right else f"{where or 'the whole'} is {str(value)[:40]!r}"
+    if not isinstance(value, dict):
+        return f"{where or 'the whole'} is {str(value)[:40]!r}, no object"
+    for name, kind in shape.items():
+        inner = f"{where}.{name}".lstrip(".")
+        if name not in value:
+            return f"it has no {inner}"
+        if misfit := _misfit(value[name], kind, inner):
+            return misfit
+    return ""
 
 
 def read_npz(path, names: Sequence[str] | None = None, *, advice: str = MAKE_AGAIN) -> dict[str, np.ndarray]:

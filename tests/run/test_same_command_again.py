@@ -37,11 +37,9 @@ def command(root, workdir, *more):
 
 @pytest.fixture
 def again(finished, tmp_path):
-    """A copy of the finished run and its inputs, whose paths stay those of the originals for the weights and images."""
+    """Where the inputs are, and a copy of the finished run that a test may spoil."""
     shutil.copytree(finished / "run", tmp_path / "run")
-    yield finished, tmp_path / "run"
-    write_model(finished / "model", seed=1)
-    write_images(finished / "images", seed=1)
+    return finished, tmp_path / "run"
 
 
 def run_folder(workdir):
@@ -63,6 +61,8 @@ def test_inputs_that_changed_under_the_same_paths_are_named(change, words, again
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and words in error[0] and "choose another --workdir" in error[0]
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    write_model(root / "model", seed=1)
+    write_images(root / "images", seed=1)
 
 
 def test_more_samples_are_added_and_metrics_computed_again(again, capsys):
@@ -93,3 +93,46 @@ def test_fewer_samples_are_refused(again, capsys):
     root, workdir = again
     assert command(root, workdir, "sampling.num_images=3") == 2
     assert "holds 4 samples and config.sampling.num_images is 3: none are thrown away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", '{"values": {"frequency": "a"}, "format": 2, "model": 3}', "folder"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "evaluation.json"])
+def test_json_of_another_shape_is_one_line(name, content, again, capsys):
+    root, workdir = again
+    folder = run_folder(workdir)
+    if name == "evaluation.json":
+        (folder / "metrics.json").unlink()
+    (folder / name).unlink()
+    if content == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text(content)
+    assert command(root, workdir) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and str(folder / name) in error[0]
+
+
+def test_a_metric_that_is_no_number_is_named(again, capsys):
+    root, workdir = again
+    path = run_folder(workdir) / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps(metrics | {"unlearned": {"frequency": None}}))
+    assert command(root, workdir) == 2
+    assert "unlearned.frequency is 'None'; delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", '{"methods": 3}', ""])
+def test_a_summary_of_another_shape_is_written_again(content, again):
+    root, workdir = again
+    whole = (workdir / "summary.json").read_text()
+    (workdir / "summary.json").write_text(content)
+    assert command(root, workdir) == 0
+    assert (workdir / "summary.json").read_text() == whole
+
+
+def test_a_folder_in_place_of_the_summary_is_one_line(again, capsys):
+    root, workdir = again
+    (workdir / "summary.json").unlink()
+    (workdir / "summary.json").mkdir()
+    assert command(root, workdir) == 2
+    assert f"error: cannot write {workdir / 'summary.json'}" in capsys.readouterr().err

@@ -157,7 +157,9 @@ def write_run(workdir, method, target, seed, *, frequency=0.0):
     folder = workdir.run(method, seed, target)
     folder.mkdir(parents=True)
     values = {"frequency": frequency}
-    metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0, "provenance": {}}
+    metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0}
+    metrics["provenance"] = {"metrics": {}, "absent": {}, "final": [], "num_samples": 4}
+    metrics["config"] = {"eval": {"classifier": "joblib"}, "export": "unet", "sampling": {"num_images": 4}}
     metrics |= {"pretrained": {"frequency": 0.5}, "unlearned": values, "retrained": None}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
