@@ -15,10 +15,9 @@ import math
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.excluded import without
+from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.sources.load import known_names, load_images
-from retrack_jax.data.target_names import resolve_target
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
 
@@ -106,7 +105,7 @@ def _fewest_remaining(options: Options) -> int:
     """How many images remain, the fewest of any target."""
     training, _ = split_held_out(_names(options), options.data.held_out)
     images = without(training, options.data.exclude)
-    return min(len(images) - len(resolve_target(spec, images)) for spec in options.target_specs)
+    return min(len(images) - len(resolve_remaining(spec, images, training)) for spec in options.target_specs)
 
 
 def _names(options: Options) -> ImageSet:
