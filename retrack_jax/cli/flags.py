@@ -111,7 +111,7 @@ def _check_file(path: Path) -> None:
     files = {file.name: file for folder in reversed(folders) for file in folder.glob("*.py")}
     near = nearest_names(f"{path.stem.strip()}.py", files, count=1) if path.stem and not path.is_dir() else []
     looked = " and ".join(str(folder.absolute()) for folder in folders)
-    raise UserError(f"{what}; did you mean --config={files[near[0]]}?" if near else f"{what}; give --config=FILE.py ({looked})")
+    raise UserError(f"{what}; did you mean {files[near[0]]}?" if near else f"{what}; give --config=FILE.py ({looked})")
 
 
 def _place_in_config(error: Exception | None, path: str) -> str | None:

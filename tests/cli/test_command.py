@@ -87,7 +87,7 @@ def error_line(capsys) -> str:
     "changes, words",
     [
         ({"config": "--config=configs/digits_tshit.py"}, "did you mean configs/digits_tshirt.py"),
-        ({"config": "--config=digits_tshirt"}, "did you mean --config=configs/digits_tshirt.py?"),
+        ({"config": "--config=digits_tshirt"}, "did you mean configs/digits_tshirt.py?"),
         ({"config": "--config=configs"}, "configs is a folder, no config file; give --config=FILE.py"),
         ({"config": CONFIG + ":retrak"}, "did you mean 'retrack'"),
         ({"learning_rate": 1}, "did you mean --config.pretrain.learning_rate or --config.unlearn.learning_rate?"),

@@ -6,6 +6,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.config import rules as recipe
+from retrack_jax.config.options import read_config
 from retrack_jax.data.checklist import requirements
 from retrack_jax.main import main
 from tests.data.checking import CONFIGS, config_of, printed
@@ -116,7 +117,7 @@ def test_configs_without_a_pretraining_recipe_need_a_checkpoint(name):
     config = config_of(name)
     config.checkpoint = ""
     with pytest.raises(UserError, match=f"config.checkpoint is empty; {name} has no pretraining recipe"):
-        recipe.complete(config)
+        recipe.complete(read_config(config))
     assert "missing  setting: config.checkpoint\n" in printed(config)
 
 
