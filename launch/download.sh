@@ -41,10 +41,13 @@ left_of() {
 
 network() { curl --silent --head --output /dev/null --connect-timeout 5 --max-time 10 "$1"; }
 
-list=$(check "$@")
+# Status 2 if something is missing, or if the config itself is wrong.
+status=0
+list=$(check "$@") || status=$?
 echo "$list"
+[ -n "$list" ] || exit "$status"
 commands=$(commands_in "$list")
-[ -n "$commands" ] || { [ -z "$(left_of "$list")" ] && exit 0; fail "no command gets what is missing; see the list above"; }
+[ -n "$commands" ] || { [ -z "$(left_of "$list")" ] && exit "$status"; fail "no command gets what is missing; see the list above"; }
 if [[ $dry -eq 1 ]]; then
   sed 's/^/would run: /' <<<"$commands"
   exit 0
@@ -70,6 +73,8 @@ while IFS= read -r command; do
   bash -euo pipefail -c "$command" </dev/null || fail "this failed, so nothing after it was tried: $command"
 done <<<"$commands"
 
-list=$(check "$@")
+status=0
+list=$(check "$@") || status=$?
 echo "$list"
 [ -z "$(left_of "$list")" ] || fail "some of it is still missing; see the list above"
+exit "$status"

@@ -6,7 +6,8 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -28,6 +29,10 @@ from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, make_train_step
 from retrack_jax.unlearn.methods import METHODS, get_method
 
+log = logging.getLogger(__name__)
+# Latents have a standard deviation of 1, so values above 3 are common in them; pixels in [0, 255] are far beyond.
+_MAX_FLOAT = 20.0
+
 
 def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
     """Does what the command does: every stage that is not done yet. Returns `summary.json` as a dict.
@@ -42,6 +47,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     """
     from retrack_jax.run import sweep
 
+    parallel.check_precision()
     return sweep.run(read_config(config), workdir, should_stop=should_stop)
 
 
@@ -54,6 +60,7 @@ def unlearn(
     *,
     method: str = "retrack",
     rng: Rng,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
     **options,
 ) -> PyTree:
     """Returns parameters that have forgotten `forget`; arrays in, parameters out.
@@ -65,7 +72,9 @@ def unlearn(
       remain, forget: images `[R, ...]` and `[F, ...]`, of one dtype: floats in the space that the network denoises ([-1, 1] for
         pixels), or uint8.
       method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.
-      rng: decides the data order and all noise.
+      rng: a key from `jax.random.key`; decides the data order and all noise.
+      callback: called after every step as `callback(step, metrics)`: the steps done, and the losses and the norm of the gradient
+        by name. What it raises ends the training.
       **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
         method's own, such as `lam`. `dropout=True` trains with the network's dropout on.
 
@@ -74,11 +83,12 @@ def unlearn(
 
     Raises:
       UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not
-      divide, images of different kinds, timesteps outside the schedule.
+      divide, images of different kinds or outside [-1, 1], timesteps outside the schedule, an argument of another kind.
     """
     entry = get_method(method)
     check(not entry.from_scratch, f"method {method!r} trains from random weights; use train.loop for it")
     dropout = options.pop("dropout", False)
+    _check_kinds(params, schedule, rng, callback)
     _check_names(method, options)
     shared = {name: options[name] for name in options if name in _names(UnlearnOptions)}
     recipe = unlearn_options(method, shared, {name: options[name] for name in options if name not in shared}, where="")
@@ -97,7 +107,7 @@ def unlearn(
         shared = shared.replace(neighbors={name: remain[distinct]}, neighbor_rows=positions)
     if recipe.retain_loss == "distillation":
         shared = shared.replace(reference=params)
-    how = recipe.step_options(schedule.num_train_timesteps, dropout)
+    how = recipe.step_options(schedule.t_end, dropout)
     order_rng, step_rng = jax.random.split(rng)
     batches = Batches(
         gather=lambda rows: {name: remain[rows]},
@@ -112,6 +122,7 @@ def unlearn(
     state, _ = train(
         parallel.replicate(state), make_train_step(entry, make_eps_fn(apply_fn, schedule), how), batches,
         parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
+        on_step=callback,
     )  # fmt: skip
     return state.params
 
@@ -137,4 +148,26 @@ def _kind(remain: np.ndarray, forget: np.ndarray) -> str:
     if remain.dtype == np.uint8:
         return "pixels"
     check(jax.numpy.issubdtype(remain.dtype, np.floating), f"remain and forget are {remain.dtype}; {mend}")
+    low, high = (float(extreme([extreme(remain), extreme(forget)])) for extreme in (np.min, np.max))
+    check(np.isfinite(low) and np.isfinite(high), f"remain and forget hold NaN or infinity; {mend}")
+    check(max(-low, high) <= _MAX_FLOAT, f"remain and forget hold floats from {low:g} to {high:g}; {mend}")
+    if low >= 0 and high <= 1:
+        log.warning("remain and forget hold floats in [0, 1]; a network of pixels takes them in [-1, 1]: pass 2 x - 1, or uint8")
     return "x_0"
+
+
+def _check_kinds(params, schedule, rng, callback) -> None:
+    """Raises `UserError` for an argument that is not what its name says."""
+    is_key = isinstance(rng, jax.Array) and jax.numpy.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.shape == ()
+    what = f"{rng.dtype}{list(rng.shape)}" if hasattr(rng, "dtype") else repr(rng)
+    check(is_key, f"rng is {what}; it must be one key as jax.random.key(0) makes it (not jax.random.PRNGKey)")
+    kind = type(schedule).__name__
+    check(isinstance(schedule, Schedule), f"schedule is a {kind}; make one with Schedule.from_config or Schedule()")
+    leaves = jax.tree.leaves(params)
+    arrays = bool(leaves) and all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves)
+    check(arrays, "params must be a tree of arrays, as import_diffusers returns it")
+    check(
+        not (isinstance(params, Mapping) and set(params) == {"params"}),
+        "params is the dict of variables, {'params': ...}; pass what is below 'params'",
+    )
+    check(callback is None or callable(callback), f"callback is {callback!r}; it must be a function of (step, metrics)")

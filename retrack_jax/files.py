@@ -12,7 +12,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ _JSON_BYTES = 64 << 20
 IN_WORKDIR = "choose another --workdir"  # what to do if a file cannot be written
 IN_CACHE = "set config.data.cache_dir"
 MAKE_AGAIN = "delete it, and the same command makes it again"
+NUMBERS = object()  # in a shape (read_shaped): an object whose values are all numbers
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,40 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
+def read_shaped(path, shape: Mapping):
+    """Returns the JSON object in a file that an earlier command wrote, if it has the shape that this version writes.
+
+    Args:
+      path: the file.
+      shape: name -> the kind of its value: a type, several of them, another shape, or `NUMBERS`. The object may hold more.
+
+    Raises:
+      UserError: as `read_json`, or a name is missing or its value is of another kind.
+    """
+    value = read_json(path)
+    if misfit := _misfit(value, shape, ""):
+        raise UserError(f"{path} is damaged, or another version wrote it: {misfit}; {MAKE_AGAIN}")
+    return value
+
+
+def _misfit(value, shape, where: str) -> str:
+    """Says where `value` is not as `shape` has it; empty if it is."""
+    if shape is NUMBERS:
+        shape = dict.fromkeys(value, (int, float)) if isinstance(value, dict) else dict
+    if not isinstance(shape, Mapping):
+        right = isinstance(value, shape) and not isinstance(value, bool)
+        return "" if right else f"{where or 'the whole'} is {str(value)[:40]!r}"
+    if not isinstance(value, dict):
+        return f"{where or 'the whole'} is {str(value)[:40]!r}, no object"
+    for name, kind in shape.items():
+        inner = f"{where}.{name}".lstrip(".")
+        if name not in value:
+            return f"it has no {inner}"
+        if misfit := _misfit(value[name], kind, inner):
+            return misfit
+    return ""
+
+
 def read_npz(path, names: Sequence[str] | None = None, *, advice: str = MAKE_AGAIN) -> dict[str, np.ndarray]:
     """Returns name -> array of the `.npz` at `path`: all of them, or `names` alone.
 
@@ -151,6 +187,17 @@ def read_npz(path, names: Sequence[str] | None = None, *, advice: str = MAKE_AGA
             return {name: archive[name] for name in (archive.files if names is None else names)}
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
+
+
+def npz_rows(path, *, advice: str = MAKE_AGAIN) -> int:
+    """Returns the length of the first array in the `.npz` at `path`, from its header alone; raises `UserError` as `read_npz`."""
+    try:
+        with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
+            first = np.lib.format.read_magic(member)[0] == 1
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            return read(member)[0][0]
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise UserError(f"{path} is damaged ({error}); {advice}") from error
 

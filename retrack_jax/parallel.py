@@ -60,6 +60,14 @@ def unshard_batch(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: np.asarray(leaf).reshape((-1,) + leaf.shape[2:]), batch)
 
 
+def check_precision() -> None:
+    """Raises `UserError` if float64 is enabled in jax."""
+    check(
+        not jax.config.jax_enable_x64,
+        "float64 is enabled in jax, which changes the weights that a run ends with; unset JAX_ENABLE_X64 (jax_enable_x64)",
+    )
+
+
 def check_divisible(field: str, batch: int, parts: int = 1) -> None:
     """Raises `UserError` unless `batch` divides evenly over all devices, `parts` microbatches each.
 

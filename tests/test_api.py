@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from retrack_jax.api import unlearn
+from retrack_jax.api import run, unlearn
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.config.options import default_config
@@ -14,10 +14,10 @@ from tests import toys
 SMALL = dict(num_steps=3, batch_size=8, num_neighbors=4, learning_rate=1e-3)
 
 
-def go(rng, **options):
-    return unlearn(
-        toys.ToyNet().apply, toys.params(), toys.schedule(), toys.images(20), toys.images(2, 1), rng=rng, **{**SMALL, **options}
-    )
+def go(key, **options):
+    params, schedule = options.pop("params", toys.params()), options.pop("schedule", toys.schedule())
+    options = {**SMALL, "rng": key, **options}
+    return unlearn(toys.ToyNet().apply, params, schedule, toys.images(20), toys.images(2, 1), **options)
 
 
 def test_unlearn_returns_other_parameters_and_repeats_itself(rng):
@@ -54,6 +54,13 @@ def test_pixels_and_floats_are_the_same_images(rng):
 @pytest.mark.parametrize(
     "options, words",
     [
+        ({"rng": 0}, "rng is 0; it must be one key as jax.random.key"),
+        ({"rng": np.zeros(2, np.uint32)}, "rng is uint32.2.; it must be one key"),
+        ({"rng": {"params": 1}}, "rng is {'params': 1}; it must be"),
+        ({"params": {"params": toys.params()}}, "pass what is below 'params'"),
+        ({"params": {"a": 1.0}}, "params must be a tree of arrays"),
+        ({"schedule": {"beta_start": 1e-4}}, "schedule is a dict; make one with Schedule.from_config"),
+        ({"callback": 3}, "callback is 3"),
         ({"method": "retrak"}, "did you mean 'retrack'"),
         ({"method": "retrain"}, "random weights"),
         ({"learning_rte": 1.0}, "did you mean 'learning_rate'"),
@@ -91,3 +98,38 @@ def test_images_of_different_kinds_are_refused(dtypes, words, rng):
     pair = [images.astype(dtype) for images, dtype in zip((toys.images(20), toys.images(2, 1)), dtypes, strict=True)]
     with pytest.raises(UserError, match=words):
         unlearn(toys.ToyNet().apply, toys.params(), toys.schedule(), *pair, rng=rng, **SMALL)
+
+
+def floats(scale, shift=0.0):
+    return [images.astype(np.float32) * np.float32(scale) + np.float32(shift) for images in (toys.images(20), toys.images(2, 1))]
+
+
+def test_floats_of_another_range_are_refused_or_warned_of(rng, caplog):
+    """Trained on as they are, floats of 0..255 or 0..1 would be other images for a network of [-1, 1]."""
+    for pair, words in ((floats(1.0), "floats from 0 to 255; give both as"), (floats(np.nan), "NaN or infinity")):
+        with pytest.raises(UserError, match=words):
+            unlearn(toys.ToyNet().apply, toys.params(), toys.schedule(), *pair, rng=rng, **SMALL)
+    for pair, warned in ((floats(1 / 255), True), (floats(2 / 255, -1.0), False), (floats(8 / 255, -4.0), False)):
+        caplog.clear()
+        unlearn(toys.ToyNet().apply, toys.params(), toys.schedule(), *pair, rng=rng, **SMALL)
+        assert ("floats in [0, 1]" in caplog.text) == warned
+
+
+def test_the_callback_hears_of_every_step_and_changes_nothing(rng):
+    heard = []
+    watched = go(rng, callback=lambda step, metrics: heard.append((step, metrics)))
+    assert tree_digest(watched) == tree_digest(go(rng))
+    assert [step for step, _ in heard] == [1, 2, 3]
+    assert all({"loss", "grad_norm"} <= set(metrics) and type(metrics["loss"]) is float for _, metrics in heard)
+
+    def stop(step, metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(rng, callback=stop)
+
+
+def test_run_refuses_float64_as_the_command_does(tmp_path):
+    with jax.enable_x64(True), pytest.raises(UserError, match="float64 is enabled in jax"):
+        run(default_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

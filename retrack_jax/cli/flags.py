@@ -2,9 +2,10 @@
 
 import sys
 import traceback
+from difflib import SequenceMatcher
 from pathlib import Path
 
-from retrack_jax.checks import UserError, check, nearest_names, suggestion
+from retrack_jax.checks import UserError, check, nearest_names
 
 USAGE = """\
 usage: python -m retrack_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
@@ -45,7 +46,7 @@ def parse(argv: list[str]):
 
     from retrack_jax.cli.process import import_jax
 
-    argv = [_quoted(argument) for argument in argv]
+    argv = [_quoted(argument) for argument in _joined(argv)]
     config_flag = _only(argv, "--config=")
     path, _, _ = config_flag.partition(":")
     _check_file(Path(path))
@@ -56,7 +57,10 @@ def parse(argv: list[str]):
     try:
         rest = values(argv, known_only=False)
         config = values.config
-        _ = config.name  # a config file that fails to load raises only when it is used
+        if not hasattr(config, "keys") or "name" not in config:  # a config file that fails to load raises only when it is used
+            _loaded(config_flag)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(_place_in_config(error, path) or _explained(error, argv, config_flag)) from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
@@ -65,6 +69,15 @@ def parse(argv: list[str]):
         raise UserError(f"name the method behind the config file, --config={path}:METHOD: its own recipe comes with it there")
     _tell_overridden(given, config)
     return config, values.workdir or f"runs/{Path(path).stem}"
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """Returns `argv` with `--config FILE` as `--config=FILE`."""
+    argv = list(argv)
+    for place in range(len(argv) - 2, 0, -1):
+        if argv[place] == "--config" and not argv[place + 1].startswith("-"):
+            argv[place : place + 2] = [f"--config={argv[place + 1]}"]
+    return argv
 
 
 def _quoted(argument: str) -> str:
@@ -96,10 +109,12 @@ def _only(argv: list[str], prefix: str) -> str:
 def _check_file(path: Path) -> None:
     if path.is_file():
         return
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    near = nearest_names(path.name, [file.name for file in folder.glob("*.py")], count=1)
-    hint = f"; did you mean {folder / near[0]}?" if near else f"; looked in {folder.absolute()}"
-    raise UserError(f"no config file {path}{hint}")
+    what = f"{path} is a folder, no config file" if path.is_dir() else f"no config file {path}"
+    folders = [folder for folder in dict.fromkeys((path.parent, Path("configs"))) if folder.is_dir()]
+    files = {file.name: file for folder in reversed(folders) for file in folder.glob("*.py")}
+    near = nearest_names(f"{path.stem.strip()}.py", files, count=1) if path.stem and not path.is_dir() else []
+    looked = " and ".join(str(folder.absolute()) for folder in folders)
+    raise UserError(f"{what}; did you mean {files[near[0]]}?" if near else f"{what}; give --config=FILE.py ({looked})")
 
 
 def _place_in_config(error: Exception | None, path: str) -> str | None:
@@ -118,6 +133,11 @@ def _place_in_config(error: Exception | None, path: str) -> str | None:
 def _explained(error: Exception, argv: list[str], config_flag: str) -> str:
     from absl import flags
 
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown_flag(error.flagname, config_flag)
+    for argument in argv:
+        if argument.startswith("--config.") and "-" in (name := argument[2:].partition("=")[0]):
+            return f"there is no field {name}; did you mean --{name.replace('-', '_')}?"
     if isinstance(error, flags.Error):
         return _one_line(error)
     if isinstance(error, (AttributeError, KeyError)):
@@ -127,23 +147,77 @@ def _explained(error: Exception, argv: list[str], config_flag: str) -> str:
     return f"config file {config_flag.partition(':')[0]} cannot be loaded: {type(error).__name__}: {error}"
 
 
-def _unknown_field(argv: list[str], config_flag: str, error: Exception) -> str:
-    """Says which override names no field, and the nearest that exists beside it."""
+def _loaded(config_flag: str):
+    """Returns the config of a `--config` flag without its overrides."""
     import importlib.util
 
     path, *method = config_flag.split(":", 1)
     spec = importlib.util.spec_from_file_location("config_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    check(hasattr(module, "get_config"), f"config file {path} has no function get_config(method)")
+    config = module.get_config(*method)
+    check(hasattr(config, "keys"), f"get_config of config file {path} returns {config!r}; it must return the config")
+    return config
+
+
+def _unknown_flag(name: str, config_flag: str) -> str:
+    """Says which field was meant by a flag that there is not."""
+    if name in ("dir", "out", "output", "output_dir", "work-dir", "work_dir"):
+        return f"there is no flag --{name}; did you mean --workdir?"
+    if name == "method":
+        return f"there is no flag --method; name it behind the config file, --config={config_flag.partition(':')[0]}:METHOD"
+    return f"there is no flag --{name}{_meant('seeds' if name == 'seed' else name, _loaded(config_flag))}"
+
+
+# What other programs call the fields that have another name here.
+_ALIASES = {
+    "lr": "learning_rate", "steps": "num_steps", "num_samples": "num_images", "n_samples": "num_images", "path": "dir",
+    "data_dir": "dir", "lambda": "lam", "k": "num_neighbors", "bs": "batch_size", "model_path": "checkpoint", "forget": "targets",
+    "pretrained_model_name_or_path": "checkpoint", "image_size": "resolution", "gradient_accumulation_steps": "accumulation",
+}  # fmt: skip
+
+
+def _meant(name: str, config) -> str:
+    """Returns a hint: the fields anywhere in the config that `name`, a flag or a dotted field, may mean; "" if there are none."""
+    last = name.replace("-", "_").rpartition(".")[2]
+    last = _ALIASES.get(last, last)
+    fields = _leaves(config)
+    group = name.replace("-", "_").removeprefix("config.").rpartition(".")[0]
+    same = [field for field in fields if field.rpartition(".")[2] == last]
+    same = [field for field in same if group and f".{group}." in field] or same
+    if not same:
+        near = nearest_names(last, dict.fromkeys(field.rpartition(".")[2] for field in fields), count=1)
+        same = [field for field in fields if near and field.rpartition(".")[2] == near[0]]
+    fewest = [field for field in same if field.count(".") == min(map(str.count, same, "." * len(same)))]
+    return f"; did you mean {' or '.join(f'--{field}' for field in fewest[:4])}?" if fewest else ""
+
+
+def _leaves(node, walked: str = "config") -> list[str]:
+    """Every field by its dotted name; those of a method only if they are its own."""
+    if not hasattr(node, "keys"):
+        return [walked]
+    shared = set(node.keys()) if walked == "config.unlearn" else set()
+    inner = {name: _leaves(node[name], f"{walked}.{name}") for name in node.keys()}
+    leaves = [leaf for below in inner.values() for leaf in below]
+    return [leaf for leaf in leaves if leaf.count(".") < 3 or leaf.rpartition(".")[2] not in shared]
+
+
+def _unknown_field(argv: list[str], config_flag: str, error: Exception) -> str:
+    """Says which override names no field, and which fields may be meant."""
+    whole = _loaded(config_flag)
     for argument in argv:
         if argument.startswith("--config."):
-            node, walked = module.get_config(*method), "config"
+            node, walked = whole, "config"
             for name in argument.removeprefix("--config.").partition("=")[0].split("."):
                 if f"{walked}.{name}" in _RENAMED:
                     return f"--{walked}.{name} is --{_RENAMED[f'{walked}.{name}']} now"
                 if not hasattr(node, "keys") or name not in node:
-                    choices = list(node.keys()) if hasattr(node, "keys") else []
-                    return f"there is no field {walked}.{name}{suggestion(name, choices)}"
+                    near = nearest_names(name, node.keys() if hasattr(node, "keys") else (), count=1)
+                    close = near and SequenceMatcher(None, name, near[0]).ratio() > 0.75
+                    given = argument.removeprefix("--").partition("=")[0]
+                    hint = f"; did you mean {near[0]!r}?" if close else _meant(given, whole)
+                    return f"there is no field {walked}.{name}{hint}"
                 node, walked = node[name], f"{walked}.{name}"
     return _one_line(error)
 

@@ -99,10 +99,9 @@ def set_up_jax(cpu_devices: int = 1, should_stop: Callable[[], bool] = lambda: F
     import_jax()
     import jax
 
-    check(
-        not jax.config.jax_enable_x64,
-        "float64 is enabled in jax, which changes the weights that a run ends with; unset JAX_ENABLE_X64 (jax_enable_x64)",
-    )
+    from retrack_jax import parallel
+
+    parallel.check_precision()
     check_int("config.compute.cpu_devices", cpu_devices, 1)
     split_cpu(cpu_devices)
 

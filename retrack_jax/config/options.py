@@ -200,7 +200,7 @@ class UnlearnOptions(TrainingOptions):
     num_neighbors: int | None = 10  # K
     neighbor_backend: str = "auto"  # or scann, exact
     t_min: int = 0  # timesteps are drawn from [t_min, t_max)
-    t_max: int | None = None  # None: all that the schedule has
+    t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
     own: MethodOptions = MethodOptions()
 
@@ -221,14 +221,14 @@ class UnlearnOptions(TrainingOptions):
         if self.t_max is not None:
             check_int(f"{where}t_max", self.t_max, minimum=self.t_min + 1, maximum=num_timesteps)
 
-    def step_options(self, num_timesteps: int, dropout: bool) -> StepOptions:
-        """Returns how a step runs, on a schedule of `num_timesteps`; `dropout`: whether the network has any."""
+    def step_options(self, t_end: int, dropout: bool) -> StepOptions:
+        """Returns how a step runs, on a schedule that ends at `t_end`; `dropout`: whether the network has any."""
         return StepOptions(
             options=self.own,
             num_steps=self.num_steps,
             accumulation=self.accumulation,
             t_min=self.t_min,
-            t_max=num_timesteps if self.t_max is None else self.t_max,
+            t_max=t_end if self.t_max is None else self.t_max,
             distill=self.retain_loss == "distillation",
             dropout=dropout,
         )

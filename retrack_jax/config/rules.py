@@ -10,14 +10,14 @@ With S the side of the images in pixels, between 32 and 256, and N the images th
 
 import dataclasses
 import logging
+import math
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.excluded import without
+from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.sources.load import known_names, load_images
-from retrack_jax.data.target_names import resolve_target
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
 
@@ -82,9 +82,11 @@ def complete(options: Options) -> Options:
     names = open_fields(options)
     if not names:
         return options
-    side = options.data.resolution or _sample_size(options.checkpoint)
-    if "resolution" in names:
-        options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=side))
+    height, width = (options.data.resolution,) * 2 if options.data.resolution else _sample_size(options.checkpoint)
+    side = round(math.sqrt(height * width))
+    if "resolution" in names:  # images of a model that is not square are taken as they are, and must be of its size
+        own = side if height == width else 0
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side)
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     shown = {name: {**chosen, "resolution": options.data.resolution}[name] for name in names}
@@ -103,7 +105,7 @@ def _fewest_remaining(options: Options) -> int:
     """How many images remain, the fewest of any target."""
     training, _ = split_held_out(_names(options), options.data.held_out)
     images = without(training, options.data.exclude)
-    return min(len(images) - len(resolve_target(spec, images)) for spec in options.target_specs)
+    return min(len(images) - len(resolve_remaining(spec, images, training)) for spec in options.target_specs)
 
 
 def _names(options: Options) -> ImageSet:
@@ -112,9 +114,11 @@ def _names(options: Options) -> ImageSet:
     return known_names(data) or load_images(data)
 
 
-def _sample_size(checkpoint: str) -> int:
+def _sample_size(checkpoint: str) -> tuple[int, int]:
+    """The model's own (height, width)."""
     folder = model_folder(checkpoint)
     size = read_config(folder).get("sample_size")
-    if not isinstance(size, int):
-        raise UserError(f"{folder} has no sample_size that is one number ({size!r}); set config.data.resolution")
-    return size
+    pair = size if isinstance(size, list) else [size, size]
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise UserError(f"{folder} has no sample_size of one or two whole numbers ({size!r}); set config.data.resolution")
+    return pair[0], pair[1]

@@ -17,6 +17,7 @@ from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.data.target_names import resolve_target, target_specs
 
+_SHOWN = 4  # files of one command
 GET = "get it: "  # launch/download.sh looks for this
 
 
@@ -39,17 +40,26 @@ def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) 
 
 
 def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({}), file=None) -> list[Requirement]:
-    """Prints `requirements(config, unset)`, one line each and under what is missing the command or advice; returns them."""
+    """Prints `requirements(config, unset)` and returns them: a line for each that is found, then those that are missing.
+
+    What one command gets, or one advice is about, stands together above it; of many files the first few are named.
+    """
     file = file or sys.stdout
     needed = requirements(config, unset)
+    groups: dict[tuple[str, str], list[Requirement]] = {}
     for item in needed:
         if item.found:
             many = f"{item.files} files, " if item.files > 1 else ""
             print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})", file=file)
         else:
+            groups.setdefault((item.command, item.advice), []).append(item)
+    for (command, advice), items in groups.items():
+        for item in items[:_SHOWN]:
             without = f" (without it {item.without})" if item.optional else ""
             print(f"missing  {item.description}: {item.path}{without}", file=file)
-            print(f"         {GET}{item.command}" if item.command else f"         {item.advice}", file=file)
+        if len(items) > _SHOWN:
+            print(f"missing  and {len(items) - _SHOWN} more of these", file=file)
+        print(f"         {GET}{command}" if command else f"         {advice}", file=file)
     missing = sum(not item.found for item in needed)
     if not needed:
         print("nothing is needed: data and model are made here", file=file)

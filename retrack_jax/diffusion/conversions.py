@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import check_choice
 from retrack_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
+from retrack_jax.diffusion.scheduler_config import FLOOR
 from retrack_jax.notation import Array, ModelEpsFn
 
 
@@ -70,6 +71,8 @@ def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsF
         if schedule.prediction_type == "epsilon":
             return output
         gamma_B, sigma_B = (jnp.take(table, t).astype(x_t.dtype) for table in (schedule.gamma, schedule.sigma))
+        if schedule.rescale_betas_zero_snr:  # the samplers' gamma at pure noise, so that they find x_0 in eps there too
+            gamma_B = jnp.maximum(gamma_B, FLOOR**0.5)
         return to_eps(output, x_t, gamma_B, sigma_B, schedule.prediction_type)
 
     return eps_fn

@@ -1,94 +1,28 @@
-"""The noise schedule of a diffusion model as tables over t.
+"""The noise schedule of a diffusion model as tables over t: alpha_bar_t (betas.py) and
 
-    (1) beta_t      = linspace(beta_start, beta_end, T)                    linear
-                    = linspace(sqrt(beta_start), sqrt(beta_end), T)²       scaled_linear
-                    = min(1 - f((t+1)/T) / f(t/T), 0.999)                  squaredcos_cap_v2
-                      f(s) = cos²((s + 0.008)/1.008 · pi/2)
-    (2) alpha_bar_t = prod_{s <= t} (1 - beta_s)
-    (3) gamma_t     = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
+    gamma_t = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
 
-Tables are computed in float64 and rounded once. diffusers multiplies in float32, which changes alpha_bar by up to 1e-6 of itself,
-and by 1e-5 at the end of squaredcos_cap_v2. A schedule is read from a diffusers `scheduler_config.json` and written back as one.
+A schedule is read from a diffusers `scheduler_config.json` and written back as one (scheduler_config.py).
 """
 
-import functools
-import math
+import json
+import logging
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from retrack_jax.checks import UserError, check_choice, check_int, check_number, suggestion
+from retrack_jax.checks import UserError, check, check_choice, check_int, check_number, suggestion
+from retrack_jax.diffusion import scheduler_config
+from retrack_jax.diffusion.betas import BETA_SCHEDULES, alpha_bar_table
+from retrack_jax.diffusion.scheduler_config import CLASS_DEFAULTS, DEFAULTS, FLOOR, FLOORED
 from retrack_jax.notation import Array
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 SPACINGS = ("leading", "trailing", "linspace")
-CLASS_NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
-
-_DEFAULTS = {
-    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
-    "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0,
-    "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
-    "set_alpha_to_one": True, "skip_prk_steps": False,
-    "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero",
-}  # fmt: skip
-_COMMON = tuple(_DEFAULTS)[:8]
-_DPM_KEYS = tuple(_DEFAULTS)[-5:]
-
-# The keys that only one class of diffusers has, and its defaults if they differ from the table above. PNDM and DPM-Solver never
-# clip, so a schedule from their files does not clip with our other samplers either, unless the file has the key.
-_OWN = {
-    "DDPMScheduler": ("clip_sample", "clip_sample_range", "variance_type"),
-    "DDIMScheduler": ("clip_sample", "clip_sample_range", "set_alpha_to_one"),
-    "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
-    "DPMSolverMultistepScheduler": _DPM_KEYS,
-}
-_CLASS_DEFAULTS = {
-    "PNDMScheduler": {"set_alpha_to_one": False, "clip_sample": False},
-    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-}
-
-# Keys without effect here: they belong to options that are off or refused, or to early versions.
-_HARMLESS = (
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "flow_shift",
-    "time_shift_type",
-    "tensor_format",
-    "timestep_values",
-)
-# Options supported at one value only, because any other would change the result.
-_FIXED = {
-    "thresholding": False, "rescale_betas_zero_snr": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-    "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False, "use_dynamic_shifting": False,
-    "algorithm_type": "dpmsolver++", "lambda_min_clipped": -math.inf,
-}  # fmt: skip
-
-
-@functools.lru_cache(maxsize=32)
-def alpha_bar_table(
-    beta_schedule: str,
-    num_train_timesteps: int,
-    beta_start: float,
-    beta_end: float,
-    trained_betas: tuple[float, ...] | None = None,
-) -> np.ndarray:
-    """Returns alpha_bar, float64 [T], read-only: equations (1) and (2)."""
-    steps = num_train_timesteps
-    if trained_betas is not None:
-        betas = np.asarray(trained_betas, np.float64)
-    elif beta_schedule == "linear":
-        betas = np.linspace(beta_start, beta_end, steps)
-    elif beta_schedule == "scaled_linear":
-        betas = np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
-    else:
-        share = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - share[1:] / share[:-1], 0.999)
-    table = np.cumprod(1 - betas)
-    table.flags.writeable = False
-    return table
+_FROM_SETTINGS = object()  # of a table: computed from the settings
+log = logging.getLogger(__name__)
 
 
 def _static(default):
@@ -99,16 +33,21 @@ def _static(default):
 class Schedule:
     """A noise schedule: three tables as leaves and all settings static, so that it passes through `jit`, `pmap` and `scan`.
 
-    Create it with `Schedule.create` or `Schedule.from_config`, which compute the tables from the settings.
+    `Schedule()` is DDPM's; `Schedule.create` has the defaults of another of diffusers' classes, `Schedule.from_config` reads one.
 
     Attributes:
-      alpha_bar, gamma, sigma: float32 [T], equations (2) and (3).
-      The other names and meanings are those of diffusers' schedulers; `class_name` is the one that `to_config` writes.
+      alpha_bar, gamma, sigma: float32 [T], computed from the settings in float64 and rounded once.
+      class_name: diffusers' class that `to_config` names.
+      original: the config as JSON if `to_config` is to return it as it was read, else empty.
+      The other names and meanings are those of diffusers' schedulers.
+
+    Raises:
+      UserError: a setting with a value of the wrong kind or range.
     """
 
-    alpha_bar: Array
-    gamma: Array
-    sigma: Array
+    alpha_bar: Array = _FROM_SETTINGS
+    gamma: Array = _FROM_SETTINGS
+    sigma: Array = _FROM_SETTINGS
     num_train_timesteps: int = _static(1000)
     beta_start: float = _static(1e-4)
     beta_end: float = _static(0.02)
@@ -117,6 +56,7 @@ class Schedule:
     prediction_type: str = _static("epsilon")
     timestep_spacing: str = _static("leading")
     steps_offset: int = _static(0)
+    rescale_betas_zero_snr: bool = _static(False)
     clip_sample: bool = _static(True)
     clip_sample_range: float = _static(1.0)
     variance_type: str = _static("fixed_small")
@@ -128,6 +68,17 @@ class Schedule:
     euler_at_final: bool = _static(False)
     final_sigmas_type: str = _static("zero")
     class_name: str = _static("DDPMScheduler")
+    original: str = _static("")
+
+    def __post_init__(self):
+        if self.alpha_bar is not _FROM_SETTINGS:  # a pytree that is put together again
+            return
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
+        _check(self._settings())
+        table = self.alpha_bar64
+        for name, values in (("alpha_bar", table), ("gamma", np.sqrt(table)), ("sigma", np.sqrt(1 - table))):
+            object.__setattr__(self, name, jnp.asarray(np.float32(values)))
 
     @classmethod
     def create(cls, *, class_name: str = "DDPMScheduler", **settings) -> "Schedule":
@@ -136,18 +87,11 @@ class Schedule:
         Raises:
           UserError: a setting with an unknown name, or with a value of the wrong kind or range.
         """
-        check_choice("scheduler _class_name", class_name, CLASS_NAMES)
-        unknown = [name for name in settings if name not in _DEFAULTS]
+        check_choice("scheduler _class_name", class_name, CLASS_DEFAULTS)
+        unknown = [name for name in settings if name not in (*DEFAULTS, "original")]
         if unknown:
-            raise UserError(f"the schedule has no setting {unknown[0]!r}{suggestion(unknown[0], _DEFAULTS)}")
-        values = {**_DEFAULTS, **_CLASS_DEFAULTS.get(class_name, {}), **settings}
-        if values["trained_betas"] is not None:
-            values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
-        _check(values)
-        betas = (values[name] for name in ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "trained_betas"))
-        alpha_bar = alpha_bar_table(*betas)
-        tables = (np.float32(table) for table in (alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)))
-        return cls(*(jnp.asarray(table) for table in tables), class_name=class_name, **values)
+            raise UserError(f"the schedule has no setting {unknown[0]!r}{suggestion(unknown[0], DEFAULTS)}")
+        return cls(class_name=class_name, **{**CLASS_DEFAULTS[class_name], **settings})
 
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
@@ -157,47 +101,46 @@ class Schedule:
         defaults of the class, and null means absent.
 
         Raises:
-          UserError: a scheduler, option or key that is not supported, or None, the config of a model that came without one.
+          UserError: a scheduler without betas, an option or key that is not supported, or None, the config of a model that came
+            without one.
         """
-        if config is None:
-            raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
-        config = {key: value for key, value in dict(config).items() if value is not None}
-        class_name = config.get("_class_name", "DDPMScheduler")
-        settings = {}
-        for key, value in config.items():
-            if key == "predict_epsilon":  # diffusers before 0.9
-                settings.setdefault("prediction_type", "epsilon" if value else "sample")
-            elif key in _DEFAULTS:
-                settings[key] = value
-            elif key in _FIXED:
-                if value not in (_FIXED[key], str(_FIXED[key])):
-                    raise UserError(
-                        f"the scheduler config sets {key} to {value!r}, which is not supported; only {_FIXED[key]!r} is"
-                    )
-            elif not key.startswith("_") and key not in _HARMLESS:
-                known = (*_DEFAULTS, *_FIXED, *_HARMLESS)
-                raise UserError(f"the scheduler config has the unknown key {key!r}{suggestion(key, known)}")
-        return cls.create(class_name=class_name, **settings)
+        class_name, settings, original = scheduler_config.read(config)
+        schedule = cls.create(class_name=class_name, original=original, **settings)
+        if schedule.rescale_betas_zero_snr and schedule.timestep_spacing != "trailing":
+            log.warning(
+                "the scheduler config sets rescale_betas_zero_snr with timestep_spacing %r; trailing is recommended, because the "
+                "others may not start at pure noise",
+                schedule.timestep_spacing,
+            )
+        return schedule
 
     def to_config(self) -> dict:
         """Returns the `scheduler_config.json` of this schedule; `from_config` reads back all that the class uses."""
-        config = {"_class_name": self.class_name}
-        for name in _COMMON + _OWN[self.class_name]:
-            value = getattr(self, name)
-            config[name] = list(value) if isinstance(value, tuple) else value
-        if self.class_name in _CLASS_DEFAULTS:  # that class has no such key, but another scheduler may be created from the file
-            config["clip_sample"] = self.clip_sample
-        return config
+        return json.loads(self.original) if self.original else scheduler_config.write(self.class_name, self._settings())
+
+    def _settings(self) -> dict:
+        return {name: getattr(self, name) for name in DEFAULTS}
+
+    @property
+    def t_end(self) -> int:
+        """Timesteps to train at lie below it: T, or T - 1 if the last is pure noise, where eps is x_t for any network."""
+        return self.num_train_timesteps - self.rescale_betas_zero_snr
 
     @property
     def alpha_bar64(self) -> np.ndarray:
         """alpha_bar in float64 [T] on the host, from the static settings; samplers compute their tables from it."""
-        return alpha_bar_table(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas)
+        betas = self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas
+        table = alpha_bar_table(*betas, self.rescale_betas_zero_snr)
+        return np.maximum(table, FLOOR) if self.rescale_betas_zero_snr and self.class_name in FLOORED else table
 
     def alpha_bar_at(self, t: np.ndarray, final: float = 1.0) -> np.ndarray:
-        """Returns alpha_bar in float64 at the timesteps `t`; a negative t, past the last step at clean data, gives `final`."""
+        """Returns alpha_bar in float64 at the timesteps `t`; a negative t, past the last step at clean data, gives `final`.
+
+        Samplers divide by it, so alpha_bar = 0 is 2^-24 here, as it is in diffusers' Euler, UniPC and DPM-Solver schedulers.
+        """
         t = np.asarray(t)
-        return np.where(t >= 0, self.alpha_bar64[np.maximum(t, 0)], final)
+        table = np.maximum(self.alpha_bar64, FLOOR) if self.rescale_betas_zero_snr else self.alpha_bar64
+        return np.where(t >= 0, table[np.maximum(t, 0)], final)
 
     def timesteps(self, num_steps: int, spacing: str | None = None) -> np.ndarray:
         """Returns the timesteps that a sampler of `num_steps` steps visits: int32 [num_steps], descending.
@@ -237,9 +180,9 @@ def _check(values: dict) -> None:
         ("timestep_spacing", SPACINGS), ("solver_type", ("midpoint", "heun")), ("final_sigmas_type", ("zero", "sigma_min")),
     ):  # fmt: skip
         check_choice(name, values[name], choices)
-    for name in ("clip_sample", "set_alpha_to_one", "skip_prk_steps", "lower_order_final", "euler_at_final"):
-        if not isinstance(values[name], bool):
-            raise UserError(f"{name} is {values[name]!r}; it must be true or false")
+    for name, default in DEFAULTS.items():
+        right = not isinstance(default, bool) or isinstance(values[name], bool)
+        check(right, f"{name} is {values[name]!r}; it must be true or false")
     check_int("num_train_timesteps", values["num_train_timesteps"], 2)
     check_int("steps_offset", values["steps_offset"], 0, values["num_train_timesteps"] - 1)
     check_int("solver_order", values["solver_order"], 1, 2)
@@ -251,3 +194,7 @@ def _check(values: dict) -> None:
         raise UserError(
             f"trained_betas must hold num_train_timesteps = {values['num_train_timesteps']} numbers in (0, 1), has {len(betas)}"
         )
+    check(
+        not values["rescale_betas_zero_snr"] or values["prediction_type"] != "epsilon",
+        "rescale_betas_zero_snr needs prediction_type v_prediction or sample: at pure noise eps says nothing about the image",
+    )

@@ -116,5 +116,5 @@ def read_results(path) -> Results:
 
     if not epath.Path(path).exists():
         return Results()
-    stored: Mapping = files.read_json(path)
-    return Results(**{name: stored[name] for name in ("values", "notes", "absent", "final") if name in stored})
+    stored = {"final": [], **files.read_shaped(path, {"values": files.NUMBERS, "notes": dict, "absent": dict})}
+    return Results(**{name: stored[name] for name in ("values", "notes", "absent", "final")})

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
+from retrack_jax.weights.folder import UNET_FOLDERS, read_config
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,38 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
     return Denoiser(module, schedule, images.images.shape[1:], params, (), export)
 
 
+def check_unconditional(checkpoint: str) -> None:
+    """Raises `UserError` if a checkpoint is no unconditional model of pixels, as far as its config is there to tell."""
+    folder = Path(checkpoint).expanduser()
+    places = [folder / name for name in (*UNET_FOLDERS, "")]
+    network = next((place for place in places if (place / "config.json").is_file()), None)
+    if network is None:
+        return
+    config = read_config(network)
+    check(
+        config.get("_class_name") != "UNet2DConditionModel",
+        f"the network in {network} takes a prompt, and images alone have none; configs/stable_diffusion.py has prompts",
+    )
+    labels = next((name for name in ("class_embed_type", "num_class_embeds") if config.get(name) is not None), None)
+    check(
+        labels is None,
+        f"the network in {network} takes class labels ({labels} is {config.get(labels)!r}), which is not supported; give an "
+        "unconditional one",
+    )
+    check(
+        config.get("time_embedding_type") != "fourier",
+        f"the network in {network} has time_embedding_type 'fourier': it takes log(t) and divides by t, so t = 0 gives NaN, in "
+        "diffusers too; it is for schedules of continuous sigmas (ScoreSdeVe), and only those of betas are supported",
+    )
+    for place in (folder, folder.resolve().parent if folder.resolve().name in UNET_FOLDERS else folder):
+        coder = next((name for name in ("vae", "vqvae", "vqgan", "movq") if (place / name / "config.json").is_file()), None)
+        check(
+            coder is None,
+            f"{place} holds a latent model: its UNet denoises what {place / str(coder)} encodes, not pixels; unconditional "
+            "latent models are not supported; give a model of pixels",
+        )
+
+
 def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
     """Returns the UNet of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
 
@@ -141,6 +175,12 @@ def _check_fits(module, images: ImageSet) -> None:
     check(
         channels == makes,
         f"the network makes {makes} channels of {channels}; one that also predicts a variance is not supported",
+    )
+    size = getattr(module, "sample_size", None)
+    check(
+        not isinstance(size, tuple) or size[0] == size[1] or size == (height, width),
+        f"the images of {images.name} are {height}x{width} and the network's sample_size is {size}, height and width; no rule "
+        "makes them so, resize them before",
     )
     check(
         height % smallest == 0 and width % smallest == 0,

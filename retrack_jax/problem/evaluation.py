@@ -121,7 +121,7 @@ class ImageEvaluation:
         training = dataclasses.replace(
             self._options.pretrain, learning_rate=recipe.learning_rate, learning_rate_schedule="constant", warmup_steps=0
         )
-        how = StepOptions(t_max=denoiser.schedule.num_train_timesteps, dropout=denoiser.has_dropout)
+        how = StepOptions(t_max=denoiser.schedule.t_end, dropout=denoiser.has_dropout)
         return make_finetune(denoiser.eps_fn, denoiser.schedule, how, training.optimizer(), recipe.batch_size)
 
     def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:

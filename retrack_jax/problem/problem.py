@@ -16,7 +16,7 @@ from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
-from retrack_jax.problem.denoiser import Denoiser, latent_denoiser, pixel_denoiser
+from retrack_jax.problem.denoiser import Denoiser, check_unconditional, latent_denoiser, pixel_denoiser
 from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation, PromptEvaluation
 from retrack_jax.problem.sampler import ProblemSampler
 from retrack_jax.problem.target import Target
@@ -82,6 +82,8 @@ def check_problem(options: Options) -> None:
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
     if not SOURCES[options.data.source].gives_concepts:
+        if options.checkpoint:
+            check_unconditional(options.checkpoint)
         return
     check(
         bool(options.checkpoint),

@@ -58,9 +58,9 @@ class ProblemSampler:
         return self._options.num_images * len(self._conditioning.sampled(target))
 
     def sample(
-        self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress: Callable[[int, int], None]
+        self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress: Callable[[int, int], None], first: int = 0
     ) -> dict[str, np.ndarray]:
-        """Returns the arrays of `samples.npz`: uint8 `[N, H, W, C]` by name, and with `config.save_float` NAME_float in [0, 1].
+        """Returns arrays of `samples.npz`: uint8 `[N, H, W, C]` by name, and with `config.save_float` NAME_float in [0, 1].
 
         Args:
           target: whose conditions are drawn.
@@ -68,20 +68,24 @@ class ProblemSampler:
           out_dir: where finished parts are kept, so that a run that was stopped continues.
           fingerprint: of the parameters; parts of other parameters or settings are ignored.
           progress: called with (images done, in all) after every batch; what it raises ends sampling.
+          first: images before this one, of each condition, are there already; N is `config.sampling.num_images` less these.
         """
         params = _converted(params, self._param_dtype)
-        options, total, arrays = self._options, self.total(target), {}
+        options, arrays = self._options, {}
+        count = options.num_images - first
+        total = count * len(self._conditioning.sampled(target))
         for number, (name, condition) in enumerate(self._conditioning.sampled(target).items()):
             depends_on = [fingerprint, self.digest, self._conditioning.describe(name, target)]
             images = generate(
                 self._p_sample,
                 params if condition is None else GuidedParams(params, self._codec.params, condition, self._conditioning.null),
                 rng=jax.random.key(options.seed),
-                num_images=options.num_images,
+                num_images=count,
+                first=first,
                 batch_size=options.batch_size,
                 out_dir=epath.Path(out_dir) / name,
                 fingerprint=files.json_digest(depends_on),
-                progress=lambda done, _, number=number: progress(number * options.num_images + done, total),
+                progress=lambda done, _, number=number: progress(number * count + done, total),
             )
             arrays |= {name: images} if images.dtype == np.uint8 else {name: unit_to_pixels(images), f"{name}_float": images}
         return arrays

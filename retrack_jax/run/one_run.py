@@ -25,6 +25,14 @@ from retrack_jax.run.training import Model, load, pretrained, record, train, unl
 from retrack_jax.run.verdict import announce, judge
 from retrack_jax.unlearn.methods import PRETRAINED, RETRAIN
 
+# What is read again of the metrics.json of a finished run.
+_METRICS = {
+    "config": {"eval": {"classifier": str}, "export": str, "sampling": {"num_images": int}},
+    "method": str, "seed": int, "target": str, "steps": int, "unlearn_seconds": (int, float),
+    PRETRAINED: files.NUMBERS, "unlearned": files.NUMBERS, "retrained": (dict, type(None)),
+    "provenance": {"metrics": dict, "absent": dict, "final": list, "num_samples": int},
+}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -54,6 +62,11 @@ class Run:
         if self.method == PRETRAINED:
             return pretrained(self.context, load)
         return load(unlearning(self.context, self.method, self.target, self.seed), self.context)
+
+
+def read_metrics(path) -> dict:
+    """Returns the `metrics.json` of a finished run. Raises `UserError` if it is damaged or of another shape."""
+    return files.read_shaped(path, _METRICS)
 
 
 def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
@@ -139,11 +152,13 @@ def _is_done(run: Run) -> bool:
     folder, options = run.folder, run.context.options
     if not (folder / "report.html").exists() or not (folder / "metrics.json").exists():
         return False
-    metrics = files.read_json(folder / "metrics.json")
+    metrics = read_metrics(folder / "metrics.json")
     if "verdict" not in metrics:  # it was finished by an earlier version
         return False
     # A metric may be asked for later, with another classifier, and a model may have been retrained since.
     if worth_another_try(metrics, options.eval.metrics) or metrics["config"]["eval"]["classifier"] != options.eval.classifier:
+        return False
+    if metrics["config"]["sampling"]["num_images"] != options.sampling.num_images:
         return False
     gold = _retrained_run(run)
     current = run.method == RETRAIN or metrics["retrained"] == (gold and gold["unlearned"])
@@ -225,7 +240,7 @@ def _results(run: Run, folder: epath.Path, name: str) -> Results:
     model = EvaluatedModel(
         params=lambda: run.model().params,
         pretrained=lambda: pretrained(context, load).params,
-        arrays=samples.read(folder),
+        arrays=samples.read(folder, context.options.sampling.num_images),
         path=folder / name,
         workdir=context.workdir.root,
         should_stop=context.should_stop,
@@ -239,7 +254,7 @@ def _retrained_run(run: Run) -> dict | None:
     for path in (run.context.workdir.root / RETRAIN).glob("*/metrics.json"):
         if folder := re.fullmatch(rf"seed(\d+)-{re.escape(slug)}", path.parent.name):
             paths[int(folder[1])] = path
-    return files.read_json(paths.get(run.seed, paths[min(paths)])) if paths else None
+    return read_metrics(paths.get(run.seed, paths[min(paths)])) if paths else None
 
 
 def _report(run: Run) -> None:

@@ -15,12 +15,24 @@ from retrack_jax.run.training import Model
 
 
 def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> None:
-    """Makes `folder/samples.npz` from `model()` if it is not there yet; `name` is shown with the progress."""
+    """Makes `folder/samples.npz` from `model()`, or adds the samples that it lacks; `name` is shown with the progress.
+
+    Metrics that were computed from fewer samples are removed, so that they are computed again.
+
+    Raises:
+      UserError: there are more samples than the config asks for.
+    """
     sampler, path, parts = context.problem.sampler, folder / "samples.npz", folder / "samples-parts"
-    if parallel.from_main(path.exists):
+    first, wanted = parallel.from_main(lambda: files.npz_rows(path) if path.exists() else 0), context.options.sampling.num_images
+    check(
+        first <= wanted,
+        f"{path} holds {first} samples and config.sampling.num_images is {wanted}: none are thrown away; set it to {first} or "
+        "more, or choose another --workdir",
+    )
+    if first == wanted:
         parallel.on_main(lambda: parts.rmtree(missing_ok=True))  # left by a run that was killed before it removed them
         return
-    params, total = model().params, sampler.total(target)
+    params, total = model().params, sampler.total(target) * (wanted - first) // wanted
     with progress([], f"sample {name}", total=total, is_main=parallel.is_main_process(), unit="img") as bar:
 
         def advance(done: int, _: int) -> None:
@@ -29,13 +41,25 @@ def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], ta
             if done < total and parallel.any_process(context.should_stop()):
                 raise Preempted(f"sampling stopped at image {done} of {total}")
 
-        arrays = sampler.sample(target, params, out_dir=parts, fingerprint=tree_digest(params), progress=advance)
-    parallel.on_main(lambda: files.write_npz(path, **arrays))
+        arrays = sampler.sample(target, params, out_dir=parts, fingerprint=tree_digest(params), progress=advance, first=first)
+
+    def write() -> None:
+        before = read(folder) if first else {}
+        for stale in (folder / "evaluation.json", *folder.glob("metrics-*.json")) if first else ():
+            stale.unlink(missing_ok=True)
+        whole = {key: np.concatenate([before[key], array]) if first else array for key, array in arrays.items()}
+        files.write_npz(path, **whole)
+
+    parallel.on_main(write)
     parallel.on_main(lambda: parts.rmtree(missing_ok=True))
 
 
-def read(folder) -> dict[str, np.ndarray]:
-    """Returns the arrays of `folder/samples.npz`. Raises `UserError` if it is damaged, or with the stage that makes it."""
+def read(folder, count: int | None = None) -> dict[str, np.ndarray]:
+    """Returns the arrays of `folder/samples.npz`. Raises `UserError` if it is damaged or has not `count` samples."""
     path = epath.Path(folder) / "samples.npz"
-    check(path.exists(), f"{path} is not there; run --config.mode=sample first, or leave config.mode out to run every stage")
-    return files.read_npz(path)
+    advice = "run --config.mode=sample first, or leave config.mode out to run every stage"
+    check(path.exists(), f"{path} is not there; {advice}")
+    arrays = files.read_npz(path)
+    counts = sorted({len(array) for array in arrays.values()})
+    check(count is None or counts == [count], f"{path} holds {counts} samples of {count}; {advice}")
+    return arrays

@@ -1,5 +1,6 @@
 """What a command ends with, over every finished run of its workdir: summary.json, the comparison, the table on the screen."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,11 @@ from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.problem.target import Target
 from retrack_jax.run import samples
 from retrack_jax.run.context import RunContext
-from retrack_jax.run.one_run import Run
+from retrack_jax.run.one_run import Run, read_metrics
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
+
+log = logging.getLogger(__name__)
 
 
 def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]) -> dict:
@@ -29,6 +32,12 @@ def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]
     runs = parallel.from_main(lambda: _finished_runs(context.workdir))
     if not runs:
         return {}
+    counts = sorted({run["provenance"]["num_samples"] for run in runs})
+    if len(counts) > 1:
+        log.warning(
+            "runs of %s have from %d to %d samples: give each as many, by config.sampling.num_images, before you compare them",
+            context.workdir.root, counts[0], counts[-1],
+        )  # fmt: skip
     summary = summarize(runs)
     parallel.on_main(lambda: _write(context, sweep, runs, summary))
     return summary
@@ -36,7 +45,7 @@ def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]
 
 def _finished_runs(workdir: Workdir) -> list[dict]:
     return [
-        files.read_json(path)
+        read_metrics(path)
         for method in (PRETRAINED, *METHODS)
         for path in sorted((workdir.root / method).glob("seed*-*/metrics.json"))
     ]

@@ -81,14 +81,21 @@ def _prepare(context: RunContext) -> None:
 
 
 def check_needs(options: Options) -> None:
-    """Lists what the config needs, found or missing, then checks its values, except those that depend on what is missing."""
+    """Lists what the config needs, found or missing, then checks its values, except those that depend on what is missing.
+
+    Raises:
+      UserError: a value that no run can use, or something is missing without which no run is possible.
+    """
     from retrack_jax.data.checklist import print_requirements
 
     needed = print_requirements(dataclasses.asdict(options), unset(options))
-    if all(item.found or item.optional for item in needed):
+    missing = [item for item in needed if not (item.found or item.optional)]
+    if not missing:
         options = complete(options)
     if not open_fields(options):
         check_problem(fit_to_devices(options))
+    what = ", ".join(dict.fromkeys(item.description for item in missing))
+    check(not missing, f"{len(missing)} of what {options.name} needs is missing: {what}; the list says what to do")
 
 
 def _flat(fields: dict, prefix: str = "config.") -> dict[str, str]:

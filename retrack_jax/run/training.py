@@ -11,7 +11,7 @@ from etils import epath
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import PretrainOptions, TrainingOptions, UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.log import Writer
@@ -94,7 +94,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
     if entry.from_scratch:
         return _from_scratch(context, "retrain", folder, seed, target.images, target.remain)
     recipe, denoiser = context.options.recipe(method), problem.denoiser
-    how = recipe.step_options(denoiser.schedule.num_train_timesteps, denoiser.has_dropout)
+    how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout)
     step = _compiled(entry, denoiser.eps_fn, how, recipe)
 
     def start() -> PyTree:
@@ -128,9 +128,12 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
 
 def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int, images, rows: np.ndarray) -> Job:
     recipe, denoiser = context.options.pretrain, context.problem.denoiser
-    how = StepOptions(
-        accumulation=recipe.accumulation, t_max=denoiser.schedule.num_train_timesteps, dropout=denoiser.has_dropout
+    check(
+        not denoiser.schedule.rescale_betas_zero_snr,
+        f"{name} starts from random weights, which is not supported with rescale_betas_zero_snr: the loss is in eps, and at pure "
+        "noise eps says nothing about the image; choose a method that starts from the checkpoint",
     )
+    how = StepOptions(accumulation=recipe.accumulation, t_max=denoiser.schedule.t_end, dropout=denoiser.has_dropout)
     step = _compiled(METHODS["vanilla"], denoiser.eps_fn, how, recipe)
 
     def inputs() -> TrainInputs:

@@ -126,7 +126,10 @@ class Workdir:
                 continue
             if section == "inputs":
                 names = " and ".join(name for name, _, _ in differing)
-                raise UserError(f"{folder} holds a run with other {names} than the config names now; choose another --workdir")
+                raise UserError(
+                    f"{folder} holds a run with other {names} than the config names now (or those under the same paths have "
+                    "changed); choose another --workdir"
+                )
             shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             whose = "another config's run" if section == "model" else f"{section} of another config"

@@ -33,8 +33,11 @@ class DDIM:
         final = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar64[0]
         now = schedule.alpha_bar_at(t)
         then = schedule.alpha_bar_at(t - schedule.num_train_timesteps // num_steps, final)
+        # At pure noise (zero SNR) eps holds so much of v = -x_0, from which x_0 is found, in addition to x_t.
+        share_of_v = np.sqrt(now) - np.sqrt(schedule.alpha_bar64[t])
         at_now = {"gamma": np.sqrt(now), "sigma": np.sqrt(1 - now)}
-        rows = float32_rows(t, **at_now, next_gamma=np.sqrt(then), next_sigma=np.sqrt(1 - then))
+        next_gamma = np.sqrt(then) + np.sqrt(1 - then) * share_of_v
+        rows = float32_rows(t, **at_now, next_gamma=next_gamma, next_sigma=np.sqrt(1 - then))
         return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
 
     def init(self, x: Array) -> tuple[Array]:

@@ -33,12 +33,12 @@ class DDPM:
             t = np.arange(schedule.num_train_timesteps)[::-1]
         else:
             t = schedule.timesteps(num_steps, spacing)
-        now, then = schedule.alpha_bar_at(t), schedule.alpha_bar_at(np.append(t[1:], -1))
+        now, then = schedule.alpha_bar64[t], schedule.alpha_bar_at(np.append(t[1:], -1))
         beta = 1 - now / then
         variance = beta if schedule.variance_type == "fixed_large" else np.maximum((1 - then) / (1 - now) * beta, 1e-20)
         rows = float32_rows(
             t,
-            gamma=np.sqrt(now),
+            gamma=np.sqrt(schedule.alpha_bar_at(t)),  # only this is divided by: pure noise (zero SNR) is exact otherwise
             sigma=np.sqrt(1 - now),
             from_x0=np.sqrt(then) * beta / (1 - now),
             from_x=np.sqrt(now / then) * (1 - then) / (1 - now),

@@ -40,6 +40,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     seconds_before: float = 0.0,
     rate_field: str | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> tuple[TrainState, float]:
     """Trains from `state.step` to `num_steps`; returns the last state and the seconds that the whole run took.
 
@@ -56,6 +57,7 @@ def train(
       should_stop: called after every step, with several processes at least after every 10th; if true, saves and raises
         `Preempted`.
       seconds_before: duration of the steps before `state.step`; checkpoints carry the sum, so that a resumed run reports it all.
+      on_step: called as `on_step(steps done, metrics)` after every step, which makes the host wait for each.
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
     Raises:
@@ -102,8 +104,10 @@ def train(
                 done = step + 1
                 unread.append((done, metrics))
                 due = done % _ASK_EVERY == 0 if writer is None else writer.due(done)
-                if due:
+                if due or on_step is not None:
                     read_metrics()
+                if on_step is not None:
+                    on_step(done, {key: float(value) for key, value in jax.device_get(metrics).items()})
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
                 # One process may learn of the preemption first, but all must save the same step, so all ask at the same steps.

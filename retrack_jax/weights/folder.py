@@ -5,6 +5,7 @@ file that those libraries would load is read and the log names the others.
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,14 +98,24 @@ def model_folder(path) -> Path:
 
     If both folders are there, the first is taken and a warning says so.
     """
-    path = Path(path).expanduser()
+    given, path = path, Path(path).expanduser()
     folders = [path / name for name in UNET_FOLDERS if present(path / name, ["config.json"])]
     if len(folders) > 1:
         _log.warning("%s holds %s; reading the first (give the other's path to read that)", path, " and ".join(map(str, folders)))
     if not folders and not present(path, ["config.json"]):
-        where = "there" if path.is_dir() else "because there is no such folder"
-        raise UserError(f"no config.json in {path}, its unet/ or its unet_ema/ ({where}); give a folder that diffusers saved")
+        raise UserError(_no_model(str(given), path))
     return folders[0] if folders else path
+
+
+def _no_model(given: str, path: Path) -> str:
+    if path.is_file():
+        return f"{path} is a file; give the folder that holds it and the model's config.json"
+    if "://" in given:
+        return f"{given} is an address; download the model and give its folder"
+    where = "there" if path.is_dir() else "because there is no such folder"
+    told = f"no config.json in {path}, its unet/ or its unet_ema/ ({where}); give a folder that diffusers saved"
+    hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given)
+    return f"{told}; a model of the Hub must be downloaded first: hf download {given} --local-dir FOLDER" if hub else told
 
 
 def read_config(folder) -> dict[str, Any]:

@@ -87,7 +87,14 @@ def error_line(capsys) -> str:
     "changes, words",
     [
         ({"config": "--config=configs/digits_tshit.py"}, "did you mean configs/digits_tshirt.py"),
+        ({"config": "--config=digits_tshirt"}, "did you mean configs/digits_tshirt.py?"),
+        ({"config": "--config=configs"}, "configs is a folder, no config file; give --config=FILE.py"),
         ({"config": CONFIG + ":retrak"}, "did you mean 'retrack'"),
+        ({"learning_rate": 1}, "did you mean --config.pretrain.learning_rate or --config.unlearn.learning_rate?"),
+        ({"unlearn__lr": 1}, "config.unlearn.lr; did you mean --config.unlearn.learning_rate?"),
+        ({"unlearn__num-steps": 1}, "config.unlearn.num-steps; did you mean --config.unlearn.num_steps?"),
+        ({"lam": 1}, "config.lam; did you mean --config.unlearn.retrack.lam?"),
+        ({"sampling__num_samples": 1}, "did you mean --config.sampling.num_images?"),
         ({"mode": "rum"}, "did you mean 'run'"),
         ({"unlearn__learning_rte": 1}, "config.unlearn.learning_rte; did you mean 'learning_rate'"),
         ({"unlearn__num_steps": "many"}, "unlearn.num_steps"),
@@ -114,6 +121,39 @@ def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, caps
 def test_a_checkpoint_whose_recipe_is_not_known_cannot_be_retrained(tmp_path, capsys):
     assert main(["retrack_jax", "--config=configs/celebahq.py:retrain", f"--workdir={tmp_path}"]) == 2
     assert "is not in this config; choose another method" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--unlearn.num_steps=3", "there is no flag --unlearn.num_steps; did you mean --config.unlearn.num_steps?"),
+        ("--num-steps=3", "--config.pretrain.num_steps or --config.sampling.num_steps or --config.unlearn.num_steps?"),
+        ("--mode=check", "did you mean --config.mode?"),
+        ("--seed=1", "did you mean --config.seeds?"),
+        ("--method=siss", "name it behind the config file, --config=configs/digits_tshirt.py:METHOD"),
+        ("--output_dir=x", "did you mean --workdir?"),
+    ],
+)
+def test_a_flag_that_there_is_not_names_the_field(flag, words, capsys):
+    assert main(["retrack_jax", CONFIG, flag]) == 2
+    assert words in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "has no function get_config(method)"),
+        ("def get_config(method=None):\n    pass\n", "returns None; it must return the config"),
+    ],
+)
+def test_a_config_file_without_a_config(text, words, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    assert main(["retrack_jax", f"--config={tmp_path}/mine.py"]) == 2
+    assert words in error_line(capsys)
+
+
+def test_the_config_may_follow_a_space(tmp_path, capsys):
+    assert main(["retrack_jax", "--config", "configs/digits_tshirt.py", "--config.mode=check", f"--workdir={tmp_path}"]) == 0
 
 
 BASE = "from retrack_jax.config.base import base_config\n\ndef get_config(method):\n    config = base_config('mine')\n"

@@ -137,13 +137,22 @@ class TestCommand:
         return self.check(**({"checkpoint": tmp_path / "model", "data__dir": folder, "targets": "00001.jpg"} | fields))
 
     @pytest.mark.parametrize("name", ["custom", "celebahq", "cifar10", "mnist_tshirt", "digits_tshirt"])
-    def test_nothing_set_and_nothing_there_is_a_list_and_no_error(self, name, capsys):
-        assert self.check(name) == 0
+    def test_nothing_set_and_nothing_there_is_a_list_and_status_2(self, name, capsys):
+        assert self.check(name) == (0 if name == "digits_tshirt" else 2)
         out, err = capsys.readouterr()
-        assert "error" not in err and out.splitlines()[-1].endswith(("missing", "are made here"))
+        assert ("is missing: " in err) == (name != "digits_tshirt") and err.count("error: ") <= 1
+        assert out.splitlines()[-1].endswith(("missing", "are made here"))
+
+    def test_what_one_command_gets_stands_above_it(self, capsys):
+        """Each command once, and of the many files behind it the first few."""
+        assert self.check("stable_diffusion") == 2
+        lines = capsys.readouterr().out.splitlines()
+        commands = [line for line in lines if "get it: " in line]
+        assert len(commands) == len(set(commands)) and len(lines) <= 8 * len(commands) + 8
+        assert any(line.startswith("missing  and ") for line in lines)
 
     def test_custom_names_the_three_flags(self, capsys):
-        assert self.check() == 0
+        assert self.check() == 2
         lines = capsys.readouterr().out.splitlines()
         for field in ("config.checkpoint", "config.data.dir", "config.targets"):
             assert lines[lines.index(f"missing  setting: {field}") + 1].startswith("         ")
@@ -165,7 +174,7 @@ class TestCommand:
         ],
     )
     def test_a_mistyped_target_is_missing(self, tmp_path, jpeg_folder, capsys, target, shown):
-        assert self.custom(tmp_path, jpeg_folder, targets=target) == 0
+        assert self.custom(tmp_path, jpeg_folder, targets=target) == 2
         out = capsys.readouterr().out
         assert shown in out and out.splitlines()[-1].endswith("3 missing")
 

@@ -7,7 +7,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, image_set
-from retrack_jax.data.excluded import without
+from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.row_view import RowView
 from retrack_jax.main import main
@@ -38,6 +38,16 @@ def test_of_a_mapped_held_out_split_nothing_is_copied(tmp_path):
     kept = [name for name in training.ids if name != gone]
     assert list(rest.ids) == kept
     np.testing.assert_array_equal(np.asarray(rest.images), PIXELS[[IDS.index(name) for name in kept]])
+
+
+def test_a_target_that_is_excluded_is_told_so():
+    images = image_set("set", PIXELS, IDS)
+    rest = without(images, "3.png+4.png")
+    np.testing.assert_array_equal(resolve_remaining("5.png", rest, images), [3])
+    with pytest.raises(UserError, match="the target '3.png' names 3.png, which config.data.exclude leaves out"):
+        resolve_remaining("3.png", rest, images)
+    with pytest.raises(UserError, match="no image of set, without 2 excluded is named '41.png'"):
+        resolve_remaining("41.png", rest, images)
 
 
 def test_what_is_not_there_is_told_by_the_field():

@@ -146,17 +146,20 @@ def test_absent_and_null_keys_take_the_defaults_of_the_class():
 @pytest.mark.parametrize(
     "config,message",
     [
-        ({"thresholding": True}, "thresholding"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
-        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr needs prediction_type v_prediction or sample"),
+        ({"rescale_betas_zero_snr": "yes", "prediction_type": "sample"}, "rescale_betas_zero_snr is 'yes'"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas to True: it is for flows"),
         ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
-        ({"solver_order": 3}, "solver_order is 3"),
+        ({"solver_order": 4}, "solver_order is 4"),
         ({"beta_shedule": "linear"}, "unknown key 'beta_shedule'; did you mean 'beta_schedule'"),
-        ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler'.*is for flows"),
+        ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler'.*is for sigmas of EDM"),
+        ({"_class_name": "EulerDiscretScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
+        ({"_class_name": ["DDPMScheduler"]}, "_class_name is "),
+        ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "beta_schedule is 'exp'"),
+        ({"_class_name": "EulerDiscreteScheduler", "beta_end": "0.02"}, "beta_end is '0.02'"),
         ({"beta_start": 0.1, "beta_end": 0.05}, "beta_end is 0.05"),
         ({"clip_sample": "yes"}, "clip_sample is 'yes'"),
         ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
@@ -218,3 +221,62 @@ def test_is_a_pytree_for_jit_and_pmap():
 def test_a_model_without_a_scheduler_is_told_what_to_do():
     with pytest.raises(UserError, match="Schedule.create"):
         Schedule.from_config(None)
+
+
+@pytest.mark.parametrize(
+    "config, ignored",
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 7.0, "timestep_type": "discrete"}, "EulerDiscreteScheduler"),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "lambda_min_clipped": -math.inf}, "DPMSolverSinglestepScheduler"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order=3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver"),
+        ({"thresholding": True}, "thresholding=True"),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
+    ],
+)
+def test_options_of_other_samplers_are_named_once_and_written_back(config, ignored, caplog):
+    """Training needs betas and prediction type alone; an export must make the same scheduler in diffusers."""
+    betas = {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    with caplog.at_level("INFO"):
+        schedule = Schedule.from_config({**config, **betas})
+    assert len(caplog.messages) == 1 and ignored in caplog.messages[0] and "config.sampling.sampler" in caplog.messages[0]
+    plain = Schedule.create(**betas)
+    np.testing.assert_array_equal(schedule.alpha_bar, plain.alpha_bar)
+    assert schedule.prediction_type == "v_prediction"
+    finite = {key: value for key, value in config.items() if value != -math.inf}
+    assert json.loads(json.dumps(schedule.to_config(), allow_nan=False)) == {**finite, **betas}
+
+
+def test_a_schedule_without_arguments_is_ddpms():
+    assert Schedule().to_config() == Schedule.create().to_config()
+    np.testing.assert_array_equal(Schedule().gamma, Schedule.create().gamma)
+    np.testing.assert_array_equal(Schedule(beta_end=0.01).alpha_bar, Schedule.create(beta_end=0.01).alpha_bar)
+    doubled = jax.tree.map(lambda table: 2 * table, Schedule())
+    np.testing.assert_array_equal(doubled.gamma, 2 * Schedule().gamma)
+    with pytest.raises(UserError, match="beta_end is 2"):
+        Schedule(beta_end=2.0)
+
+
+# rescale_betas_zero_snr: the last step is pure noise.
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def test_zero_snr_shifts_and_scales_gamma():
+    """Recorded from diffusers 0.42.1's DDIMScheduler in float32: alpha_bar at 0, 500, 998 and 999."""
+    schedule = Schedule.create(**ZERO_SNR)
+    plain = np.sqrt(Schedule.create().alpha_bar64)
+    np.testing.assert_allclose(np.sqrt(schedule.alpha_bar64), (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1]), atol=1e-15)
+    recorded = [0.99989998, 0.07524620, 4.2132742e-9, 0.0]
+    np.testing.assert_allclose(schedule.alpha_bar[jnp.array([0, 500, 998, 999])], recorded, rtol=1e-4)
+    assert (schedule.gamma[-1], schedule.sigma[-1]) == (0.0, 1.0)
+    assert schedule.alpha_bar64[0] == pytest.approx(1 - 1e-4, rel=1e-12)
+    assert Schedule.from_config(schedule.to_config()).to_config() == schedule.to_config()
+    assert Schedule.create(class_name="EulerDiscreteScheduler", **ZERO_SNR).alpha_bar64[-1] == 2.0**-24
+
+
+def test_zero_snr_recommends_trailing_and_trains_below_the_last_step(caplog):
+    assert (Schedule.from_config(ZERO_SNR).t_end, Schedule().t_end) == (999, 1000)
+    assert not caplog.messages
+    Schedule.from_config({**ZERO_SNR, "timestep_spacing": "leading"})
+    assert "trailing is recommended" in caplog.text

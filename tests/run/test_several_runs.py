@@ -61,7 +61,7 @@ def test_what_was_read_is_compared_section_by_section(tmp_path):
     workdir.record(folder, {"model": model, "inputs": {"images": "some", "weights": "some"}})
     workdir.check(folder, {"model": model})
     workdir.check(folder, {"model": model, "inputs": {"images": "some", "weights": "some"}, "samples": {"anything": 1}})
-    with pytest.raises(UserError, match="holds a run with other weights than the config names now; choose another --workdir"):
+    with pytest.raises(UserError, match="holds a run with other weights than the config names now .*; choose another --workdir"):
         workdir.check(folder, {"model": model, "inputs": {"images": "some", "weights": "others"}})
     workdir.record(folder, {"samples": {"sampling": {"num_steps": 4}}})
     with pytest.raises(UserError, match=r"holds samples of another config: config.sampling.num_steps \(4 there, 5 now\)"):
@@ -157,7 +157,9 @@ def write_run(workdir, method, target, seed, *, frequency=0.0):
     folder = workdir.run(method, seed, target)
     folder.mkdir(parents=True)
     values = {"frequency": frequency}
-    metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0, "provenance": {}}
+    metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0}
+    metrics["provenance"] = {"metrics": {}, "absent": {}, "final": [], "num_samples": 4}
+    metrics["config"] = {"eval": {"classifier": "joblib"}, "export": "unet", "sampling": {"num_images": 4}}
     metrics |= {"pretrained": {"frequency": 0.5}, "unlearned": values, "retrained": None}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 

@@ -267,3 +267,13 @@ def test_every_sampler_is_finite_at_few_steps_of_every_schedule(name, prediction
     for beta_schedule in ("linear", "squaredcos_cap_v2"):
         schedule = Schedule.create(prediction_type=prediction_type, beta_schedule=beta_schedule)
         assert np.isfinite(sample_gaussian(schedule, make_sampler(name, schedule, 5), 2)).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_starts_at_pure_noise(name, prediction_type):
+    """With zero SNR the first x_t holds nothing of the image, and eps is x_t whatever the network says."""
+    schedule = Schedule.create(prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    sampler = make_sampler(name, schedule, 5, spacing="linspace" if name == "pndm" else "trailing")
+    samples = sample_gaussian(schedule, sampler, 2)
+    assert np.isfinite(samples).all() and (name == "pndm" or sampler.rows["t"][0] == 999)

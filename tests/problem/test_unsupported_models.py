@@ -1,0 +1,87 @@
+"""Checkpoints that are no unconditional model of pixels are refused by their configs, before images and weights are read."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retrack_jax.checks import UserError
+from retrack_jax.main import main
+from retrack_jax.problem.denoiser import check_unconditional
+from tests.tiny_checkpoint import write_model
+
+
+def folder_of(root, **configs):
+    for part, config in configs.items():
+        (root / part).mkdir(parents=True, exist_ok=True)
+        (root / part / "config.json").write_text(json.dumps(config))
+    return root
+
+
+PIXELS = {"_class_name": "UNet2DModel", "sample_size": 8}
+
+
+@pytest.mark.parametrize(
+    "configs, words",
+    [
+        ({"unet": {"_class_name": "UNet2DConditionModel"}}, "takes a prompt"),
+        ({"unet_ema": {"_class_name": "UNet2DConditionModel"}}, "takes a prompt"),
+        ({"unet": PIXELS, "vqvae": {"_class_name": "VQModel"}}, "holds a latent model: its UNet denoises what .*vqvae encodes"),
+        ({"unet": PIXELS, "vae": {"_class_name": "AutoencoderKL"}}, "unconditional latent models are not supported"),
+        ({"unet": PIXELS | {"num_class_embeds": 10}}, "takes class labels .num_class_embeds is 10."),
+        ({"unet": PIXELS | {"class_embed_type": "timestep"}}, "takes class labels .class_embed_type is 'timestep'."),
+        ({"unet": PIXELS | {"time_embedding_type": "fourier"}}, "takes log.t. and divides by t, so t = 0 gives NaN"),
+    ],
+)
+def test_each_kind_is_named(configs, words, tmp_path):
+    folder = folder_of(tmp_path / "model", **configs)
+    with pytest.raises(UserError, match=words):
+        check_unconditional(str(folder))
+    if "vqvae" in configs:
+        with pytest.raises(UserError, match=words):
+            check_unconditional(str(folder / "unet"))
+
+
+def test_models_of_pixels_and_folders_without_a_model_pass(tmp_path):
+    check_unconditional(str(folder_of(tmp_path / "a", unet=PIXELS, scheduler={})))
+    check_unconditional(str(folder_of(tmp_path / "b", **{".": PIXELS})))
+    check_unconditional(str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (8, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"
+
+
+def command(tmp_path, checkpoint, images, *more):
+    fields = ["unlearn.num_steps=1", "unlearn.batch_size=4", "unlearn.accumulation=1", "sampling.num_images=4"]
+    fields += ["sampling.batch_size=4", "sampling.num_steps=2", "eval.metrics=('frequency',)", "targets=3.png"]
+    fields += [f"checkpoint={checkpoint}", f"data.dir={images}", f"data.cache_dir={tmp_path / 'cache'}", *more]
+    flags = [f"--config.{field}" for field in fields]
+    return main(["retrack_jax", "--config=configs/custom.py", f"--workdir={tmp_path / 'run'}", *flags])
+
+
+@pytest.mark.parametrize("mode", ["check", "run"])
+def test_a_latent_pipeline_ends_the_command_with_one_line(mode, tmp_path, images, capsys):
+    folder_of(write_model(tmp_path / "model"), vqvae={"_class_name": "VQModel"})
+    assert command(tmp_path, tmp_path / "model", images, f"mode={mode}") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "latent" in errors[0]
+    assert not list(tmp_path.rglob("model_index.json"))
+
+
+def test_a_model_that_is_not_square_takes_images_of_its_size_alone(tmp_path, images, capsys):
+    checkpoint = write_model(tmp_path / "model", sample_size=[8, 16])
+    assert command(tmp_path, checkpoint, images) == 0
+    samples = next((tmp_path / "run/retrack").rglob("samples.npz"))
+    assert np.load(samples)["samples"].shape == (4, 8, 16, 3)
+    shutil.rmtree(tmp_path / "run")
+    write_model(checkpoint, sample_size=[16, 8])
+    assert command(tmp_path, checkpoint, images) == 2
+    assert "are 8x16 and the network's sample_size is (16, 8)" in capsys.readouterr().err
