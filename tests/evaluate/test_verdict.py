@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from retrack_jax.data.dataset import image_set
 from retrack_jax.evaluate.verdict import FEWEST, MARGIN, Losses, memory, turned_copies, verdict
 from retrack_jax.main import main
+from retrack_jax.problem.judged import _chosen
+from retrack_jax.problem.target import make_target
 from retrack_jax.report.verdict import box, file_rows, in_words
 from tests.tiny import flags
 
@@ -169,6 +172,20 @@ def test_turned_copies():
     np.testing.assert_array_equal(usable, [True, True, False, False])
     np.testing.assert_array_equal(copies[1], images[1, ::-1, ::-1])
     np.testing.assert_allclose(np.sort(copies, axis=None), np.sort(images, axis=None))
+
+
+def test_copies_are_measured_once_and_never_taken_for_others():
+    """Held-out images may hold copies of a forgotten one, and remaining images copies of each other."""
+    pictures = np.random.default_rng(12).integers(0, 256, (12, 4, 4, 1), np.uint8)
+    rows = np.array([0, 0, 0, *range(1, 10), 1, 1])  # three copies of the forgotten image, three of one that remains
+    images = image_set("toys", pictures[rows], [str(i) for i in range(len(rows))])
+    target = make_target("0+1+2", images, np.arange(3), np.arange(3, len(rows)))
+    assert list(_chosen(images, target.unique, 64)) == [target.unique[0]]
+    remaining = _chosen(images, target.remain, 64, target)
+    assert sorted(rows[remaining]) == list(range(1, 10))
+    assert len(_chosen(images, target.remain, 5, target)) == 5
+    held_out = image_set("held out", pictures[[0, 10, 0, 11]], ["a", "b", "c", "d"])
+    assert sorted(_chosen(held_out, np.arange(4), 64, target)) == [1, 3]
 
 
 def test_words_and_colors():

@@ -217,6 +217,17 @@ def test_the_verdict_shows_the_interval_of_every_target_that_any_method_was_judg
     assert "ReTrack 0 of 1" in text and "NegGrad 0 of 1" in text
 
 
+def test_too_few_retrained_models_are_told_in_place_of_counts(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    verdict = {"inside": 0, "runs": 0, "intervals": {"label:10": [40.0, 44.0]}, "too_few": {"label:10": "too few to tell: 3"}}
+    for entry in summary["methods"].values():
+        entry["forgotten"] = None
+    summary["methods"]["retrack"]["forgotten"] = verdict
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    text = Page(comparison_report(workdir).read_text()).text
+    assert "label:10: too few to tell: 3" in text and "Runs for which it does" not in text
+
+
 def test_comparison_without_pictures_or_retrain(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["methods"]["retrain"]
