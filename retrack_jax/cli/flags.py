@@ -55,10 +55,10 @@ def parse(argv: list[str]):
     config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
     try:
+        _loaded(config_flag)  # by itself: a file without get_config would be given that of the file loaded before in this process
         rest = values(argv, known_only=False)
         config = values.config
-        if not hasattr(config, "keys") or "name" not in config:  # a config file that fails to load raises only when it is used
-            _loaded(config_flag)
+        _ = config.name  # a config file that fails to load raises only when it is used
     except UserError:
         raise
     except Exception as error:

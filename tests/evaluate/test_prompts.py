@@ -43,7 +43,7 @@ def test_metrics_of_samples_with_a_known_answer(tmp_path):
 def test_a_metric_without_its_files_is_unavailable_and_says_what_to_do(tmp_path, pipeline):
     with pytest.raises(Unavailable, match="no sscd_disc_mixup.torchscript.pt or .* in .*mode=check"):
         load_sscd(tmp_path)
-    with pytest.raises(Unavailable, match="no RN50.pt, CLIP's weights, in .*mode=check"):
+    with pytest.raises(Unavailable, match="no RN50.pt or RN50.safetensors in .*mode=check"):
         load_clip_iqa(tmp_path, pipeline.tokenizer, 4)
     (tmp_path / "RN50.pt").write_bytes(b"<html>not found</html>")
     with pytest.raises(Unavailable, match="RN50.pt"):
