@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, suggestion
 from retrack_jax.config.devices import check_unlearning_step
-from retrack_jax.config.options import UnlearnOptions, read_config, unlearn_options
+from retrack_jax.config.options import UnlearnOptions
+from retrack_jax.config.reading import read_config, unlearn_options
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule

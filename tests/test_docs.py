@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from retrack_jax import api, parallel
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.checkpoints.diffusers_import import FAMILIES
-from retrack_jax.config.options import default_config, read_config
+from retrack_jax.config.reading import default_config, read_config
 from retrack_jax.data.sources.load import load_images
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.diffusion.schedule import Schedule

@@ -25,7 +25,7 @@ def run_command(config: ConfigDict, workdir: str, should_stop: Callable[[], bool
     set_up_logs()
     set_up_jax(config.compute.cpu_devices, should_stop)
     from retrack_jax import parallel
-    from retrack_jax.config.options import read_config
+    from retrack_jax.config.reading import read_config
     from retrack_jax.run import sweep
 
     parallel.stop_together(should_stop, "the first stage")

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict, config_dict
 
-from retrack_jax.config.options import default_config
+from retrack_jax.config.reading import default_config
 
 
 def base_config(name: str, *, pretrained_here: bool = True) -> ConfigDict:

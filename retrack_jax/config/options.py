@@ -1,22 +1,16 @@
 """The fields of a config, typed and self-checking. Each has one default, and it stands here.
 
-`default_config()` lays them out as the `ConfigDict` that `configs/*.py` and the command line change; `read_config` turns that
-into these records and checks every value. Nothing below this package sees a `ConfigDict`.
+reading.py lays them out as the `ConfigDict` that `configs/*.py` and the command line change, and reads that back.
 
 A message of a check starts with the field's name; whoever makes the record puts before it where the user sets it.
 """
 
-import dataclasses
-import types
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import optax
-from ml_collections import ConfigDict, config_dict
 
-from retrack_jax.checks import UserError, check, check_choice, check_int, check_number
+from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.data.decode import CROPS
 from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
 from retrack_jax.evaluate.prompts import CLASSIFIERS
@@ -367,83 +361,3 @@ class Options:
         # Retraining needs the pretraining recipe; a config whose model comes from a checkpoint has none.
         names = [name for name, method in METHODS.items() if not (method.from_scratch and self.checkpoint)]
         return sorted(names, key=lambda name: not METHODS[name].from_scratch)
-
-
-def default_config() -> ConfigDict:
-    """Returns every field with its default, those that are None as typed placeholders.
-
-    `config.unlearn.METHOD` holds a method's own options, and a placeholder for every shared field, which overrides it.
-    """
-    config = _laid_out(Options, leave_out=("methods",))
-    shared = [one for one in fields(UnlearnOptions) if one.name != "own"]
-    for name, method in METHODS.items():
-        if not method.from_scratch:
-            own = _laid_out(method.options)
-            for one in shared:
-                own[one.name] = config_dict.placeholder(_plain_type(one.type))
-            config.unlearn[name] = own
-    return config
-
-
-def read_config(config: ConfigDict) -> Options:
-    """Returns the typed options that `config` describes.
-
-    Raises:
-      UserError: a value that no run can use; the message starts with the field, as `config.data.copies`.
-    """
-    values = _plain(config)
-    unlearn = values.pop("unlearn")
-    shared = {name: value for name, value in unlearn.items() if name not in METHODS}
-    methods = {name: unlearn_options(name, shared, unlearn[name], "config.unlearn.") for name in METHODS if name in unlearn}
-    groups = {one.name: one.type for one in fields(Options) if dataclasses.is_dataclass(one.type) and one.name in values}
-    relearning = values["eval"].pop("relearning", {})
-    values["eval"]["relearning"] = _make(RelearningOptions, relearning, "config.eval.relearning.")
-    made = {name: _make(kind, values.pop(name), f"config.{name}.") for name, kind in groups.items()}
-    made["unlearn"] = _make(UnlearnOptions, shared, "config.unlearn.")
-    return _make(Options, {**values, **made, "methods": methods}, "config.")
-
-
-def unlearn_options(method: str, shared: Mapping, own: Mapping, where: str) -> UnlearnOptions:
-    """Returns the options of one method: the shared fields, those that `own` sets for it, and its own.
-
-    Args:
-      method: a key of `METHODS`.
-      shared: fields of `UnlearnOptions`; those left out take their defaults.
-      own: fields of either record. None leaves a shared one as it is.
-      where: goes before a field's name in a message.
-    """
-    kind = METHODS[method].options
-    names = {one.name for one in fields(kind)}
-    overrides = {name: value for name, value in own.items() if name not in names and value is not None}
-    mine = _make(kind, {name: value for name, value in own.items() if name in names}, f"{where}{method}." if where else "")
-    return _make(UnlearnOptions, {**shared, **overrides, "own": mine}, where)
-
-
-def _make(kind: type, values: Mapping, where: str):
-    try:
-        return kind(**values)
-    except UserError as error:
-        raise UserError(f"{where}{error}") from error
-
-
-def _laid_out(kind: type, leave_out: tuple[str, ...] = ()) -> ConfigDict:
-    config = ConfigDict()
-    for one in fields(kind):
-        if one.name in leave_out or one.type is MethodOptions:
-            continue
-        if dataclasses.is_dataclass(one.type):
-            config[one.name] = _laid_out(one.type)
-        else:
-            config[one.name] = config_dict.placeholder(_plain_type(one.type)) if one.default is None else one.default
-    return config
-
-
-def _plain_type(kind: Any) -> type:
-    """Returns the type of a field's values, without None."""
-    if typing.get_origin(kind) is types.UnionType:
-        return next(one for one in typing.get_args(kind) if one is not types.NoneType)
-    return kind
-
-
-def _plain(config: ConfigDict) -> dict:
-    return {name: _plain(value) if isinstance(value, ConfigDict) else value for name, value in config.items()}

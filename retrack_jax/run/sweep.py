@@ -20,6 +20,7 @@ from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS
 
 log = logging.getLogger(__name__)
+_FOLDERS = {"config.data.dir", "config.data.cache_dir", "config.eval.weights_dir"}
 
 
 def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
@@ -36,7 +37,9 @@ def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: 
     if options.mode == "check":
         check_needs(options)
         return {}
-    parallel.check_same_everywhere("the config", _flat(dataclasses.asdict(options)))
+    # Hosts may keep the same files in different folders: what is in them is compared once it is read.
+    fields = {name: value for name, value in _flat(dataclasses.asdict(options)).items() if name not in _FOLDERS}
+    parallel.check_same_everywhere("the config", fields)
     options = fit_to_devices(parallel.together(lambda: complete(options)))
     check_problem(options)
     workdir = Workdir(workdir)

@@ -28,7 +28,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.config.options import Options, read_config
+from retrack_jax.config.options import Options
+from retrack_jax.config.reading import read_config
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.state import create_state

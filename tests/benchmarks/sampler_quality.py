@@ -21,7 +21,7 @@ from etils import epath
 
 from retrack_jax.cli import flags as command_line
 from retrack_jax.cli.process import set_up_jax
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import complete
 from retrack_jax.data.dataset import unit_to_pixels
 from retrack_jax.problem.evaluation import EvaluatedModel

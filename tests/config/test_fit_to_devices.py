@@ -9,7 +9,7 @@ from configs import celebahq, digits_tshirt, stable_diffusion
 from retrack_jax.checks import UserError
 from retrack_jax.config.base import base_config
 from retrack_jax.config.devices import fit_to_devices
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 
 
 def fitted(config, devices, monkeypatch):

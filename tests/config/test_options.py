@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from configs import digits_tshirt, stable_diffusion
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import Options, default_config, read_config
+from retrack_jax.config.options import Options
+from retrack_jax.config.reading import default_config, read_config
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.options import RetrackOptions
 

@@ -5,7 +5,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.config import rules
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from tests.data.checking import config_of
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import io
 from pathlib import Path
 
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import unset
 from retrack_jax.data.checklist import print_requirements
 

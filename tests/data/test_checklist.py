@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import complete
 from retrack_jax.data.checklist import requirements
 from retrack_jax.main import main

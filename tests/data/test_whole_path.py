@@ -13,7 +13,7 @@ from PIL import Image
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import complete
 from retrack_jax.diffusion import Schedule
 from retrack_jax.main import main

@@ -80,7 +80,7 @@ def test_sigterm_on_two_processes_while_they_sample(cache, tmp_path):
     """They stop after the same batch, and what was drawn until then is kept: no image is missing before the last one."""
     work, batch = tmp_path / "work", 16
     arguments = cli.flags(work, "pretrained", sampling__num_images=500 * batch, sampling__batch_size=batch)
-    parts = work / "pretrained" / "samples-parts"
+    parts = work / "pretrained" / "samples-parts" / "samples"
     terminate_two(arguments, parts, cache, tmp_path / "logs")
     found = sorted(tuple(map(int, path.stem.removeprefix("part-").split("-"))) for path in parts.glob("part-*.npz"))
     assert found == [(first, batch // 2) for first in range(0, batch * (len(found) // 2), batch // 2)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import Preempted, UserError
-from retrack_jax.config.options import default_config
+from retrack_jax.config.reading import default_config
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.evaluate.finetune import make_finetune
 from retrack_jax.train.optimizer import make_optimizer

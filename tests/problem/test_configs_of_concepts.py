@@ -9,7 +9,7 @@ from retrack_jax import parallel
 from retrack_jax.api import run
 from retrack_jax.checks import UserError
 from retrack_jax.config.devices import fit_to_devices
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from retrack_jax.problem import sampler
 from retrack_jax.problem.problem import Problem, build_problem, check_problem
 from tests.tiny_sd import tiny_config

@@ -11,7 +11,7 @@ import pytest
 
 from retrack_jax.checks import Diverged, UserError
 from retrack_jax.cli import flags as command_line
-from retrack_jax.config.options import read_config
+from retrack_jax.config.reading import read_config
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.main import main
 from retrack_jax.run import sweep as sweep_module

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import unlearn_options
+from retrack_jax.config.reading import unlearn_options
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.parallel import example_rngs
