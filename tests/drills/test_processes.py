@@ -116,7 +116,7 @@ def test_hosts_with_other_images_do_not_train_together(cache, tmp_path):
     changes = {"data__source": "npz", "data__dir": "HOST/images.npz", "targets": "0"}
     arguments = cli.flags(tmp_path / "work", "vanilla", **changes)
     status, both = on_two_hosts(arguments, cache, tmp_path)
-    assert status == 2 and both.count("error: the processes read different inputs (this one: images ") == 2, both[-3000:]
+    assert status == 2 and both.count("error: the processes differ in the files: images (") == 2, both[-3000:]
     assert "Traceback" not in both and not list((tmp_path / "work").glob("pretrained/*"))
 
 
