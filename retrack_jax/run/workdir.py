@@ -41,6 +41,9 @@ class Workdir:
         self.root = epath.Path(os.path.expanduser(root)) if "://" not in str(root) else epath.Path(root)
         if "://" not in str(root):
             self.root = epath.Path(self.root.absolute())
+        # TensorStore, which reads checkpoints, takes these for something else than a part of the path: told before any training.
+        wrong = [sign for sign in "[\\" if sign in str(self.root)]
+        check(not wrong, f"--workdir {self.root} has {' and '.join(wrong)} in its path, which checkpoints cannot; choose another")
         parallel.together(self._check_writable)
         self._check_shared()
         if "://" not in str(root):  # an object store holds no halves

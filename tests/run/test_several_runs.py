@@ -89,6 +89,13 @@ def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path, capsys):
     assert "pretrained/config.json is damaged or was written by another version of retrack_jax" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a[x]", "a\\x"])
+def test_a_workdir_that_checkpoints_cannot_be_read_from_is_refused_before_training(tmp_path, name):
+    with pytest.raises(UserError, match="in its path, which checkpoints cannot; choose another"):
+        Workdir(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_of_two_networks_are_never_compared():
     mine = {"fid": {"features_digest": "a" * 64}, "frequency": {}, "sscd": {"features_digest": "b" * 64}}
     _check_same_networks(mine, {"pretrained": mine, "retrained": {"fid": {"features_digest": "a" * 64}, "kid": {}}}, "runs/x")
