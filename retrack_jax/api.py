@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
       should_stop: asked between stages, steps, batches and metrics; true saves and raises `checks.Preempted`.
 
     Raises:
-      UserError (a ValueError): what the user can mend.
+      UserError (a ValueError): what the user can fix.
     """
     from retrack_jax.run import sweep
 
@@ -144,14 +144,14 @@ def _check_names(method: str, options: dict) -> None:
 
 def _kind(remain: np.ndarray, forget: np.ndarray) -> str:
     """Returns under which name `data.dataset.to_x_0` takes images of this dtype; pixels are scaled and floats are not."""
-    mend = "give both as uint8 pixels, or both as float32 in the space that the network denoises ([-1, 1] for pixels)"
-    check(remain.dtype == forget.dtype, f"remain is {remain.dtype} and forget is {forget.dtype}; {mend}")
+    advice = "give both as uint8 pixels, or both as float32 in the space that the network denoises ([-1, 1] for pixels)"
+    check(remain.dtype == forget.dtype, f"remain is {remain.dtype} and forget is {forget.dtype}; {advice}")
     if remain.dtype == np.uint8:
         return "pixels"
-    check(jax.numpy.issubdtype(remain.dtype, np.floating), f"remain and forget are {remain.dtype}; {mend}")
+    check(jax.numpy.issubdtype(remain.dtype, np.floating), f"remain and forget are {remain.dtype}; {advice}")
     low, high = (float(extreme([extreme(remain), extreme(forget)])) for extreme in (np.min, np.max))
-    check(np.isfinite(low) and np.isfinite(high), f"remain and forget hold NaN or infinity; {mend}")
-    check(max(-low, high) <= _MAX_FLOAT, f"remain and forget hold floats from {low:g} to {high:g}; {mend}")
+    check(np.isfinite(low) and np.isfinite(high), f"remain and forget hold NaN or infinity; {advice}")
+    check(max(-low, high) <= _MAX_FLOAT, f"remain and forget hold floats from {low:g} to {high:g}; {advice}")
     if low >= 0 and high <= 1:
         log.warning("remain and forget hold floats in [0, 1]; a network of pixels takes them in [-1, 1]: pass 2 x - 1, or uint8")
     return "x_0"

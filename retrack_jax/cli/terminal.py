@@ -72,7 +72,7 @@ def catch_termination(status: int) -> Callable[[], bool]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: arrived.append(number))
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    # Python runs the handlers above between two of its own instructions, so not while XLA compiles. The thread hears at once.
+    # Python runs the handlers above between two of its instructions, so not while XLA compiles. This thread runs meanwhile.
     threading.Thread(target=_watch, args=(reader, status), daemon=True).start()
     # The first to be registered runs last. From then on Python would take the handlers away, and a signal would end the process.
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in _STOPPING])

@@ -30,7 +30,7 @@ def make_finetune(
       optimizer: the recipe.
       batch_size: images per step, over all devices.
 
-    `gather` is `positions -> batch` as in `data.batches.Batches`. `train(state, first_step, num_steps) -> state` goes on from
+    `gather` is `positions -> batch` as in `data.batches.Batches`. `train(state, first_step, num_steps) -> state` continues from
     step `first_step`; step numbers decide its batches and noise, so a curve repeats itself. It donates its state, and raises
     `Preempted` where `should_stop` says so: nothing of a curve is kept.
     """

@@ -1,4 +1,4 @@
-"""What the network is told about each example: nothing, or a prompt's embedding."""
+"""The input that the network gets besides the noisy image and its time: none, or a prompt's embedding."""
 
 from collections.abc import Callable
 from typing import Protocol

@@ -36,7 +36,7 @@ class Problem:
       data: training images, and what targets name.
       denoiser: network and noise schedule.
       codec: between pixels and the space that the network denoises.
-      conditioning: what the network is told about each example.
+      conditioning: the input that the network gets besides the noisy image and its time.
       sampler: draws samples.
       evaluation: metrics and pictures.
     """
