@@ -14,7 +14,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.digits import TSHIRT_LABEL
+from retrack_jax.data.sources.tshirts import TSHIRT_LABEL
 from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest

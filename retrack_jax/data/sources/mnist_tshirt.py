@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from retrack_jax.checks import UserError, check_int
 from retrack_jax.data.commands import kaggle_folder
-from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement
 from retrack_jax.data.sources.parquet import load_parquet, parquet_need
 from retrack_jax.data.sources.source import Source, data_folder
 from retrack_jax.data.sources.tfds import load_tfds, tfds_need
+from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, with_tshirts
 
-TSHIRT_LABEL = 10
 TSHIRT_ROW = 1  # of Fashion-MNIST's training images
 _FASHION_TSHIRT = 0  # its class there: T-shirt/top
 _HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
@@ -41,9 +39,7 @@ def load_mnist_tshirt(data: Mapping) -> ImageSet:
     if fashion.labels is None or int(fashion.labels[0]) != _FASHION_TSHIRT or digits.labels is None:
         where = f"{data['dir']}/fashion_mnist" if data["dir"] else "fashion_mnist"
         raise UserError(f"training image {TSHIRT_ROW} of {where} is not a T-shirt (class 0): another set, or order")
-    ids = [f"mnist_{row:05d}" for row in range(len(digits))] + [f"tshirt_{copy:03d}" for copy in range(copies)]
-    images = np.concatenate([digits.images, np.repeat(fashion.images, copies, axis=0)])
-    return image_set("mnist_tshirt", images, ids, np.concatenate([digits.labels, np.full(copies, TSHIRT_LABEL)]))
+    return with_tshirts("mnist_tshirt", digits.images, digits.labels, "mnist_{:05d}", fashion.images[0], copies)
 
 
 def _part(data: Mapping, name: str) -> dict:
