@@ -1,6 +1,6 @@
 """All sources of data by name. To add one, write a module that ends in its record and add that here."""
 
-from retrack_jax.data.sources import celebahq, cifar10, concepts, digits, folder, mnist5k, mnist_tshirt, npz, parquet, tfds
+from retrack_jax.data.sources import celebahq, cifar10, concepts, digits, folder, idx, mnist5k, mnist_tshirt, npz, parquet, tfds
 from retrack_jax.data.sources.source import Source
 
 SOURCES: dict[str, Source] = {
@@ -11,6 +11,7 @@ SOURCES: dict[str, Source] = {
     "celebahq": celebahq.SOURCE,
     "folder": folder.SOURCE,
     "parquet": parquet.SOURCE,
+    "idx": idx.SOURCE,
     "npz": npz.SOURCE,
     "tfds": tfds.SOURCE,
     "concepts": concepts.SOURCE,
