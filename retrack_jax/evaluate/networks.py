@@ -14,7 +14,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.digits import TSHIRT_LABEL
+from retrack_jax.data.sources.tshirts import TSHIRT_LABEL
 from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
@@ -113,13 +113,14 @@ def from_file(weights_dir, names: Sequence[str], load: Callable[[Mapping[str, np
 
 
 def _digits(images: ImageSet, folder) -> FeatureNetwork:
-    from retrack_jax.metrics.features.digit_net import NUM_CLASSES, SIDE, load_digit_net, save_digit_net, train_digit_net
+    from retrack_jax.metrics.features.digit_net import NUM_CLASSES, SIDES, load_digit_net, save_digit_net, train_digit_net
 
     labelled = images.labels is not None and np.isin(images.labels, (*range(NUM_CLASSES), TSHIRT_LABEL)).all()
-    if not labelled or images.images.shape[1:] != (SIDE, SIDE, 1):
+    if not labelled or images.images.shape[1:] not in [(side, side, 1) for side in SIDES]:
         raise Inapplicable(
-            f"config.eval.features is digits, a classifier that is trained on {SIDE} x {SIDE} grey images with labels 0 to "
-            f"{NUM_CLASSES - 1}, and those of {images.name} are not such; set it to inception"
+            "config.eval.features is digits, a classifier that is trained on gray images of "
+            f"{' or '.join(f'{side} x {side}' for side in SIDES)} with labels 0 to {NUM_CLASSES - 1}, and those of {images.name} "
+            "are not such; set it to inception"
         )
     path = folder / "digit_net.npz"
 

@@ -35,6 +35,16 @@ def test_the_seed_decides_the_weights(digits):
     assert one.description == f"digit-net (resize none, sha256 {one.digest[:16]})"
 
 
+def test_learns_images_of_28_pixels(digits):
+    """The same digits, each pixel three times as large and with a border: a network of its own, saved and read back."""
+    images, labels = digits
+    large = np.pad(images.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    network = train_digit_net(large[:1000], labels[:1000], num_epochs=4)
+    assert (network(large[1500:])["logits"].argmax(1) == labels[1500:]).mean() > 0.7
+    with pytest.raises(UserError, match=r"takes \(28, 28, 1\)"):
+        network(images)
+
+
 def test_is_saved_whole_and_read_back(network, digits, tmp_path):
     save_digit_net(tmp_path / "net.npz", network)
     again = load_digit_net(tmp_path / "net.npz")
@@ -58,6 +68,9 @@ def test_refuses_damaged_missing_or_changed_files(network, tmp_path):
     np.savez(path, **arrays)
     with pytest.raises(UserError, match="does not have the digest"):
         load_digit_net(path)
+    np.savez(path, digest="0")
+    with pytest.raises(UserError, match="does not have the digest"):
+        load_digit_net(path)
 
 
 def test_other_images_are_not_a_class(digits):
@@ -65,7 +78,7 @@ def test_other_images_are_not_a_class(digits):
     labels[0] = 10
     with pytest.raises(UserError, match="other images are not a class"):
         train_digit_net(images, labels)
-    with pytest.raises(UserError, match="expected"):
+    with pytest.raises(UserError, match=r"expected \(8, 8, 1\) or \(28, 28, 1\)"):
         train_digit_net(np.zeros((64, 9, 8, 1), np.uint8), digits[1][:64])
     with pytest.raises(UserError, match="as many labels"):
         train_digit_net(images, labels[:3])

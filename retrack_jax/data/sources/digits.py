@@ -1,15 +1,14 @@
 """Digits T-Shirt: scikit-learn's 1,797 handwritten 8x8 digits plus copies of a T-shirt that we draw. Embedded, no download.
 
-The small sister of MNIST T-Shirt: a digit model that has memorised an image that is not a digit.
+The small sister of MNIST T-Shirt: a digit model that has memorized an image that is not a digit.
 """
 
 import numpy as np
 
 from retrack_jax.checks import check_int
-from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.source import Source
-
-TSHIRT_LABEL = 10
+from retrack_jax.data.sources.tshirts import with_tshirts
 
 # Sixteen levels, as in the digits: a collar, short sleeves, a shaded body. No digit is nearer than L2 3 in [0, 1] (tested).
 _TSHIRT = """
@@ -44,10 +43,7 @@ def digits_tshirt(copies: int) -> ImageSet:
       UserError: `copies` is not a whole number of at least 0.
     """
     check_int("config.data.copies", copies, minimum=0)
-    images, labels = digits()
-    ids = [f"digit_{i:04d}" for i in range(len(images))] + [f"tshirt_{i:03d}" for i in range(copies)]
-    images = np.concatenate([images, np.repeat(tshirt()[None], copies, axis=0)])
-    return image_set("digits_tshirt", images, ids, np.concatenate([labels, np.full(copies, TSHIRT_LABEL)]))
+    return with_tshirts("digits_tshirt", *digits(), "digit_{:04d}", tshirt(), copies)
 
 
 def _to_pixels(levels: np.ndarray) -> np.ndarray:

@@ -9,10 +9,9 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet, image_set
-from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.memory import available_memory
 from retrack_jax.data.needs import if_file, requirement
-from retrack_jax.data.sources.source import Source, data_folder
+from retrack_jax.data.sources.source import Source, check_taken_as_they_are, data_folder
 
 _USED = ("images", "labels", "ids")
 _read_header_2 = np.lib.format.read_array_header_2_0
@@ -85,20 +84,7 @@ def _check_sizes(path: Path, archive: zipfile.ZipFile, names: Iterable[str]) -> 
 
 
 def _load(data: Mapping) -> ImageSet:
-    images, default, side = load_npz(data_folder(data)), DecodeOptions(), data.get("resolution", 0)
-    if side and images.images.shape[1:3] != (side, side):
-        height, width = images.images.shape[1:3]
-        raise UserError(
-            f"{data_folder(data)} holds images of {width}x{height} and config.data.resolution is {side!r}, but arrays are taken "
-            "as they are; convert them before, or set config.data.resolution=0 for a model that takes them"
-        )
-    for name in ("crop", "channels"):
-        if data.get(name, getattr(default, name)) != getattr(default, name):
-            raise UserError(
-                f"config.data.{name} is {data[name]!r}, but the arrays of an npz are taken as they are; "
-                f"convert them before, and leave config.data.{name} at {getattr(default, name)!r}"
-            )
-    return images
+    return check_taken_as_they_are(data, load_npz(data_folder(data)))
 
 
 def _needs(data: Mapping, config: Mapping):

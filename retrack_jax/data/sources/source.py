@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrack_jax.checks import UserError, check_choice
+from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement
 
@@ -55,3 +56,21 @@ def data_folder(data: Mapping) -> Path:
 def decode_options(data: Mapping) -> DecodeOptions:
     """Returns how `data` asks images to be decoded. Raises `UserError` for values that do not exist."""
     return DecodeOptions(**{name: data[name] for name in ("resolution", "crop", "channels", "skip_corrupt") if name in data})
+
+
+def check_taken_as_they_are(data: Mapping, images: ImageSet) -> ImageSet:
+    """Returns `images`, which were stored as arrays. Raises `UserError` if `data` asks to convert them or for another size."""
+    where, default, side = data_folder(data), DecodeOptions(), data.get("resolution", 0)
+    if side and images.images.shape[1:3] != (side, side):
+        height, width = images.images.shape[1:3]
+        raise UserError(
+            f"{where} holds images of {width}x{height} and config.data.resolution is {side!r}, but arrays are taken "
+            "as they are; convert them before, or set config.data.resolution=0 for a model that takes them"
+        )
+    for name in ("crop", "channels"):
+        if data.get(name, getattr(default, name)) != getattr(default, name):
+            raise UserError(
+                f"config.data.{name} is {data[name]!r}, but the arrays of {data['source']!r} are taken as they are; "
+                f"convert them before, and leave config.data.{name} at {getattr(default, name)!r}"
+            )
+    return images

@@ -1,0 +1,95 @@
+"""Writes what the runs of configs/mnist5k_tshirt.py measured to docs/results/mnist5k.json, and its table to docs/mnist.md.
+
+    python -m tests.benchmarks.mnist_results --workdir=runs/mnist5k --machine="two cores of ..."
+
+Reads every finished run of the workdir. `shares` says which digits the samples are, in percent of those that are no T-shirt, as
+the classifier behind FID sees them.
+"""
+
+import argparse
+import json
+import re
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.data.sources.mnist5k import tshirt
+from retrack_jax.evaluate.aggregate import summarize
+from retrack_jax.files import read_json, read_npz
+from retrack_jax.metrics.features.digit_net import load_digit_net
+from retrack_jax.metrics.frequency import target_distances
+from retrack_jax.report.tables import comparison_text
+from retrack_jax.unlearn.methods import METHODS
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARKS = "<!-- from docs/results/mnist5k.json -->", "<!-- end -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--machine", required=True)
+    parser.add_argument(
+        "--command", default="python -m retrack_jax.main --config=configs/mnist5k_tshirt.py:METHOD --config.seeds=SEED"
+    )
+    options = parser.parse_args()
+    paths = [
+        path for method in ("pretrained", *METHODS) for path in sorted((options.workdir / method).glob("seed*/metrics.json"))
+    ]
+    runs = [read_json(path) for path in paths]
+    lines = [line.strip("|").split("|") for line in comparison_text(summarize(runs), markdown=True).splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    first = runs[0]
+    results = {
+        "command": options.command,
+        "version": first["provenance"]["versions"]["retrack_jax"],
+        "machine": options.machine,
+        "date": date.today().isoformat(),
+        "pretraining_steps": first["config"]["pretrain"]["num_steps"],
+        "columns": cells[0],
+        "rows": cells[2:],
+        "pretrained": {"num_samples": _samples(options.workdir / "pretrained"), **first["pretrained"]},
+        "runs": [_run(path, run) for path, run in zip(paths, runs, strict=True) if run["method"] != "pretrained"],
+        "shares": {
+            str(folder.relative_to(options.workdir)): _shares(options.workdir, folder) for folder in _folders(options, paths)
+        },
+    }
+    (DOCS / "results").mkdir(exist_ok=True)
+    (DOCS / "results" / "mnist5k.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    document = DOCS / "mnist.md"
+    document.write_text(with_table(document.read_text(), results))
+
+
+def with_table(text: str, results: dict) -> str:
+    """Returns the document with the table of `results` between its marks."""
+    header, *rows = (
+        f"| {' | '.join(row)} |" for row in [results["columns"], ["---"] * len(results["columns"]), *results["rows"]]
+    )
+    table = "\n".join([MARKS[0], header, *rows, MARKS[1]])
+    return re.sub(f"{MARKS[0]}.*?{MARKS[1]}", lambda _: table, text, flags=re.DOTALL)
+
+
+def _folders(options, paths: list[Path]) -> list[Path]:
+    return [options.workdir / "pretrained", *(path.parent for path in paths if path.parents[1].name != "pretrained")]
+
+
+def _samples(folder: Path) -> int:
+    return len(read_npz(folder / "samples.npz")["samples"])
+
+
+def _run(path: Path, run: dict) -> dict:
+    kept = {name: run[name] for name in ("method", "seed", "steps", "unlearn_seconds", "unlearned", "verdict")}
+    return {**kept, "num_samples": _samples(path.parent)}
+
+
+def _shares(workdir: Path, folder: Path) -> list[float]:
+    """The share of each digit, 0 to 9, in percent."""
+    samples = read_npz(folder / "samples.npz")["samples"]
+    digits = samples[target_distances(samples, tshirt()[None]) >= 10]
+    labels = load_digit_net(workdir / "features" / "digit_net.npz")(digits)["logits"].argmax(axis=1)
+    return [round(100 * float(share), 1) for share in np.bincount(labels, minlength=10) / len(labels)]
+
+
+if __name__ == "__main__":
+    main()
