@@ -50,13 +50,15 @@ def main() -> None:
     starts = rng.standard_normal((400, 2))
     memorized = np.concatenate([remain, np.repeat(forget[None], 8, axis=0)])
     before = paths(starts, memorized, schedule)
-    led_to_it = np.flatnonzero((np.linalg.norm(before[-1] - forget, axis=1) < 0.05) & (starts[:, 0] < 1.2))[:9]
+    ends_there = np.linalg.norm(before[-1] - forget, axis=1) < 0.05
+    led_to_it = np.flatnonzero(ends_there & (starts[:, 0] < 1.2))[:9]  # noise to the right would lie under the label
     nearest = np.argsort(np.linalg.norm(remain - forget, axis=1))[:NUM_NEIGHBORS]
     after = paths(starts[led_to_it], remain[nearest], schedule)
 
     matplotlib.rcParams.update({"svg.hashsalt": "concept", "font.family": "sans-serif", "font.size": 10})
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.0), sharex=True, sharey=True, facecolor="white")
-    for axis, title, drawn, color in zip(axes, ("before", "after"), (before[:, led_to_it], after), ("#c2410c", "#1d4ed8"), strict=True):
+    panels = ("before", before[:, led_to_it], "#c2410c"), ("after", after, "#1d4ed8")
+    for axis, (title, drawn, color) in zip(axes, panels, strict=True):
         axis.plot(drawn[..., 0], drawn[..., 1], color=color, linewidth=1.1, alpha=0.75)
         axis.scatter(*drawn[0].T, s=9, color=color, alpha=0.6, zorder=3)
         axis.scatter(*remain.T, s=22, color="#9ca3af", zorder=2)
@@ -67,7 +69,8 @@ def main() -> None:
         axis.axis("off")
     axes[0].annotate("memorized image", forget, (8, -6), textcoords="offset points", va="top", color="#c2410c")
     axes[1].annotate("its neighbors", remain[nearest].mean(axis=0), (12, 6), textcoords="offset points", color="#374151")
-    axes[0].annotate("noise", before[0, led_to_it[np.argmin(starts[led_to_it, 0])]], (-34, -3), textcoords="offset points", color="#c2410c")
+    leftmost = min(starts[led_to_it], key=lambda start: start[0])
+    axes[0].annotate("noise", leftmost, (-34, -3), textcoords="offset points", color="#c2410c")
     axes[0].set_xlim(-2.0, 2.9)
     figure.tight_layout(pad=0.3)
     figure.savefig(IMAGES / "concept.svg", metadata={"Date": None})

@@ -24,6 +24,13 @@ from retrack_jax.config import options  # noqa: E402
 from retrack_jax.unlearn.methods import METHODS  # noqa: E402
 
 RESULT_FIELDS = {"command", "version", "machine", "date", "columns", "rows"}
+_CONFIG_HEAD = """# Configuration
+
+Every field, its default, and what it means, generated from the code (`make docs`). Files in `configs/` change the defaults, and
+`--config.FIELD=VALUE` changes both. A default of None is filled in by the config file or by a rule. A shared field of
+`config.unlearn` may also be set under a method's name, and then counts for that method alone:
+`--config.unlearn.erasediff.learning_rate=5e-5`.
+"""
 _TABLE = re.compile(r"(<!-- table (\w+)(?:: ([^>]*?))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -59,10 +66,7 @@ def config_page() -> str:
     groups = _groups("config", options.Options)
     own = [(f"config.unlearn.{name}", method.options) for name, method in METHODS.items() if dataclasses.fields(method.options)]
     sections = [_section(name, record) for name, record in [*groups, *own]]
-    head = "# Configuration\n\nEvery field, its default, and what it means, generated from the code (`make docs`). Files in `configs/` change the defaults,\n"
-    head += "and `--config.FIELD=VALUE` changes both. A default of None is filled in by the config file or by a rule. A shared field of `config.unlearn` may also be\n"
-    head += "set under a method's name, and then counts for that method alone: `--config.unlearn.erasediff.learning_rate=5e-5`.\n"
-    return head + "".join(sections)
+    return _CONFIG_HEAD + "".join(sections)
 
 
 def _groups(name: str, record: type) -> list[tuple[str, type]]:

@@ -20,7 +20,8 @@ from retrack_jax.diffusion import Schedule
 def main(model_folder: str, image_folder: str, out_folder: str, *names: str, num_steps: int = 40, batch_size: int = 16) -> None:
     module, params = import_diffusers(model_folder)
     schedule = Schedule.from_config(read_schedule_config(model_folder))
-    data = load_images({"source": "folder", "dir": image_folder, "resolution": module.sample_size, "channels": module.in_channels})
+    size = {"resolution": module.sample_size, "channels": module.in_channels}
+    data = load_images({"source": "folder", "dir": image_folder, **size})
     is_forgotten = np.isin(data.ids, names)
     if is_forgotten.sum() < len(set(names)):
         raise SystemExit(f"not in {image_folder}: {', '.join(sorted(set(names) - set(data.ids)))}")

@@ -9,10 +9,9 @@ command takes it as `--config=configs/digits_tshirt.py:relabel` once this module
 
 from dataclasses import dataclass
 
-from own_network import Denoiser, digits, loss, schedule, train
-
 import jax
 import numpy as np
+from own_network import Denoiser, digits, loss, schedule, train
 
 from retrack_jax.api import unlearn
 from retrack_jax.diffusion.conversions import expand

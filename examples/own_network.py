@@ -2,8 +2,8 @@
 
     python examples/own_network.py
 
-Three models of scikit-learn's handwritten digits: one that was also trained on copies of a T-shirt, that one after ReTrack, and one
-that never saw the T-shirt, which unlearning should come close to.
+Three models of scikit-learn's handwritten digits: one that was also trained on copies of a T-shirt, the same one after ReTrack,
+and one that never saw the T-shirt, which unlearning should come close to.
 """
 
 import flax.linen as nn
@@ -27,7 +27,7 @@ class Denoiser(nn.Module):
     @nn.compact
     def __call__(self, x_t, t):
         frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(1e4), 32)) / 1e4
-        angles = t[:, None].astype(jnp.float32) * frequencies
+        angles = t[:, None].astype(jnp.float32) * frequencies[None]
         time = nn.Dense(self.width)(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1))
         hidden = nn.Dense(self.width)(x_t.reshape(len(x_t), -1))
         for _ in range(3):
@@ -57,7 +57,7 @@ def loss(module: nn.Module, params, image: np.ndarray, num_draws: int = 2048) ->
     t = jax.random.randint(rng_t, (num_draws,), 0, schedule.num_train_timesteps)
     eps = jax.random.normal(rng_eps, (num_draws, *SHAPE))
     gamma, sigma = schedule.gamma[t][:, None, None, None], schedule.sigma[t][:, None, None, None]
-    x_t = gamma * (2 * image.astype(np.float32) / 255 - 1) + sigma * eps
+    x_t = gamma * (2 * image[None].astype(np.float32) / 255 - 1) + sigma * eps
     return float(jnp.square(module.apply({"params": params}, x_t, t) - eps).sum((1, 2, 3)).mean())
 
 

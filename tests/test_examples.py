@@ -27,7 +27,7 @@ def examples_can_be_imported(monkeypatch):
 def test_own_network_forgets_what_it_memorized():
     import own_network
 
-    losses = own_network.main(num_steps=400)
+    losses = own_network.main(num_steps=250)
     assert losses["memorized"] < 0.6 * losses["never saw it"]
     assert losses["after ReTrack"] > 1.5 * losses["memorized"]
 
