@@ -1,6 +1,7 @@
 # make demo    a model forgets an image, on embedded data        make drills  kills, faults, several processes
 # make test    the test suite                                    make parity  against the real PyTorch diffusers
 # make bench   speed, side by side with PyTorch                  make lint    ruff
+# make install .venv, with the command .venv/bin/retrack          make docs    docs/config.md, tables, the diagram
 # make clean   remove the virtual environments
 # JAX=cuda or JAX=tpu installs jax for that accelerator.
 
@@ -10,13 +11,19 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 QUIET_PIP := -q --disable-pip-version-check
 
-.PHONY: demo test drills parity bench lint clean
+.PHONY: demo install test drills parity bench lint docs clean
 
 demo: .venv/installed-$(JAX)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
 
+install: .venv/installed-$(JAX)
+
 test: .venv/installed-$(JAX)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+docs: .venv/installed-$(JAX)
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/concept_figure.py
 
 lint: .venv/installed-$(JAX)
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
     python -m retrack_jax.main --config=configs/digits_class.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_class.py:all --config.seeds=0
 
-Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained. Scores: docs/comparison.md, measured.
+Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained.
+Scores: docs/measurements/digits.md, measured.
 `label_share` is the share of samples that a small classifier, trained on all digits, calls a seven.
 """
 

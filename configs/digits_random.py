@@ -3,7 +3,8 @@
     python -m retrack_jax.main --config=configs/digits_random.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_random.py:all --config.seeds=0
 
-Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained. Scores: docs/comparison.md, measured.
+Hardware: any CPU; two cores are enough. Time: about a minute per run, once pretrained.
+Scores: docs/measurements/digits.md, measured.
 Forgotten and held-out digits are exchangeable, so the AUC of an attack that separates them is meaningful here: 0.5 is chance,
 and the retrained model's AUC is the measure.
 """

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -24,12 +25,11 @@ from retrack_jax.sampling import SAMPLERS, initial_noise, make_sampler, sample
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
-from retrack_jax.unlearn import methods
 from retrack_jax.unlearn.methods import METHODS
 from tests import toys
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")})
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")})
 NOT_THE_CHANGELOG = [document for document in DOCUMENTS if document.name != "CHANGELOG.md"]  # which names what is gone
 # A path in a document starts from one of these.
 BASES = [ROOT / name for name in (".", "retrack_jax", "configs", "launch", "docs", "tests")]
@@ -97,9 +97,9 @@ def test_functions_and_tables_are_where_the_document_says(document):
     assert not missing
 
 
-def test_the_walks_of_the_architecture_are_checked():
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    assert len(_NAMES[0].findall(text)) > 20 and len(list(_NAMES[1].finditer(text))) >= 4
+def test_the_walks_and_the_table_of_what_to_touch_are_checked():
+    walks, touch = ((ROOT / "docs" / name).read_text() for name in ("architecture.md", "extending.md"))
+    assert len(_NAMES[0].findall(walks)) > 20 and len(list(_NAMES[1].finditer(touch))) >= 4
 
 
 @each_document
@@ -109,7 +109,7 @@ def test_modules_and_their_names_exist(document):
 
 @each_document
 def test_fields_of_the_config_exist(document):
-    of_an_example = {".json", ".unlearn.hush.weight"}
+    of_an_example = {".json", ".md", ".unlearn.hush.weight"}
     config, names = default_config(), set(_FIELD.findall(read(document))) - of_an_example
     assert not sorted(f"config{name}" for name in names if not is_field(name, config))
 
@@ -121,6 +121,16 @@ def test_links_lead_somewhere(document):
         if "://" not in link:
             target = document.parent / path if path else document
             assert target.exists() and (not anchor or anchor in anchors(target)), link
+
+
+def test_generated_documents_are_current():
+    """docs/config.md is what the options say, and every table is what docs/results/ says; `make docs` writes them anew."""
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
+    assert not [path.name for path, text in pages.items() if path.read_text() != text]
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
 
 
 def blocks(document: str) -> list[str]:
@@ -140,17 +150,15 @@ def tables():
 
 
 @pytest.fixture
-def architecture(tables) -> dict:
-    """The names that the examples of docs/architecture.md define."""
-    names = {"__name__": "architecture"}
-    for block in blocks("docs/architecture.md"):
+def extending(tables) -> dict:
+    """The names that the examples of docs/extending.md define."""
+    names = {"__name__": "extending"}
+    for block in blocks("docs/extending.md"):
         exec(block, names)
     return names
 
 
-def test_the_method_of_the_readme_trains_by_its_option(tables):
-    (block,) = [block for block in blocks("README.md") if "METHODS[" in block]
-    exec(block, dict(vars(methods)))
+def test_the_method_of_the_guide_trains_by_its_option(extending):
     common = dict(method="hush", rng=jax.random.key(0), num_steps=2, batch_size=8)
     data = toys.ToyNet().apply, toys.params(), toys.schedule(), toys.images(20), toys.images(2, seed=1)
     weak, strong = (api.unlearn(*data, **common, weight=weight) for weight in (0.01, 0.5))
@@ -160,14 +168,14 @@ def test_the_method_of_the_readme_trains_by_its_option(tables):
     assert read_config(config).recipe("hush").own.weight == 0.25
 
 
-def test_the_metric_of_the_architecture(architecture, tmp_path):
+def test_the_metric_of_the_guide(extending, tmp_path):
     samples = np.full((3, 4, 4, 1), 7, np.uint8)
     samples[:, :2] = 207
     found = evaluate(EVALUATORS, ("contrast",), None, Subject({}, samples), tmp_path / "metrics.json")
     assert found.values == {"contrast": pytest.approx(100 / 255)}
 
 
-def test_the_sampler_of_the_architecture_is_ddim_without_clipping(architecture):
+def test_the_sampler_of_the_guide_is_ddim_without_clipping(extending):
     schedule = toys.schedule().replace(clip_sample=False)
     rngs = jax.random.split(jax.random.key(0), 3)
 
@@ -180,13 +188,13 @@ def test_the_sampler_of_the_architecture_is_ddim_without_clipping(architecture):
     np.testing.assert_allclose(drawn("euler"), drawn("ddim"), rtol=2e-5, atol=2e-3)
 
 
-def test_the_source_of_the_architecture(architecture):
+def test_the_source_of_the_guide(extending):
     images = load_images({"source": "stripes"})
     assert len(images) == 80 and images.labels.max() == 7
 
 
-def test_the_family_of_the_architecture_is_exported_and_imported(architecture, tmp_path):
-    module = architecture["PlainDenoiser"](in_channels=1, width=4)
+def test_the_family_of_the_guide_is_exported_and_imported(extending, tmp_path):
+    module = extending["PlainDenoiser"](in_channels=1, width=4)
     params = module.init(jax.random.key(0), *FAMILIES["PlainDenoiser"].inputs(module))["params"]
     export_diffusers(tmp_path / "model", module, params)
     read, read_params = import_diffusers(tmp_path / "model")
@@ -194,8 +202,8 @@ def test_the_family_of_the_architecture_is_exported_and_imported(architecture, t
     jax.tree.map(np.testing.assert_array_equal, params, read_params)
 
 
-def test_the_conditioning_of_the_architecture_reaches_the_network(architecture):
-    table = architecture["OneLabel"](7).table(None)
+def test_the_conditioning_of_the_guide_reaches_the_network(extending):
+    table = extending["OneLabel"](7).table(None)
 
     def eps_fn(params, x_t, t, label):
         return x_t * params["of_label"][label][:, None, None, None]

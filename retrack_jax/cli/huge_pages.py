@@ -1,8 +1,9 @@
 """Huge pages for the arrays of the CPU backend, which XLA takes from the system anew in every step and gives back after it.
 
-A step of the CIFAR-10 UNet touches 1.3 GB, and Linux maps 330,000 pages of 4 KiB for it, every time (docs/performance.md has the
-cost). With the tunable below glibc's malloc asks for pages of 2 MiB; 800 are mapped then. glibc reads its tunables before a
-program's first line and never again, so the command starts itself a second time: the same process id, arguments and open files.
+A step of the CIFAR-10 UNet touches 1.3 GB, and Linux maps 330,000 pages of 4 KiB for it, every time (what it costs:
+docs/measurements/speed.md). With the tunable below glibc's malloc asks for pages of 2 MiB; 800 are mapped then. glibc reads its
+tunables before a program's first line and never again, so the command starts itself a second time: the same process id,
+arguments and open files.
 """
 
 import contextlib

@@ -255,11 +255,11 @@ def _initialize(source: str, should_stop: Callable[[], bool], *arguments) -> Non
         check(
             not joining.is_alive() or time.monotonic() < deadline,
             f"cannot join the other processes by {source}: not all were there after {said} s (RETRACK_JOIN_SECONDS); start them "
-            "together, and see docs/running_at_scale.md",
+            "together, and see docs/guide/cloud.md",
         )
     if errors:
         problem = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:300]
-        raise UserError(f"cannot join the other processes by {source} ({problem}); see docs/running_at_scale.md") from errors[0]
+        raise UserError(f"cannot join the other processes by {source} ({problem}); see docs/guide/cloud.md") from errors[0]
 
 
 def uses_tpu() -> bool:

@@ -1,7 +1,7 @@
 """All benchmarks in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--device cuda] [--out
 results/...]`.
 
-Prints tables, which replace those in docs/performance.md, and one line of JSON, which is also written to
+Prints tables, which replace those in docs/measurements/speed.md, and one line of JSON, which is also written to
 FOLDER/benchmarks_cpu.json, and writes plots to docs/images. On a CPU it takes some twenty minutes. Run it on a machine that
 does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and
 sampling, on one GPU; `.venv-parity` must then hold builds for it, for `make parity` installs those for the CPU:
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", default="runs/benchmarks", metavar="FOLDER")
     parser.add_argument("--images", default="docs/images", metavar="FOLDER")
-    parser.add_argument("--document", default="docs/performance.md", help="whose tables are replaced; empty: none")
+    parser.add_argument("--document", default="docs/measurements/speed.md", help="whose tables are replaced; empty: none")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.device == "cpu":
