@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
+from retrack_jax.config.reading import read_config
 from retrack_jax.data.sources.idx import read_idx
 from retrack_jax.data.sources.load import load_images
 from retrack_jax.data.sources.mnist5k import tshirt
@@ -71,6 +72,17 @@ def test_the_real_digits():
     distances = np.sqrt(((pixels[:5000] - pixels[5000]) ** 2).sum(axis=(1, 2, 3)))
     assert distances.min() == pytest.approx(11.7957, abs=1e-4)  # above config.eval.frequency_threshold, 10
     assert images.digest.startswith("a349822649de830e")
+
+
+def test_the_config_is_the_official_one_at_half_the_width():
+    ours, official = config_of("mnist5k_tshirt"), config_of("mnist_tshirt")
+    assert ours.unlearn.to_dict() == official.unlearn.to_dict()
+    assert [2 * width for width in ours.model.block_out_channels] == list(official.model.block_out_channels)
+    changed = {name for name in official.model if ours.model[name] != official.model[name]}
+    assert changed == {"block_out_channels", "norm_num_groups"}
+    options = read_config(ours)
+    shares = [config.data.copies / (config.data.copies + digits) for config, digits in ((ours, 5000), (official, 60_000))]
+    assert options.target_specs == ["label:10"] and shares == pytest.approx([0.01, 0.01], abs=2e-4)
 
 
 class TestDamage:
