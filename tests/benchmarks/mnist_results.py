@@ -1,4 +1,4 @@
-"""Writes what the runs of configs/mnist5k_tshirt.py measured to docs/results/mnist5k.json, and its table to docs/mnist.md.
+"""Writes what the runs of configs/mnist5k_tshirt.py measured to docs/results/mnist5k.json; `make docs` makes the table of it.
 
     python -m tests.benchmarks.mnist_results --workdir=runs/mnist5k --machine="two cores of ..."
 
@@ -8,7 +8,6 @@ the classifier behind FID sees them.
 
 import argparse
 import json
-import re
 from datetime import date
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.report.tables import comparison_text
 from retrack_jax.unlearn.methods import METHODS
 
-DOCS = Path(__file__).parents[2] / "docs"
-MARKS = "<!-- from docs/results/mnist5k.json -->", "<!-- end -->"
+OUT = Path(__file__).parents[2] / "docs" / "results" / "mnist5k.json"
 
 
 def main() -> None:
@@ -55,19 +53,7 @@ def main() -> None:
             str(folder.relative_to(options.workdir)): _shares(options.workdir, folder) for folder in _folders(options, paths)
         },
     }
-    (DOCS / "results").mkdir(exist_ok=True)
-    (DOCS / "results" / "mnist5k.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    document = DOCS / "mnist.md"
-    document.write_text(with_table(document.read_text(), results))
-
-
-def with_table(text: str, results: dict) -> str:
-    """Returns the document with the table of `results` between its marks."""
-    header, *rows = (
-        f"| {' | '.join(row)} |" for row in [results["columns"], ["---"] * len(results["columns"]), *results["rows"]]
-    )
-    table = "\n".join([MARKS[0], header, *rows, MARKS[1]])
-    return re.sub(f"{MARKS[0]}.*?{MARKS[1]}", lambda _: table, text, flags=re.DOTALL)
+    OUT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def _folders(options, paths: list[Path]) -> list[Path]:

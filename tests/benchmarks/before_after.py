@@ -1,9 +1,10 @@
-"""Draws docs/images/mnist5k.png: samples before and after from the same noise, and what each model takes a noised T-shirt for.
+"""Draws docs/images/before_after.png: samples before and after from the same noise, the neighbors, and what each model takes the
+noised image for.
 
-    python -m tests.benchmarks.mnist_picture --config=configs/mnist5k_tshirt.py --workdir=runs/mnist5k [--out=FILE]
+    python -m tests.benchmarks.before_after --config=configs/mnist5k_tshirt.py --workdir=runs/mnist5k [--out=FILE]
 
 A model's estimate of the clean image is (x_t - sigma eps) / gamma, from one call of the network. The models are the pretrained
-one, that of the config's method and seed, and the retrained one, as far as the workdir has them.
+one, that of the config's method and first seed, and the retrained one, as far as the workdir has them.
 """
 
 import argparse
@@ -41,13 +42,13 @@ def estimates(denoiser, params, image: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return tuple(unit_to_pixels(np.clip(np.asarray(x) / 2 + 0.5, 0, 1)) for x in (x_t, x_0))
 
 
-def strip(rows: dict[str, np.ndarray]) -> Image.Image:
-    """Returns rows of pictures, each with its name on the left, under a line that names the noise levels."""
+def strip(title: str, rows: dict[str, np.ndarray]) -> Image.Image:
+    """Returns rows of pictures, each with its name on the left, under `title` and a line that names the noise levels."""
     pictures = {name: grid(images, columns=len(LEVELS), smallest=64) for name, images in rows.items()}
     height, width = next(iter(pictures.values())).shape[:2]
     canvas = Image.new("RGB", (_LABEL + width + 2 * _MARGIN, 2 * _LINE + height * len(pictures) + _MARGIN), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    draw.text((_MARGIN, 0), "The T-shirt with noise, and what each model takes that for", "black", ImageFont.load_default(16))
+    draw.text((_MARGIN, 0), title, "black", ImageFont.load_default(16))
     for column, t in enumerate(LEVELS):
         draw.text((_LABEL + _MARGIN + 12 + column * (width // len(LEVELS)), _LINE), f"t = {t}", "dimgray", font)
     for row, (name, picture) in enumerate(pictures.items()):
@@ -60,7 +61,7 @@ def strip(rows: dict[str, np.ndarray]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="docs/images/mnist5k.png", type=Path)
+    parser.add_argument("--out", default="docs/images/before_after.png", type=Path)
     options, rest = parser.parse_known_args()
     config, root = command_line.parse([sys.argv[0], *rest])
     set_up_jax(config.compute.cpu_devices)
@@ -70,12 +71,13 @@ def main() -> None:
     context = RunContext(problem, {spec: target}, workdir, lambda: False)
     image = np.asarray(target.images.images[target.unique[0]])
     noised, before = estimates(problem.denoiser, pretrained(context, load).params, image)
-    rows = {"the T-shirt, noised": noised, "before unlearning": before}
-    for name in (method, "retrain"):
-        if (folder := workdir.run(name, problem.options.seeds[0], target.slug) / "diffusers").exists():
-            label = "retrained without it" if name == "retrain" else f"after {method_label(name)}"
+    name = problem.options.eval.mark_name
+    rows = {f"the {name}, noised": noised, "before unlearning": before}
+    for made_by in (method, "retrain"):
+        if (folder := workdir.run(made_by, problem.options.seeds[0], target.slug) / "diffusers").exists():
+            label = "retrained without it" if made_by == "retrain" else f"after {method_label(made_by)}"
             rows[label] = estimates(problem.denoiser, import_diffusers(folder)[1], image)[1]
-    parts = [strip(rows)]
+    parts = [strip(f"The {name} with noise, and what each model takes that for", rows)]
     run = workdir.run(method, problem.options.seeds[0], target.slug)
     if (run / "samples.npz").exists():
         drawn = samples.read(workdir.pretrained), samples.read(run)
