@@ -25,6 +25,7 @@ from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS, read_config, read_object, weights_digest
+from retrack_jax.weights.hub import local_model
 from retrack_jax.weights.names import RenameTable
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -72,7 +73,7 @@ def load_pipeline(path, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
       UserError: a part is missing or does not fit the others, or the folder holds another kind of model, such as
         Stable Diffusion XL.
     """
-    folder = Path(path).expanduser()
+    folder = local_model(path)
     check_pipeline(folder)
     unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
     vae = AutoencoderKL.from_config(read_config(folder / "vae"), dtype=dtype)
@@ -101,7 +102,8 @@ def check_pipeline(folder) -> None:
     """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
     folder = Path(folder).expanduser()
     there = folder.is_dir()
-    check(there, f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)")
+    hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/stable_diffusion.md)"
+    check(there, f"no folder {folder}; {hint}")
     index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = str(index.get("_class_name", "StableDiffusionPipeline"))
     if "XL" in name or (folder / "text_encoder_2").is_dir():

@@ -35,7 +35,7 @@ class DataOptions:
     """`config.data`: which images, and how they become pixels."""
 
     source: str = ""  # a key of data.sources.SOURCES
-    dir: str = ""  # where the files are; ~ is expanded
+    dir: str = ""  # where the files are; ~ is expanded; with parquet also an id of the hub
     format: str = ""  # how that source's files are kept: tfds, parquet, folder; empty: its first
     tfds_name: str = ""  # with source tfds: its name there, such as mnist
     split: str = "train"
@@ -319,7 +319,7 @@ class Options:
     mode: str = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
     seeds: tuple = (0,)  # each seed x target is one run
     targets: tuple = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
-    checkpoint: str = ""  # a diffusers folder with the pretrained model; empty: pretrain here
+    checkpoint: str = ""  # a diffusers folder with the pretrained model, or the hub's org/name[@revision]; empty: pretrain here
     export: str = "unet"  # what a run leaves for diffusers: the network, the whole pipeline that it came from, or none
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; unlearning and pretraining also save at their end

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -103,6 +104,9 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     _stop_if_asked(context, "the report")
     if mode in ("run", "report"):
         _report(run)
+    if mode == "run" and is_whole(exported := run.folder / "diffusers") and "://" not in str(exported):
+        upload = f"hf upload ORGANIZATION/NAME {shlex.quote(str(exported))}"
+        say(f"to publish the model: {upload}", is_main=parallel.is_main_process())
 
 
 def _stop_if_asked(context: RunContext, before: str) -> None:
