@@ -84,8 +84,8 @@ def replacing(path, source) -> Iterator[Path]:
 
 
 def is_whole(path) -> bool:
-    """Whether the folder `path` holds all of an export, of a network or a pipeline: on an object store one may be cut short."""
-    return any((path / name).exists() for name in ("config.json", "unet/config.json"))
+    """Whether the folder `path` holds all of an export, of any kind: on an object store one may be cut short."""
+    return any((path / name).exists() for name in ("config.json", "unet/config.json", "model.safetensors"))
 
 
 def _write_folder(folder, files: dict[str, Any], config: dict, params: PyTree, table: RenameTable) -> None:

@@ -26,6 +26,9 @@ def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
         yield hub_need("model", checkpoint, hub.model_files)
         return
     folder = Path(checkpoint).expanduser()
+    if folder.is_file():
+        yield requirement("checkpoint in one file", folder, [folder])
+        return
     command, advice = SOURCES[source].checkpoint_command(folder), "set config.checkpoint to a folder that diffusers saved"
     how = {"command": command, "advice": advice}
     yield from _pipeline(folder, how) if SOURCES[source].gives_concepts else _unet(folder, how)

@@ -11,7 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, read_schedule_config
+from retrack_jax.checkpoints import (
+    export_diffusers,
+    export_pipeline,
+    export_single_file,
+    import_diffusers,
+    read_schedule_config,
+)
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
@@ -146,10 +152,17 @@ def check_unconditional(checkpoint) -> None:
 def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
     """Returns the UNet of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
 
+    check(
+        kind != "pipeline" or pipeline.file is None,
+        "config.export=pipeline copies the parts of a folder, and config.checkpoint is one file; choose single_file or unet",
+    )
+
     def export(path, params: PyTree, note: str) -> None:
         params = jax.device_get(params)
         if kind == "pipeline":
             export_pipeline(path, pipeline, params, note=note)
+        elif kind == "single_file":
+            export_single_file(path, pipeline, params, note=note)
         else:
             source = pipeline.path / "unet"
             export_diffusers(path, pipeline.unet, params, schedule=pipeline.schedule, source=source, note=note)

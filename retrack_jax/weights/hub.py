@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from glob import escape
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from retrack_jax.checks import UserError
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _OF_PATHS = ("datasets/", "models/", "spaces/")  # the hub has no organization of these names
+_OF_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".parquet")
 # From the best to the worst: a network's weights may lie in a folder several times.
 _WEIGHTS = [re.compile(rf"(diffusion_pytorch_model|pytorch_model|model){middle}{ending}(\.index\.json)?")
             for middle in (r"(-\d+-of-\d+)?", r"\..*") for ending in (r"\.safetensors", r"\.bin")]  # fmt: skip
@@ -22,7 +24,8 @@ _TEXTS = re.compile(r".*\.(json|txt)|(README|LICEN[CS]E|NOTICE|COPYING).*", re.I
 def is_id(name) -> bool:
     """Whether `name` can only be an id of the hub: it has its form, and no file or folder has that name."""
     text = str(name)
-    return bool(_ID.fullmatch(text)) and not text.startswith(_OF_PATHS) and not Path(text).exists()
+    of_path = text.startswith(_OF_PATHS) or text.endswith(_OF_FILES)
+    return bool(_ID.fullmatch(text)) and not of_path and not Path(text).exists()
 
 
 def local_model(name) -> Path:
@@ -36,7 +39,8 @@ def local_model(name) -> Path:
 
 def model_files(paths: Iterable[str]) -> list[str]:
     """Returns those of a model's files that its networks are read from: of weights in several formats one, safetensors first."""
-    needed, folders = [], {}
+    needed: list[str] = []
+    folders: dict[PurePosixPath, list[str]] = {}
     for path in map(PurePosixPath, paths):
         folders.setdefault(path.parent, []).append(path.name)
     for folder, names in folders.items():
@@ -45,6 +49,11 @@ def model_files(paths: Iterable[str]) -> list[str]:
         others = {name for kind in kinds for name in kind}.difference(weights)
         needed += [str(folder / name) for name in names if name in weights or (_TEXTS.fullmatch(name) and name not in others)]
     return needed
+
+
+def text_files(paths: Iterable[str]) -> list[str]:
+    """Returns those of a model's files that are no weights: configs, the tokenizer, license and card."""
+    return [path for path in model_files(paths) if _TEXTS.fullmatch(PurePosixPath(path).name) and ".index." not in path]
 
 
 def id_of(folder) -> str | None:
@@ -71,7 +80,7 @@ def snapshot(name: str, choose: Callable[[Iterable[str]], list[str]], kind: str 
     from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
 
     repository, revision = _ID.fullmatch(name).group("repository", "revision")
-    where = {"repo_type": kind, "revision": revision}
+    where: dict[str, Any] = {"repo_type": kind, "revision": revision}
     what = f"{'data set' if kind == 'dataset' else kind} {name}"
     try:
         try:
