@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 OF_TESTS = "# Of tests and benchmarks:"
@@ -59,3 +61,11 @@ def test_the_help_imports_nothing_heavy(word):
     code = f"import sys; from retrack_jax.main import main; main(['retrack', {word!r}]); assert 'jax' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("usage: retrack "), run.stderr
+
+
+def test_the_lock_file_has_a_version_for_each_requirement_that_its_range_allows():
+    locked = dict(line.split("==") for line in names_in((ROOT / "requirements.lock").read_text()))
+    locked = {canonicalize_name(name): version for name, version in locked.items()}
+    for line in names_in((ROOT / "requirements.txt").read_text()):
+        requirement = Requirement(line)
+        assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
