@@ -1,34 +1,40 @@
 # make demo    a model forgets an image, on embedded data        make drills  kills, faults, several processes
 # make test    the test suite                                    make parity  against the real PyTorch diffusers
-# make bench   speed, side by side with PyTorch                  make lint    ruff
+# make bench   speed, side by side with PyTorch                  make lint    ruff, mypy
 # make install .venv, with the command .venv/bin/retrack          make docs    docs/config.md, tables, the diagram
 # make clean   remove the virtual environments
 # JAX=cuda or JAX=tpu installs jax for that accelerator.
+# LOCKED=1 installs the versions that the README's numbers were measured with (Python 3.11).
 
 PYTHON ?= python3
 JAX ?= cpu
+LOCKED ?=
+INSTALLED := .venv/installed-$(JAX)$(if $(LOCKED),-locked)
+VERSIONS := $(if $(LOCKED),-c requirements.lock)
 BIN := .venv/bin
 PARITY := .venv-parity/bin
 QUIET_PIP := -q --disable-pip-version-check
 
 .PHONY: demo install test drills parity bench lint docs clean
 
-demo: .venv/installed-$(JAX)
+demo: $(INSTALLED)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
 
-install: .venv/installed-$(JAX)
+install: $(INSTALLED)
+	$(BIN)/python -m pip install $(QUIET_PIP) --no-deps -e .
 
-test: .venv/installed-$(JAX)
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-docs: .venv/installed-$(JAX)
+docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/concept_figure.py
 
-lint: .venv/installed-$(JAX)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
-drills: .venv/installed-$(JAX)
+drills: $(INSTALLED)
 	$(BIN)/python -m pytest tests/drills -n 2 --dist loadfile
 
 parity: .venv-parity/installed
@@ -37,10 +43,10 @@ parity: .venv-parity/installed
 bench: .venv-parity/installed
 	$(PARITY)/python -m tests.benchmarks
 
-.venv/installed-%: requirements.txt pyproject.toml
+.venv/installed-%: requirements.txt pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(QUIET_PIP) -r requirements.txt
-	if [ $* != cpu ]; then $(BIN)/python -m pip install $(QUIET_PIP) "retrack_jax[$*] @ file://$(CURDIR)"; fi
+	$(BIN)/python -m pip install $(QUIET_PIP) -r requirements.txt $(VERSIONS)
+	if [ $(JAX) != cpu ]; then $(BIN)/python -m pip install $(QUIET_PIP) "retrack_jax[$(JAX)] @ file://$(CURDIR)" $(VERSIONS); fi
 	touch $@
 
 # PyTorch's CPU build first, by itself: a plain `torch` would bring CUDA's gigabytes.

@@ -91,8 +91,8 @@ def unlearn(
     dropout = options.pop("dropout", False)
     _check_kinds(params, schedule, rng, callback)
     _check_names(method, options)
-    shared = {name: options[name] for name in options if name in _names(UnlearnOptions)}
-    recipe = unlearn_options(method, shared, {name: options[name] for name in options if name not in shared}, where="")
+    fields = {name: options[name] for name in options if name in _names(UnlearnOptions)}
+    recipe = unlearn_options(method, fields, {name: options[name] for name in options if name not in fields}, where="")
     check_unlearning_step(recipe, entry, where="")
     recipe.check_window(schedule.num_train_timesteps, where="")
 
@@ -105,9 +105,9 @@ def unlearn(
         rows, _ = nearest(forget, remain, recipe.num_neighbors, recipe.neighbor_backend)
         warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = distinct_neighbors(rows)
-        shared = shared.replace(neighbors={name: remain[distinct]}, neighbor_rows=positions)
+        shared = dataclasses.replace(shared, neighbors={name: remain[distinct]}, neighbor_rows=positions)  # type: ignore[arg-type]
     if recipe.retain_loss == "distillation":
-        shared = shared.replace(reference=params)
+        shared = dataclasses.replace(shared, reference=params)
     how = recipe.step_options(schedule.t_end, dropout)
     order_rng, step_rng = jax.random.split(rng)
     batches = Batches(

@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,15 +29,16 @@ class Writer:
       path: the file, local or `gs://`. An object store cannot append: there the records are kept and written whole by `flush`.
       is_main: whether this process writes. Others accept the same calls and do nothing.
       every: `scalars` keeps a record only where `step % every == 0`; see `due`.
+      also: called as `also(step, values)` with each record.
 
     Raises:
       UserError: from any call, when the file cannot be written. What was logged before stays whole.
     """
 
-    def __init__(self, path, *, is_main: bool = True, every: int = 1):
+    def __init__(self, path, *, is_main: bool = True, every: int = 1, also: Callable | None = None):
         if every < 1:
             raise UserError(f"a log record every {every} steps; use at least 1")
-        self._path, self._is_main, self._every = path, is_main, every
+        self._path, self._is_main, self._every, self._also = path, is_main, every, also
         self._remote = "://" in str(path)
         self._file, self._lines, self._changed = None, [], False
         if is_main:
@@ -59,6 +60,8 @@ class Writer:
             self._changed = True
         else:
             self._guarded(lambda: self._append(line.encode()))
+        if self._also is not None:
+            self._also(step, values)
 
     def truncate_after(self, step: int) -> None:
         """Drops the records of steps greater than `step`: what a restart from the checkpoint of `step` is about to repeat."""

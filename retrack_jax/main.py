@@ -1,6 +1,7 @@
 """The command line: flags, process set-up, one call.
 
-    python -m retrack_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
+    retrack --config=NAME[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
+    python -m retrack_jax.main --config=configs/NAME.py[:METHOD] ...
 """
 
 import sys

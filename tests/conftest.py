@@ -8,6 +8,7 @@ import os
 import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub of tests/weights/test_hub.py is a server of its own
 
 import jax
 import numpy as np

@@ -12,6 +12,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import UNET_FOLDERS
+from retrack_jax.weights.hub import id_of
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, to_torch
 from retrack_jax.weights.safetensors_io import write_safetensors
 
@@ -83,8 +84,8 @@ def replacing(path, source) -> Iterator[Path]:
 
 
 def is_whole(path) -> bool:
-    """Whether the folder `path` holds all of an export, of a network or a pipeline: on an object store one may be cut short."""
-    return any((path / name).exists() for name in ("config.json", "unet/config.json"))
+    """Whether the folder `path` holds all of an export, of any kind: on an object store one may be cut short."""
+    return any((path / name).exists() for name in ("config.json", "unet/config.json", "model.safetensors"))
 
 
 def _write_folder(folder, files: dict[str, Any], config: dict, params: PyTree, table: RenameTable) -> None:
@@ -150,7 +151,22 @@ def licenses(source) -> dict[str, bytes]:
 
 
 def model_card(source, note: str | None) -> str:
-    """Returns the text of an export's README.md: the card of `source`, if any, and below a heading of ours the `note`."""
+    """Returns the text of an export's README.md: the card of `source`, if any, and below a heading of ours the `note`.
+
+    Its metadata, which the hub reads, are those of the source's card (license, tags), with the source as `base_model` if it came
+    from the hub. Metadata that are damaged stay as they are.
+    """
+    from huggingface_hub import ModelCard
+
     cards = [folder / "README.md" for folder in _source_folders(source)]
     text = next((card.read_text() for card in cards if card.is_file()), "# Model card\n")
-    return f"{text.rstrip()}\n\n{_HEADING}\n\n{note or 'No note was given on how this model differs from its source.'}\n"
+    ours = f"\n\n{_HEADING}\n\n{note or 'No note was given on how this model differs from its source.'}\n"
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+    except Exception:  # of YAML and of the client, whatever its parts are
+        return text.rstrip() + ours
+    card.data.library_name = "diffusers"
+    card.data.base_model = (source and id_of(source)) or card.data.base_model
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "machine-unlearning", "retrack_jax"]))
+    card.text = card.text.rstrip() + ours
+    return str(card)

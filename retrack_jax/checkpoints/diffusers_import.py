@@ -56,20 +56,22 @@ def example_inputs(module) -> tuple[jax.Array, ...]:
     return next(family.inputs(module) for family in FAMILIES.values() if type(module) is family.module)
 
 
-def import_diffusers(path, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTree]:
+def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTree]:
     """Returns the module and the parameters (float32 NumPy arrays) of a network that diffusers saved, one of `FAMILIES`.
 
     A UNet2DCondition also takes the embedding of a prompt: `module.apply(variables, x_t, t, prompt)`; `load_pipeline` reads a
     whole Stable Diffusion folder.
 
     Args:
-      path: the model's folder (`config.json` and weights), or a folder that holds it as `unet` or `unet_ema`.
+      path: the model's folder (`config.json` and weights), or a folder that holds it as `unet` or `unet_ema`; or its id on the
+        Hugging Face hub, `org/name`.
+      revision: a branch, tag or commit of the model on the hub.
       own_fields: `dtype` and `remat` of the module.
 
     Raises:
       UserError: something is missing, not supported or does not fit; the message lists what, and nothing has been loaded.
     """
-    folder = model_folder(path)
+    folder = model_folder(f"{path}@{revision}" if revision else path)
     config = read_config(folder)
     name = config.get("_class_name", "UNet2DModel")
     if not isinstance(name, str) or name not in FAMILIES:

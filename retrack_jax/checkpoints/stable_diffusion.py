@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from retrack_jax.checkpoints.diffusers_import import FAMILIES, load_params, read_schedule_config
+from retrack_jax.checkpoints.single_file import SingleFile
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import json_digest
+from retrack_jax.files import file_digest, json_digest
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
-from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS, read_config, read_object, weights_digest
-from retrack_jax.weights.names import RenameTable
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, read_object, weights_digest
+from retrack_jax.weights.hub import local_model
+from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, param_shapes
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # Names of transformers' `CLIPTextModel` began with `text_model.` until version 5; old versions saved a buffer of positions.
@@ -40,8 +42,9 @@ class Pipeline:
     """The parts of a text-to-image model. Modules are Linen modules; parameters are trees of arrays, the UNet's on the host.
 
     Attributes:
-      path: the folder they came from.
+      path: the folder they came from; of a single file, that of its configs.
       vae_digest: SHA-256 over the VAE's config and weights, which keys caches of latents.
+      file: the single file that the weights came from, if they did.
     """
 
     path: Path
@@ -54,17 +57,20 @@ class Pipeline:
     tokenizer: ClipTokenizer
     schedule: Schedule
     vae_digest: str
+    file: SingleFile | None = None
 
     def encode_pixels(self, x_BHWC: Array) -> tuple[Array, Array]:
         """Returns mean and std of the scaled latents of images in [-1, 1]; see `AutoencoderKL.encode`."""
         return self.vae.apply({"params": self.vae_params}, x_BHWC, method="encode")
 
 
-def load_pipeline(path, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
-    """Returns the Stable Diffusion pipeline in the folder `path`.
+def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = False) -> Pipeline:
+    """Returns the Stable Diffusion pipeline at `path`.
 
     Args:
-      path: the folder, as diffusers saves it; weights as safetensors or `.bin`, float32 or float16.
+      path: a folder, as diffusers saves it; weights as safetensors or `.bin`, float32 or float16; or its id on the hub; or one
+        file of weights (single_file.py).
+      configs: the folder or id with the configs and the tokenizer of a single file; empty: those that go with it.
       dtype: what the networks compute in.
       remat: whether the UNet computes activations again in the backward pass.
 
@@ -72,7 +78,10 @@ def load_pipeline(path, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
       UserError: a part is missing or does not fit the others, or the folder holds another kind of model, such as
         Stable Diffusion XL.
     """
-    folder = Path(path).expanduser()
+    folder, file = local_model(path), None
+    if folder.is_file():
+        file = SingleFile(folder)
+        folder = file.configs(configs)
     check_pipeline(folder)
     unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
     vae = AutoencoderKL.from_config(read_config(folder / "vae"), dtype=dtype)
@@ -82,18 +91,26 @@ def load_pipeline(path, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
     schedule = Schedule.from_config(read_schedule_config(folder))
 
     pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
-    text_files = {"names": TRANSFORMERS_WEIGHTS, "table": _TEXT_TABLE}
+
+    def params(part: str, module, *inputs, names=DIFFUSERS_WEIGHTS, table=DIFFUSERS) -> PyTree:
+        if file is None:
+            return load_params(module, folder / part, *inputs, names=names, table=table)
+        target = param_shapes(module, *inputs)
+        return from_torch(file.part(part, target), target, table=table, where=str(file.path), network=f"the {part} of {folder}")
+
+    vae_weights = weights_digest(folder / "vae") if file is None else file_digest(file.path)
     return Pipeline(
         path=folder,
         unet=unet,
-        unet_params=load_params(unet, folder / "unet", *FAMILIES["UNet2DConditionModel"].inputs(unet)),
+        unet_params=params("unet", unet, *FAMILIES["UNet2DConditionModel"].inputs(unet)),
         vae=vae,
-        vae_params=jax.device_put(load_params(vae, folder / "vae", pixels)),
+        vae_params=jax.device_put(params("vae", vae, pixels)),
         text_encoder=text_encoder,
-        text_params=jax.device_put(load_params(text_encoder, folder / "text_encoder", ids, **text_files)),
+        text_params=jax.device_put(params("text_encoder", text_encoder, ids, names=TRANSFORMERS_WEIGHTS, table=_TEXT_TABLE)),
         tokenizer=tokenizer,
         schedule=schedule,
-        vae_digest=json_digest([read_config(folder / "vae"), weights_digest(folder / "vae"), str(jnp.dtype(dtype))]),
+        vae_digest=json_digest([read_config(folder / "vae"), vae_weights, str(jnp.dtype(dtype))]),
+        file=file,
     )
 
 
@@ -101,7 +118,8 @@ def check_pipeline(folder) -> None:
     """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
     folder = Path(folder).expanduser()
     there = folder.is_dir()
-    check(there, f"no folder {folder}; set config.checkpoint to a Stable Diffusion folder (see docs/stable_diffusion.md)")
+    hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/stable_diffusion.md)"
+    check(there, f"no folder {folder}; {hint}")
     index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = str(index.get("_class_name", "StableDiffusionPipeline"))
     if "XL" in name or (folder / "text_encoder_2").is_dir():

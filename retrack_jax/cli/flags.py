@@ -8,15 +8,19 @@ from pathlib import Path
 from retrack_jax.checks import UserError, check, nearest_names
 
 USAGE = """\
-usage: python -m retrack_jax.main --config=configs/NAME.py[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
+usage: retrack --config=NAME[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
+`python -m retrack_jax.main` is the same command.
+
+NAME     a config that comes with the package (celebahq, cifar10, custom, digits_class, digits_random, digits_tshirt,
+         mnist_tshirt, stable_diffusion), or the path of a config file
 METHOD   retrack (default), siss, siss_no_is, erasediff, neggrad, vanilla, retrain, pretrained, or all
 DIR      a folder or gs:// address, runs/NAME by default; the same command again continues where it stopped
 FIELD    any field of the config, such as
            mode             run (default: every stage that is not done), pretrain, unlearn, sample, eval, report, check
            seeds, targets   a sweep, such as --config.seeds=0,1,2 --config.targets=10001.jpg,10002.jpg;
                             one target may be a+b+c, @list.txt, a glob, label:7 or random:0.05
-           checkpoint       a diffusers folder with the pretrained model
+           checkpoint       the pretrained model: a diffusers folder, or its name on the Hugging Face hub (org/name)
 
 retrack_jax/config/options.py lists the fields with their units and sources. A method's own options are
 config.unlearn.METHOD.FIELD, such as --config.unlearn.retrack.lam=0.01; that spelling also overrides a shared field for it.
@@ -47,9 +51,11 @@ def parse(argv: list[str]):
     from retrack_jax.cli.process import import_jax
 
     argv = [_quoted(argument) for argument in _joined(argv)]
-    config_flag = _only(argv, "--config=")
-    path, _, _ = config_flag.partition(":")
-    _check_file(Path(path))
+    typed = _only(argv, "--config=")
+    path, colon, method = typed.partition(":")
+    file = str(_config_file(path))
+    config_flag = f"{file}{colon}{method}"
+    argv[argv.index(f"--config={typed}")] = f"--config={config_flag}"
     import_jax()  # config files import it
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values, sys_argv=argv)
@@ -62,7 +68,7 @@ def parse(argv: list[str]):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_place_in_config(error, path) or _explained(error, argv, config_flag)) from error
+        raise UserError(_place_in_config(error, file) or _explained(error, argv, config_flag)) from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
     given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]}
     if "config.method" in given:
@@ -102,19 +108,31 @@ def _tell_overridden(given: set[str], config) -> None:
 
 def _only(argv: list[str], prefix: str) -> str:
     found = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
-    check(len(found) == 1, "give one --config=configs/NAME.py[:METHOD]; --help shows the usage")
+    check(len(found) == 1, "give one --config=NAME[:METHOD]; --help shows the usage")
     return found[0]
 
 
-def _check_file(path: Path) -> None:
+def _config_file(typed: str) -> Path:
+    """Returns the config file that `typed` means: a path, or the name of a config that comes with the package.
+
+    Raises:
+      UserError: there is no such file; the message has the nearest one.
+    """
+    path, package = Path(typed), Path(__file__).parents[1]
     if path.is_file():
-        return
+        return path
+    # Next to the package in a clone, inside it once it is installed.
+    folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
+    shipped = {file.name: file for file in folder.glob("[!_]*.py")}
+    if path.name == typed and f"{path.stem}.py" in shipped:
+        return shipped[f"{path.stem}.py"]
+    names = {name: name.removesuffix(".py") for name in shipped}
+    if path.parent != Path("."):
+        names |= {file.name: str(file) for file in path.parent.glob("*.py")}
     what = f"{path} is a folder, no config file" if path.is_dir() else f"no config file {path}"
-    folders = [folder for folder in dict.fromkeys((path.parent, Path("configs"))) if folder.is_dir()]
-    files = {file.name: file for folder in reversed(folders) for file in folder.glob("*.py")}
-    near = nearest_names(f"{path.stem.strip()}.py", files, count=1) if path.stem and not path.is_dir() else []
-    looked = " and ".join(str(folder.absolute()) for folder in folders)
-    raise UserError(f"{what}; did you mean {files[near[0]]}?" if near else f"{what}; give --config=FILE.py ({looked})")
+    near = nearest_names(f"{path.stem.strip()}.py", names, count=1) if path.stem and not path.is_dir() else []
+    looked = " and ".join(str(place.absolute()) for place in dict.fromkeys((path.parent, folder)))
+    raise UserError(f"{what}; did you mean {names[near[0]]}?" if near else f"{what}; give --config=FILE.py ({looked})")
 
 
 def _place_in_config(error: Exception | None, path: str) -> str | None:

@@ -18,14 +18,14 @@ from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.neighbors.search import BACKENDS
 from retrack_jax.notation import Array
 from retrack_jax.sampling import SAMPLERS
-from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer
+from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer, make_rate
 from retrack_jax.train.step import StepOptions
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, Method
 from retrack_jax.unlearn.options import MethodOptions
 
 MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
 DTYPES = ("float32", "bfloat16")
-EXPORTS = ("pipeline", "unet", "none")
+EXPORTS = ("pipeline", "unet", "single_file", "none")
 RETAIN_LOSSES = ("standard", "distillation")
 _MAX_SEED = 2**31 - 1
 
@@ -35,7 +35,7 @@ class DataOptions:
     """`config.data`: which images, and how they become pixels."""
 
     source: str = ""  # a key of data.sources.SOURCES
-    dir: str = ""  # where the files are; ~ is expanded
+    dir: str = ""  # where the files are; ~ is expanded; with parquet also an id of the hub
     format: str = ""  # how that source's files are kept: tfds, parquet, folder; empty: its first
     tfds_name: str = ""  # with source tfds: its name there, such as mnist
     split: str = "train"
@@ -140,6 +140,10 @@ class TrainingOptions:
             check(value < 1.0, f"{name} is {value}; it must be below 1: an average of nothing divides by zero")
         for name in ("eps", "weight_decay", "clip_norm"):
             check_number(name, getattr(self, name), 0.0)
+
+    def rate(self) -> optax.Schedule:
+        """Returns `step -> learning rate`."""
+        return make_rate(self.learning_rate, self.num_steps or 1, self.learning_rate_schedule, self.warmup_steps)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns AdamW as these options describe it."""
@@ -319,10 +323,13 @@ class Options:
     mode: str = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
     seeds: tuple = (0,)  # each seed x target is one run
     targets: tuple = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
-    checkpoint: str = ""  # a diffusers folder with the pretrained model; empty: pretrain here
-    export: str = "unet"  # what a run leaves for diffusers: the network, the whole pipeline that it came from, or none
+    checkpoint: str = ""  # a diffusers folder with the pretrained model, or the hub's org/name[@revision]; empty: pretrain here
+    pipeline: str = ""  # folder or hub id with configs and tokenizer of a checkpoint that is one file; empty: by the file
+    export: str = "unet"  # what a run leaves: the network, the whole pipeline that it came from, a single_file of it, or none
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; unlearning and pretraining also save at their end
+    tensorboard: bool = False  # event files as well, with what log.jsonl, the report and the verdict say
+    profile: int = 0  # steps of each training run that jax's profiler records into profile/
     save_float: bool = False  # keep float samples in samples.npz as well as the uint8 ones
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
@@ -342,6 +349,7 @@ class Options:
             check_int("seeds", seed, minimum=0, maximum=_MAX_SEED)
         check_int("log_every", self.log_every)
         check_int("checkpoint_every", self.checkpoint_every, minimum=0)
+        check_int("profile", self.profile, minimum=0)
         check_choice("export", self.export, EXPORTS)
 
     def recipe(self, method: str) -> UnlearnOptions:

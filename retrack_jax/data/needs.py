@@ -1,10 +1,13 @@
 """One thing that a config reads: where it was looked for, what was found, and what to do without it."""
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from retrack_jax.checks import UserError
 from retrack_jax.files import file_digest
+from retrack_jax.weights.hub import snapshot
 
 METRICS_LEFT_OUT = "its metrics are left out"
 
@@ -57,6 +60,22 @@ def requirement(description: str, path: Path, found: list[Path], **how) -> Requi
     listing = "".join(f"{entry.relative_to(path)}\0{size}\n" for entry, size in zip(found, sizes, strict=True))
     digest = hashlib.sha256(listing.encode()).hexdigest()
     return Requirement(description=description, path=path, found=True, files=len(found), size=sum(sizes), digest=digest, **how)
+
+
+def hub_need(kind: str, name: str, choose: Callable[[Iterable[str]], list[str]]) -> Requirement:
+    """Returns the model or data set (`kind`) that `name` is on the hub; see `snapshot`. Nothing is downloaded."""
+    command = f"hf download {name.partition('@')[0]}" + (" --repo-type=dataset" if kind == "dataset" else "")
+    command += f" --revision={name.partition('@')[2]}" if "@" in name else ""
+    what, how = f"{kind} of the hub", {"command": command, "without": "the run downloads what it needs"}
+    try:
+        folder = snapshot(name, choose, kind, download=False)
+    except UserError:
+        return Requirement(description=what, path=Path(name), found=False, **how)
+    return requirement(what, folder, [folder / file for file in choose(_listed(folder))], **how)
+
+
+def _listed(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def if_file(path: Path) -> list[Path]:

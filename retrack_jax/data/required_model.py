@@ -8,8 +8,9 @@ from pathlib import Path
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.commands import ALSO, KAGGLE, NETWORKS, curl, unzip_file
-from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, if_file, matching, requirement
+from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_file, matching, requirement
 from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, UNET_FOLDERS, find_weights, schedule_places
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
@@ -21,7 +22,13 @@ def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
     """Yields the parts of `config.checkpoint`; nothing where it is empty."""
     if not checkpoint:
         return
+    if hub.is_id(checkpoint):
+        yield hub_need("model", checkpoint, hub.model_files)
+        return
     folder = Path(checkpoint).expanduser()
+    if folder.is_file():
+        yield requirement("checkpoint in one file", folder, [folder])
+        return
     command, advice = SOURCES[source].checkpoint_command(folder), "set config.checkpoint to a folder that diffusers saved"
     how = {"command": command, "advice": advice}
     yield from _pipeline(folder, how) if SOURCES[source].gives_concepts else _unet(folder, how)

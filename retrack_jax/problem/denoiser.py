@@ -11,7 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.checkpoints import export_diffusers, export_pipeline, import_diffusers, read_schedule_config
+from retrack_jax.checkpoints import (
+    export_diffusers,
+    export_pipeline,
+    export_single_file,
+    import_diffusers,
+    read_schedule_config,
+)
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
@@ -23,6 +29,7 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
 from retrack_jax.weights.folder import UNET_FOLDERS, read_config
+from retrack_jax.weights.hub import local_model
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +98,11 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
         `config.model` that make no network.
     """
     own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
-    if options.checkpoint:
-        module, params = import_diffusers(options.checkpoint)
-        stored = read_schedule_config(options.checkpoint)
+    source = local_model(options.checkpoint) if options.checkpoint else None
+    if source:
+        check_unconditional(source)
+        module, params = import_diffusers(source)
+        stored = read_schedule_config(source)
         if stored is None:
             log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", options.checkpoint)
         module = module.clone(**own)
@@ -103,13 +112,12 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
     schedule = Schedule.from_config(stored or dataclasses.asdict(options.schedule))
 
     def export(path, params: PyTree, note: str) -> None:
-        source = options.checkpoint or None
         export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)
 
     return Denoiser(module, schedule, images.images.shape[1:], params, (), export)
 
 
-def check_unconditional(checkpoint: str) -> None:
+def check_unconditional(checkpoint) -> None:
     """Raises `UserError` if a checkpoint is no unconditional model of pixels, as far as its config is there to tell."""
     folder = Path(checkpoint).expanduser()
     places = [folder / name for name in (*UNET_FOLDERS, "")]
@@ -144,10 +152,17 @@ def check_unconditional(checkpoint: str) -> None:
 def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
     """Returns the UNet of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
 
+    check(
+        kind != "pipeline" or pipeline.file is None,
+        "config.export=pipeline copies the parts of a folder, and config.checkpoint is one file; choose single_file or unet",
+    )
+
     def export(path, params: PyTree, note: str) -> None:
         params = jax.device_get(params)
         if kind == "pipeline":
             export_pipeline(path, pipeline, params, note=note)
+        elif kind == "single_file":
+            export_single_file(path, pipeline, params, note=note)
         else:
             source = pipeline.path / "unet"
             export_diffusers(path, pipeline.unet, params, schedule=pipeline.schedule, source=source, note=note)

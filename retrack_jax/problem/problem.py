@@ -84,6 +84,7 @@ def check_problem(options: Options) -> None:
     if not SOURCES[options.data.source].gives_concepts:
         if options.checkpoint:
             check_unconditional(options.checkpoint)
+        check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
         return
     check(
         bool(options.checkpoint),
@@ -121,7 +122,8 @@ def _images(options: Options) -> Problem:
 
 def _concepts(options: Options) -> Problem:
     """The paper's Stable Diffusion experiment: pictures of one concept, latents, one fixed prompt for every example."""
-    pipeline = load_pipeline(options.checkpoint, dtype=jnp.dtype(options.compute.dtype), remat=options.compute.remat)
+    own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
+    pipeline = load_pipeline(options.checkpoint, configs=options.pipeline, **own)
     codec = LatentCodec(pipeline.vae, pipeline.vae_params, pipeline.vae_digest, options.data)
     check_resolution(codec, options.data.resolution, len(pipeline.unet.block_out_channels), pipeline.path)
     denoiser = latent_denoiser(pipeline, codec.latent_shape, options.export)

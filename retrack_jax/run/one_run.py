@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from retrack_jax.run import samples
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.provenance import environment
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
+from retrack_jax.run.tensorboard import show_results
 from retrack_jax.run.training import Model, load, pretrained, record, train, unlearning
 from retrack_jax.run.verdict import announce, judge
 from retrack_jax.unlearn.methods import PRETRAINED, RETRAIN
@@ -32,6 +34,9 @@ _METRICS = {
     PRETRAINED: files.NUMBERS, "unlearned": files.NUMBERS, "retrained": (dict, type(None)),
     "provenance": {"metrics": dict, "absent": dict, "final": list, "num_samples": int},
 }  # fmt: skip
+
+# What each value of config.export leaves that those after it do not.
+_MARKS = {"pipeline": "unet", "single_file": "model.safetensors", "unet": "config.json"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,11 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     _stop_if_asked(context, "the report")
     if mode in ("run", "report"):
         _report(run)
+        if context.options.tensorboard:
+            show_results(context.options, run.folder, read_metrics(run.folder / "metrics.json"))
+    if mode == "run" and is_whole(exported := run.folder / "diffusers") and "://" not in str(exported):
+        upload = f"hf upload ORGANIZATION/NAME {shlex.quote(str(exported))}"
+        say(f"to publish the model: {upload}", is_main=parallel.is_main_process())
 
 
 def _stop_if_asked(context: RunContext, before: str) -> None:
@@ -170,7 +180,8 @@ def _needs_export(run: Run) -> bool:
     path, kind = run.folder / "diffusers", run.context.options.export
     if kind == "none" or run.method == PRETRAINED:
         return False
-    return not is_whole(path) or (path / "unet").exists() != (kind == "pipeline")
+    there = next((name for name in _MARKS if (path / _MARKS[name]).exists()), None)
+    return not is_whole(path) or there != kind
 
 
 def _judge(run: Run, model: Model | None = None) -> dict:

@@ -19,6 +19,7 @@ def model_reads(options: Options, method: str) -> dict:
     """Returns the fields that a method's parameters depend on; those of `pretrained` are part of every other's."""
     fields = {
         "checkpoint": options.checkpoint,
+        "pipeline": options.pipeline,
         "data": _fields(options.data, {"cache_dir", "dir", "encode_batch_size"}),
         "schedule": _fields(options.schedule),
         "compute": {"dtype": options.compute.dtype},

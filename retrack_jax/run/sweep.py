@@ -18,6 +18,7 @@ from retrack_jax.run.one_run import run_one
 from retrack_jax.run.summary import summarize_workdir
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.weights.hub import is_id
 
 log = logging.getLogger(__name__)
 _FOLDERS = {"config.data.dir", "config.data.cache_dir", "config.eval.weights_dir"}
@@ -93,7 +94,7 @@ def check_needs(options: Options) -> None:
 
     needed = print_requirements(dataclasses.asdict(options), unset(options))
     missing = [item for item in needed if not (item.found or item.optional)]
-    if not missing:
+    if not missing and not is_id(options.checkpoint):  # what is on the hub only a run looks into
         options = complete(options)
     if not open_fields(options):
         check_problem(fit_to_devices(options))

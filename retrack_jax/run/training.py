@@ -18,6 +18,7 @@ from retrack_jax.log import Writer
 from retrack_jax.notation import ModelEpsFn, PyTree
 from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
+from retrack_jax.run.tensorboard import scalars_of_training
 from retrack_jax.train import loop
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -177,7 +178,9 @@ def train(job: Job, context: RunContext) -> Model:
         if not isinstance(state, TrainState):
             return Model(state, num_steps, seconds)
         inputs = job.inputs()
-        with Writer(job.folder / "log.jsonl", is_main=parallel.is_main_process(), every=context.options.log_every) as writer:
+        how = {"is_main": parallel.is_main_process(), "every": context.options.log_every}
+        shown = scalars_of_training(context.options, job.folder, job.name, job.recipe.rate(), int(state.step))
+        with shown as also, Writer(job.folder / "log.jsonl", **how, also=also) as writer:
             writer.truncate_after(int(state.step))
             stage = "unlearn" if isinstance(job.recipe, UnlearnOptions) else "pretrain"
             state, seconds = loop.train(
@@ -194,6 +197,7 @@ def train(job: Job, context: RunContext) -> Model:
                 should_stop=context.should_stop,
                 seconds_before=seconds,
                 rate_field=f"config.{stage}.learning_rate",
+                profile=(job.folder / "profile", context.options.profile),
             )
         return Model(state.eval_params, num_steps, seconds)
 

@@ -7,6 +7,7 @@ the device in between. A value that is not finite still names the step at which 
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from retrack_jax.checks import Diverged, Preempted
 from retrack_jax.data.batches import prefetch
 from retrack_jax.log import Writer, progress
 from retrack_jax.notation import PyTree, Rng
+from retrack_jax.train.profile import profiled
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
 
@@ -41,6 +43,7 @@ def train(
     seconds_before: float = 0.0,
     rate_field: str | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    profile: tuple[object, int] = ("", 0),
 ) -> tuple[TrainState, float]:
     """Trains from `state.step` to `num_steps`; returns the last state and the seconds that the whole run took.
 
@@ -58,6 +61,7 @@ def train(
         `Preempted`.
       seconds_before: duration of the steps before `state.step`; checkpoints carry the sum, so that a resumed run reports it all.
       on_step: called as `on_step(steps done, metrics)` after every step, which makes the host wait for each.
+      profile: a folder, and how many steps jax's profiler records there.
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
 
     Raises:
@@ -96,7 +100,7 @@ def train(
     main = parallel.is_main_process()
     prefetched = prefetch(batches, start, num_steps)
     options = dict(total=num_steps, initial=start, is_main=main, unit="step", compiles=True)
-    with progress(range(start, num_steps), name, **options) as steps:
+    with progress(range(start, num_steps), name, **options) as shown, closing(profiled(shown, *profile)) as steps:
         try:
             for step in steps:
                 state, metrics = p_step(state, next(prefetched), shared, rng)

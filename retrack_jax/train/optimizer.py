@@ -12,6 +12,19 @@ from retrack_jax.notation import Array, PyTree
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 
 
+def make_rate(learning_rate: float, num_steps: int, schedule: str = "constant", warmup_steps: int = 0) -> optax.Schedule:
+    """Returns `step -> learning rate`.
+
+    `cosine` rises linearly over `warmup_steps` and falls to 0 at `num_steps` along half a cosine; `constant` may warm up as well.
+    """
+    check_choice("schedule", schedule, LEARNING_RATE_SCHEDULES)
+    if schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, max(num_steps, warmup_steps + 1))
+    if warmup_steps:
+        return optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+    return optax.constant_schedule(learning_rate)
+
+
 def make_optimizer(
     *,
     learning_rate: float,
@@ -24,15 +37,9 @@ def make_optimizer(
     schedule: str = "constant",
     warmup_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """Returns AdamW with decoupled weight decay after clipping the global gradient norm at `clip_norm` (0: no clipping).
-
-    `cosine` rises linearly over `warmup_steps` and falls to 0 at `num_steps` along half a cosine; `constant` may warm up as well.
-    """
-    check_choice("schedule", schedule, LEARNING_RATE_SCHEDULES)
-    if schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, max(num_steps, warmup_steps + 1))
-    else:
-        rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    """Returns AdamW with decoupled weight decay after clipping the global gradient norm at `clip_norm` (0: no clipping)."""
+    changes = schedule != "constant" or warmup_steps
+    rate = make_rate(learning_rate, num_steps, schedule, warmup_steps) if changes else learning_rate
     adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return _packed(optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw)
 

@@ -6,6 +6,7 @@ option's name, so that whoever makes a record can put before it where the user s
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax.numpy as jnp
 
@@ -13,6 +14,7 @@ from retrack_jax.checks import check, check_choice, check_number
 from retrack_jax.notation import Array
 
 SHAPES = ("constant", "linear", "cosine")
+Kind = TypeVar("Kind", bound="MethodOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def _check_schedule(name: str, shape: str, end: float | None) -> None:
         check_number(f"{name}_end", end, 0.0, 1.0)
 
 
-def _with(options: MethodOptions, name: str, value: float | Array) -> MethodOptions:
+def _with(options: Kind, name: str, value: float | Array) -> Kind:
     """Returns a copy of `options` with another value of one option, which may be traced and so cannot be checked."""
     changed = copy.copy(options)
     object.__setattr__(changed, name, value)

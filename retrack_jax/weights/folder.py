@@ -5,7 +5,6 @@ file that those libraries would load is read and the log names the others.
 """
 
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.files import file_digest, read_json
+from retrack_jax.weights.hub import local_model
 from retrack_jax.weights.opening import FileTensors, check_regular
 from retrack_jax.weights.safetensors_io import SafetensorsFile
 from retrack_jax.weights.torch_reader import TorchFile
@@ -96,9 +96,10 @@ def weights_digest(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> str | 
 def model_folder(path) -> Path:
     """Returns the folder of a network's `config.json`: `path`/unet, `path`/unet_ema or `path`; else raises `UserError`.
 
-    If both folders are there, the first is taken and a warning says so.
+    `path` may also be an id of the hub, whose files are then downloaded. If both folders are there, the first is taken and a
+    warning says so.
     """
-    given, path = path, Path(path).expanduser()
+    given, path = path, local_model(path)
     folders = [path / name for name in UNET_FOLDERS if present(path / name, ["config.json"])]
     if len(folders) > 1:
         _log.warning("%s holds %s; reading the first (give the other's path to read that)", path, " and ".join(map(str, folders)))
@@ -111,11 +112,9 @@ def _no_model(given: str, path: Path) -> str:
     if path.is_file():
         return f"{path} is a file; give the folder that holds it and the model's config.json"
     if "://" in given:
-        return f"{given} is an address; download the model and give its folder"
+        return f"{given} is an address; give its name on the hub (org/name), or download it and give the folder"
     where = "there" if path.is_dir() else "because there is no such folder"
-    told = f"no config.json in {path}, its unet/ or its unet_ema/ ({where}); give a folder that diffusers saved"
-    hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given)
-    return f"{told}; a model of the Hub must be downloaded first: hf download {given} --local-dir FOLDER" if hub else told
+    return f"no config.json in {path}, its unet/ or its unet_ema/ ({where}); give a folder that diffusers saved"
 
 
 def read_config(folder) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def schedule_places(path) -> list[Path]:
     In `path` itself. For a network's own folder, also in the pipeline around it. For a folder that holds one, as accelerate's
     `checkpoint-500/unet`, also one level up, where training scripts save the schedule.
     """
-    path = Path(path).expanduser()
+    path = local_model(path)
     places = [path / "scheduler" / _SCHEDULE, path / _SCHEDULE]
     folder = path.resolve()
     if (folder / "config.json").is_file() and folder.name in UNET_FOLDERS and not (folder / "model_index.json").is_file():

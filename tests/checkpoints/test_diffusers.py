@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from huggingface_hub import ModelCard
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
@@ -239,14 +240,27 @@ def test_exported_names_are_those_of_the_source(tmp_path):
     assert set(SafetensorsFile(tmp_path / "out" / WEIGHTS)) == set(index["weight_map"])
 
 
+@pytest.mark.parametrize("metadata", ["license: [mit", "- a\n- list", "tags: 3", "model-index: [{}]"])
+def test_a_card_whose_metadata_are_damaged_is_carried_along(metadata, tmp_path):
+    text = f"---\n{metadata}\n---\n# Named\n\n    indented\n"
+    source = shutil.copytree(DATA / "old_pipeline", tmp_path / "source")
+    (source / "README.md").write_text(text)
+    module, params = import_diffusers(source)
+    export_diffusers(tmp_path / "out", module, params, source=source, note="Forgot it.")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# Named\n\n    indented\n" in card and card.endswith("Forgot it.\n")
+    export_diffusers(tmp_path / "out", module, params, source=source)  # it is known as ours
+
+
 def test_export_takes_schedule_licence_and_card_along(tmp_path):
     source = DATA / "old_pipeline"
     module, params = import_diffusers(source)
     schedule = read_schedule_config(source)
     export_diffusers(tmp_path / "out", module, params, schedule=schedule, source=source, note="Forgot 10001.jpg by ReTrack.")
     assert (tmp_path / "out" / "LICENSE").read_bytes() == (source / "LICENSE").read_bytes()
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith((source / "README.md").read_text().rstrip()) and card.rstrip().endswith("Forgot 10001.jpg by ReTrack.")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "diffusers") and "machine-unlearning" in card.data.tags
+    assert card.text.startswith("\n# A tiny model\n") and card.text.rstrip().endswith("Forgot 10001.jpg by ReTrack.")
     assert read_schedule_config(tmp_path / "out") == schedule
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "DDPMPipeline" and index["unet"] == ["diffusers", "UNet2DModel"]

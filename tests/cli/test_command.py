@@ -87,7 +87,8 @@ def error_line(capsys) -> str:
     "changes, words",
     [
         ({"config": "--config=configs/digits_tshit.py"}, "did you mean configs/digits_tshirt.py"),
-        ({"config": "--config=digits_tshirt"}, "did you mean configs/digits_tshirt.py?"),
+        ({"config": "--config=digits_tshit"}, "did you mean digits_tshirt?"),
+        ({"config": "--config=/nowhere/celebahq.py"}, "did you mean celebahq?"),
         ({"config": "--config=configs"}, "configs is a folder, no config file; give --config=FILE.py"),
         ({"config": CONFIG + ":retrak"}, "did you mean 'retrack'"),
         ({"learning_rate": 1}, "did you mean --config.pretrain.learning_rate or --config.unlearn.learning_rate?"),
@@ -150,6 +151,16 @@ def test_a_config_file_without_a_config(text, words, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(text)
     assert main(["retrack_jax", f"--config={tmp_path}/mine.py"]) == 2
     assert words in error_line(capsys)
+
+
+def test_a_config_of_the_package_by_its_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "digits_tshirt").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["retrack_jax", "--config=digits_tshirt:siss", "--config.mode=check"]) == 0
+    # A file of the user's of that name wins.
+    (tmp_path / "digits_class.py").write_text("1 / 0\n")
+    assert main(["retrack_jax", "--config=digits_class.py", "--config.mode=check"]) == 2
+    assert "ZeroDivisionError" in error_line(capsys)
 
 
 def test_the_config_may_follow_a_space(tmp_path, capsys):

@@ -10,9 +10,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 
-from retrack_jax.checkpoints import export_diffusers, export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
+from retrack_jax.checkpoints import (  # noqa: E402
+    export_diffusers,
+    export_pipeline,
+    export_single_file,
+    load_pipeline,
+    prompt_embeddings,
+)
 from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402
 from retrack_jax.diffusion.schedule import Schedule  # noqa: E402
 from retrack_jax.models.clip_text import ClipTextEncoder  # noqa: E402
@@ -272,3 +279,24 @@ def test_guided_sample_of_ten_steps(both, monkeypatch, sampler_name, prediction_
     images = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
     assert images.std() > 0.01  # else any two grey pictures would agree
     assert np.abs(images - made.images).max() < 1e-3
+
+
+def test_diffusers_reads_our_single_file(tmp_path):
+    """`from_single_file`, with the configs of a folder and no network, gives the pipeline of that folder."""
+    pipeline = load_pipeline(PIPELINE)
+    changed = jax.tree.map(lambda leaf: leaf + 1, pipeline.unet_params)
+    export_single_file(tmp_path / "one", pipeline, changed)
+    export_pipeline(tmp_path / "folder", pipeline, changed)
+    own = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "local_files_only": True}
+    one = diffusers.StableDiffusionPipeline.from_single_file(str(tmp_path / "one/model.safetensors"), config=str(PIPELINE), **own)
+    folder = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder", safety_checker=None)
+    for part in ("unet", "vae", "text_encoder"):
+        theirs, ours = (weights(getattr(each, part)) for each in (folder, one))
+        assert theirs.keys() == ours.keys()
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    # And as training scripts save it.
+    state = safetensors.load_file(tmp_path / "one/model.safetensors")
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "one.ckpt")
+    back = load_pipeline(tmp_path / "one.ckpt", configs=str(PIPELINE))
+    jax.tree.map(np.testing.assert_array_equal, back.unet_params, changed)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.data import commands
 from retrack_jax.data.cache import decoded_images, file_key
-from retrack_jax.data.commands import hub
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.needs import Requirement, requirement
-from retrack_jax.data.sources.parquet_splits import parquet_files
+from retrack_jax.data.needs import Requirement, hub_need, requirement
+from retrack_jax.data.sources.parquet_splits import files_of_split, parquet_files
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
+from retrack_jax.weights import hub
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -32,6 +33,8 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
     """
     split, options = data["split"], decode_options(data)
     folder = data_folder(data)
+    if hub.is_id(data["dir"]):
+        folder = hub.snapshot(data["dir"], files_of_split(split), "dataset")
     paths = parquet_files(folder, split)
     tables = [_open(path) for path in paths]
     image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
@@ -117,7 +120,9 @@ def _batches(tables, paths, column: str) -> Iterator:
 def parquet_need(data: Mapping, repository: str = "") -> Requirement:
     """Returns the parquet files of `data["split"]`, found or missing; `repository` is the hub's data set that has them."""
     folder, split = data_folder(data), data["split"]
-    command = hub(f"{repository} --repo-type=dataset", folder) if repository else ""
+    if hub.is_id(data["dir"]):
+        return hub_need("dataset", data["dir"], files_of_split(split))
+    command = commands.hub(f"{repository} --repo-type=dataset", folder) if repository else ""
     description = f"{'training' if split == 'train' else split} images (parquet)"
     try:
         return requirement(description, folder, parquet_files(folder, split), command=command)

@@ -10,8 +10,9 @@ configs of the data set, which may share images: they are refused.
 """
 
 import re
-from collections.abc import Sequence
-from pathlib import Path, PurePath
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePath, PurePosixPath
 
 from retrack_jax.checks import UserError
 
@@ -53,6 +54,16 @@ def parquet_files(folder, split: str = "train") -> list[Path]:
             "folder or file of one of them"
         )
     return [folder / path for path in chosen]
+
+
+@lru_cache
+def files_of_split(split: str) -> Callable[[Iterable[str]], list[str]]:
+    """Returns a function that picks from the paths of a data set's files those of `split`: the same object for one split."""
+
+    def choose(paths: Iterable[str]) -> list[str]:
+        return [str(path) for path in _of_split([PurePosixPath(path) for path in paths if path.endswith(".parquet")], split)[0]]
+
+    return choose
 
 
 def _of_split(paths: Sequence[PurePath], split: str) -> tuple[list[PurePath], list[tuple]]:
