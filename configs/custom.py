@@ -34,7 +34,6 @@ def get_config(method=None):
     config.unlearn.learning_rate = config_dict.placeholder(float)
     config.unlearn.retrack.lam = config_dict.placeholder(float)
 
-    config.sampling.num_images = 1000
-    config.sampling.batch_size = 32
-    config.eval.metrics = ("fid", "sscd", "nll_bits_per_dim")
+    config.sampling.num_images = config.sampling.batch_size = config_dict.placeholder(int)
+    config.eval.metrics = config_dict.placeholder(tuple)
     return with_method(config, method)

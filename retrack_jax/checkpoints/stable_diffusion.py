@@ -127,8 +127,18 @@ def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
     for prompt in prompts:
         if (count := pipeline.tokenizer.count(prompt)) > pipeline.tokenizer.length:
             _log.warning("a prompt of %d tokens is cut to %d: %.60s", count, pipeline.tokenizer.length, prompt)
-    ids = pipeline.tokenizer(prompts)
-    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids))
+    return encode_ids(pipeline, pipeline.tokenizer(prompts))
+
+
+def encode_ids(pipeline: Pipeline, ids_PN) -> Array:
+    """Returns `prompt_embeddings` of token ids, int32 `[P, N]`."""
+    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids_PN))
+
+
+def text_digest(pipeline: Pipeline) -> str:
+    """Returns a SHA-256 over the text encoder's config, weights and precision, which keys caches of its states."""
+    folder, dtype = pipeline.path / "text_encoder", str(jnp.dtype(pipeline.text_encoder.dtype))
+    return json_digest([read_config(folder), weights_digest(folder, TRANSFORMERS_WEIGHTS), dtype])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -37,8 +37,8 @@ With captions c_f of the forgotten image and c_k of its neighbors, the posterior
 so that (6) becomes log p_k - log p_0 = -(r/2) <a_0 - a_k, v_k + v_0> + b_k - b_0.
 
 If no remaining image can be a neighbor under the condition c of a forgotten one, such as a label of which nothing remains, or a
-caption that is like no other, the target is what the pretrained network, eps_0, predicts at the same point under another condition
-c_a, such as the null label or the nearest remaining caption:
+caption that is like no other, the target is what the pretrained network, eps_0, predicts at the same point under another
+condition c_a, such as the null label or the nearest remaining caption:
 
   (10) anchor      ||eps_pred(x_t, c) - eps_0(x_t, c_a)||^2
 """
