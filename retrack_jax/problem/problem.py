@@ -30,7 +30,6 @@ from retrack_jax.problem.target import ForgetData, Target
 from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.unlearn.methods import METHODS
-from retrack_jax.unlearn.options import RetrackOptions
 from retrack_jax.weights.kinds import takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
@@ -130,14 +129,11 @@ def check_problem(options: Options) -> None:
 
 def _check_no_captions(options: Options) -> None:
     """Raises `UserError` for options that captions alone have a use for."""
-    fields = {"config.data.caption_dropout": options.data.caption_dropout}
-    for name in options.method_names:
-        own = options.recipe(name).own
-        if isinstance(own, RetrackOptions):
-            fields |= {f"config.unlearn.{name}.{one}": getattr(own, one) for one in ("beta", "same_caption", "anchor")}
-    for name, value in fields.items():
-        unused = None if name.endswith("anchor") else 0
-        check(value == unused, f"{name} is {value!r}, which is for images with captions of their own; leave it out")
+    records = [(name, options.recipe(name).own) for name in options.method_names]
+    fields = ["config.data.caption_dropout"] if options.data.caption_dropout else []
+    for name, own in records:
+        fields += [f"config.unlearn.{name}.{one}" for one in getattr(own, "of_captions", ())]
+    check(not fields, f"{', '.join(fields)}: only images with captions of their own have a use for it; leave it out")
 
 
 def build_problem(options: Options) -> Problem:

@@ -51,7 +51,7 @@ def caption_strips(captions: Sequence[Mapping]) -> list[dict]:
         kind = one["name"].split("_")[0]
         tiles = [
             [
-                _tile(one["image"], f"the image {one['file']}", kind, "forgotten first" if kind == "forgotten" else "first"),
+                _tile(one["image"], f"the image {one['file']}", kind, "first" if kind == "forgotten" else "apart"),
                 *(_tile(image, f"sample {i + 1} {when}", f"{when} {i + 1}") for i, image in enumerate(one[key])),
             ]
             for key, when in (("old", "before"), ("new", "after"))

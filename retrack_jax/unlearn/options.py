@@ -46,6 +46,12 @@ class RetrackOptions(MethodOptions):
             check_number("lam", self.lam, 0.0, 1.0)
         _check_schedule("lam", self.lam_schedule, self.lam_end)
 
+    @property
+    def of_captions(self) -> list[str]:
+        """The options that are set and that captions alone have a use for."""
+        defaults = RetrackOptions()
+        return [name for name in ("beta", "same_caption", "anchor") if getattr(self, name) != getattr(defaults, name)]
+
     def at(self, step: Array, num_steps: int) -> "RetrackOptions":
         return _with(self, "lam", _scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))
 
