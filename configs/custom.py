@@ -1,4 +1,4 @@
-"""Your own model and images: a diffusers UNet folder, a folder of images, a list of file names to forget.
+"""Your own model and images: a folder that diffusers saved, a folder of images, a list of file names to forget.
 
     python -m retrack_jax.main --config=configs/custom.py --workdir=runs/mine \\
         --config.checkpoint=MODEL_FOLDER --config.data.dir=IMAGE_FOLDER --config.targets=@forget.txt
@@ -13,6 +13,9 @@ the official recipes: K = 10, or as many as remain if there are fewer; lambda = 
 f = (32/S)^(2/3) for S from 32 to 256, which gives the official values of CIFAR-10 (S = 32) and CelebA-HQ (S = 256); 60 steps
 of 128 images up to S = 64, else 40 steps of 64 in 16 parts. `--config.unlearn.FIELD=VALUE` wins over its rule, and for lambda
 `--config.unlearn.retrack.lam=VALUE`.
+
+With a Stable Diffusion 1.x or 2.x folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
+(docs/stable_diffusion.md). The recipe is then the paper's for Stable Diffusion.
 
 Hardware: as for the paper's data of the same resolution. Score to expect: unknown, it is your data. Read the report before you
 trust the result.
@@ -34,7 +37,6 @@ def get_config(method=None):
     config.unlearn.learning_rate = config_dict.placeholder(float)
     config.unlearn.retrack.lam = config_dict.placeholder(float)
 
-    config.sampling.num_images = 1000
-    config.sampling.batch_size = 32
-    config.eval.metrics = ("fid", "sscd", "nll_bits_per_dim")
+    config.sampling.num_images = config.sampling.batch_size = config_dict.placeholder(int)
+    config.eval.metrics = config_dict.placeholder(tuple)
     return with_method(config, method)

@@ -94,6 +94,8 @@ def unlearn(
     fields = {name: options[name] for name in options if name in _names(UnlearnOptions)}
     recipe = unlearn_options(method, fields, {name: options[name] for name in options if name not in fields}, where="")
     check_unlearning_step(recipe, entry, where="")
+    unused = getattr(recipe.own, "of_captions", ())
+    check(not unused, f"{', '.join(unused)}: these compare captions, and images alone have none; leave them out")
     recipe.check_window(schedule.num_train_timesteps, where="")
 
     remain, forget = np.asarray(remain), np.asarray(forget)

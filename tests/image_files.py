@@ -40,7 +40,9 @@ def jpeg_folder(tmp_path):
 def parquet_file(tmp_path):
     """Returns a function that writes a Hugging Face image parquet file, and returns (folder, pixels)."""
 
-    def make(labels, size=4, channels=3, column="img", folder="parquet", name="train-00000-of-00001.parquet", row_group_size=64):
+    def make(
+        labels, size=4, channels=3, column="img", folder="parquet", name="train-00000-of-00001.parquet", row_group_size=64, **more
+    ):
         import pyarrow
         import pyarrow.parquet
 
@@ -52,7 +54,7 @@ def parquet_file(tmp_path):
             buffer = io.BytesIO()
             Image.fromarray(image.squeeze()).save(buffer, "png")
             encoded.append({"bytes": buffer.getvalue(), "path": None})
-        table = pyarrow.table({column: encoded, "label": np.asarray(labels, np.int64)})
+        table = pyarrow.table({column: encoded, "label": np.asarray(labels, np.int64), **more})
         pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
         return path.parent, pixels
 

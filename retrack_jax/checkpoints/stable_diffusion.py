@@ -78,10 +78,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
       UserError: a part is missing or does not fit the others, or the folder holds another kind of model, such as
         Stable Diffusion XL.
     """
-    folder, file = local_model(path), None
-    if folder.is_file():
-        file = SingleFile(folder)
-        folder = file.configs(configs)
+    folder, file = _folder_and_file(path, configs)
     check_pipeline(folder)
     unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
     vae = AutoencoderKL.from_config(read_config(folder / "vae"), dtype=dtype)
@@ -112,6 +109,19 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         vae_digest=json_digest([read_config(folder / "vae"), vae_weights, str(jnp.dtype(dtype))]),
         file=file,
     )
+
+
+def pipeline_folder(path, configs: str = "") -> Path:
+    """Returns the folder with the configs and the tokenizer of a pipeline; arguments and errors as `load_pipeline`'s."""
+    return _folder_and_file(path, configs)[0]
+
+
+def _folder_and_file(path, configs: str) -> tuple[Path, SingleFile | None]:
+    place = local_model(path)
+    if not place.is_file():
+        return place, None
+    file = SingleFile(place)
+    return file.configs(configs), file
 
 
 def check_pipeline(folder) -> None:
@@ -145,8 +155,19 @@ def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
     for prompt in prompts:
         if (count := pipeline.tokenizer.count(prompt)) > pipeline.tokenizer.length:
             _log.warning("a prompt of %d tokens is cut to %d: %.60s", count, pipeline.tokenizer.length, prompt)
-    ids = pipeline.tokenizer(prompts)
-    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids))
+    return encode_ids(pipeline, pipeline.tokenizer(prompts))
+
+
+def encode_ids(pipeline: Pipeline, ids_PN) -> Array:
+    """Returns `prompt_embeddings` of token ids, int32 `[P, N]`."""
+    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids_PN))
+
+
+def text_digest(pipeline: Pipeline) -> str:
+    """Returns a SHA-256 over the text encoder's config, weights and precision, which keys caches of its states."""
+    folder, file = pipeline.path / "text_encoder", pipeline.file
+    weights = weights_digest(folder, TRANSFORMERS_WEIGHTS) if file is None else file_digest(file.path)
+    return json_digest([read_config(folder), weights, str(jnp.dtype(pipeline.text_encoder.dtype))])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -49,6 +49,8 @@ class DataOptions:
     cache_dir: str = "~/.cache/retrack_jax"  # decoded images, latents and neighbors
     original_prompts: str = "original_prompts.json"  # of concepts: below data.dir, or absolute
     modified_prompts: str = "modified_prompts.json"
+    caption_column: str = "text"  # which column of metadata.jsonl, metadata.csv or parquet holds the captions
+    caption_dropout: float = 0.0  # share of examples that are trained without their caption, as the model was
     encode_batch_size: int = 4  # pictures that a VAE encodes at once
     latent_seed: int = 0  # of the one draw of forgotten and neighbor latents that ReTrack keeps
 
@@ -57,6 +59,7 @@ class DataOptions:
         check_int("copies", self.copies, minimum=0)
         check_choice("crop", self.crop, CROPS)
         check_number("held_out", self.held_out, 0.0, 1.0)
+        check_number("caption_dropout", self.caption_dropout, 0.0, 1.0)
         check_int("encode_batch_size", self.encode_batch_size)
         check_int("latent_seed", self.latent_seed, minimum=0)
 
@@ -111,7 +114,7 @@ class ScheduleOptions:
 class TrainingOptions:
     """What pretraining and unlearning have in common: AdamW's settings and the size of a step.
 
-    A number that is None is left to the rules for data without a recipe (rules.py).
+    A number that is None is left to the rules for data without a recipe (config/rules.py).
     """
 
     num_steps: int | None
@@ -219,7 +222,7 @@ class UnlearnOptions(TrainingOptions):
         if self.t_max is not None:
             check_int(f"{where}t_max", self.t_max, minimum=self.t_min + 1, maximum=num_timesteps)
 
-    def step_options(self, t_end: int, dropout: bool) -> StepOptions:
+    def step_options(self, t_end: int, dropout: bool, condition_dropout: float = 0.0) -> StepOptions:
         """Returns how a step runs, on a schedule that ends at `t_end`; `dropout`: whether the network has any."""
         return StepOptions(
             options=self.own,
@@ -229,6 +232,7 @@ class UnlearnOptions(TrainingOptions):
             t_max=t_end if self.t_max is None else self.t_max,
             distill=self.retain_loss == "distillation",
             dropout=dropout,
+            condition_dropout=condition_dropout,
         )
 
     def forget_size(self, method: Method) -> int:
@@ -242,16 +246,18 @@ class SamplingOptions:
 
     sampler: str = "ddpm"  # or ddim, dpm_solver, pndm
     num_steps: int = 50
-    num_images: int = 10_000  # of each prompt, where there are prompts
-    batch_size: int = 500  # images at once, over all devices
+    num_images: int | None = 10_000  # of each prompt, where there are prompts; None: left to the rules (config/rules.py)
+    num_captions: int = 8  # of captioned images: forgotten captions, and as many kept ones, that samples are drawn of
+    batch_size: int | None = 500  # images at once, over all devices; None: left to the rules
     seed: int = 0
     guidance_scale: float = 7.5  # of conditional networks; at most 1: none
     negative_prompt: str = ""
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, SAMPLERS)
-        for name in ("num_steps", "num_images", "batch_size"):
-            check_int(name, getattr(self, name))
+        for name in ("num_steps", "num_images", "num_captions", "batch_size"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name))
         check_int("seed", self.seed, minimum=0, maximum=_MAX_SEED)
         check_number("guidance_scale", self.guidance_scale, 0.0)
 
@@ -275,7 +281,7 @@ class RelearningOptions:
 class EvalOptions:
     """`config.eval`: which metrics, by which networks."""
 
-    metrics: tuple = ("fid",)
+    metrics: tuple | None = ("fid",)  # None: those of the kind of model (config/rules.py)
     features: str = "inception"  # behind fid kid precision recall inception_score: inception, or digits (trained here)
     score_network: str = "features"  # behind the inception scores: features, the network behind fid, or mnist_resnet
     weights_dir: str = "~/.cache/retrack_jax/weights"  # feature networks' files

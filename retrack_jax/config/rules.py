@@ -6,32 +6,53 @@ With S the side of the images in pixels, between 32 and 256, and N the images th
     (2)  rate = 2e-5 f, lambda = 0.02 f      the official values at S = 32 (CIFAR-10) and at S = 256 (CelebA-HQ)
     (3)  K = min(10, N)                      10 in every official recipe
     (4)  60 steps of 128 images up to S = 64, else 40 steps of 64 in 16 parts
+
+A network that takes prompts denoises latents. Its recipe is that of Stable Diffusion, whatever the size:
+
+    (5)  rate = 1e-5, lambda = 0.5, 30 steps of 16 images in 16 parts
+
+What is sampled and measured depends on the kind of model too: `_SHOWN`.
 """
 
 import dataclasses
 import logging
 import math
 
+from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.sources.load import known_names, load_images
+from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
+from retrack_jax.weights.kinds import takes_prompts
 
 log = logging.getLogger(__name__)
+# (group, field) -> its value for images alone, and for captioned ones.
+_SHOWN = {
+    ("sampling", "num_images"): (1000, 4),  # of each caption
+    ("sampling", "batch_size"): (32, 4),
+    ("eval", "metrics"): (
+        ("fid", "sscd", "nll_bits_per_dim"), ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
+    ),
+}  # fmt: skip
 
 
-def rules(num_remain: int, resolution: int) -> dict[str, float | int]:
-    """Returns the options of unlearning if `num_remain` images of `resolution` pixels a side remain, by (1) to (4)."""
+def rules(num_remain: int, resolution: int, captioned: bool = False) -> dict[str, float | int]:
+    """Returns the options of unlearning if `num_remain` images of `resolution` pixels a side remain, by (1) to (5)."""
+    num_neighbors = max(1, min(10, num_remain))
+    if captioned:
+        latents = {"num_steps": 30, "batch_size": 16, "accumulation": 16}
+        return {"learning_rate": 1e-5, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
     small = resolution <= 64
     return {
         "learning_rate": float(f"{2e-5 * factor:.3g}"),
         "lam": float(f"{0.02 * factor:.3g}"),
-        "num_neighbors": max(1, min(10, num_remain)),
+        "num_neighbors": num_neighbors,
         "num_steps": 60 if small else 40,
         "batch_size": 128 if small else 64,
         "accumulation": 1 if small else 16,
@@ -42,7 +63,8 @@ def open_fields(options: Options) -> list[str]:
     """Returns the numbers that the config leaves to `rules`, and `resolution` if that is left to the model."""
     recipes = [recipe for name, recipe in options.methods.items() if name in options.method_names] + [options.unlearn]
     names = {name for recipe in recipes for name in _open_in(recipe)}
-    return [name for name in rules(1, 32) if name in names] + ["resolution"] * (options.data.resolution is None)
+    shown = [f"{group}.{name}" for group, name in _SHOWN if getattr(getattr(options, group), name) is None]
+    return [name for name in rules(1, 32) if name in names] + ["resolution"] * (options.data.resolution is None) + shown
 
 
 def _open_in(recipe: UnlearnOptions) -> list[str]:
@@ -82,12 +104,18 @@ def complete(options: Options) -> Options:
     names = open_fields(options)
     if not names:
         return options
-    height, width = (options.data.resolution,) * 2 if options.data.resolution else _sample_size(options.checkpoint)
+    height, width = (options.data.resolution,) * 2 if options.data.resolution else _sample_size(options)
     side = round(math.sqrt(height * width))
     if "resolution" in names:  # images of a model that is not square are taken as they are, and must be of its size
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
-    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side)
+    captioned = takes_prompts(options.checkpoint)
+    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side, captioned)
+    for (group, name), values in _SHOWN.items():
+        record = getattr(options, group)
+        if getattr(record, name) is None:
+            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: values[captioned]})})
+            chosen[f"{group}.{name}"] = values[captioned]
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     shown = {name: {**chosen, "resolution": options.data.resolution}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
@@ -114,11 +142,16 @@ def _names(options: Options) -> ImageSet:
     return known_names(data) or load_images(data)
 
 
-def _sample_size(checkpoint: str) -> tuple[int, int]:
-    """The model's own (height, width)."""
-    folder = model_folder(checkpoint)
+def _sample_size(options: Options) -> tuple[int, int]:
+    """The (height, width) of the images that the model makes, in pixels."""
+    folder, pixels = options.checkpoint, 1
+    if takes_prompts(options.checkpoint):  # each level of the VAE but the first halves the sides
+        folder = pipeline_folder(options.checkpoint, options.pipeline)
+        check_pipeline(folder)
+        pixels = AutoencoderKL.from_config(read_config(folder / "vae")).downscale
+    folder = model_folder(folder)
     size = read_config(folder).get("sample_size")
     pair = size if isinstance(size, list) else [size, size]
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{folder} has no sample_size of one or two whole numbers ({size!r}); set config.data.resolution")
-    return pair[0], pair[1]
+    return pair[0] * pixels, pair[1] * pixels

@@ -29,6 +29,7 @@ class ImageSet:
       name: what the source is called in reports.
       other_name: a name -> the name of the same image in the source's other numbering, or None if it has none.
       folder: where the files are that `ids` name; None if images are not files.
+      captions: N texts, or None if no network here takes any.
     """
 
     images: np.ndarray | RowView
@@ -38,6 +39,7 @@ class ImageSet:
     name: str
     other_name: Callable[[str], str | None] | None = None
     folder: Path | None = None
+    captions: Sequence[str] | None = None
 
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -78,7 +80,8 @@ def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = Fa
     else:
         pixels = images.images[rows]
         digest = array_digest(pixels)
-    return replace(images, images=pixels, ids=tuple(ids), labels=labels, digest=digest, name=name)
+    captions = None if images.captions is None else [images.captions[row] for row in rows]
+    return replace(images, images=pixels, ids=tuple(ids), labels=labels, digest=digest, name=name, captions=captions)
 
 
 def pixels_to_model(pixels):

@@ -12,6 +12,7 @@ from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_f
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, UNET_FOLDERS, find_weights, schedule_places
+from retrack_jax.weights.kinds import takes_prompts
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
@@ -31,7 +32,7 @@ def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
         return
     command, advice = SOURCES[source].checkpoint_command(folder), "set config.checkpoint to a folder that diffusers saved"
     how = {"command": command, "advice": advice}
-    yield from _pipeline(folder, how) if SOURCES[source].gives_concepts else _unet(folder, how)
+    yield from _pipeline(folder, how) if SOURCES[source].gives_concepts or takes_prompts(folder) else _unet(folder, how)
 
 
 def _unet(folder: Path, how: dict) -> Iterator[Requirement]:
@@ -78,7 +79,7 @@ def _network(folder: Path, part: str, name: str, names: tuple[str, ...], how: di
 def metric_networks(evaluation: dict) -> Iterator[Requirement]:
     """Yields the files of the networks behind `config.eval.metrics`."""
     folder = Path(evaluation["weights_dir"]).expanduser()
-    metrics = set(evaluation["metrics"])
+    metrics = set(evaluation["metrics"] or ())
     classifier = evaluation.get("score_network") == "mnist_resnet" and metrics & set(_CLASS_SCORES)
     by_features = metrics & set(_USES_INCEPTION) - (set(_CLASS_SCORES) if classifier else set())
     wanted = ["inception"] if evaluation.get("features") == "inception" and by_features else []

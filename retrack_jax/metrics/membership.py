@@ -49,6 +49,7 @@ def denoising_losses(
     rng: Rng,
     *,
     num_noises: int = 256,
+    conditions=None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> np.ndarray:
@@ -63,6 +64,7 @@ def denoising_losses(
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws per image.
+      conditions: what the network is given of each image, `[N, ...]`, or `[1, ...]` for all; None: it takes none.
       batch_size, desc: as in `in_blocks`, for pairs of image and draw.
 
     Raises:
@@ -70,17 +72,18 @@ def denoising_losses(
     """
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
-    p_losses = mapped(_pair_losses, (None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
+    conditions = None if conditions is None else parallel.replicate(np.asarray(conditions))
+    p_losses = mapped(_pair_losses, (None, None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
 
     def of_pairs(pairs: np.ndarray) -> Array:
-        return p_losses(params, schedule, images, rng, pairs)
+        return p_losses(params, schedule, images, conditions, rng, pairs)
 
     losses = in_blocks(of_pairs, len(images) * num_noises, images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
 
 
-def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noises):
+def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps_fn, num_noises):
     image_B, draw_B = pairs_B // num_noises, pairs_B % num_noises
     x_0 = images_NHWC[image_B]
 
@@ -93,7 +96,8 @@ def _pair_losses(params, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noi
     t_B = jnp.floor((draw_B.astype(jnp.float32) + place_B) * (num_timesteps / num_noises)).astype(jnp.int32)
     t_B = jnp.minimum(t_B, num_timesteps - 1)
     x_t = add_noise(x_0, eps, schedule.gamma[t_B], schedule.sigma[t_B])
-    return jnp.sum((eps_fn(params, x_t, t_B) - eps) ** 2, axis=(1, 2, 3))
+    condition = () if conditions is None else (conditions if len(conditions) == 1 else conditions[image_B],)
+    return jnp.sum((eps_fn(params, x_t, t_B, *condition) - eps) ** 2, axis=(1, 2, 3))
 
 
 def loss_scores(eps_fn: ModelEpsFn, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:

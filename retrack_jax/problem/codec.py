@@ -16,6 +16,7 @@ from retrack_jax.data.dataset import ImageSet, pixels_to_model
 from retrack_jax.log import progress
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
+from retrack_jax.neighbors.captions import CaptionedNeighbors
 from retrack_jax.neighbors.copies import warn_of_copies
 from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.search import nearest
@@ -106,16 +107,26 @@ class LatentCodec:
     def prepare(self, targets: Sequence[Target], num_neighbors: int, backend: str) -> None:
         """Nothing: each target has pictures and neighbors that no other target shares."""
 
-    def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
-        """Returns the posteriors of the forgotten latents, or with `num_neighbors` > 0 one draw of each and of its neighbors."""
+    def forget_data(
+        self, target: Target, num_neighbors: int, backend: str, search: Callable[..., CaptionedNeighbors] | None = None
+    ) -> ForgetData:
+        """Returns the posteriors of the forgotten latents, or with `num_neighbors` > 0 one draw of each and of its neighbors.
+
+        `search` finds them; None searches by latents alone.
+        """
         latents = self._latents_of(target.images)
         if not num_neighbors:
             return ForgetData(latents.posterior(target.unique))
         rng = jax.random.key(self._options.latent_seed)
         forget_x_0, remain_x_0 = latents.draw(target.unique, rng), latents.draw(target.remain, rng)
-        rows, distances = nearest(forget_x_0, remain_x_0, num_neighbors, backend)
+        if search is None:
+            (rows, distances), more = nearest(forget_x_0, remain_x_0, num_neighbors, backend), {}
+        else:
+            found = search(forget_x_0, remain_x_0, num_neighbors, backend)
+            rows, distances, more = found.rows, found.distances, {"similarity": found.similarity, "neighbor_bias": found.bias}
         distinct, positions = distinct_neighbors(rows)
-        return ForgetData({"x_0": forget_x_0}, {"x_0": remain_x_0[distinct]}, positions, target.remain[rows], distances)
+        neighbors = {"x_0": remain_x_0[distinct]}
+        return ForgetData({"x_0": forget_x_0}, neighbors, positions, target.remain[rows], distances, **more)
 
     def _latents_of(self, images: ImageSet) -> LatentSet:
         if images.digest not in self._latents:

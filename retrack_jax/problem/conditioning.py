@@ -1,20 +1,44 @@
-"""The input that the network gets besides the noisy image and its time: none, or a prompt's embedding."""
+"""The input that the network gets besides the noisy image and its time: none, or a prompt's embedding. Captions: captions.py."""
 
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.neighbors.captions import CaptionedNeighbors
 from retrack_jax.notation import Array
 from retrack_jax.problem.target import Target
+from retrack_jax.unlearn.options import MethodOptions
+from retrack_jax.unlearn.streams import Anchor
 
 
 class Conditioning(Protocol):
-    """What training and sampling ask.
+    """What training and sampling ask. A subclass answers what has no answer here.
 
     Attributes:
       of_target: whether samples, and so the pretrained model's too, depend on the target.
+      dropped: the condition `[1, ...]` of an example whose own is dropped, or None.
+      digests: name -> digest of what was read.
     """
 
     of_target: bool
+    dropped: Array | None = None
+    digests: dict[str, str] = {}
+
+    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Returns `rows [b] -> conditions [b, ...]` if each of `images` has its own, else None."""
+        return None
+
+    def search(self, target: Target, own: MethodOptions) -> Callable[..., CaptionedNeighbors] | None:
+        """Returns `(forget, remain, K, backend) -> neighbors` of the target's distinct images among those that remain; None: the
+        search is by images alone.
+        """
+        return None
+
+    def anchor(self, target: Target, similarity: np.ndarray, own: MethodOptions) -> Anchor | None:
+        """Returns which distinct forgotten images follow the pretrained prediction, given `search`'s similarities `[F, K]`."""
+        return None
 
     def table(self, target: Target) -> Array | None:
         """The table that examples' conditions are rows of (train/step.py `Shared.conditions`)."""
@@ -29,7 +53,7 @@ class Conditioning(Protocol):
         """What the samples `name` depend on, to be part of their fingerprint."""
 
 
-class Unconditional:
+class Unconditional(Conditioning):
     """A network that takes noisy images and timesteps alone."""
 
     of_target = False
@@ -47,7 +71,7 @@ class Unconditional:
         return ""
 
 
-class PairedPrompts:
+class PairedPrompts(Conditioning):
     """A concept's two prompts: training is conditioned on the modified one, and samples are drawn of both.
 
     Image i of both starts from the same noise. The original prompt is the one that reproduced the memorised picture.

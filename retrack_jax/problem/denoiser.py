@@ -28,8 +28,9 @@ from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
-from retrack_jax.weights.folder import UNET_FOLDERS, read_config
+from retrack_jax.weights.folder import UNET_FOLDERS
 from retrack_jax.weights.hub import local_model
+from retrack_jax.weights.kinds import network_config
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +59,6 @@ class Denoiser:
     def eps_fn(self) -> ModelEpsFn:
         """`(params, x_t, t, *condition) -> eps`: one function object for one network, so that programs are compiled once."""
         return _eps_fn(self.module, json.dumps(self.schedule.to_config()))
-
-    @cached_property
-    def conditioned_eps_fn(self) -> ModelEpsFn:
-        """`((params, condition [1, ...]), x_t, t) -> eps`: as `eps_fn`, every example under one condition."""
-        return lambda given, x_t, t: self.eps_fn(given[0], x_t, t, given[1])
 
     @property
     def has_dropout(self) -> bool:
@@ -119,16 +115,10 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
 
 def check_unconditional(checkpoint) -> None:
     """Raises `UserError` if a checkpoint is no unconditional model of pixels, as far as its config is there to tell."""
-    folder = Path(checkpoint).expanduser()
-    places = [folder / name for name in (*UNET_FOLDERS, "")]
-    network = next((place for place in places if (place / "config.json").is_file()), None)
-    if network is None:
+    found = network_config(checkpoint)
+    if found is None:
         return
-    config = read_config(network)
-    check(
-        config.get("_class_name") != "UNet2DConditionModel",
-        f"the network in {network} takes a prompt, and images alone have none; configs/stable_diffusion.py has prompts",
-    )
+    folder, (network, config) = Path(checkpoint).expanduser(), found
     labels = next((name for name in ("class_embed_type", "num_class_embeds") if config.get(name) is not None), None)
     check(
         labels is None,

@@ -4,24 +4,33 @@ Everything that differs between kinds of data and kinds of model is in one of th
 runs (run/) know none of them.
 """
 
+import dataclasses
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check, check_int
-from retrack_jax.config.options import Options
+from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
+from retrack_jax.notation import Array
+from retrack_jax.problem.captions import Captions
+from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
 from retrack_jax.problem.denoiser import Denoiser, check_unconditional, latent_denoiser, pixel_denoiser
-from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation, PromptEvaluation
+from retrack_jax.problem.evaluation import CaptionEvaluation, Evaluation, ImageEvaluation, PromptEvaluation
 from retrack_jax.problem.sampler import ProblemSampler
-from retrack_jax.problem.target import Target
+from retrack_jax.problem.target import ForgetData, Target
+from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.weights.kinds import takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {"format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False}
@@ -63,7 +72,25 @@ class Problem:
 
     def digests(self, target: Target | None = None) -> dict[str, str]:
         """Returns name -> digest of all that was read; without a target, of what does not depend on one."""
-        return {**self.data.digests(target), **self.denoiser.digests, **self.codec.digests}
+        return {**self.data.digests(target), **self.denoiser.digests, **self.codec.digests, **self.conditioning.digests}
+
+    def gather(self, images: ImageSet, rows: np.ndarray) -> Gather:
+        """Returns `positions [b] -> examples` within `rows` of `images`, each with its condition if it has one."""
+        gather, condition_of = self.codec.gather(images, rows), self.conditioning.of_images(images)
+        if condition_of is None:
+            return gather
+        return lambda positions: {**gather(positions), "condition": condition_of(rows[positions])}
+
+    def forget_data(self, target: Target, recipe: UnlearnOptions, num_neighbors: int) -> ForgetData:
+        """Returns what the training step holds of the target; with `num_neighbors` K > 0 its neighbors too."""
+        search = self.conditioning.search(target, recipe.own)
+        how = {} if search is None else {"search": search}
+        data = self.codec.forget_data(target, num_neighbors, recipe.neighbor_backend, **how)
+        if data.similarity is not None:
+            data = dataclasses.replace(data, anchor=self.conditioning.anchor(target, data.similarity, recipe.own))
+        if (condition_of := self.conditioning.of_images(target.images)) is not None:
+            data = dataclasses.replace(data, forget={**data.forget, "condition": condition_of(target.unique)})
+        return data
 
     def describe(self, target: Target) -> dict:
         """Returns what was remembered and forgotten, for provenance, as plain JSON."""
@@ -81,8 +108,11 @@ def check_problem(options: Options) -> None:
     complete_fields(asdict(options.data), SOURCES)
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
+    captioned = not SOURCES[options.data.source].gives_concepts and takes_prompts(options.checkpoint)
+    if not captioned:
+        _check_no_captions(options)
     if not SOURCES[options.data.source].gives_concepts:
-        if options.checkpoint:
+        if options.checkpoint and not captioned:
             check_unconditional(options.checkpoint)
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
         return
@@ -98,6 +128,15 @@ def check_problem(options: Options) -> None:
         check(value == unused, f"config.data.{name} is {value!r}, which concepts have no use for; leave it at {unused!r}")
 
 
+def _check_no_captions(options: Options) -> None:
+    """Raises `UserError` for options that captions alone have a use for."""
+    records = [(name, options.recipe(name).own) for name in options.method_names]
+    fields = ["config.data.caption_dropout"] if options.data.caption_dropout else []
+    for name, own in records:
+        fields += [f"config.unlearn.{name}.{one}" for one in getattr(own, "of_captions", ())]
+    check(not fields, f"{', '.join(fields)}: only images with captions of their own have a use for it; leave it out")
+
+
 def build_problem(options: Options) -> Problem:
     """Returns the problem that the config describes, its data and weights read.
 
@@ -105,7 +144,10 @@ def build_problem(options: Options) -> Problem:
       UserError: anything that the user can mend: files that are missing or do not fit each other or the config.
     """
     check_problem(options)
-    kind = _concepts if SOURCES[options.data.source].gives_concepts else _images
+    if SOURCES[options.data.source].gives_concepts:
+        kind = _concepts
+    else:
+        kind = _captioned_images if takes_prompts(options.checkpoint) else _images
     problem = kind(options)
     _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
     return problem
@@ -120,14 +162,36 @@ def _images(options: Options) -> Problem:
     return Problem(options, data, denoiser, codec, conditioning, sampler, ImageEvaluation(options, data, denoiser, codec))
 
 
-def _concepts(options: Options) -> Problem:
-    """The paper's Stable Diffusion experiment: pictures of one concept, latents, one fixed prompt for every example."""
+def _latents(options: Options) -> tuple[Pipeline, LatentCodec, Denoiser]:
+    """Returns a text-to-image pipeline, and the codec and the network in it."""
     own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
     pipeline = load_pipeline(options.checkpoint, configs=options.pipeline, **own)
     codec = LatentCodec(pipeline.vae, pipeline.vae_params, pipeline.vae_digest, options.data)
     check_resolution(codec, options.data.resolution, len(pipeline.unet.block_out_channels), pipeline.path)
-    denoiser = latent_denoiser(pipeline, codec.latent_shape, options.export)
-    conditioning = PairedPrompts(lambda prompt: prompt_embeddings(pipeline, [prompt]), options.sampling.negative_prompt)
+    return pipeline, codec, latent_denoiser(pipeline, codec.latent_shape, options.export)
+
+
+def _captioned_images(options: Options) -> Problem:
+    """Images with a caption each, latents, and a text-to-image network."""
+    data = ImageData(dataclasses.replace(options.data, channels=3), captioned=True)
+    pipeline, codec, denoiser = _latents(options)
+    captions = [*data.images.captions, *(data.held_out.captions if data.held_out is not None else ())]
+    states = text_states(pipeline, captions, options.data.cache_dir)
+    sampling = options.sampling
+    conditioning = Captions(states, partial(_encode, pipeline), sampling.negative_prompt, sampling.num_captions)
+    sampler = ProblemSampler(options, denoiser, codec, conditioning)
+    evaluation = CaptionEvaluation(options, pipeline.tokenizer, codec, conditioning)
+    return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)
+
+
+def _encode(pipeline: Pipeline, prompt: str) -> Array:
+    return prompt_embeddings(pipeline, [prompt])
+
+
+def _concepts(options: Options) -> Problem:
+    """The paper's Stable Diffusion experiment: pictures of one concept, latents, one fixed prompt for every example."""
+    pipeline, codec, denoiser = _latents(options)
+    conditioning = PairedPrompts(partial(_encode, pipeline), options.sampling.negative_prompt)
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
     evaluation = PromptEvaluation(options, pipeline.tokenizer, codec)
     return Problem(options, ConceptData(options.data), denoiser, codec, conditioning, sampler, evaluation)

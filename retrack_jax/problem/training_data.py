@@ -10,7 +10,7 @@ from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import without
 from retrack_jax.data.held_out import split_held_out
-from retrack_jax.data.sources.load import load_concepts, load_images
+from retrack_jax.data.sources.load import load_captioned_images, load_concepts, load_images
 from retrack_jax.data.target_names import resolve_target
 from retrack_jax.problem.target import Target, make_target
 
@@ -21,10 +21,14 @@ class ImageData:
     Attributes:
       images: the training images.
       held_out: those that no model trains on, or None.
+
+    Args:
+      captioned: whether each image needs a caption.
     """
 
-    def __init__(self, options: DataOptions):
-        training, self.held_out = split_held_out(load_images(dataclasses.asdict(options)), options.held_out)
+    def __init__(self, options: DataOptions, captioned: bool = False):
+        load = load_captioned_images if captioned else load_images
+        training, self.held_out = split_held_out(load(dataclasses.asdict(options)), options.held_out)
         self.images: ImageSet = without(training, options.exclude)
 
     def target(self, spec: str) -> Target:
@@ -36,6 +40,8 @@ class ImageData:
         """Returns name -> digest of what was read, and with a target of the rows that it names. Names stand in messages."""
         labels = None if self.images.labels is None else np.asarray(self.images.labels).tolist()
         read = {"images": self.images.digest, "names or labels": files.json_digest([list(self.images.ids), labels])}
+        if self.images.captions is not None:
+            read["captions"] = files.json_digest(list(self.images.captions))
         return read if target is None else {**read, "forgotten images": files.array_digest(target.forget)}
 
     def describe(self, target: Target) -> dict:

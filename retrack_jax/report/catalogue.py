@@ -187,8 +187,13 @@ _METRICS = (
 )
 METRICS = {metric.name: metric for metric in _METRICS}
 # With prompts, SSCD looks at the samples: nothing is restored.
-_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity between the memorized picture and the samples of the prompt, their mean."}
-_PROMPTS = {"_original": "original prompt", "_modified": "modified prompt"}
+_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity between the picture of a prompt and the prompt's samples, their mean."}
+_PROMPTS = {
+    "_original": "original prompt",
+    "_modified": "modified prompt",
+    "_forgotten": "forgotten captions",
+    "_kept": "kept captions",
+}
 
 METHODS = {
     "pretrained": ("Pretrained", "The model before unlearning."),
@@ -210,6 +215,8 @@ def describe(name: str) -> Metric:
         base = METRICS.get(name.removesuffix(suffix))
         if name.endswith(suffix) and base:
             meaning = _PROMPT_MEANINGS.get(base.name, base.meaning)
+            if name == "sscd_kept":  # samples that differ from their picture may be as good
+                base = Metric(**{**vars(base), "better": "", "about": ""})
             return Metric(**{**vars(base), "name": name, "label": f"{base.label}, {prompt}", "meaning": meaning})
     return Metric(name=name, label=name.replace("_", " ").capitalize())
 
@@ -220,7 +227,7 @@ def order(names) -> list[str]:
     known = list(METRICS)
 
     def key(name):
-        base = name.removesuffix("_original").removesuffix("_modified")
+        base = next((name.removesuffix(suffix) for suffix in _PROMPTS if name.endswith(suffix)), name)
         return known.index(base) if base in known else len(known)
 
     return sorted(names, key=key)

@@ -17,7 +17,7 @@ from retrack_jax.report.catalogue import describe, method_label
 from retrack_jax.report.charts import curves
 from retrack_jax.report.page import render
 from retrack_jax.report.stored import first_images
-from retrack_jax.report.strips import neighbor_strips, restored_strips
+from retrack_jax.report.strips import caption_strips, neighbor_strips, restored_strips
 from retrack_jax.report.tables import absent_reasons, before_after_rows, provenance_rows
 from retrack_jax.report.verdict import box, file_rows
 
@@ -36,6 +36,7 @@ def run_report(
     forgotten=None,
     neighbors=None,
     distances=None,
+    captions=None,
 ) -> epath.Path:
     """Writes `samples.png` and `report.html` in `run_dir` and returns the page's path.
 
@@ -49,6 +50,7 @@ def run_report(
       forgotten: uint8 `[F, H, W, C]`, the forgotten images.
       neighbors: uint8 `[F, K, H, W, C]`, their nearest remaining images, nearest first.
       distances: float `[F, K]`, in the units of the search.
+      captions: of captioned images, what `strips.caption_strips` takes; they are shown in place of the grids of samples.
 
     Raises:
       UserError: `metrics.json` is missing or broken, or an array does not fit the others.
@@ -63,7 +65,7 @@ def run_report(
     titles = ("Before: pretrained", f"After: {label}")
 
     samples, drawn = [], []
-    for name, images in after.items():
+    for name, images in after.items() if captions is None else ():
         old, old_mask, new_mask = before.get(name), masks[0].get(name), masks[1].get(name)
         both = [
             _grid(title, images, mask, mark_name, count)
@@ -88,6 +90,7 @@ def run_report(
         files=file_rows(metrics.get("verdict")),
         tiles=_tiles(rows),
         samples=samples,
+        captions=caption_strips(captions or ()),
         drawn=drawn,
         mark_name=mark_name,
         neighbors=neighbor_strips(forgotten, neighbors, distances, mark_name),

@@ -1,5 +1,7 @@
 """Rows of pictures: a forgotten image followed by its neighbors, or by what the models restore of it."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from etils import epath
 
@@ -34,6 +36,28 @@ def neighbor_strips(forgotten, neighbors, distances, mark_name) -> dict | None:
     if len(forgotten) > ROWS:
         notes.append(f"The first {ROWS} of {len(forgotten)} forgotten images.")
     return {"note": " ".join(notes), "rows": rows}
+
+
+def caption_strips(captions: Sequence[Mapping]) -> list[dict]:
+    """Returns `{"title", "rows"}` for the forgotten and for the kept captions; each row has a caption, its file and two strips.
+
+    Args:
+      captions: for each caption `name` (`forgotten_00`, `kept_03`), `file`, `caption`, `image` uint8 `[H, W, 3]`, and samples of
+        it before and after, `old` and `new` uint8 `[n, H, W, 3]`, sample i of both from the same noise.
+    """
+    groups = {"forgotten": "Captions of forgotten images", "kept": "Captions of kept images"}
+    strips = {kind: [] for kind in groups}
+    for one in captions:
+        kind = one["name"].split("_")[0]
+        tiles = [
+            [
+                _tile(one["image"], f"the image {one['file']}", kind, "first" if kind == "forgotten" else "apart"),
+                *(_tile(image, f"sample {i + 1} {when}", f"{when} {i + 1}") for i, image in enumerate(one[key])),
+            ]
+            for key, when in (("old", "before"), ("new", "after"))
+        ]
+        strips[kind].append({"caption": one["caption"], "file": one["file"], "strips": {"note": "", "rows": tiles}})
+    return [{"title": title, "rows": strips[kind]} for kind, title in groups.items() if strips[kind]]
 
 
 def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:

@@ -19,6 +19,7 @@ from retrack_jax.run.summary import summarize_workdir
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.hub import is_id
+from retrack_jax.weights.kinds import check_supported
 
 log = logging.getLogger(__name__)
 _FOLDERS = {"config.data.dir", "config.data.cache_dir", "config.eval.weights_dir"}
@@ -41,7 +42,7 @@ def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: 
     # Hosts may keep the same files in different folders: what is in them is compared once it is read.
     fields = {name: value for name, value in _flat(dataclasses.asdict(options)).items() if name not in _FOLDERS}
     parallel.check_same_everywhere("the config", fields)
-    options = fit_to_devices(parallel.together(lambda: complete(options)))
+    options = fit_to_devices(parallel.together(lambda: _checked(options)))
     check_problem(options)
     workdir = Workdir(workdir)
     with workdir.alone():
@@ -52,6 +53,13 @@ def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: 
         context = RunContext(problem, targets, workdir, should_stop)
         _prepare(context)
         return _sweep(context)
+
+
+def _checked(options: Options) -> Options:
+    """Returns `options` with every number chosen, once the checkpoint is known to be of a kind that is supported."""
+    if options.checkpoint:
+        check_supported(options.checkpoint)
+    return complete(options)
 
 
 def _sweep(context: RunContext) -> dict:
@@ -92,11 +100,14 @@ def check_needs(options: Options) -> None:
     """
     from retrack_jax.data.checklist import print_requirements
 
+    on_hub = is_id(options.checkpoint)  # what is there only a run looks into
+    if options.checkpoint and not on_hub:
+        check_supported(options.checkpoint)
     needed = print_requirements(dataclasses.asdict(options), unset(options))
     missing = [item for item in needed if not (item.found or item.optional)]
-    if not missing and not is_id(options.checkpoint):  # what is on the hub only a run looks into
-        options = complete(options)
-    if not open_fields(options):
+    if not (missing or on_hub):
+        options = _checked(options)
+    if not (on_hub or open_fields(options)):
         check_problem(fit_to_devices(options))
     what = ", ".join(dict.fromkeys(item.description for item in missing))
     check(not missing, f"{len(missing)} of what {options.name} needs is missing: {what}; the list says what to do")

@@ -37,11 +37,12 @@ class Shared:
       neighbors: the distinct neighbors of all of them, leaves `[M, ...]`; or None.
       neighbor_rows: int `[F, K]`, rows of `neighbors`; or None.
       null_neighbor_rows: the same for forgotten examples whose condition is dropped; None: as `neighbor_rows`.
-      anchor: leaves `[F, ...]`: conditions of equation 10 of unlearn/losses.py, and which forgotten examples use one; or None.
+      neighbor_bias: float32 `[F, K]`, b_k of equation 9 of unlearn/losses.py; or None.
+      anchor: leaves `[F, ...]`: the conditions of equation 10 there, and which forgotten examples use one; or None.
       reference: the frozen pretrained parameters, for the distillation loss and for anchors; or None.
       conditions: what examples' `condition` are rows of, `[P, ...]`, such as embeddings of prompts. A table of one row is passed
         to the network as it is and broadcasts. None: the network takes no condition, or what the examples carry is the
-        condition itself (labels).
+        condition itself (labels; the text states of captions, which are too many for a device).
       null: the condition `[1, ...]` that takes the place of those that are dropped; None: none is.
     """
 
@@ -50,6 +51,7 @@ class Shared:
     neighbors: PyTree | None = None
     neighbor_rows: Array | None = None
     null_neighbor_rows: Array | None = None
+    neighbor_bias: Array | None = None
     anchor: Anchor | None = None
     reference: PyTree | None = None
     conditions: Array | None = None
@@ -167,7 +169,8 @@ def _streams(
         rows = microbatch["forget_row"]
         forget, dropped = _stream(_take(shared.forget, rows), rngs, posterior_rngs, shared.null, condition_dropout)
         if "neighbors" in method.streams:
-            forget = forget.replace(neighbors=_neighbors(shared, rows, dropped), anchor=_anchor(shared, rows, dropped))
+            neighbors, bias = _neighbors(shared, rows, dropped), _bias(shared, rows, dropped)
+            forget = forget.replace(neighbors=neighbors, neighbor_bias=bias, anchor=_anchor(shared, rows, dropped))
     return remain, forget
 
 
@@ -181,6 +184,14 @@ def _stream(
         dropped = draw(rngs)
         condition = jnp.where(expand(dropped, condition), null, condition)
     return Stream(x_0=to_x_0(examples, posterior_rngs), rngs=rngs, condition=condition), dropped
+
+
+def _bias(shared: Shared, rows: Array, dropped: Array | None) -> Array | None:
+    """Returns the bias of each neighbor; nothing is compared with a caption that is dropped."""
+    if shared.neighbor_bias is None or dropped is None:
+        return _take(shared.neighbor_bias, rows)
+    bias = shared.neighbor_bias[rows]
+    return jnp.where(dropped[:, None] & jnp.isfinite(bias), 0.0, bias)
 
 
 def _anchor(shared: Shared, rows: Array, dropped: Array | None) -> Anchor | None:

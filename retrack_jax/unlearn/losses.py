@@ -30,8 +30,15 @@ weights each forgotten example's term as min-SNR (arXiv 2303.09556) weights a lo
 
   (8) w = min(1, c / r^2)
 
-If no remaining image can be a neighbor under the condition c of a forgotten one, such as a label of which nothing remains, the
-target is what the pretrained network, eps_0, predicts at the same point under another condition c_a, such as the null label:
+With captions c_f of the forgotten image and c_k of its neighbors, the posterior is that of pairs of image and caption:
+
+  (9) p_k = softmax_k(-||v_k||^2 / 2 + b_k),  b_k = beta sim(c_f, c_k)
+
+so that (6) becomes log p_k - log p_0 = -(r/2) <a_0 - a_k, v_k + v_0> + b_k - b_0.
+
+If no remaining image can be a neighbor under the condition c of a forgotten one, such as a label of which nothing remains, or a
+caption that is like no other, the target is what the pretrained network, eps_0, predicts at the same point under another
+condition c_a, such as the null label or the nearest remaining caption:
 
   (10) anchor      ||eps_pred(x_t, c) - eps_0(x_t, c_a)||^2
 """
@@ -114,7 +121,9 @@ def siss_weights(
     return tuple(jax.lax.stop_gradient(jnp.exp(jnp.minimum(weight, _MAX_LOG_WEIGHT))) for weight in log_weights)
 
 
-def retrack(eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> Array:
+def retrack(
+    eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None
+) -> Array:
     """Returns ReTrack's loss (5), `[B]`, summed over pixels, evaluated by (7).
 
     The value is the published one, and so is the gradient; only one target per image enters the backward pass.
@@ -124,8 +133,9 @@ def retrack(eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: 
       x_t: the forgotten images, noised, `[B, ...]`.
       neighbors: the K nearest remaining images of each, clean, in the space that the network denoises, `[B, K, ...]`.
       gamma, sigma: `[B]`.
+      bias: b_k of (9), `[B, K]`; -inf leaves a neighbor out, but not the first. None: 0, the published loss.
     """
-    target, spread = retrack_target(x_t, neighbors, gamma, sigma)
+    target, spread = retrack_target(x_t, neighbors, gamma, sigma, bias)
     return vanilla(eps_pred, target) + spread
 
 
@@ -135,9 +145,11 @@ def snr_weight(gamma: Array, sigma: Array, cap: float | Array) -> Array:
     return jnp.minimum(1.0, cap * jnp.square(sigma) / jnp.maximum(jnp.square(gamma), jnp.finfo(gamma.dtype).tiny))
 
 
-def retrack_target(x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> tuple[Array, Array]:
+def retrack_target(
+    x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None
+) -> tuple[Array, Array]:
     """Returns `(v_bar [B, ...], spread [B])` of (7): the single weighted target and the constant of the published value."""
-    p_BK = retrack_posterior(x_t, neighbors, gamma, sigma)
+    p_BK = retrack_posterior(x_t, neighbors, gamma, sigma, bias)
     p_BK1 = expand(p_BK, neighbors)
     # Around neighbor 0, because the neighbors are close to each other and the weights sum to 1 only up to rounding.
     origin = neighbors[:, :1]
@@ -147,13 +159,17 @@ def retrack_target(x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> 
     return jax.lax.stop_gradient(target), jax.lax.stop_gradient(spread_B)
 
 
-def retrack_posterior(x_t: Array, neighbors: Array, gamma: Array, sigma: Array) -> Array:
-    """Returns `p_k` of (5), `[B, K]`, by (6); no gradient passes through it, for it holds no parameter."""
+def retrack_posterior(
+    x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None
+) -> Array:
+    """Returns `p_k` of (9), `[B, K]`, by (6); no gradient passes through it, because it holds no parameter."""
     if neighbors.ndim != x_t.ndim + 1 or neighbors.shape[0] != x_t.shape[0] or neighbors.shape[2:] != x_t.shape[1:]:
         raise ValueError(f"neighbors {neighbors.shape} must be [B, K, ...] for x_t {x_t.shape}")
     gamma_B1, sigma_B1 = gamma[:, None], sigma[:, None]
     v_BK = _noise_from(neighbors, x_t[:, None], gamma_B1, sigma_B1)
     logits_BK = -0.5 * (gamma_B1 / sigma_B1) * _inner(neighbors[:, :1] - neighbors, v_BK + v_BK[:, :1], batch_axes=2)
+    if bias is not None:
+        logits_BK += bias - bias[:, :1]
     return jax.lax.stop_gradient(jax.nn.softmax(logits_BK, axis=1))
 
 

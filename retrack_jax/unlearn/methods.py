@@ -92,7 +92,7 @@ def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
     retain = context.retain_loss(eps_remain, points_remain).mean()
     lam, cap = context.options.lam, context.options.snr_cap
     gamma, sigma = points_forget.gamma, points_forget.sigma
-    unlearn_B = losses.retrack(eps_forget, points_forget.x_t, forget.neighbors, gamma, sigma)
+    unlearn_B = losses.retrack(eps_forget, points_forget.x_t, forget.neighbors, gamma, sigma, forget.neighbor_bias)
     if cap is not None:
         unlearn_B = losses.snr_weight(gamma, sigma, cap) * unlearn_B
     if forget.anchor is not None:

@@ -28,19 +28,31 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrackOptions(MethodOptions):
-    """ReTrack: lambda L_unlearn + (1 - lambda) L_R."""
+    """ReTrack: lambda L_unlearn + (1 - lambda) L_R. The last three are of captioned images (equations 9, 10 of unlearn/losses.py)."""
 
     lam: float | None = 0.005  # lambda, in [0, 1]: the weight of the unlearning term; None: left to the rules (config/rules.py)
     lam_schedule: str = "constant"  # or linear, cosine: from lam to lam_end over the run
     lam_end: float | None = None
     snr_cap: float | None = None  # c: the unlearning term at t is weighted by min(1, c sigma^2/gamma^2); None: the paper's loss
+    beta: float = 0.0  # of p_k ~ exp(-||v_k||^2/2 + beta sim(c_f, c_k)), which also ranks neighbors; 0: the paper's loss
+    same_caption: bool = False  # neighbors are images with an equal caption alone, as in the paper's Stable Diffusion recipe
+    anchor: float | None = None  # if no neighbor's caption is at least this similar: the pretrained prediction; None: never
 
     def __post_init__(self):
         if self.snr_cap is not None:
             check_number("snr_cap", self.snr_cap, 0.0, above=True)
+        check_number("beta", self.beta, 0.0)
+        if self.anchor is not None:
+            check_number("anchor", self.anchor, -1.0, 1.0)
         if self.lam is not None:
             check_number("lam", self.lam, 0.0, 1.0)
         _check_schedule("lam", self.lam_schedule, self.lam_end)
+
+    @property
+    def of_captions(self) -> list[str]:
+        """The options that are set and that captions alone have a use for."""
+        defaults = RetrackOptions()
+        return [name for name in ("beta", "same_caption", "anchor") if getattr(self, name) != getattr(defaults, name)]
 
     def at(self, step: Array, num_steps: int) -> "RetrackOptions":
         return _with(self, "lam", _scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))

@@ -45,6 +45,7 @@ class Stream:
       neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
       condition: int32 `[B]`, each example's row of the table of conditions, or `[B, ...]`, the conditions themselves; None for
         an unconditional network.
+      neighbor_bias: `[B, K]`, b_k of equation 9 of losses.py, or None.
       anchor: for which examples there is one, or None.
     """
 
@@ -52,6 +53,7 @@ class Stream:
     rngs: Rng
     neighbors: Array | None = None
     condition: Array | None = None
+    neighbor_bias: Array | None = None
     anchor: Anchor | None = None
 
     def bernoulli(self, probability: float | Array) -> Array:

@@ -26,8 +26,6 @@ PIXELS = {"_class_name": "UNet2DModel", "sample_size": 8}
 @pytest.mark.parametrize(
     "configs, words",
     [
-        ({"unet": {"_class_name": "UNet2DConditionModel"}}, "takes a prompt"),
-        ({"unet_ema": {"_class_name": "UNet2DConditionModel"}}, "takes a prompt"),
         ({"unet": PIXELS, "vqvae": {"_class_name": "VQModel"}}, "holds a latent model: its UNet denoises what .*vqvae encodes"),
         ({"unet": PIXELS, "vae": {"_class_name": "AutoencoderKL"}}, "unconditional latent models are not supported"),
         ({"unet": PIXELS | {"num_class_embeds": 10}}, "takes class labels .num_class_embeds is 10."),

@@ -14,6 +14,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
+from retrack_jax.data.sources.captions import folder_captions
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -115,4 +116,9 @@ def folder_need(data: Mapping, command: str = "") -> Requirement:
     return requirement("images", folder, found, command=command, advice=advice)
 
 
-SOURCE = Source(formats=("folder",), load=load_folder, needs=lambda data, config: iter([folder_need(data)]))
+SOURCE = Source(
+    formats=("folder",),
+    load=load_folder,
+    needs=lambda data, config: iter([folder_need(data)]),
+    captions=folder_captions,
+)

@@ -1,13 +1,18 @@
-"""The door to all sources: images or concepts from the fields of `config.data`."""
+"""The door to all sources: images, captioned or not, or concepts from the fields of `config.data`."""
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 
 from retrack_jax.checks import check
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.sources.captions import shown
 from retrack_jax.data.sources.concepts import Concept
 from retrack_jax.data.sources.folder import named_images
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
+
+log = logging.getLogger(__name__)
 
 
 def load_images(data: Mapping) -> ImageSet:
@@ -26,6 +31,26 @@ def load_images(data: Mapping) -> ImageSet:
         f"config.data.source is {data['source']!r}, which holds concepts with prompts and not one set of images; choose another",
     )
     return SOURCES[data["source"]].load(data)
+
+
+def load_captioned_images(data: Mapping) -> ImageSet:
+    """Returns `load_images(data)` with the caption of each image.
+
+    Raises:
+      UserError: as `load_images`; the source has no captions; an image has none, or several.
+    """
+    data = complete_fields(data, SOURCES)
+    source, names = SOURCES[data["source"]], [name for name, one in SOURCES.items() if one.captions]
+    check(
+        source.captions is not None,
+        f"the network in config.checkpoint takes a prompt, and images of the source {data['source']!r} have no captions; "
+        f"config.data.source may be {' or '.join(names)}",
+    )
+    images = load_images(data)
+    captions = source.captions(data, images)
+    if empty := [name for name, caption in zip(images.ids, captions, strict=True) if not caption.strip()]:
+        log.warning("%d captions are empty; their pictures are trained without a prompt: %s", len(empty), shown(empty))
+    return dataclasses.replace(images, captions=captions)
 
 
 def load_concepts(data: Mapping) -> Callable[[str], Concept]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, check
 from retrack_jax.data import commands
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, hub_need, requirement
+from retrack_jax.data.sources.captions import as_caption
 from retrack_jax.data.sources.parquet_splits import files_of_split, parquet_files
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
 from retrack_jax.weights import hub
@@ -58,6 +59,22 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
         source_key=["parquet", keys, list(rows) if len(rows) < total else "all"],
         labels=(lambda: _labels(tables, paths, label_column)[list(rows)]) if label_column else None,
     )
+
+
+def parquet_captions(data: Mapping, images: ImageSet) -> list[str]:
+    """Returns the text of column `data["caption_column"]` for each of `images`, which are named `hf:ROW`.
+
+    Raises:
+      UserError: there is no such column, or a value in it is no text.
+    """
+    paths, column = parquet_files(data_folder(data), data["split"]), data["caption_column"]
+    tables = [_open(path) for path in paths]
+    for table, path in zip(tables, paths, strict=True):
+        present = ", ".join(table.schema_arrow.names)
+        missing = f"{path} has no column {column!r} of captions among {present}; set config.data.caption_column"
+        check(column in table.schema_arrow.names, missing)
+    texts = [text for batch in _batches(tables, paths, column) for text in batch.column(0).to_pylist()]
+    return [as_caption(texts[int(name.removeprefix("hf:"))], f"{paths[0].parent}, {name}") for name in images.ids]
 
 
 def _relative(path: Path, folder: Path) -> str | None:
@@ -130,4 +147,9 @@ def parquet_need(data: Mapping, repository: str = "") -> Requirement:
         return Requirement(description=description, path=folder, found=False, command=command, advice=str(error))
 
 
-SOURCE = Source(formats=("parquet",), load=load_parquet, needs=lambda data, config: iter([parquet_need(data)]))
+SOURCE = Source(
+    formats=("parquet",),
+    load=load_parquet,
+    needs=lambda data, config: iter([parquet_need(data)]),
+    captions=parquet_captions,
+)

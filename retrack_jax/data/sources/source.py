@@ -10,6 +10,7 @@ from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement
 
 _DEFAULTS = {"dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": ""}
+_DEFAULTS |= {"caption_column": "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Source:
       formats: how its files may be stored, the default first.
       load: `data` -> `ImageSet`, or `name -> Concept` if `gives_concepts`.
       needs: (`data`, whole config as a plain dict) -> the files that are read, each with the command that gets it.
+      captions: (`data`, the loaded images) -> the caption of each; None if the source has none.
       checkpoint_command: folder -> the shell command that downloads the checkpoint of this source's config into it; empty where
         no checkpoint is published.
       gives_concepts: whether it holds concepts with prompts rather than one set of images.
@@ -28,6 +30,7 @@ class Source:
     formats: tuple[str, ...]
     load: Callable[[Mapping], object]
     needs: Callable[[Mapping, Mapping], Iterator[Requirement]]
+    captions: Callable[[Mapping, ImageSet], list[str]] | None = None
     checkpoint_command: Callable[[Path], str] = lambda folder: ""
     gives_concepts: bool = False
 

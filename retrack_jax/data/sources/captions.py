@@ -1,0 +1,136 @@
+"""Captions of pictures in a folder: a table of them, or a text file next to each picture.
+
+    metadata.jsonl   {"file_name": "a.png", "text": "a red circle"}, one object a line
+    metadata.csv     the same with a header: file_name,text
+    a.txt            the caption of a.png
+
+A table names the pictures below its own folder. If there is any table, text files are not read.
+
+A picture without a caption is refused: under a wrong one it would be trained to be something else. A row without a picture is
+only warned about, because the picture may have been removed on purpose; if the row is misspelled, its picture has no row and is
+refused.
+"""
+
+import csv
+import io
+import json
+import logging
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from retrack_jax.checks import UserError, check
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.sources.source import data_folder
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+_NAME = "file_name"
+_SHOWN = 8  # names in a message
+log = logging.getLogger(__name__)
+
+
+def folder_captions(data: Mapping, images: ImageSet) -> list[str]:
+    """Returns the caption of each of `images`, which are named by their paths below `data["dir"]`.
+
+    Raises:
+      UserError: pictures without a caption or with two, a table or text file that cannot be read, a caption that is no text.
+    """
+    folder, column = data_folder(data), data["caption_column"]
+    rows = _table_rows(folder, column, images.ids)
+    if rows is None:
+        captions = {name: _read(path).strip() for name in images.ids if (path := (folder / name).with_suffix(".txt")).is_file()}
+        check(
+            bool(captions),
+            f"no captions in {folder}: looked for {', '.join(TABLES)} (columns {_NAME} and {column}) and for a .txt next to each "
+            "picture; the network in config.checkpoint takes a prompt, and each picture is trained under its own",
+        )
+        where = "a .txt of the same name"
+    else:
+        where = " or ".join(sorted({place.partition(":")[0] for _, place, _ in rows}))
+        captions = _of_rows(rows, images, folder)
+    missing = [name for name in images.ids if name not in captions]
+    check(
+        not missing,
+        f"{len(missing)} of {len(images)} pictures have no caption in {where}: {shown(missing)}; add them (an empty caption is "
+        "one too), or remove the pictures",
+    )
+    return [captions[name] for name in images.ids]
+
+
+def _of_rows(rows: Sequence[tuple[str, str, str]], images: ImageSet, folder: Path) -> dict[str, str]:
+    """Returns name -> caption from (name, place, caption) of each row."""
+    names = {unicodedata.normalize("NFC", name): name for name in images.ids}
+    captions, places, unknown = {}, {}, []
+    for named, place, caption in rows:
+        name = names.get(unicodedata.normalize("NFC", named))
+        if name is None:
+            unknown.append(named)
+            continue
+        if name in places:
+            raise UserError(f"two rows are for the picture {name}: {places[name]} and {place}; keep the right one")
+        captions[name], places[name] = caption, place
+    if unknown:
+        log.warning("%d rows name no picture in %s and are left out: %s", len(unknown), folder, shown(unknown))
+    return captions
+
+
+def _table_rows(folder: Path, column: str, names: Sequence[str]) -> list[tuple[str, str, str]] | None:
+    """Returns (path below `folder`, FILE:LINE, caption) of every row of all tables; None if there is no table."""
+    folders = sorted({PurePosixPath("."), *(PurePosixPath(name).parent for name in names)})
+    tables = [below / table for below in folders for table in TABLES if (folder / below / table).is_file()]
+    twice = next((table.parent for table in tables if sum(other.parent == table.parent for other in tables) > 1), None)
+    check(twice is None, f"{folder / str(twice)} has {' and '.join(TABLES)}; keep one of them")
+    rows = []
+    for table in tables:
+        path = folder / table
+        for line, row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
+            for name in (_NAME, column):
+                present = ", ".join(map(str, row))
+                hint = "; set config.data.caption_column" if name == column else ""
+                check(name in row, f"{path}, line {line}: there is no {name!r} among {present}{hint}")
+            check(isinstance(row[_NAME], str), f"{path}, line {line}: {_NAME} is {row[_NAME]!r}; it must be a text")
+            below = (table.parent / row[_NAME].replace("\\", "/")).as_posix()
+            rows.append((below, f"{path}:{line}", as_caption(row[column], f"{path}, line {line}")))
+    return rows if tables else None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is no JSON ({error}); write one object a line") from error
+        check(isinstance(row, dict), f"{path}, line {number} is no JSON object; write one a line")
+        yield number, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            check(None not in row, f"{where} has more values than the header; put text with commas into quotes")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} is no CSV ({error}); write it again") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); write it as UTF-8") from error
+
+
+def as_caption(value: object, where: str) -> str:
+    """Returns `value`, a caption. Raises `UserError` that starts with `where` unless it is a text."""
+    check(isinstance(value, str), f"{where}: the caption is {value!r:.80}; it must be one text for each picture")
+    return value
+
+
+def shown(names: Sequence[str]) -> str:
+    """Returns the first names in words, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(str, names[:_SHOWN])) + more

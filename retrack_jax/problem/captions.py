@@ -1,0 +1,96 @@
+"""The caption of each image as the condition that the network gets."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import check
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.sources.captions import shown
+from retrack_jax.neighbors.captions import CaptionedNeighbors, captioned_nearest, similarities
+from retrack_jax.notation import Array
+from retrack_jax.problem.conditioning import Conditioning
+from retrack_jax.problem.target import Target
+from retrack_jax.problem.text_states import TextStates
+from retrack_jax.unlearn.options import MethodOptions, RetrackOptions
+from retrack_jax.unlearn.streams import Anchor
+
+_SEED = 0  # of the choice of remaining captions that samples are drawn of: the same for every run
+
+
+class Captions(Conditioning):
+    """Each image's own caption, as the text encoder's states.
+
+    Samples are drawn of some forgotten captions, `forgotten_00`, ..., and of some that remain, `kept_00`, ....
+
+    Args:
+      states: of all captions.
+      encode: a prompt to its embedding, float32 `[1, N, D]`.
+      negative_prompt: what guidance leads away from.
+      num_captions: how many captions of each kind samples are drawn of.
+    """
+
+    of_target = True
+
+    def __init__(self, states: TextStates, encode: Callable[[str], Array], negative_prompt: str, num_captions: int):
+        self._states, self._num_captions = states, num_captions
+        self.null, self.dropped = encode(negative_prompt), encode("")
+        self.digests = {"text encoder in config.checkpoint": states.digest}
+
+    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray]:
+        row_of_image = self._states.rows(images.captions)
+        return lambda rows: np.ascontiguousarray(self._states.states[row_of_image[rows]])
+
+    def search(self, target: Target, own: MethodOptions) -> Callable[..., CaptionedNeighbors]:
+        forget, remain = self._rows(target)
+        if not isinstance(own, RetrackOptions):
+            own = RetrackOptions()
+        how = {"text": self._states.pooled, "forget_caption": forget, "remain_caption": remain}
+        if own.same_caption and own.anchor is None:
+            alone = [target.images.ids[row] for row, caption in zip(target.unique, forget, strict=True) if caption not in remain]
+            check(
+                not alone,
+                f"no picture that remains has the caption of {shown(alone)}; set config.unlearn.retrack.same_caption=False, or "
+                "config.unlearn.retrack.anchor to lead these to the pretrained prediction",
+            )
+        return partial(captioned_nearest, **how, beta=own.beta, same_caption=own.same_caption)
+
+    def anchor(self, target: Target, similarity: np.ndarray, own: MethodOptions) -> Anchor | None:
+        threshold = own.anchor if isinstance(own, RetrackOptions) else None
+        used = np.zeros(len(similarity), bool) if threshold is None else similarity.max(axis=1) < threshold
+        if not used.any():
+            return None
+        forget, remain = self._rows(target)
+        nearest = remain[similarities(self._states.pooled, forget, remain).argmax(axis=1)]
+        return Anchor(np.ascontiguousarray(self._states.states[nearest]), used)
+
+    def table(self, target: Target) -> None:
+        return None
+
+    def remembered(self, target: Target) -> None:
+        return None
+
+    def shown(self, target: Target) -> dict[str, int]:
+        """Returns name of samples -> the row of the image whose caption they are of."""
+        forgotten = list({target.images.captions[row]: row for row in target.unique[::-1]}.values())[::-1]
+        gone = {target.images.captions[row] for row in target.forget}
+        kept = {}
+        for row in np.random.default_rng(_SEED).permutation(target.remain):
+            if (caption := target.images.captions[row]) not in gone and len(kept) < self._num_captions:
+                kept.setdefault(caption, int(row))
+        kinds = {"forgotten": forgotten[: self._num_captions], "kept": kept.values()}
+        return {f"{kind}_{number:02d}": int(row) for kind, rows in kinds.items() for number, row in enumerate(rows)}
+
+    def sampled(self, target: Target) -> dict[str, Array]:
+        conditions = self.of_images(target.images)
+        return {name: jnp.asarray(conditions(np.array([row]))) for name, row in self.shown(target).items()}
+
+    def describe(self, name: str, target: Target) -> str:
+        return target.images.captions[self.shown(target)[name]]
+
+    def _rows(self, target: Target) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the states: of the distinct forgotten images, and of those that remain."""
+        rows = self._states.rows(target.images.captions)
+        return rows[target.unique], rows[target.remain]

@@ -1,0 +1,56 @@
+"""Which kind of model a folder holds, told by the small files in it before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+from retrack_jax.checks import UserError, check
+from retrack_jax.weights.folder import UNET_FOLDERS, read_config, read_object
+from retrack_jax.weights.hub import local_model
+
+# Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.
+_ADAPTERS = ("*lora*.safetensors", "*lora*.bin", "adapter_config.json", "adapter_model.*")
+_LORA_TENSORS = (".lora_", "lora_unet_", "lora_te")
+
+
+def network_config(checkpoint) -> tuple[Path, dict[str, Any]] | None:
+    """Returns (folder, its `config.json`) of the UNet in `checkpoint`: in its unet/ or unet_ema/, or itself; None if it is not
+    there.
+    """
+    folder = local_model(checkpoint)
+    places = [folder / name for name in (*UNET_FOLDERS, "")]
+    place = next((place for place in places if (place / "config.json").is_file()), None)
+    return None if place is None else (place, read_config(place))
+
+
+def takes_prompts(checkpoint) -> bool:
+    """Returns whether the network in `checkpoint` takes a prompt, as Stable Diffusion's does."""
+    if not checkpoint:
+        return False
+    network = network_config(checkpoint)
+    if network is None:
+        return local_model(checkpoint).is_file()  # only Stable Diffusion is read from one file
+    return network[1].get("_class_name") == "UNet2DConditionModel"
+
+
+def check_supported(checkpoint) -> None:
+    """Raises `UserError` if `checkpoint` holds an adapter, or a pipeline whose network is no UNet (SD3, FLUX)."""
+    path = local_model(checkpoint)
+    check(
+        not _is_adapter(path),
+        f"{path} is an adapter (LoRA), which changes a model and is none; merge it into its model (in diffusers: "
+        "load_lora_weights, fuse_lora, save_pretrained) and give that folder",
+    )
+    index = path / "model_index.json"
+    name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
+    if network_config(path) is None and (path / "transformer").is_dir():
+        what = f"{path} holds a {name or 'transformer'}, which is not supported"
+        raise UserError(f"{what}; give a Stable Diffusion 1.x or 2.x folder, or another model with a UNet")
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_file() and path.suffix == ".safetensors":
+        from retrack_jax.weights.safetensors_io import SafetensorsFile
+
+        return "lora" in path.name.lower() or any(part in name for name in SafetensorsFile(path) for part in _LORA_TENSORS)
+    whole = (path / "config.json").is_file() or (path / "model_index.json").is_file() or network_config(path) is not None
+    return path.is_dir() and not whole and any(found for pattern in _ADAPTERS for found in path.glob(pattern))
