@@ -28,7 +28,7 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrackOptions(MethodOptions):
-    """ReTrack: lambda L_unlearn + (1 - lambda) L_R. The last three are of captioned images (equations 9, 10 of unlearn/losses.py)."""
+    """ReTrack: lambda L_unlearn + (1 - lambda) L_R. The last three are of captions: equations 9 and 10 of unlearn/losses.py."""
 
     lam: float | None = 0.005  # lambda, in [0, 1]: the weight of the unlearning term; None: left to the rules (config/rules.py)
     lam_schedule: str = "constant"  # or linear, cosine: from lam to lam_end over the run
