@@ -36,7 +36,7 @@ class DataOptions:
 
     source: str = ""  # a key of data.sources.SOURCES
     dir: str = ""  # where the files are; ~ is expanded; with parquet also an id of the hub
-    format: str = ""  # how that source's files are kept: tfds, parquet, folder; empty: its first
+    format: str = ""  # how that source's files are stored: tfds, parquet, idx, folder; empty: its first
     tfds_name: str = ""  # with source tfds: its name there, such as mnist
     split: str = "train"
     copies: int = 0  # T-shirts added to the digits, by sources that add any

@@ -169,8 +169,8 @@ def data_files(workdir, folder: Path):
             ]
         ),
     )  # fmt: skip
-    names = st.sampled_from(["a.npz", "a.parquet", "a.png", "a.jpg", "a.txt"])
-    sources = st.sampled_from(["npz", "parquet", "folder", "cifar10", "mnist_tshirt", "celebahq", "tfds"])
+    names = st.sampled_from(["a.npz", "a.parquet", "a.png", "a.jpg", "a.txt", "train-images-idx3-ubyte.gz"])
+    sources = st.sampled_from(["npz", "parquet", "folder", "cifar10", "mnist_tshirt", "celebahq", "tfds", "idx"])
 
     def write(source, name, data, point_at_file, number=[0]):  # noqa: B006, the counter is meant to live on
         number[0] += 1
