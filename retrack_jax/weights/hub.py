@@ -4,6 +4,7 @@ An id is `org/name`, or `org/name@revision` for a branch, tag or commit. A file 
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from glob import escape
@@ -78,7 +79,10 @@ def snapshot(name: str, choose: Callable[[Iterable[str]], list[str]], kind: str 
       UserError: the hub does not have it, does not give it, or cannot be reached, and the cache does not hold all of it.
     """
     from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     repository, revision = _ID.fullmatch(name).group("repository", "revision")
     where: dict[str, Any] = {"repo_type": kind, "revision": revision}
     what = f"{'data set' if kind == 'dataset' else kind} {name}"
