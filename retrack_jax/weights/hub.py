@@ -14,7 +14,8 @@ from typing import Any
 from retrack_jax.checks import UserError
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-_OF_PATHS = ("datasets/", "models/", "spaces/")  # the hub has no organization of these names
+# The hub has no organization of the first three names; the others are what paths here usually begin with.
+_OF_PATHS = ("datasets/", "models/", "spaces/", "checkpoints/", "runs/")
 _OF_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".parquet")
 # From the best to the worst: a network's weights may lie in a folder several times.
 _WEIGHTS = [re.compile(rf"(diffusion_pytorch_model|pytorch_model|model){middle}{ending}(\.index\.json)?")
