@@ -2,7 +2,7 @@
 # make test    the test suite                                    make parity  against the real PyTorch diffusers
 # make bench   speed, side by side with PyTorch                  make lint    ruff, mypy
 # make install .venv, with the command .venv/bin/retrack          make docs    docs/config.md, tables, the diagram
-# make clean   remove the virtual environments
+# make newest  fast tests on the newest Python and jax            make clean   remove the virtual environments
 # JAX=cuda or JAX=tpu installs jax for that accelerator.
 # LOCKED=1 installs the versions that the README's numbers were measured with (Python 3.11).
 
@@ -15,7 +15,10 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 QUIET_PIP := -q --disable-pip-version-check
 
-.PHONY: demo install test drills parity bench lint docs clean
+NEWEST := .venv-newest/bin/python
+FAST := $(addprefix tests/,unlearn diffusion sampling train weights checkpoints config test_api.py test_files.py test_log.py test_imports.py)
+
+.PHONY: demo install test newest drills parity bench lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
@@ -34,6 +37,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+newest: .venv-newest/installed
+	$(NEWEST) -m pytest -n auto --dist loadfile $(FAST)
+
 drills: $(INSTALLED)
 	$(BIN)/python -m pytest tests/drills -n 2 --dist loadfile
 
@@ -49,6 +55,11 @@ bench: .venv-parity/installed
 	if [ $(JAX) != cpu ]; then $(BIN)/python -m pip install $(QUIET_PIP) "retrack_jax[$(JAX)] @ file://$(CURDIR)" $(VERSIONS); fi
 	touch $@
 
+.venv-newest/installed: requirements.txt
+	test -x $(NEWEST) || python3.13 -m venv .venv-newest
+	$(NEWEST) -m pip install $(QUIET_PIP) -r requirements.txt
+	touch $@
+
 # PyTorch's CPU build first, by itself: a plain `torch` would bring CUDA's gigabytes.
 .venv-parity/installed: requirements.txt tests/parity/requirements.txt
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
@@ -58,4 +69,4 @@ bench: .venv-parity/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-parity
+	rm -rf .venv .venv-parity .venv-newest

@@ -195,11 +195,15 @@ def npz_rows(path, *, advice: str = MAKE_AGAIN) -> int:
     """Returns the length of the first array in the `.npz` at `path`, from its header alone; raises `UserError` as `read_npz`."""
     try:
         with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
-            first = np.lib.format.read_magic(member)[0] == 1
-            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-            return read(member)[0][0]
+            return npy_header(member)[0][0]
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise UserError(f"{path} is damaged ({error}); {advice}") from error
+
+
+def npy_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Returns shape, whether the order is Fortran's, and dtype of the array that `stream` is about to read."""
+    first = np.lib.format.read_magic(stream)[0] == 1
+    return (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(stream)
 
 
 def write_npz(path, *, advice: str = IN_WORKDIR, **arrays) -> None:
@@ -233,11 +237,8 @@ def read_cached(path, read: Callable[..., Value]) -> Value | None:
 
 def file_digest(path) -> str:
     """Returns the SHA-256 of the file at `path`, as 64 hexadecimal digits."""
-    sha = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def array_digest(*arrays) -> str:

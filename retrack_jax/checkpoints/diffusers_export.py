@@ -12,7 +12,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import UNET_FOLDERS
-from retrack_jax.weights.hub import id_of
+from retrack_jax.weights.hub import id_of, local_model
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, to_torch
 from retrack_jax.weights.safetensors_io import write_safetensors
 
@@ -36,14 +36,15 @@ def export_diffusers(
       module: the network, with `to_config()`.
       params: its parameters; their dtypes are kept.
       schedule: a `Schedule`, or a dict as in `scheduler_config.json`.
-      source: the folder that the model came from; its license files and model card are copied along, the card with `note` below.
+      source: the folder that the model came from, or its id on the hub; its license files and model card are copied along, the
+        card with `note` below.
       note: what was forgotten and how, for the model card.
       table: the spelling of the parameters' names.
 
     Raises:
       UserError: `path` is `source` or holds something else, or cannot be written; or there is no `source`.
     """
-    path = epath.Path(path)
+    path, source = epath.Path(path), None if source is None else local_model(source)
     _check_replaceable(path, source)
     files: dict[str, Any] = {"README.md": model_card(source, note)} | licenses(source)
     config = module.to_config()

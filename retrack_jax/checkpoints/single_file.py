@@ -35,8 +35,11 @@ class SingleFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self._tensors = path, _unwrapped(open_file(path))
-        names = list(self._tensors)
+        self.path, self._tensors = path, open_file(path)
+        wrapped = any(name.startswith("state_dict.") for name in self._tensors)
+        self._wrapper = "state_dict." if wrapped else ""  # of training scripts, next to what else they save
+        held = [name for name in self._tensors if name.startswith(self._wrapper)]
+        names = self._names = [name.removeprefix(self._wrapper) for name in held]
         if any(name.startswith("conditioner.embedders.") for name in names):
             raise UserError(f"{path} holds Stable Diffusion XL, which is not supported; give Stable Diffusion 1.x or 2.x")
         if any("lora_" in name or ".lora." in name for name in names):
@@ -49,11 +52,14 @@ class SingleFile:
 
     def part(self, part: str, target: PyTree) -> FileTensors:
         """Returns the tensors of a part under the names of diffusers and transformers; `target` has its network's shapes."""
-        return PartOfFile(self._tensors, places(part, torch_shapes(target), self.open_clip), PREFIXES[part])
+        where = places(part, torch_shapes(target), self.open_clip)
+        where = {name: place._replace(name=self._wrapper + place.name) for name, place in where.items()}
+        return PartOfFile(self._tensors, where, self._wrapper + PREFIXES[part])
 
     def besides_unet(self) -> dict[str, np.ndarray]:
         """Returns everything but the UNet and averages of it, as the file has it."""
-        return {name: self._tensors[name] for name in self._tensors if not name.startswith((PREFIXES["unet"], _AVERAGED))}
+        others = [name for name in self._names if not name.startswith((PREFIXES["unet"], _AVERAGED))]
+        return {name: self._tensors[self._wrapper + name] for name in others}
 
     def configs(self, given: str) -> Path:
         """Returns the folder with the configs and the tokenizer: `given`, a folder or an id, or what goes with the file.
@@ -67,24 +73,6 @@ class SingleFile:
         )
         name = given or _STABLE_DIFFUSION_1
         return snapshot(name, text_files) if is_id(name) else local_model(name)
-
-
-def _unwrapped(tensors: FileTensors) -> FileTensors:
-    """Drops the level `state_dict` that files of training scripts have."""
-    wrapper = "state_dict."
-    if not any(name.startswith(wrapper) for name in tensors):
-        return tensors
-    return _Behind(tensors, wrapper)
-
-
-class _Behind(FileTensors):
-    def __init__(self, tensors: FileTensors, wrapper: str):
-        self._tensors, self._wrapper = tensors, wrapper
-        names = [name.removeprefix(wrapper) for name in tensors if name.startswith(wrapper)]
-        super().__init__({name: tensors.shape(wrapper + name) for name in names})
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[self._wrapper + name]
 
 
 def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None = None) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax.checks import UserError
+from retrack_jax.files import npy_header
 
 
 def first_images(path, count: int) -> dict[str, np.ndarray]:
@@ -22,11 +23,7 @@ def first_images(path, count: int) -> dict[str, np.ndarray]:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             for member in archive.namelist():
                 with archive.open(member) as stream:
-                    version = np.lib.format.read_magic(stream)
-                    read_header = (
-                        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                    )
-                    shape, fortran, dtype = read_header(stream)
+                    shape, fortran, dtype = npy_header(stream)
                     if dtype != np.uint8 or len(shape) != 4 or fortran:
                         continue
                     rows = min(count, shape[0])

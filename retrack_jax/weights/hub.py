@@ -4,6 +4,7 @@ An id is `org/name`, or `org/name@revision` for a branch, tag or commit. A file 
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from glob import escape
@@ -13,7 +14,8 @@ from typing import Any
 from retrack_jax.checks import UserError
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-_OF_PATHS = ("datasets/", "models/", "spaces/")  # the hub has no organization of these names
+# The hub has no organization of the first three names; the others are what paths here usually begin with.
+_OF_PATHS = ("datasets/", "models/", "spaces/", "checkpoints/", "runs/")
 _OF_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".parquet")
 # From the best to the worst: a network's weights may lie in a folder several times.
 _WEIGHTS = [re.compile(rf"(diffusion_pytorch_model|pytorch_model|model){middle}{ending}(\.index\.json)?")
@@ -78,7 +80,10 @@ def snapshot(name: str, choose: Callable[[Iterable[str]], list[str]], kind: str 
       UserError: the hub does not have it, does not give it, or cannot be reached, and the cache does not hold all of it.
     """
     from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     repository, revision = _ID.fullmatch(name).group("repository", "revision")
     where: dict[str, Any] = {"repo_type": kind, "revision": revision}
     what = f"{'data set' if kind == 'dataset' else kind} {name}"

@@ -16,7 +16,7 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text
 OPEN_CLIP = "cond_stage_model.model."  # Stable Diffusion 2.x has OpenCLIP's text encoder, 1.x that of transformers
 _CLIP = "cond_stage_model.transformer.text_model."
 # Not read: buffers, the projection behind the text encoder, and OpenCLIP's last layer, which Stable Diffusion 2.x leaves out.
-_UNREAD = re.compile(r"cond_stage_model\..*(position_ids|logit_scale|text_projection|attn_mask|resblocks\.23\..*)")
+_UNREAD = re.compile(r"(state_dict\.)?cond_stage_model\..*(position_ids|logit_scale|text_projection|attn_mask|resblocks\.23\..*)")
 
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants
 
-from retrack_jax.checkpoints import import_diffusers, read_schedule_config
+from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
 from retrack_jax.data.sources.load import load_images
 from retrack_jax.weights import hub as ours
@@ -51,7 +51,7 @@ def same(a, b):
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def test_a_model_by_its_id_is_the_model_of_the_folder(hub, monkeypatch):
+def test_a_model_by_its_id_is_the_model_of_the_folder(hub, tmp_path, monkeypatch):
     module, params = import_diffusers("org/tiny")
     expected, weights = import_diffusers(hub.repositories["models/org/tiny"])
     assert module == expected
@@ -60,6 +60,8 @@ def test_a_model_by_its_id_is_the_model_of_the_folder(hub, monkeypatch):
     texts = {"README.md", "scheduler/scheduler_config.json", "unet/README.md", "unet/config.json"}
     assert set(hub.asked) == texts | {f"unet/{WEIGHTS}"}
     assert ours.id_of(ours.local_model("org/tiny")) == "org/tiny"
+    export_diffusers(tmp_path / "out", module, params, source="org/tiny", note="Forgot it.")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "org/tiny"
     # Without a network, what is there whole is taken.
     again(monkeypatch, HF_HUB_OFFLINE=True)
     same(import_diffusers("org/tiny", revision="main")[1], weights)

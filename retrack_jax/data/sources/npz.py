@@ -12,9 +12,9 @@ from retrack_jax.data.dataset import ImageSet, image_set
 from retrack_jax.data.memory import available_memory
 from retrack_jax.data.needs import if_file, requirement
 from retrack_jax.data.sources.source import Source, check_taken_as_they_are, data_folder
+from retrack_jax.files import npy_header
 
 _USED = ("images", "labels", "ids")
-_read_header_2 = np.lib.format.read_array_header_2_0
 
 
 def load_npz(path, name: str = "npz") -> ImageSet:
@@ -67,8 +67,7 @@ def _check_sizes(path: Path, archive: zipfile.ZipFile, names: Iterable[str]) -> 
     for name in names:
         member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
         with archive.open(member) as file:
-            read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file)[0] == 1 else _read_header_2
-            shape, _, dtype = read(file)
+            shape, _, dtype = npy_header(file)
             size, stored = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
         check(
             dtype.hasobject or size == stored,  # NumPy itself refuses objects
