@@ -39,4 +39,5 @@ def get_config(method=None):
 
     config.sampling.num_images = config.sampling.batch_size = config_dict.placeholder(int)
     config.eval.metrics = config_dict.placeholder(tuple)
+    config.compute.remat = config_dict.placeholder(bool)
     return with_method(config, method)

@@ -311,7 +311,7 @@ class ComputeOptions:
 
     dtype: str = "float32"  # or bfloat16: the network computes in it, weights stay float32
     param_dtype: str = "float32"  # of a latent model's UNet while it samples; bfloat16 is half. Training is in float32 always
-    remat: bool = False  # compute activations again in the backward pass, to save memory
+    remat: bool | None = False  # compute activations again in the backward pass, to save memory
     cpu_devices: int = 1  # where jax runs on the CPU: devices that share each batch; with 2, digits use two cores fully
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ A network that takes prompts denoises latents. Its recipe is that of Stable Diff
 
     (5)  rate = 1e-5, lambda = 0.5, 30 steps of 16 images in 16 parts
 
-What is sampled and measured depends on the kind of model too: `_SHOWN`.
+What is sampled and measured depends on the kind of model too, and so does memory: `_BY_KIND`.
 """
 
 import dataclasses
@@ -32,9 +32,10 @@ from retrack_jax.weights.kinds import takes_prompts
 
 log = logging.getLogger(__name__)
 # (group, field) -> its value for images alone, and for captioned ones.
-_SHOWN = {
+_BY_KIND = {
     ("sampling", "num_images"): (1000, 4),  # of each caption
     ("sampling", "batch_size"): (32, 4),
+    ("compute", "remat"): (False, True),  # 17 GB less with Stable Diffusion
     ("eval", "metrics"): (
         ("fid", "sscd", "nll_bits_per_dim"), ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
     ),
@@ -63,8 +64,8 @@ def open_fields(options: Options) -> list[str]:
     """Returns the numbers that the config leaves to `rules`, and `resolution` if that is left to the model."""
     recipes = [recipe for name, recipe in options.methods.items() if name in options.method_names] + [options.unlearn]
     names = {name for recipe in recipes for name in _open_in(recipe)}
-    shown = [f"{group}.{name}" for group, name in _SHOWN if getattr(getattr(options, group), name) is None]
-    return [name for name in rules(1, 32) if name in names] + ["resolution"] * (options.data.resolution is None) + shown
+    by_kind = [f"{group}.{name}" for group, name in _BY_KIND if getattr(getattr(options, group), name) is None]
+    return [name for name in rules(1, 32) if name in names] + ["resolution"] * (options.data.resolution is None) + by_kind
 
 
 def _open_in(recipe: UnlearnOptions) -> list[str]:
@@ -111,7 +112,7 @@ def complete(options: Options) -> Options:
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
     captioned = takes_prompts(options.checkpoint)
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side, captioned)
-    for (group, name), values in _SHOWN.items():
+    for (group, name), values in _BY_KIND.items():
         record = getattr(options, group)
         if getattr(record, name) is None:
             options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: values[captioned]})})

@@ -5,17 +5,21 @@ import json
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from retrack_jax import api
+from retrack_jax.checkpoints import load_pipeline
 from retrack_jax.checks import UserError
 from retrack_jax.cli.flags import parse
 from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import complete
 from retrack_jax.data.dataset import image_set
 from retrack_jax.main import main
+from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.problem.captions import Captions
+from retrack_jax.problem.denoiser import latent_denoiser
 from retrack_jax.problem.problem import check_problem
 from retrack_jax.problem.target import make_target
 from retrack_jax.problem.text_states import TextStates, text_states
@@ -130,6 +134,44 @@ def test_a_long_caption_is_cut_as_diffusers_does_and_that_is_said(pipeline, tmp_
     np.testing.assert_allclose(found.pooled[found.row_of[long]], end / np.linalg.norm(end), rtol=1e-6)
 
 
+# ---- Stable Diffusion 2.x
+
+
+def test_a_network_that_predicts_v_gives_eps_under_its_caption(pipeline_folder, rng):
+    path = pipeline_folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    pipeline = load_pipeline(pipeline_folder)
+    denoiser = latent_denoiser(pipeline, (8, 8, 4), "unet")
+    keys = jax.random.split(rng)
+    x_t, states, t = jax.random.normal(keys[0], (2, 8, 8, 4)), jax.random.normal(keys[1], (2, 77, 16)), jnp.array([10, 700])
+
+    def both(params):
+        return denoiser.eps_fn(params, x_t, t, states), pipeline.unet.apply({"params": params}, x_t, t, states)
+
+    with hasty_compiler():
+        eps, v = jax.jit(both)(denoiser.params)
+    tables = denoiser.schedule.gamma, denoiser.schedule.sigma
+    gamma, sigma = (np.asarray(table)[np.asarray(t)][:, None, None, None] for table in tables)
+    np.testing.assert_allclose(eps, gamma * v + sigma * x_t, rtol=1e-4, atol=1e-5)
+    assert np.abs(eps - v).max() > 0.1
+
+
+def test_the_text_encoder_of_stable_diffusion_2(tmp_path):
+    """The keys of its config.json that an encoder could depend on, and some that it does not."""
+    config = {
+        "architectures": ["CLIPTextModel"], "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
+        "hidden_act": "gelu", "hidden_size": 1024, "initializer_factor": 1.0, "initializer_range": 0.02,
+        "intermediate_size": 4096, "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
+        "num_attention_heads": 16, "num_hidden_layers": 23, "pad_token_id": 1, "projection_dim": 512, "torch_dtype": "float32",
+        "transformers_version": "4.25.0.dev0", "vocab_size": 49408,
+    }  # fmt: skip
+    module = ClipTextEncoder.from_config(config)
+    assert (module.hidden_act, module.num_attention_heads, module.num_hidden_layers) == ("gelu", 16, 23)
+    assert module.projection_dim is None  # its states are not projected
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))["params"]
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 340_387_840  # as published
+
+
 # ---- The command
 
 
@@ -199,6 +241,16 @@ def test_models_and_folders_with_adapters_next_to_a_model_pass(tmp_path):
     for folder in (model, PIPELINE, tmp_path / "nowhere"):
         check_supported(folder)
     assert takes_prompts(PIPELINE) and not takes_prompts(model) and not takes_prompts("")
+
+
+def test_the_list_of_needs_has_the_pipeline_and_the_captions(tmp_path, pictures, capsys):
+    argv = flags(tmp_path, targets="circle_00.png", mode="check")
+    assert main(argv) == 0
+    found = capsys.readouterr().out
+    for part in ("found    captions: ", "found    tokenizer: ", "found    vae weights: ", "missing  feature network sscd"):
+        assert part in found
+    (pictures / "metadata.jsonl").write_text('{"file_name": "circle_00.png", "text": "x"}')
+    assert "1 of what custom needs is missing: captions" in error_of(capsys, argv)
 
 
 def test_pictures_without_captions_end_the_command_with_one_line(tmp_path, pictures, capsys):

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.source import data_folder
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -38,7 +39,7 @@ def folder_captions(data: Mapping, images: ImageSet) -> list[str]:
     folder, column = data_folder(data), data["caption_column"]
     rows = _table_rows(folder, column, images.ids)
     if rows is None:
-        captions = {name: _read(path).strip() for name in images.ids if (path := (folder / name).with_suffix(".txt")).is_file()}
+        captions = {name: _read(path).strip() for name, path in _text_files(folder, images.ids).items()}
         check(
             bool(captions),
             f"no captions in {folder}: looked for {', '.join(TABLES)} (columns {_NAME} and {column}) and for a .txt next to each "
@@ -55,6 +56,26 @@ def folder_captions(data: Mapping, images: ImageSet) -> list[str]:
         "one too), or remove the pictures",
     )
     return [captions[name] for name in images.ids]
+
+
+def captions_need(data: Mapping, images: ImageSet) -> Requirement:
+    """Returns the files that hold the captions of `images`, found or missing."""
+    folder = data_folder(data)
+    found = [folder / table for table in _tables(folder, images.ids)] or list(_text_files(folder, images.ids).values())
+    try:
+        folder_captions(data, images)
+    except UserError as error:
+        return Requirement(description="captions", path=folder, found=False, advice=str(error))
+    return requirement("captions", folder, found)
+
+
+def _tables(folder: Path, names: Sequence[str]) -> list[PurePosixPath]:
+    folders = sorted({PurePosixPath("."), *(PurePosixPath(name).parent for name in names)})
+    return [below / table for below in folders for table in TABLES if (folder / below / table).is_file()]
+
+
+def _text_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    return {name: path for name in names if (path := (folder / name).with_suffix(".txt")).is_file()}
 
 
 def _of_rows(rows: Sequence[tuple[str, str, str]], images: ImageSet, folder: Path) -> dict[str, str]:
@@ -76,8 +97,7 @@ def _of_rows(rows: Sequence[tuple[str, str, str]], images: ImageSet, folder: Pat
 
 def _table_rows(folder: Path, column: str, names: Sequence[str]) -> list[tuple[str, str, str]] | None:
     """Returns (path below `folder`, FILE:LINE, caption) of every row of all tables; None if there is no table."""
-    folders = sorted({PurePosixPath("."), *(PurePosixPath(name).parent for name in names)})
-    tables = [below / table for below in folders for table in TABLES if (folder / below / table).is_file()]
+    tables = _tables(folder, names)
     twice = next((table.parent for table in tables if sum(other.parent == table.parent for other in tables) > 1), None)
     check(twice is None, f"{folder / str(twice)} has {' and '.join(TABLES)}; keep one of them")
     rows = []

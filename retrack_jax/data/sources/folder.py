@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
-from retrack_jax.data.sources.captions import folder_captions
+from retrack_jax.data.sources.captions import captions_need, folder_captions
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
+from retrack_jax.weights.kinds import takes_prompts
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _SHOWN = 3  # names in a message
@@ -116,9 +117,11 @@ def folder_need(data: Mapping, command: str = "") -> Requirement:
     return requirement("images", folder, found, command=command, advice=advice)
 
 
-SOURCE = Source(
-    formats=("folder",),
-    load=load_folder,
-    needs=lambda data, config: iter([folder_need(data)]),
-    captions=folder_captions,
-)
+def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
+    images = folder_need(data)
+    yield images
+    if images.found and takes_prompts(config.get("checkpoint", "")):
+        yield captions_need(data, named_images(data))
+
+
+SOURCE = Source(formats=("folder",), load=load_folder, needs=_needs, captions=folder_captions)
