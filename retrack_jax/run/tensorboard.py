@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
 
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check
@@ -45,6 +44,8 @@ def show_results(options: Options, folder, metrics: Mapping) -> None:
     with _writer(options, folder) as events:
         if events is None:
             return
+        from PIL import Image
+
         for name, value in metrics["unlearned"].items():
             events.add_scalar(f"metrics/{name}", float(value), metrics["steps"])
         events.add_text("verdict", in_words(metrics["verdict"]), metrics["steps"])
