@@ -114,7 +114,8 @@ def check_problem(options: Options) -> None:
     if not SOURCES[options.data.source].gives_concepts:
         if options.checkpoint and not captioned:
             check_unconditional(options.checkpoint)
-        check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
+        of_prompts = captioned or options.export != "single_file"
+        check(of_prompts, "config.export is single_file, which only Stable Diffusion has; choose unet")
         return
     check(
         bool(options.checkpoint),

@@ -11,7 +11,9 @@ import pytest
 
 from retrack_jax.checkpoints import export_pipeline, export_single_file, import_diffusers, load_pipeline
 from retrack_jax.checks import UserError
+from retrack_jax.config.options import DataOptions, Options
 from retrack_jax.problem.denoiser import latent_denoiser
+from retrack_jax.problem.problem import check_problem
 from retrack_jax.weights.ldm_names import PartOfFile, in_file, places
 from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
@@ -162,3 +164,9 @@ def test_a_runs_export_of_a_model_that_was_one_file(file, pipeline, tmp_path):
     same(import_diffusers(tmp_path / "unet")[1], pipeline.unet_params)
     with pytest.raises(UserError, match="config.export=pipeline copies the parts of a folder"):
         latent_denoiser(loaded, (8, 8, 4), "pipeline")
+
+
+def test_only_stable_diffusion_is_exported_to_one_file():
+    check_problem(Options(data=DataOptions(source="folder"), export="single_file", checkpoint=str(PIPELINE)))
+    with pytest.raises(UserError, match="config.export is single_file, which only Stable Diffusion has"):
+        check_problem(Options(data=DataOptions(source="digits_tshirt"), export="single_file"))
