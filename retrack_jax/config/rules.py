@@ -112,15 +112,21 @@ def complete(options: Options) -> Options:
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
     captioned = takes_prompts(options.checkpoint)
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side, captioned)
-    for (group, name), values in _BY_KIND.items():
-        record = getattr(options, group)
-        if getattr(record, name) is None:
-            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: values[captioned]})})
-            chosen[f"{group}.{name}"] = values[captioned]
+    options = chosen_by_kind(options, captioned)
+    chosen |= {f"{group}.{name}": values[captioned] for (group, name), values in _BY_KIND.items()}
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     shown = {name: {**chosen, "resolution": options.data.resolution}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
     return dataclasses.replace(options, methods=methods, unlearn=_filled(options.unlearn, chosen))
+
+
+def chosen_by_kind(options: Options, captioned: bool) -> Options:
+    """Returns `options` with the open fields chosen that only depend on whether the images have captions."""
+    for (group, name), values in _BY_KIND.items():
+        record = getattr(options, group)
+        if getattr(record, name) is None:
+            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: values[captioned]})})
+    return options
 
 
 def _filled(recipe: UnlearnOptions, chosen: dict) -> UnlearnOptions:
