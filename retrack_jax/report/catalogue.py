@@ -187,7 +187,7 @@ _METRICS = (
 )
 METRICS = {metric.name: metric for metric in _METRICS}
 # With prompts, SSCD looks at the samples: nothing is restored.
-_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity between the picture of a prompt and the prompt's samples, their mean."}
+_PROMPT_MEANINGS = {"sscd": "Copy-detection similarity of the picture of a prompt and the samples of the prompt, their mean."}
 _PROMPTS = {
     "_original": "original prompt",
     "_modified": "modified prompt",

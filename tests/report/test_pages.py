@@ -137,6 +137,25 @@ def test_run_page_shows_how_the_model_was_pretrained(run_dir):
     assert Page(run_report(run_dir).read_text()).tags.count("svg") == 2
 
 
+def test_run_page_of_captions(run_dir):
+    rng = np.random.default_rng(0)
+    images, old, new = (rng.integers(0, 256, (2, *shape), np.uint8) for shape in ((90, 90, 3), (3, 90, 90, 3), (3, 90, 90, 3)))
+    about = (("forgotten_00", "in/a.png", "a <b>red</b> circle"), ("kept_00", "c.png", ""))
+    captions = [
+        {"name": name, "file": file, "caption": caption, "image": images[i], "old": old[i], "new": new[i]}
+        for i, (name, file, caption) in enumerate(about)
+    ]
+    run_report(run_dir, before=old[0], after=new[0], forgotten=images[:1], captions=captions)
+    page = Page((run_dir / "report.html").read_text())
+    assert "“a <b>red</b> circle” in/a.png" in page.text and "(no caption) c.png" in page.text
+    assert page.text.index("Captions of forgotten images") < page.text.index("Captions of kept images")
+    for when in ("before", "after"):
+        assert page.alts.count(f"sample 3 {when}") == 2
+    assert page.alts.count("the image c.png") == 2  # to the left of both rows
+    assert not any("a grid of" in alt for alt in page.alts)  # they take the place of the grids
+    assert Image.open(run_dir / "samples.png").size[0] > 300
+
+
 def test_run_page_of_two_prompts(run_dir):
     photos = np.random.default_rng(1).integers(0, 256, (3, 96, 96, 3), np.uint8)
     write_npz(run_dir / "samples.npz", original=photos, modified=photos)

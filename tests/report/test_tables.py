@@ -46,6 +46,8 @@ def test_signs_vanish_with_their_number():
     # Of pixels it is a restored image, of a prompt its samples.
     assert "restores" in describe("sscd").meaning
     assert describe("sscd_original").meaning == describe("sscd_modified").meaning != describe("sscd").meaning
+    assert describe("sscd_forgotten").better == "lower" and describe("sscd_kept").better == ""
+    assert describe("clip_iqa_kept").label == "CLIP-IQA, kept captions"
     assert "samples of the prompt" in describe("sscd_original").meaning
     fid = describe("fid")
     assert (signed(fid, 0.2), signed(fid, -0.2), signed(fid, 0.001), signed(fid, -0.001)) == ("+0.20", "−0.20", "0.00", "0.00")
