@@ -36,13 +36,17 @@ def _image_and_time(module) -> tuple[jax.Array, ...]:
     return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32)
 
 
+def _with_label(module) -> tuple[jax.Array, ...]:
+    return *_image_and_time(module), *module.smallest_label
+
+
 def _with_prompt(module) -> tuple[jax.Array, ...]:
     return *_image_and_time(module), jnp.zeros((1, 1, module.cross_attention_dim))
 
 
 # By diffusers' `_class_name`. A new family is one record here and one module.
 FAMILIES = {
-    "UNet2DModel": Family(UNet2D, _image_and_time),
+    "UNet2DModel": Family(UNet2D, _with_label),
     "UNet2DConditionModel": Family(UNet2DCondition, _with_prompt),
 }
 

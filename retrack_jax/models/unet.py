@@ -71,10 +71,18 @@ class UNet(Configured, nn.Module):
         dim = self.block_out_channels[0]
         return timestep_embedding(t, dim, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
 
+    @property
+    def _embedding_width(self) -> int:
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def _time_embedding(self, frequencies: Array, act_fn: str = "silu", name: str = "time_embedding") -> Array:
+        """Returns what residual blocks read, `[B, D']`, from what `_frequencies` returns."""
+        return TimestepEmbedding(self._embedding_width, act_fn, self.dtype, name=name)(frequencies)
+
     def _through_blocks(
         self,
         x_t: Array,
-        t: Array,
+        temb: Array,
         *,
         down: Sequence[tuple[Attending, str]],
         mid: Attending,
@@ -85,13 +93,11 @@ class UNet(Configured, nn.Module):
     ) -> Array:
         """Returns the prediction, float32 `[B, H, W, out_channels]`.
 
-        `down` and `up` say for each block what attends in it, and its resampler, which the last block does not use; `mid` says
-        what attends in the middle. Transformers attend to `prompt` `[B, M, D]`. `act_fn` is the activation of time embedding and
-        output.
+        `temb` `[B, D']` is the embedding of time and class. `down` and `up` say for each block what attends in it, and its
+        resampler, which the last block does not use; `mid` says what attends in the middle. Transformers attend to `prompt`
+        `[B, M, D]`. `act_fn` is the activation of the output.
         """
         options, channels, last = ResnetOptions.of(self), self.block_out_channels, len(self.block_out_channels) - 1
-        width = self.time_embedding_dim or 4 * channels[0]
-        temb = TimestepEmbedding(width, act_fn, self.dtype, name="time_embedding")(self._frequencies(t))
         x = 2.0 * x_t - 1.0 if self.center_input_sample else x_t
         x = Conv(channels[0], 3, padding=1, dtype=self.dtype, name="conv_in")(x)
 

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from retrack_jax.checks import check, check_choice
+from retrack_jax.checks import check, check_choice, check_int
 from retrack_jax.models.blocks import Attending, AttentionOptions
 from retrack_jax.models.config_format import ConfigFormat
 from retrack_jax.models.embeddings import GaussianFourierProjection
@@ -29,7 +29,15 @@ _UP_BLOCKS = {
 
 
 class UNet2D(UNet):
-    """The unconditional UNet of DDPM; defaults are diffusers', and `attention_head_dim` is channels per head."""
+    """The UNet of DDPM, with or without class labels.
+
+    Defaults are diffusers', and `attention_head_dim` is channels per head. The embedding of the class is added to that of the
+    time:
+
+        num_class_embeds                 a trained row for each label in [0, num_class_embeds)
+        class_embed_type "timestep"      as the time is embedded, with dense layers of its own: labels are numbers
+        class_embed_type "identity"      what the caller passes, `[B, D']`: it is the embedding already
+    """
 
     time_embedding_type: str = "positional"
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
@@ -40,9 +48,11 @@ class UNet2D(UNet):
     upsample_type: str = "conv"
     attn_norm_num_groups: int | None = None
     add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
 
-    config_format = ConfigFormat(class_name="UNet2DModel", fixed={"class_embed_type": None, "num_class_embeds": None})
+    config_format = ConfigFormat(class_name="UNet2DModel", fixed={})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "UNet2D":
@@ -60,6 +70,9 @@ class UNet2D(UNet):
         check_choice("time_embedding_type", self.time_embedding_type, ("positional", "fourier", "learned"))
         learned = self.time_embedding_type == "learned"
         check(not learned or self.num_train_timesteps, "time_embedding_type 'learned' needs num_train_timesteps")
+        check_choice("class_embed_type", str(self.class_embed_type), ("None", "timestep", "identity"))
+        if self.num_class_embeds is not None:
+            check_int("num_class_embeds", self.num_class_embeds)
         check_choice("downsample_type", self.downsample_type, ("conv", "resnet"))
         check_choice("upsample_type", self.upsample_type, ("conv", "resnet"))
         self._check_blocks("UNetMidBlock2D", plain=_plain, down_block_types=_DOWN_BLOCKS, up_block_types=_UP_BLOCKS)
@@ -76,23 +89,46 @@ class UNet2D(UNet):
             f"attn_norm_num_groups is {groups!r}; it must divide the last of block_out_channels {widths}",
         )
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the network takes a class for each image."""
+        return self.class_embed_type is not None or self.num_class_embeds is not None
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels the network knows, from 0 on; None: any number."""
+        if self.class_embed_type is None:
+            return self.num_class_embeds
+        return self.num_train_timesteps if self.time_embedding_type == "learned" else None
+
+    @property
+    def smallest_label(self) -> tuple[Array, ...]:
+        """The class of one image, as `__call__` takes it; nothing for an unconditional network."""
+        if not self.takes_labels:
+            return ()
+        identity = self.class_embed_type == "identity"
+        return (jnp.zeros((1, self._embedding_width)) if identity else jnp.zeros((1,), jnp.int32),)
+
     def _kinds(self, table: Mapping[str, tuple[bool, str | None]]) -> list[tuple[bool, str | None]]:
         types = self.down_block_types if table is _DOWN_BLOCKS else self.up_block_types
         return [table[_plain(kind)] for kind in types]
 
     @nn.compact
-    def __call__(self, x_t: Array, t: Array, deterministic: bool = True) -> Array:
+    def __call__(self, x_t: Array, t: Array, class_labels: Array | None = None, deterministic: bool = True) -> Array:
         """Returns the prediction for noisy images, float32 `[B, H, W, out_channels]`.
 
         Args:
           x_t: `[B, H, W, in_channels]`; H and W are multiples of 2^(blocks - 1).
           t: timesteps `[B]`, int or float.
+          class_labels: labels, int32 `[B]`, or `[1]` for all images; with "identity" embeddings `[B or 1, D']`. None for an
+            unconditional network.
           deterministic: False turns dropout on, which draws from the rng collection "dropout".
 
         Raises `UserError` at tracing if the options or the shapes do not fit.
         """
         self.check_options()
         self._check_shapes(x_t, t)
+        self._check_labels(x_t, class_labels)
         attention = AttentionOptions(head_dim=self.attention_head_dim, norm_num_groups=self.norm_num_groups)
 
         def plan(table: Mapping, resampler: str) -> Sequence[tuple[Attending, str]]:
@@ -106,13 +142,38 @@ class UNet2D(UNet):
         # The activation of time embedding and output is SiLU whatever act_fn is, as in diffusers.
         x = self._through_blocks(
             x_t,
-            t,
+            self._time_and_class(t, class_labels),
             down=plan(_DOWN_BLOCKS, self.downsample_type),
             mid=dataclasses.replace(attention, **middle) if self.add_attention else None,
             up=plan(_UP_BLOCKS, self.upsample_type),
             deterministic=deterministic,
         )
         return x / t.astype(jnp.float32)[:, None, None, None] if self.time_embedding_type == "fourier" else x
+
+    def _check_labels(self, x_t: Array, class_labels: Array | None) -> None:
+        if not self.takes_labels:
+            check(class_labels is None, "the network is unconditional and was given class labels")
+            return
+        check(class_labels is not None, "the network takes class labels and was given none")
+        example = self.smallest_label[0]
+        fits = class_labels.shape[1:] == example.shape[1:] and class_labels.shape[:1] in ((1,), x_t.shape[:1])
+        check(
+            fits, f"class_labels have shape {class_labels.shape}; they need {[len(x_t), *example.shape[1:]]}, one for each image"
+        )
+
+    def _time_and_class(self, t: Array, class_labels: Array | None) -> Array:
+        if self.class_embed_type == "timestep":
+            # One call for both, because a time_proj that has parameters is one module.
+            both = self._frequencies(jnp.concatenate([t, class_labels.astype(t.dtype)]))
+            embedding = self._time_embedding(both[len(t) :], name="class_embedding")
+            return self._time_embedding(both[: len(t)]) + embedding
+        temb = self._time_embedding(self._frequencies(t))
+        if not self.takes_labels:
+            return temb
+        if self.class_embed_type == "identity":
+            return temb + class_labels.astype(self.dtype)
+        table = nn.Embed(self.num_class_embeds, self._embedding_width, dtype=self.dtype, name="class_embedding")
+        return temb + table(class_labels)
 
     def _frequencies(self, t: Array) -> Array:
         dim = self.block_out_channels[0]

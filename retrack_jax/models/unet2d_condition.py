@@ -98,7 +98,7 @@ class UNet2DCondition(UNet):
         up = zip(self.up_block_types, reversed(attention), strict=True)
         return self._through_blocks(
             x_t,
-            t,
+            self._time_embedding(self._frequencies(t), self.act_fn),
             down=[(one if _DOWN_BLOCKS[kind] else None, "conv") for kind, one in down],
             mid=attention[-1],
             up=[(one if _UP_BLOCKS[kind] else None, "conv") for kind, one in up],

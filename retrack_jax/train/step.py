@@ -14,13 +14,14 @@ import optax
 
 from retrack_jax import parallel
 from retrack_jax.data.dataset import to_x_0
+from retrack_jax.diffusion.conversions import expand
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.cpu.packing import pack
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.train.state import TrainState
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.options import MethodOptions
-from retrack_jax.unlearn.streams import POSTERIOR, Context, Stream
+from retrack_jax.unlearn.streams import CONDITION, POSTERIOR, Anchor, Context, Stream
 
 # Folds of a step's key: one per stream, which its examples' keys come from.
 _REMAIN, _FORGET = range(2)
@@ -35,17 +36,24 @@ class Shared:
       forget: the forgotten examples, as `to_x_0` takes them, leaves `[F, ...]`; or None.
       neighbors: the distinct neighbors of all of them, leaves `[M, ...]`; or None.
       neighbor_rows: int `[F, K]`, rows of `neighbors`; or None.
-      reference: the frozen pretrained parameters, for the distillation loss; or None.
+      null_neighbor_rows: the same for forgotten examples whose condition is dropped; None: as `neighbor_rows`.
+      anchor: leaves `[F, ...]`: the conditions of equation 10 of unlearn/losses.py, and which forgotten examples use one; or None.
+      reference: the frozen pretrained parameters, for the distillation loss and for anchors; or None.
       conditions: what examples' `condition` are rows of, `[P, ...]`, such as embeddings of prompts. A table of one row is passed
-        to the network as it is and broadcasts. None: the network takes no condition, or the rows themselves (labels).
+        to the network as it is and broadcasts. None: the network takes no condition, or what the examples carry is the
+        condition itself (labels).
+      null: the condition `[1, ...]` that takes the place of those that are dropped; None: none is.
     """
 
     schedule: Schedule
     forget: PyTree | None = None
     neighbors: PyTree | None = None
     neighbor_rows: Array | None = None
+    null_neighbor_rows: Array | None = None
+    anchor: Anchor | None = None
     reference: PyTree | None = None
     conditions: Array | None = None
+    null: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class StepOptions:
       t_min, t_max: timesteps are drawn from [t_min, t_max).
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
+      condition_dropout: the probability with which an example's condition is dropped for `Shared.null`.
     """
 
     options: MethodOptions = MethodOptions()
@@ -68,6 +77,7 @@ class StepOptions:
     t_max: int
     distill: bool = False
     dropout: bool = False
+    condition_dropout: float = 0.0
 
 
 def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Callable:
@@ -92,12 +102,13 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
             context = Context(
                 schedule=shared.schedule,
                 eps_fn=_close(eps_fn, params, shared.conditions, how.dropout),
-                reference_fn=_close(eps_fn, shared.reference, shared.conditions) if how.distill else None,
+                reference_fn=None if shared.reference is None else _close(eps_fn, shared.reference, shared.conditions),
+                distill=how.distill,
                 options=options,
                 t_min=how.t_min,
                 t_max=how.t_max,
             )
-            return method.terms(context, *_streams(method, microbatch, shared, step_rng))
+            return method.terms(context, *_streams(method, microbatch, shared, step_rng, how.condition_dropout))
 
         def gradients(microbatch: PyTree):
             # The two gradients are computed separately; the compiler shares their common forward pass.
@@ -143,27 +154,47 @@ def _close(eps_fn: ModelEpsFn, params: PyTree, conditions: Array | None, dropout
     return jax.vmap(predict)
 
 
-def _streams(method: Method, microbatch: PyTree, shared: Shared, step_rng: Rng) -> tuple[Stream | None, Stream | None]:
+def _streams(
+    method: Method, microbatch: PyTree, shared: Shared, step_rng: Rng, condition_dropout: float
+) -> tuple[Stream | None, Stream | None]:
     """Returns the remain and forget streams that `method` needs."""
     remain = forget = None
     if "remain" in method.streams:
         rngs, posterior_rngs = _stream_rngs(step_rng, _REMAIN, microbatch["remain_index"])
-        remain = _stream(microbatch["remain"], rngs, posterior_rngs)
+        remain, _ = _stream(microbatch["remain"], rngs, posterior_rngs, shared.null, condition_dropout)
     if "forget" in method.streams:
         rngs, posterior_rngs = _stream_rngs(step_rng, _FORGET, microbatch["forget_index"])
         rows = microbatch["forget_row"]
-        forget = _stream(_take(shared.forget, rows), rngs, posterior_rngs)
+        forget, dropped = _stream(_take(shared.forget, rows), rngs, posterior_rngs, shared.null, condition_dropout)
         if "neighbors" in method.streams:
-            forget = forget.replace(neighbors=_neighbors(shared, rows))
+            forget = forget.replace(neighbors=_neighbors(shared, rows, dropped), anchor=_anchor(shared, rows, dropped))
     return remain, forget
 
 
-def _stream(examples: PyTree, rngs: Rng, posterior_rngs: Rng) -> Stream:
-    return Stream(x_0=to_x_0(examples, posterior_rngs), rngs=rngs, condition=examples.get("condition"))
+def _stream(
+    examples: PyTree, rngs: Rng, posterior_rngs: Rng, null: Array | None, condition_dropout: float
+) -> tuple[Stream, Array | None]:
+    """Returns a stream, and bool `[B]`: whose conditions are dropped, or None if none can be."""
+    condition, dropped = examples.get("condition"), None
+    if condition is not None and condition_dropout:
+        draw = jax.vmap(lambda rng: jax.random.bernoulli(jax.random.fold_in(rng, CONDITION), condition_dropout))
+        dropped = draw(rngs)
+        condition = jnp.where(expand(dropped, condition), null, condition)
+    return Stream(x_0=to_x_0(examples, posterior_rngs), rngs=rngs, condition=condition), dropped
 
 
-def _neighbors(shared: Shared, rows: Array) -> Array:
+def _anchor(shared: Shared, rows: Array, dropped: Array | None) -> Anchor | None:
+    """Returns the anchors of forgotten examples; under the null condition every remaining image can be a neighbor."""
+    if shared.anchor is None:
+        return None
+    anchor = _take(shared.anchor, rows)
+    return anchor if dropped is None else anchor.replace(used=anchor.used & ~dropped)
+
+
+def _neighbors(shared: Shared, rows: Array, dropped: Array | None = None) -> Array:
     rows_BK = shared.neighbor_rows[rows]
+    if dropped is not None and shared.null_neighbor_rows is not None:
+        rows_BK = jnp.where(dropped[:, None], shared.null_neighbor_rows[rows], rows_BK)
     x_0 = to_x_0(_take(shared.neighbors, rows_BK.reshape(-1)), None)
     return x_0.reshape(rows_BK.shape + x_0.shape[1:])
 

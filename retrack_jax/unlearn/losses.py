@@ -29,6 +29,11 @@ and (5) splits into one weighted target and a spread that does not depend on the
 weights each forgotten example's term as min-SNR (arXiv 2303.09556) weights a loss on eps:
 
   (8) w = min(1, c / r^2)
+
+If no remaining image can be a neighbor under the condition c of a forgotten one, such as a label of which nothing remains, the
+target is what the pretrained network, eps_0, predicts at the same point under another condition c_a, such as the null label:
+
+  (10) anchor      ||eps_pred(x_t, c) - eps_0(x_t, c_a)||^2
 """
 
 import jax
@@ -40,6 +45,7 @@ from retrack_jax.notation import Array
 # Weights of (4) are at most 1/lambda and 1/(1-lambda), except at lambda 0 or 1 for points that the mixture never draws, where
 # they are unbounded. Cutting them at e^60 keeps their product with a squared norm finite in float32.
 _MAX_LOG_WEIGHT = 60.0
+_FAR = 1e9  # stands for the infinite d_a - d_f of a point that one image of a pair cannot have made
 
 
 def vanilla(eps_pred: Array, eps: Array) -> Array:
@@ -60,7 +66,14 @@ def erasediff(eps_pred: Array, uniform: Array) -> Array:
 
 
 def siss(
-    eps_pred: Array, x_t: Array, remain: Array, forget: Array, gamma: Array, sigma: Array, mixture: float | Array
+    eps_pred: Array,
+    x_t: Array,
+    remain: Array,
+    forget: Array,
+    gamma: Array,
+    sigma: Array,
+    mixture: float | Array,
+    source: Array | None = None,
 ) -> tuple[Array, Array]:
     """Returns SISS's importance-weighted terms (4): `(main [B], correction [B])`, each summed over pixels.
 
@@ -70,21 +83,31 @@ def siss(
       remain, forget: the clean pair a, f, `[B, ...]`.
       gamma, sigma: `[B]`.
       mixture: lambda in [0, 1], a scalar.
+      source: float `[B]`, 1 where `x_t` can only come from `forget`, because it is under a condition that `remain` does not
+        have, -1 where only from `remain`, else 0. None: 0 everywhere.
     """
     _check_same_shape(eps_pred=eps_pred, x_t=x_t, remain=remain, forget=forget)
-    weight_remain, weight_forget = siss_weights(x_t, remain, forget, gamma, sigma, mixture)
+    weight_remain, weight_forget = siss_weights(x_t, remain, forget, gamma, sigma, mixture, source)
     main = weight_remain * _squared_norm(eps_pred - _noise_from(remain, x_t, gamma, sigma))
     correction = weight_forget * _squared_norm(eps_pred - _noise_from(forget, x_t, gamma, sigma))
     return main, correction
 
 
 def siss_weights(
-    x_t: Array, remain: Array, forget: Array, gamma: Array, sigma: Array, mixture: float | Array
+    x_t: Array,
+    remain: Array,
+    forget: Array,
+    gamma: Array,
+    sigma: Array,
+    mixture: float | Array,
+    source: Array | None = None,
 ) -> tuple[Array, Array]:
     """Returns the importance weights `(w_a [B], w_f [B])` of (4), in log space and without gradient."""
     # d_a - d_f by the same inner product as (6).
     noise_sum = _noise_from(remain, x_t, gamma, sigma) + _noise_from(forget, x_t, gamma, sigma)
     gap = 0.5 * (gamma / sigma) * _inner(forget - remain, noise_sum)
+    if source is not None:
+        gap = jnp.where(source == 0, gap, _FAR * source)
     log_forget = jnp.log(jnp.full_like(gap, mixture))
     log_remain = jnp.log(jnp.full_like(gap, 1 - mixture))
     log_weights = -jnp.logaddexp(log_remain, log_forget + gap), -jnp.logaddexp(log_remain - gap, log_forget)

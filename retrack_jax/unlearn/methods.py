@@ -59,12 +59,17 @@ def siss(context: Context, remain: Stream, forget: Stream) -> Terms:
     from_forget = remain.bernoulli(mixture)
     # Each point is under the condition of the image that it was noised from.
     x_0 = jnp.where(expand(from_forget, remain.x_0), forget.x_0, remain.x_0)
-    condition = None if remain.condition is None else jnp.where(from_forget, forget.condition, remain.condition)
+    condition, source = remain.condition, None
+    if condition is not None:
+        condition = jnp.where(expand(from_forget, condition), forget.condition, condition)
+        # A point under a condition that only one image of the pair has was noised from that one.
+        same = (remain.condition == forget.condition).reshape(len(from_forget), -1).all(axis=1)
+        source = jnp.where(same, 0.0, jnp.where(from_forget, 1.0, -1.0))
     points = context.noise(remain.replace(x_0=x_0, condition=condition))
     (eps_pred,) = context.predict(points)
-    pair = points.x_t, remain.x_0, forget.x_0, points.gamma, points.sigma, mixture
+    pair = points.x_t, remain.x_0, forget.x_0, points.gamma, points.sigma, mixture, source
     main, correction = losses.siss(eps_pred, *pair)
-    if context.reference_fn is not None:
+    if context.distill:
         main = losses.siss_weights(*pair)[0] * context.retain_loss(eps_pred, points)
     return Terms(main=main.mean(), correction=correction.mean())
 
@@ -88,7 +93,12 @@ def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
     lam, cap = context.options.lam, context.options.snr_cap
     gamma, sigma = points_forget.gamma, points_forget.sigma
     unlearn_B = losses.retrack(eps_forget, points_forget.x_t, forget.neighbors, gamma, sigma)
-    unlearn = (unlearn_B if cap is None else losses.snr_weight(gamma, sigma, cap) * unlearn_B).mean()
+    if cap is not None:
+        unlearn_B = losses.snr_weight(gamma, sigma, cap) * unlearn_B
+    if forget.anchor is not None:
+        to_anchor_B = context.distance_to_reference(eps_forget, points_forget, forget.anchor.condition)
+        unlearn_B = jnp.where(forget.anchor.used, to_anchor_B, unlearn_B)
+    unlearn = unlearn_B.mean()
     return Terms(main=lam * unlearn + (1 - lam) * retain, logs={"unlearn": unlearn, "retain": retain})
 
 

@@ -19,7 +19,20 @@ from retrack_jax.unlearn import losses
 from retrack_jax.unlearn.options import MethodOptions
 
 # Each draw of an example has its own fold, so that adding a draw never changes another. Clean latents are drawn in train/step.py.
-_TIME, _NOISE, _MASK, _UNIFORM, POSTERIOR, _DROPOUT = range(6)
+_TIME, _NOISE, _MASK, _UNIFORM, POSTERIOR, _DROPOUT, CONDITION = range(7)
+
+
+@flax.struct.dataclass
+class Anchor:
+    """Where the pretrained prediction takes the place of the neighbors (equation 10 of losses.py).
+
+    Attributes:
+      condition: `[B, ...]`, what that prediction is made under.
+      used: bool `[B]`, for which examples.
+    """
+
+    condition: Array
+    used: Array
 
 
 @flax.struct.dataclass
@@ -30,13 +43,16 @@ class Stream:
       x_0: `[B, H, W, C]` float32, in the space that the network denoises.
       rngs: `[B]` keys, one per example.
       neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
-      condition: int32 `[B]`, each example's row of the table of conditions; None for an unconditional network.
+      condition: int32 `[B]`, each example's row of the table of conditions, or `[B, ...]`, the conditions themselves; None for
+        an unconditional network.
+      anchor: for which examples there is one, or None.
     """
 
     x_0: Array
     rngs: Rng
     neighbors: Array | None = None
     condition: Array | None = None
+    anchor: Anchor | None = None
 
     def bernoulli(self, probability: float | Array) -> Array:
         """Returns bool `[B]`, true with `probability`."""
@@ -71,7 +87,8 @@ class Context:
     Attributes:
       schedule: the noise schedule.
       eps_fn: `(x_t, t, condition, rngs) -> eps_pred`, the parameters being trained closed over.
-      reference_fn: the same with the frozen pretrained parameters, or None.
+      reference_fn: `(x_t, t, condition) -> eps_pred` with the frozen pretrained parameters, or None.
+      distill: whether the retain loss is the distance to `reference_fn`.
       options: the method's own options (numbers, or traced scalars if they follow a schedule).
       t_min, t_max: timesteps are drawn uniformly from [t_min, t_max).
     """
@@ -80,6 +97,7 @@ class Context:
     eps_fn: Callable[[Array, Array, Array | None, Rng], Array]
     options: MethodOptions = MethodOptions()
     reference_fn: Callable[[Array, Array, Array | None], Array] | None = None
+    distill: bool = False
     t_min: int = 0
     t_max: int
 
@@ -109,7 +127,10 @@ class Context:
 
     def retain_loss(self, eps_pred: Array, noised: Noised) -> Array:
         """Returns `[B]`: the vanilla loss, or the distance to the frozen pretrained prediction when distilling."""
-        if self.reference_fn is None:
+        if not self.distill:
             return losses.vanilla(eps_pred, noised.eps)
-        reference = self.reference_fn(noised.x_t, noised.t, noised.condition)
-        return losses.vanilla(eps_pred, jax.lax.stop_gradient(reference))
+        return self.distance_to_reference(eps_pred, noised, noised.condition)
+
+    def distance_to_reference(self, eps_pred: Array, noised: Noised, condition: Array | None) -> Array:
+        """Returns `[B]`: the squared distance to the frozen pretrained prediction at the same points under `condition`."""
+        return losses.vanilla(eps_pred, jax.lax.stop_gradient(self.reference_fn(noised.x_t, noised.t, condition)))

@@ -106,8 +106,8 @@ def test_config_round_trip_keeps_every_option():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"class_embed_type": "timestep"}, "class_embed_type"),
-        ({"num_class_embeds": 10}, "num_class_embeds"),
+        ({"class_embed_type": "projection"}, "class_embed_type is 'projection'; choose one of None, timestep, identity"),
+        ({"num_class_embeds": 0}, "num_class_embeds is 0"),
         ({"norm_num_group": 2}, "did you mean 'norm_num_groups'"),
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),

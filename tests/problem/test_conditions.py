@@ -18,6 +18,7 @@ from retrack_jax import parallel
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.unlearn.streams import Anchor
 from tests import toys
 
 NUM, SIZE = 8, 16  # images, each of one gray level, and pixels of each
@@ -112,7 +113,75 @@ def test_a_table_of_one_row_is_the_same_embedding_for_every_example(method, rng)
 
     how = {"method": method, "t_max": 1000}
     one = losses_at((0.3,), network, remain=None, conditions=row, **how)
-    same = losses_at((0.3,), network, remain=RIGHT % 4, forget=RIGHT % 3, conditions=jnp.tile(row, (4, 1, 1)), **how)
+    # SISS compares the rows of a pair, whose forgotten image comes from the other end; for the others any rows will do.
+    forget = RIGHT[::-1] % 4 if method == "siss" else RIGHT % 3
+    same = losses_at((0.3,), network, remain=RIGHT % 4, forget=forget, conditions=jnp.tile(row, (4, 1, 1)), **how)
     np.testing.assert_allclose(one, same, rtol=1e-6)
     other = losses_at((0.3,), network, remain=None, conditions=row + 1, **how)
     assert np.abs(one - other).max() > 1e-2
+
+
+# ---- Dropped conditions, and what takes the place of neighbors
+
+NULL = 9
+
+
+def metrics_of(eps_fn, dropout, *, weight=1.0, accumulation=1, method="retrack", **fields):
+    """Returns the metrics of one step with labels, of which the share `dropout` is dropped for `NULL`."""
+    entry = METHODS[method]
+    how = StepOptions(options=entry.options(), t_max=1000, condition_dropout=dropout, accumulation=accumulation)
+    examples = {"pixels": IMAGES, "condition": RIGHT}
+    batch = {"remain": examples, "remain_index": RIGHT, "forget_index": RIGHT, "forget_row": RIGHT}
+    given = dict(
+        forget=examples, neighbors={"pixels": IMAGES}, neighbor_rows=RIGHT[:, None], null=jnp.full((1,), NULL, jnp.int32)
+    )
+    shared = Shared(schedule=toys.schedule(), **{**given, **fields})
+    state = parallel.replicate(create_state(jnp.float32(weight), optax.sgd(0.1)))
+    step = make_train_step(entry, eps_fn, how)
+    _, metrics = step(state, parallel.shard_batch(batch), parallel.replicate(shared), jax.random.key(1))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def number(params, x_t, t, label):
+    """A network that answers its parameter plus the label, in every pixel."""
+    return (params + label.astype(jnp.float32)).reshape(-1, 1, 1, 1) * jnp.ones_like(x_t)
+
+
+def indifferent(params, x_t, t, label):
+    return params * x_t
+
+
+def test_the_share_that_is_dropped_gets_the_null_condition():
+    def is_null(params, x_t, t, label):
+        return jnp.where(label == NULL, params, 0.0).reshape(-1, 1, 1, 1) * jnp.ones_like(x_t)
+
+    def share(dropout, accumulation=1):
+        plus, minus, zero = (
+            metrics_of(is_null, dropout, weight=weight, accumulation=accumulation, method="vanilla")["loss"]
+            for weight in (1.0, -1.0, 0.0)
+        )
+        return (plus + minus - 2 * zero) / (2 * SIZE)
+
+    assert share(0.0) == pytest.approx(0.0, abs=1e-3) and share(1.0) == pytest.approx(1.0, abs=1e-3)
+    half = share(0.5)
+    assert 0.1 < half < 0.9 and share(0.5, accumulation=2) == pytest.approx(half, abs=1e-3)
+
+
+def test_dropped_examples_have_neighbors_of_every_label():
+    others = RIGHT[::-1][:, None].copy()
+    own, null = metrics_of(indifferent, 0.0), metrics_of(indifferent, 0.0, neighbor_rows=others)
+    assert abs(own["unlearn"] - null["unlearn"]) > 1
+    assert metrics_of(indifferent, 1.0, null_neighbor_rows=others) == null
+    assert metrics_of(indifferent, 0.0, null_neighbor_rows=others) == own
+
+
+def test_an_anchored_example_is_led_to_the_pretrained_prediction_under_another_condition():
+    anchor = Anchor(condition=jnp.full((NUM,), NULL, jnp.int32), used=jnp.ones((NUM,), bool))
+    fields = {"anchor": anchor, "reference": jnp.float32(0.5)}
+    found = metrics_of(number, 0.0, weight=2.0, **fields)
+    assert found["unlearn"] == pytest.approx(SIZE * np.mean((2.0 + RIGHT - 0.5 - NULL) ** 2), rel=1e-5)
+    # Under the null condition itself, and where no anchor is used, neighbors decide.
+    plain = metrics_of(number, 0.0, weight=2.0)
+    unused = anchor.replace(used=jnp.zeros((NUM,), bool))
+    assert metrics_of(number, 0.0, weight=2.0, **{**fields, "anchor": unused}) == pytest.approx(plain, rel=1e-6)
+    assert metrics_of(number, 1.0, weight=2.0, **fields) == pytest.approx(metrics_of(number, 1.0, weight=2.0), rel=1e-6)

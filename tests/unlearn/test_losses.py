@@ -54,6 +54,20 @@ def test_siss(case):
         close(np.asarray(grad)[small], expected[name][small], 5e-3)
 
 
+@pytest.mark.parametrize("mixture", [0.1, 0.5])
+def test_siss_of_pairs_under_two_conditions_knows_where_a_point_came_from(mixture):
+    """p(x_t, c | y) is 0 under a condition that y does not have, so a weight is 0 or the inverse of its share in the mixture."""
+    inputs = arrays("siss_0.5", "eps_pred", "x_t", "remain", "forget", "gamma", "sigma")
+    source = jnp.asarray(np.resize([1.0, -1.0, 0.0], len(inputs[1])))
+    weights = losses.siss_weights(*inputs[1:], mixture, source)
+    either = losses.siss_weights(*inputs[1:], mixture)
+    for ours, same, known in zip(weights, either, ([0.0, 1 / (1 - mixture)], [1 / mixture, 0.0]), strict=True):
+        expected = np.where(source == 1, known[0], np.where(source == -1, known[1], same))
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    main, correction = losses.siss(*inputs, mixture, source)
+    assert float(correction[1]) == 0.0 and float(main[0]) == 0.0
+
+
 @pytest.mark.parametrize("mixture", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("distance", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("source", ["remain", "forget"])

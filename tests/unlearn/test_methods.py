@@ -98,7 +98,7 @@ def test_distillation_at_the_pretrained_parameters_has_no_gradient(rng):
     remain, _ = streams(method, rng)
 
     def main(trained):
-        there = context(trained, NONE, reference_fn=lambda x, t, condition: EPS_FN(params, x, t))
+        there = context(trained, NONE, distill=True, reference_fn=lambda x, t, condition: EPS_FN(params, x, t))
         return method.terms(there, remain, None).main
 
     assert float(main(params)) == 0.0
