@@ -1,20 +1,31 @@
-"""The input that the network gets besides the noisy image and its time: none, or a prompt's embedding."""
+"""The input that the network gets besides the noisy image and its time: none, a prompt's embedding, or a label (labels.py)."""
 
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+
+from retrack_jax.data.dataset import ImageSet
 from retrack_jax.notation import Array
 from retrack_jax.problem.target import Target
 
 
 class Conditioning(Protocol):
-    """What training and sampling ask.
+    """What training and sampling ask. A subclass answers what has no answer here.
 
     Attributes:
       of_target: whether samples, and so the pretrained model's too, depend on the target.
+      dropout: the share of training examples whose own condition is dropped.
+      dropped: the condition `[1, ...]` of such an example, or None.
     """
 
     of_target: bool
+    dropout: float = 0.0
+    dropped: Array | None = None
+
+    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Returns `rows [b] -> conditions [b, ...]` if each of `images` has its own, else None."""
+        return None
 
     def table(self, target: Target) -> Array | None:
         """The table that examples' conditions are rows of (train/step.py `Shared.conditions`)."""
@@ -23,13 +34,13 @@ class Conditioning(Protocol):
         """The condition `[1, ...]` under which the model before unlearning would remember the target."""
 
     def sampled(self, target: Target) -> dict[str, Array | None]:
-        """Name in `samples.npz` -> the condition `[1, ...]` that those samples are drawn under."""
+        """Name in `samples.npz` -> the conditions `[P, ...]` of those samples: image i is drawn under condition i mod P."""
 
     def describe(self, name: str, target: Target) -> str:
         """What the samples `name` depend on, to be part of their fingerprint."""
 
 
-class Unconditional:
+class Unconditional(Conditioning):
     """A network that takes noisy images and timesteps alone."""
 
     of_target = False
@@ -47,7 +58,7 @@ class Unconditional:
         return ""
 
 
-class PairedPrompts:
+class PairedPrompts(Conditioning):
     """A concept's two prompts: training is conditioned on the modified one, and samples are drawn of both.
 
     Image i of both starts from the same noise. The original prompt is the one that reproduced the memorised picture.
@@ -78,3 +89,11 @@ class PairedPrompts:
 
     def describe(self, name: str, target: Target) -> str:
         return dict(target.concept.prompts.items())[name]
+
+
+def with_conditions(gather: Callable, conditioning: Conditioning, images: ImageSet, rows: np.ndarray) -> Callable:
+    """Returns `gather`, a codec's for the images of `rows`, with the condition of each example if it has one."""
+    condition_of = conditioning.of_images(images)
+    if condition_of is None:
+        return gather
+    return lambda positions: {**gather(positions), "condition": condition_of(rows[positions])}

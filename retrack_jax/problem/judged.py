@@ -29,6 +29,7 @@ class Judged:
       num_remaining: how many remain.
       images: as above; turned: their turned copies; usable: bool `[N]`, whether those differ enough.
       is_random: whether the forgotten images are a random part of the data.
+      conditions: under which the model remembers each, `[N, ...]`; `[1, ...]`: the same for all; or None.
     """
 
     names: list[str]
@@ -38,6 +39,7 @@ class Judged:
     turned: np.ndarray
     usable: np.ndarray
     is_random: bool
+    conditions: np.ndarray | None = None
 
 
 def judged(problem: Problem, target: Target) -> Judged:
@@ -45,23 +47,29 @@ def judged(problem: Problem, target: Target) -> Judged:
     most = _count(problem)
     forgotten = np.sort(_chosen(target.images, target.unique, most))
     remaining = _chosen(target.images, target.remain, most, target)
-    parts = [problem.codec.clean(target.images, rows) for rows in (forgotten, remaining)]
+    chosen = [(target.images, forgotten), (target.images, remaining)]
     if (held_out := problem.data.held_out) is not None:
-        rows = _chosen(held_out, np.arange(len(held_out)), most, target)
-        parts.append(problem.codec.clean(held_out, rows))
-    images = np.concatenate(parts)
-    names = [str(target.images.ids[row]) for row in forgotten]
-    return Judged(names, len(target.unique), len(remaining), images, *turned_copies(images), is_random(target.spec))
+        chosen.append((held_out, _chosen(held_out, np.arange(len(held_out)), most, target)))
+    images = np.concatenate([problem.codec.clean(*part) for part in chosen])
+    if problem.conditioning.of_images(target.images) is None:
+        conditions = problem.conditioning.remembered(target)
+    else:
+        conditions = np.concatenate([problem.conditioning.of_images(images_)(rows) for images_, rows in chosen])
+    return Judged(
+        names=[str(target.images.ids[row]) for row in forgotten],
+        num_forgotten=len(target.unique),
+        num_remaining=len(remaining),
+        images=images,
+        **dict(zip(("turned", "usable"), turned_copies(images), strict=True)),
+        is_random=is_random(target.spec),
+        conditions=conditions,
+    )
 
 
-def losses(problem: Problem, target: Target, params: PyTree, images: np.ndarray, desc: str) -> np.ndarray:
-    """Returns the denoising losses of `images`, float64 `[N, n]`, under the condition that the model remembers by."""
-    denoiser, condition = problem.denoiser, problem.conditioning.remembered(target)
-    eps_fn = denoiser.eps_fn
-    if condition is not None:
-        eps_fn, params = denoiser.conditioned_eps_fn, (params, condition)
-    rng = jax.random.key(_SEED)
-    return denoising_losses(eps_fn, params, denoiser.schedule, images, rng, num_noises=_count(problem), desc=desc)
+def losses(problem: Problem, params: PyTree, images: np.ndarray, conditions: np.ndarray | None, desc: str) -> np.ndarray:
+    """Returns the denoising losses of `images` under `conditions` (both as in `Judged`), float64 `[N, n]`."""
+    denoiser, how = problem.denoiser, {"num_noises": _count(problem), "conditions": conditions, "desc": desc}
+    return denoising_losses(denoiser.eps_fn, params, denoiser.schedule, images, jax.random.key(_SEED), **how)
 
 
 def _count(problem: Problem) -> int:

@@ -4,27 +4,35 @@ Everything that differs between kinds of data and kinds of model is in one of th
 runs (run/) know none of them.
 """
 
+import dataclasses
 from dataclasses import asdict, dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checks import check, check_int
-from retrack_jax.config.options import Options
+from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
-from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
-from retrack_jax.problem.denoiser import Denoiser, check_unconditional, latent_denoiser, pixel_denoiser
+from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
+from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional, with_conditions
+from retrack_jax.problem.denoiser import Denoiser, check_pixel_model, latent_denoiser, pixel_denoiser
 from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation, PromptEvaluation
+from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words, null_anchor
 from retrack_jax.problem.sampler import ProblemSampler
-from retrack_jax.problem.target import Target
+from retrack_jax.problem.target import ForgetData, Target, with_labels
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.unlearn.methods import METHODS
 
 # Fields of config.data that only images take, with the values that change nothing.
-_OF_IMAGES = {"format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False}
+_OF_IMAGES = {
+    "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False, "copies_label": None,
+    "labels": "", "null_label": None, "label_dropout": None, "label_vectors": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +59,44 @@ class Problem:
 
     def target(self, spec: str) -> Target:
         """Returns what the user asked to forget. Raises `UserError` if it is not there, or leaves too few images."""
-        target, options = self.data.target(spec), self.options
-        for name in options.method_names:
-            k = options.recipe(name).num_neighbors
+        target = self.data.target(spec)
+        if self.denoiser.takes_labels:
+            target = with_labels(target, self.conditioning.null)
+        room = most_neighbors(target.labels, target.forget, len(target.images))
+        for name in self.options.method_names:
+            if name not in METHODS or "neighbors" not in METHODS[name].streams:
+                continue
+            recipe = self.options.recipe(name)
+            of_label = "" if room == len(target.remain) else " with the label of a forgotten one"
             check(
-                name not in METHODS or "neighbors" not in METHODS[name].streams or k <= len(target.remain),
-                f"config.unlearn.num_neighbors (K) is {k}, but only {len(target.remain)} images remain besides {spec}; choose a "
-                "smaller K",
+                recipe.num_neighbors <= room,
+                f"config.unlearn.num_neighbors (K) is {recipe.num_neighbors}, but only {room} images{of_label} remain besides "
+                f"{spec}; choose a smaller K",
             )
+            check_whole_class(target, recipe)
         return target
+
+    def note(self, method: str, target: Target) -> str:
+        """Returns what a user must know of how `method` dealt with the target's labels, as a sentence, or ''."""
+        has_neighbors = method in METHODS and "neighbors" in METHODS[method].streams
+        return in_words(target, self.options.recipe(method)) if has_neighbors else ""
 
     def digests(self, target: Target | None = None) -> dict[str, str]:
         """Returns name -> digest of all that was read; without a target, of what does not depend on one."""
         return {**self.data.digests(target), **self.denoiser.digests, **self.codec.digests}
+
+    def gather(self, images: ImageSet, rows: np.ndarray) -> Gather:
+        """Returns `positions [b] -> examples` within `rows` of `images`, each with its condition if it has one."""
+        return with_conditions(self.codec.gather(images, rows), self.conditioning, images, rows)
+
+    def forget_data(self, target: Target, recipe: UnlearnOptions, num_neighbors: int) -> ForgetData:
+        """Returns what the training step holds of the target; with `num_neighbors` K > 0 its neighbors too."""
+        data = self.codec.forget_data(target, num_neighbors, recipe.neighbor_backend)
+        if num_neighbors:
+            data = dataclasses.replace(data, anchor=null_anchor(target, recipe))
+        if (condition_of := self.conditioning.of_images(target.images)) is not None:
+            data = dataclasses.replace(data, forget={**data.forget, "condition": condition_of(target.unique)})
+        return data
 
     def describe(self, target: Target) -> dict:
         """Returns what was remembered and forgotten, for provenance, as plain JSON."""
@@ -83,7 +116,7 @@ def check_problem(options: Options) -> None:
         _check_timesteps(options, options.schedule.num_train_timesteps)
     if not SOURCES[options.data.source].gives_concepts:
         if options.checkpoint:
-            check_unconditional(options.checkpoint)
+            check_pixel_model(options.checkpoint)
         return
     check(
         bool(options.checkpoint),
@@ -111,12 +144,17 @@ def build_problem(options: Options) -> Problem:
 
 
 def _images(options: Options) -> Problem:
-    """Images in pixels and an unconditional network."""
+    """Images in pixels and a network that is unconditional or takes their labels."""
     data = ImageData(options.data)
     denoiser = pixel_denoiser(options, data.images)
     codec, conditioning = PixelCodec(epath.Path(options.data.cache_dir).expanduser()), Unconditional()
+    if denoiser.takes_labels:
+        conditioning = Labels(options, data.images, denoiser.num_labels)
+    else:
+        check_no_labels(options)
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
-    return Problem(options, data, denoiser, codec, conditioning, sampler, ImageEvaluation(options, data, denoiser, codec))
+    evaluation = ImageEvaluation(options, data, denoiser, codec, conditioning)
+    return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)
 
 
 def _concepts(options: Options) -> Problem:

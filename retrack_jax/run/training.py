@@ -94,7 +94,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
     if entry.from_scratch:
         return _from_scratch(context, "retrain", folder, seed, target.images, target.remain)
     recipe, denoiser = context.options.recipe(method), problem.denoiser
-    how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout)
+    how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout, problem.conditioning.dropout)
     step = _compiled(entry, denoiser.eps_fn, how, recipe)
 
     def start() -> PyTree:
@@ -103,18 +103,22 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
     def inputs() -> TrainInputs:
         num_neighbors = recipe.num_neighbors if "neighbors" in entry.streams else 0
         # One process decides: an approximate index of each host could find other neighbors, and steps average their gradients.
-        data = parallel.from_main(lambda: problem.codec.forget_data(target, num_neighbors, recipe.neighbor_backend))
+        data = parallel.from_main(lambda: problem.forget_data(target, recipe, num_neighbors))
+        frozen = recipe.retain_loss == "distillation" or data.anchor is not None
         shared = Shared(
             schedule=denoiser.schedule,
             forget=data.forget,
             neighbors=data.neighbors,
             neighbor_rows=data.neighbor_rows,
+            null_neighbor_rows=data.null_neighbor_rows,
+            anchor=data.anchor,
             # The step donates its state, so the frozen reference is a second copy.
-            reference=start() if recipe.retain_loss == "distillation" else None,
+            reference=start() if frozen else None,
             conditions=problem.conditioning.table(target),
+            null=problem.conditioning.dropped,
         )
         batches = Batches(
-            gather=problem.codec.gather(target.images, target.remain),
+            gather=problem.gather(target.images, target.remain),
             num_remain=len(target.remain),
             forget_rows=target.copy_of,
             remain_size=recipe.batch_size if "remain" in entry.streams else 0,
@@ -133,15 +137,20 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
         f"{name} starts from random weights, which is not supported with rescale_betas_zero_snr: the loss is in eps, and at pure "
         "noise eps says nothing about the image; choose a method that starts from the checkpoint",
     )
-    how = StepOptions(accumulation=recipe.accumulation, t_max=denoiser.schedule.t_end, dropout=denoiser.has_dropout)
+    how = StepOptions(
+        accumulation=recipe.accumulation,
+        t_max=denoiser.schedule.t_end,
+        dropout=denoiser.has_dropout,
+        condition_dropout=context.problem.conditioning.dropout,
+    )
     step = _compiled(METHODS["vanilla"], denoiser.eps_fn, how, recipe)
 
     def inputs() -> TrainInputs:
-        gather = context.problem.codec.gather(images, rows)
+        gather = context.problem.gather(images, rows)
         batches = Batches(
             gather=gather, num_remain=len(rows), forget_rows=None, remain_size=recipe.batch_size, forget_size=0, seed=seed
         )
-        return TrainInputs(batches, Shared(schedule=denoiser.schedule))
+        return TrainInputs(batches, Shared(schedule=denoiser.schedule, null=context.problem.conditioning.dropped))
 
     return Job(name, folder, seed, recipe, step, lambda: denoiser.init_params(seed), inputs)
 

@@ -1,7 +1,7 @@
 """The verdict of a run: the losses behind it, which are kept in the workdir, and the line that is said before training.
 
-    pretrained/losses-TARGET.npz    before, turned, usable, num_remaining (of evaluate.verdict.Losses), once per target
-    METHOD/seed0-TARGET/losses.npz  after
+pretrained/losses-TARGET.npz    before, turned, usable, num_remaining (of evaluate.verdict.Losses), once per target
+METHOD/seed0-TARGET/losses.npz  after
 """
 
 from collections.abc import Callable
@@ -50,10 +50,10 @@ def judge(
         found = _before(context, target, before)
         if after is None:
             return verdict(found, found.before)
-        images = judged(context.problem, target).images
+        images = judged(context.problem, target)
 
         def measure() -> dict[str, np.ndarray]:
-            return {"after": losses(context.problem, target, params(), images, "verdict")}
+            return {"after": losses(context.problem, params(), images.images, images.conditions, "verdict")}
 
         return verdict(found, _kept_losses(after / "losses.npz", ("after",), measure)["after"])
     except Diverged as error:
@@ -66,7 +66,8 @@ def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
     def measure() -> dict[str, np.ndarray]:
         params = pretrained(context, load).params
         pictures = {"before": images.images, "turned": images.turned}
-        arrays = {name: losses(problem, target, params, those, f"verdict, {name}") for name, those in pictures.items()}
+        conditions = images.conditions
+        arrays = {name: losses(problem, params, those, conditions, f"verdict, {name}") for name, those in pictures.items()}
         return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
 
     arrays = _kept_losses(folder / f"losses-{target.slug}.npz", ("before", "turned"), measure)
@@ -81,9 +82,7 @@ def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
     )
 
 
-def _kept_losses(
-    path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
+def _kept_losses(path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the arrays `names` of `path`; if it is not there, of `measure()`, which are then written there."""
     if parallel.from_main(path.exists):
         return parallel.from_main(lambda: files.read_npz(path, names))

@@ -37,7 +37,7 @@ class Shared:
       neighbors: the distinct neighbors of all of them, leaves `[M, ...]`; or None.
       neighbor_rows: int `[F, K]`, rows of `neighbors`; or None.
       null_neighbor_rows: the same for forgotten examples whose condition is dropped; None: as `neighbor_rows`.
-      anchor: leaves `[F, ...]`: the conditions of equation 10 of unlearn/losses.py, and which forgotten examples use one; or None.
+      anchor: leaves `[F, ...]`: the conditions of equation 10 of losses.py, and which forgotten examples use one; or None.
       reference: the frozen pretrained parameters, for the distillation loss and for anchors; or None.
       conditions: what examples' `condition` are rows of, `[P, ...]`, such as embeddings of prompts. A table of one row is passed
         to the network as it is and broadcasts. None: the network takes no condition, or what the examples carry is the

@@ -37,17 +37,23 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return _to_pixels(found.images[..., None]), found.target.astype(np.int64)
 
 
-def digits_tshirt(copies: int) -> ImageSet:
-    """Returns the digits (ids `digit_0000`...) and then `copies` T-shirts (ids `tshirt_000`..., label 10).
+def digits_tshirt(copies: int, label: int | None = None) -> ImageSet:
+    """Returns the digits (ids `digit_0000`...) and then `copies` T-shirts (ids `tshirt_000`...).
+
+    Args:
+      copies: how many T-shirts.
+      label: theirs; None: 10, which no digit has.
 
     Raises:
-      UserError: `copies` is not a whole number of at least 0.
+      UserError: `copies` or `label` is not a whole number of at least 0.
     """
     check_int("config.data.copies", copies, minimum=0)
+    label = TSHIRT_LABEL if label is None else label
+    check_int("config.data.copies_label", label, minimum=0)
     images, labels = digits()
     ids = [f"digit_{i:04d}" for i in range(len(images))] + [f"tshirt_{i:03d}" for i in range(copies)]
     images = np.concatenate([images, np.repeat(tshirt()[None], copies, axis=0)])
-    return image_set("digits_tshirt", images, ids, np.concatenate([labels, np.full(copies, TSHIRT_LABEL)]))
+    return image_set("digits_tshirt", images, ids, np.concatenate([labels, np.full(copies, label)]))
 
 
 def _to_pixels(levels: np.ndarray) -> np.ndarray:
@@ -56,6 +62,6 @@ def _to_pixels(levels: np.ndarray) -> np.ndarray:
 
 SOURCE = Source(
     formats=("embedded",),
-    load=lambda data: digits_tshirt(data["copies"]),
+    load=lambda data: digits_tshirt(data["copies"], data.get("copies_label")),
     needs=lambda data, config: iter(()),
 )
