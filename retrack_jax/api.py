@@ -33,6 +33,7 @@ from retrack_jax.unlearn.methods import METHODS, get_method
 log = logging.getLogger(__name__)
 # Latents have a standard deviation of 1, so values above 3 are common in them; pixels in [0, 255] are far beyond.
 _MAX_FLOAT = 20.0
+_OF_LABELS = {"whole_class"}  # fields of networks that take labels, which `unlearn` does not know
 
 
 def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
@@ -136,7 +137,7 @@ def _names(record: type) -> set[str]:
 
 def _check_names(method: str, options: dict) -> None:
     """Raises `UserError` for a keyword that is no option, or only another method's."""
-    known = _names(UnlearnOptions) | _names(METHODS[method].options) | {"dropout"}
+    known = (_names(UnlearnOptions) - _OF_LABELS) | _names(METHODS[method].options) | {"dropout"}
     for name in options:
         if name not in known:
             others = {option for other in METHODS.values() for option in _names(other.options)}

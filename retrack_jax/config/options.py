@@ -27,6 +27,7 @@ MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
 DTYPES = ("float32", "bfloat16")
 EXPORTS = ("pipeline", "unet", "single_file", "none")
 RETAIN_LOSSES = ("standard", "distillation")
+WHOLE_CLASS = ("null", "nearest")
 _MAX_SEED = 2**31 - 1
 
 
@@ -40,6 +41,11 @@ class DataOptions:
     tfds_name: str = ""  # with source tfds: its name there, such as mnist
     split: str = "train"
     copies: int = 0  # T-shirts added to the digits, by sources that add any
+    copies_label: int | None = None  # the label of these; None: one that no digit has
+    labels: str = ""  # of a folder's images: folders (the first subfolder each is in), or a file; empty: none
+    null_label: int | None = None  # of networks that take labels: the one that stands for none; None: there is none
+    label_dropout: float | None = None  # share of training examples under the null label; None: 0.1 if there is one
+    label_vectors: str = ""  # .npy [labels, D] for networks with class_embed_type identity: what each label is given as
     resolution: int | None = 0  # pixels a side; 0: as they are; None: the model's own
     channels: int = 0  # 1 or 3 converts; 0: as they are
     crop: str = "center"  # how an image of another shape becomes square: center, or none to refuse it
@@ -57,6 +63,8 @@ class DataOptions:
     def __post_init__(self):
         check_int("resolution", self.resolution or 0, minimum=0)
         check_int("copies", self.copies, minimum=0)
+        if self.label_dropout is not None:
+            check_number("label_dropout", self.label_dropout, 0.0, 1.0)
         check_choice("crop", self.crop, CROPS)
         check_number("held_out", self.held_out, 0.0, 1.0)
         check_number("caption_dropout", self.caption_dropout, 0.0, 1.0)
@@ -71,6 +79,8 @@ class ModelOptions:
     sample_size: int = 32
     in_channels: int = 3
     out_channels: int = 3
+    num_class_embeds: int | None = None  # labels that the network takes, the null label included; None: it takes none
+    class_embed_type: str | None = None  # or timestep, identity
     layers_per_block: int = 2
     block_out_channels: tuple = (224, 448, 672, 896)
     down_block_types: tuple = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
@@ -200,6 +210,7 @@ class UnlearnOptions(TrainingOptions):
     forget_batch_size: int = 0  # noisy copies of forgotten images per step; 0: as many as remaining ones
     num_neighbors: int | None = 10  # K
     neighbor_backend: str = "auto"  # or scann, exact
+    whole_class: str = ""  # if no image of a label remains: null (the null label's prediction) or nearest (images of any label)
     t_min: int = 0  # timesteps are drawn from [t_min, t_max)
     t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
@@ -212,6 +223,8 @@ class UnlearnOptions(TrainingOptions):
             check_int("num_neighbors", self.num_neighbors)
         check_choice("neighbor_backend", self.neighbor_backend, BACKENDS)
         check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
+        if self.whole_class:
+            check_choice("whole_class", self.whole_class, WHOLE_CLASS)
         check_int("t_min", self.t_min, minimum=0)
         if self.t_max is not None:
             check_int("t_max", self.t_max, minimum=self.t_min + 1)
@@ -250,8 +263,10 @@ class SamplingOptions:
     num_captions: int = 8  # of captioned images: forgotten captions, and as many kept ones, that samples are drawn of
     batch_size: int | None = 500  # images at once, over all devices; None: left to the rules
     seed: int = 0
-    guidance_scale: float = 7.5  # of conditional networks; at most 1: none
+    guidance_scale: float = 7.5  # of prompts; at most 1: none
     negative_prompt: str = ""
+    labels: tuple = ()  # of networks that take labels: image i has label i mod their number; empty: drawn as in the data
+    label_guidance: float = 0.0  # the scale for labels, which needs a null label; at most 1: none
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, SAMPLERS)
@@ -260,6 +275,7 @@ class SamplingOptions:
                 check_int(name, getattr(self, name))
         check_int("seed", self.seed, minimum=0, maximum=_MAX_SEED)
         check_number("guidance_scale", self.guidance_scale, 0.0)
+        check_number("label_guidance", self.label_guidance, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ With S the side of the images in pixels, between 32 and 256, and N the images th
 
     (1)  f = (32 / S)^(2/3)
     (2)  rate = 2e-5 f, lambda = 0.02 f      the official values at S = 32 (CIFAR-10) and at S = 256 (CelebA-HQ)
-    (3)  K = min(10, N)                      10 in every official recipe
+    (3)  K = min(10, N)                      10 in every official recipe; N of one label if the network takes labels
     (4)  60 steps of 128 images up to S = 64, else 40 steps of 64 in 16 parts
 
 A network that takes prompts denoises latents. Its recipe is that of Stable Diffusion, whatever the size:
@@ -18,12 +18,15 @@ import dataclasses
 import logging
 import math
 
+import numpy as np
+
 from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
+from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.load import known_names, load_images
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.unlearn.methods import METHODS
@@ -137,10 +140,14 @@ def _filled(recipe: UnlearnOptions, chosen: dict) -> UnlearnOptions:
 
 
 def _fewest_remaining(options: Options) -> int:
-    """How many images remain, the fewest of any target."""
+    """How many images remain that can be neighbors, the fewest of any target: of one label, if the network takes labels."""
     training, _ = split_held_out(_names(options), options.data.held_out)
     images = without(training, options.data.exclude)
-    return min(len(images) - len(resolve_remaining(spec, images, training)) for spec in options.target_specs)
+    config = read_config(model_folder(options.checkpoint)) if options.checkpoint else dataclasses.asdict(options.model)
+    takes_labels = any(config.get(name) is not None for name in ("class_embed_type", "num_class_embeds"))
+    labels = np.asarray(images.labels) if takes_labels and images.labels is not None else None
+    targets = (resolve_remaining(spec, images, training) for spec in options.target_specs)
+    return min(most_neighbors(labels, forget, len(images)) for forget in targets)
 
 
 def _names(options: Options) -> ImageSet:

@@ -9,7 +9,7 @@ import optax
 from retrack_jax import parallel
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.notation import ModelEpsFn, PyTree
+from retrack_jax.notation import Array, ModelEpsFn, PyTree
 from retrack_jax.train.loop import train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -20,22 +20,28 @@ _RATE_FIELD = "config.eval.relearning.learning_rate"
 
 
 def make_finetune(
-    eps_fn: ModelEpsFn, schedule: Schedule, how: StepOptions, optimizer: optax.GradientTransformation, batch_size: int
+    eps_fn: ModelEpsFn,
+    schedule: Schedule,
+    how: StepOptions,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    null: Array | None = None,
 ) -> Callable:
     """Returns `finetune(params, gather, num_images, should_stop) -> (state, train)`; what it compiles is shared by all models.
 
     Args:
-      eps_fn: `(params, x_t, t) -> eps`.
+      eps_fn: `(params, x_t, t, *condition) -> eps`.
       schedule, how: of the network, as its pretraining takes them.
       optimizer: the recipe.
       batch_size: images per step, over all devices.
+      null: as in `train.step.Shared`.
 
     `gather` is `positions -> batch` as in `data.batches.Batches`. `train(state, first_step, num_steps) -> state` continues from
     step `first_step`; step numbers decide its batches and noise, so a curve repeats itself. It donates its state, and raises
     `Preempted` where `should_stop` says so: nothing of a curve is kept.
     """
     step = make_train_step(METHODS["vanilla"], eps_fn, how)
-    shared = Shared(schedule=schedule)
+    shared = Shared(schedule=schedule, null=null)
 
     def finetune(
         params: PyTree,

@@ -43,6 +43,22 @@ def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
     return {"frequency": float(hits.mean())}, note
 
 
+def _label_frequency(task: Task, subject: Subject, wanted: Sequence[str]):
+    if subject.labels is None:
+        return {}, {"why": "the network takes no labels"}
+    mine = np.isin(subject.labels, task.condition)
+    if not mine.any():
+        return {}, {"why": "no sample is under the label of a forgotten image; add it to config.sampling.labels"}
+    under = dataclasses.replace(subject, samples=subject.samples[mine], samples_float=_rows(subject.samples_float, mine))
+    values, note = _frequency(task, under, wanted)
+    labels = np.unique(task.condition).tolist()
+    return ({"label_frequency": values["frequency"]} if values else {}), note | {"labels": labels}
+
+
+def _rows(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if array is None else array[rows]
+
+
 def _features(task: Task, subject: Subject, wanted: Sequence[str]):
     kept = subject.samples[~forgotten_samples(task, subject)]
     left_out = len(subject.samples) - len(kept)
@@ -62,8 +78,9 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
     images = pixels_to_model(task.forgotten)
     try:
         bits, stderr = nll_bits_per_dim(
-            task.eps_fn, subject.params, task.schedule, images, task.rng, num_probes=task.nll_probes, desc="nll_bits_per_dim"
-        )
+            task.eps_fn, subject.params, task.schedule, images, task.rng,
+            num_probes=task.nll_probes, conditions=task.condition, desc="nll_bits_per_dim",
+        )  # fmt: skip
     except UserError as reason:  # another schedule, or an ODE that cannot be solved: the other metrics have a value all the same
         return {}, {"why": str(reason)}
     note = {"num_images": len(bits), "num_probes": task.nll_probes, "mode": "official"}
@@ -80,7 +97,7 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     if (last := task.schedule.num_train_timesteps - 1) < INJECTED_T:
         return {}, {"why": f"its protocol restores images noised to t = {INJECTED_T}, and this model's schedule ends at {last}"}
     network = task.sscd()
-    given, made = restore(task.eps_fn, subject.params, task.schedule, task.forgotten, task.rng)
+    given, made = restore(task.eps_fn, subject.params, task.schedule, task.forgotten, task.rng, task.condition)
     scores = {"sscd": sscd(network, made, task.forgotten)}
     if "sscd_norm" in wanted:
         scores["sscd_norm"] = sscd_norm(network, made, task.forgotten)
@@ -93,6 +110,7 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
 
 EVALUATORS = [
     Evaluator(names=("frequency",), compute=_frequency),
+    Evaluator(names=("label_frequency",), compute=_label_frequency),
     Evaluator(names=FEATURE_METRICS, compute=_features),
     Evaluator(names=("nll_bits_per_dim",), compute=_nll),
     Evaluator(names=("forget_loss",), compute=forget_loss),

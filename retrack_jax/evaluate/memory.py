@@ -43,11 +43,12 @@ def membership(task: Task, subject: Subject, wanted: Sequence[str]):
     if task.held_out is None:
         return {}, {"why": "it needs a random:SHARE target and as many held-out images (config.data.held_out) to compare with"}
     sides = pixels_to_model(task.forgotten), pixels_to_model(task.held_out)
+    conditions = task.condition, task.held_out_condition
     model = task.eps_fn, subject.params, task.schedule
     attacks = {
         # Each side's noise is drawn by its own image numbers, so the two share draws; that only pairs them.
-        "membership_auc": lambda images, desc: loss_scores(*model, images, task.rng, desc=desc),
-        "membership_auc_secmi": lambda images, desc: secmi_scores(*model, images, desc=desc),
+        "membership_auc": lambda images, **how: loss_scores(*model, images, task.rng, **how),
+        "membership_auc_secmi": lambda images, **how: secmi_scores(*model, images, **how),
     }
     values, note = {}, {"forgotten": len(sides[0]), "held_out": len(sides[1])}
     last = task.schedule.num_train_timesteps - 1
@@ -55,7 +56,8 @@ def membership(task: Task, subject: Subject, wanted: Sequence[str]):
         if name == "membership_auc_secmi" and last < T_SEC + INTERVAL:
             note["why"] = f"SecMI goes up to t = {T_SEC + INTERVAL}, and this model's schedule ends at {last}"
             continue
-        found = membership_auc(*(attacks[name](images, name) for images in sides), seed=0)
+        scores = (attacks[name](images, desc=name, conditions=those) for images, those in zip(sides, conditions, strict=True))
+        found = membership_auc(*scores, seed=0)
         values[name] = found.value
         note[f"{name}_95"] = [found.low, found.high]
     return values, note
@@ -91,4 +93,5 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
 
 def _losses(task: Task, params, num_noises: int = 256, desc: str = "") -> np.ndarray:
     images = pixels_to_model(task.forgotten)
-    return denoising_losses(task.eps_fn, params, task.schedule, images, task.rng, num_noises=num_noises, desc=desc)
+    how = {"num_noises": num_noises, "conditions": task.condition, "desc": desc}
+    return denoising_losses(task.eps_fn, params, task.schedule, images, task.rng, **how)

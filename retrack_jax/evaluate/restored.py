@@ -8,7 +8,7 @@ from retrack_jax import parallel
 from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
-from retrack_jax.metrics.blocks import in_blocks, mapped
+from retrack_jax.metrics.blocks import condition_of, in_blocks, mapped
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.sampling.inject import inject, noised
 
@@ -17,29 +17,33 @@ MOST_KEPT = 8  # images of a group whose pictures are stored; SSCD is computed f
 
 
 def restore(
-    eps_fn: ModelEpsFn, params: PyTree, schedule: Schedule, images: np.ndarray, rng: Rng
+    eps_fn: ModelEpsFn, params: PyTree, schedule: Schedule, images: np.ndarray, rng: Rng, conditions: Array | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each image noised to t = 250, and what the model makes of that: two float32 `[F, H, W, C]` in [0, 1].
 
     Args:
-      eps_fn: `eps_fn(params, x_t, t) -> eps`; pass the same function object to reuse what is compiled.
+      eps_fn: `eps_fn(params, x_t, t, *condition) -> eps`; pass the same function object to reuse what is compiled.
       images: the forgotten images, uint8 `[F, H, W, C]`.
       rng: every model is given the same noise.
+      conditions: of the images, as in `metrics.blocks.condition_of`.
     """
     x_0, rngs = pixels_to_model(images), jax.random.split(rng, len(images))
-    p_pairs = mapped(_pairs, (None, None, 0, 0), eps_fn=eps_fn)
+    p_pairs = mapped(_pairs, (None, None, None, 0, 0, 0), eps_fn=eps_fn)
 
     def of_rows(rows: np.ndarray) -> Array:
-        return p_pairs(params, schedule, x_0[rows], rngs[rows])
+        return p_pairs(params, schedule, conditions, x_0[rows], rngs[rows], rows)
 
     pairs = in_blocks(of_rows, len(images), images.shape[1:], desc="sscd")
     noised_images, restored = np.clip(np.moveaxis(pairs, 1, 0) / 2 + 0.5, 0.0, 1.0)
     return noised_images, restored
 
 
-def _pairs(params: PyTree, schedule: Schedule, x_0: Array, rngs: Rng, *, eps_fn: ModelEpsFn) -> Array:
+def _pairs(
+    params: PyTree, schedule: Schedule, conditions: Array | None, x_0: Array, rngs: Rng, rows: Array, *, eps_fn: ModelEpsFn
+) -> Array:
     """Maps clean images `[b, H, W, C]` to noised and restored ones, `[b, 2, H, W, C]`."""
-    made = inject(lambda x, t: eps_fn(params, x, t), x_0, rngs, schedule, t=INJECTED_T)
+    condition = condition_of(conditions, rows)
+    made = inject(lambda x, t: eps_fn(params, x, t, *condition), x_0, rngs, schedule, t=INJECTED_T)
     return jnp.stack([noised(x_0, rngs, schedule, t=INJECTED_T), made], axis=1)
 
 

@@ -25,6 +25,8 @@ class Task:
       features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights, or where they are for other images.
       classifier: `official -> FeatureNetwork` behind the inception scores and the label share, alike; None: `features` is.
       held_out: images that no model trained on and that the forgotten ones can be exchanged with, uint8 `[M, H, W, C]`, or None.
+      condition, held_out_condition: of the forgotten and the held-out images, `[F, ...]` and `[M, ...]`, for a network that takes
+        one; else None.
       label: the label that all forgotten images and no other have, or None.
       finetune: `(params, with_forgotten) -> (state, train)` for the relearning curves; see evaluate/memory.py.
       relearning: at which steps these curves are measured.
@@ -53,19 +55,23 @@ class Task:
     nll_probes: int
     rng: Rng
     classifier: Callable[[bool], FeatureNetwork] | None = None
+    condition: np.ndarray | None = None
+    held_out_condition: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model that is evaluated: its parameters, and its samples as uint8 and, where they were kept, as floats in [0, 1].
 
-    `pictures` is where what it restores of the forgotten images is kept for the report; None keeps nothing.
+    `pictures` is where what it restores of the forgotten images is kept for the report; None keeps nothing. `labels` int `[N]`
+    are those that the samples were drawn under, if the network takes any.
     """
 
     params: PyTree
     samples: np.ndarray
     samples_float: np.ndarray | None = None
     pictures: epath.Path | None = None
+    labels: np.ndarray | None = None
 
     @property
     def finest(self) -> np.ndarray:

@@ -31,6 +31,16 @@ def mapped(function: Callable, in_axes: tuple[int | None, ...], **static) -> Cal
     return parallel.pmap(functools.partial(function, **static), in_axes=in_axes, out_axes=0)
 
 
+def condition_of(conditions: Array | None, rows: Array) -> tuple[Array, ...]:
+    """Returns what a network takes as the condition of the images `rows` `[B]`: nothing, `[B, ...]`, or `[1, ...]` for all.
+
+    `conditions` are those of all images, `[N, ...]`, or one for all, `[1, ...]`; None: the network is unconditional.
+    """
+    if conditions is None:
+        return ()
+    return (conditions if conditions.shape[0] == 1 else conditions[rows],)
+
+
 def in_blocks(
     score: Callable[[np.ndarray], Array], total: int, image_shape: tuple[int, ...], size: int | None = None, desc: str = ""
 ) -> np.ndarray:

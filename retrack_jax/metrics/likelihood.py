@@ -48,6 +48,7 @@ def nll_bits_per_dim(
     mode: str = "official",
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    conditions: Array | None = None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -65,6 +66,7 @@ def nll_bits_per_dim(
       num_probes: independent probes per image; the result is their mean.
       mode: `official` or `continuous` (equation 5).
       rtol, atol: tolerances of the solver.
+      conditions: of the images, `[B, ...]`, what the network takes besides the image and its time; None: nothing.
       batch_size, desc: as in `in_blocks`, for pairs of image and probe.
 
     Raises:
@@ -82,11 +84,12 @@ def nll_bits_per_dim(
     images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
     options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
-    p_log_likelihoods = mapped(_log_likelihoods, (None, None, 0, None, 0, 0), **options)
+    p_log_likelihoods = mapped(_log_likelihoods, (None, None, 0, None, 0, 0, 0), **options)
 
     def log_likelihoods(pairs: np.ndarray) -> Array:
         numbers, probes = pairs // num_probes, pairs % num_probes
-        return p_log_likelihoods(params, sigma, images[numbers], rng, numbers, probes)
+        condition = None if conditions is None else np.asarray(conditions)[numbers]
+        return p_log_likelihoods(params, sigma, images[numbers], rng, numbers, probes, condition)
 
     # A solver that resolves 1e-5 cannot follow a network that an accelerator rounds to bfloat16 or TF32.
     with jax.default_matmul_precision("highest"):
@@ -102,7 +105,9 @@ def nll_bits_per_dim(
     return bits.mean(axis=1), stderr
 
 
-def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, eps_fn, mode, rtol, atol, fixed_step=None):
+def _log_likelihoods(
+    params, sigma_T, images_BHWC, rng, number_B, probe_B, condition_B=None, *, eps_fn, mode, rtol, atol, fixed_step=None
+):
     """log p of equation 3 `[B]` for pairs of an image, with its number, and a probe; NaN if the solver did not reach the end.
 
     With `fixed_step`, all steps have that size; the test of the order of convergence uses it.
@@ -112,19 +117,19 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, ep
     controller = diffrax.PIDController(rtol=rtol, atol=atol) if fixed_step is None else diffrax.ConstantStepSize()
 
     @jax.jit  # diffrax traces the field in several places; this traces the network once.
-    def vector_field(s, state, probe):
-        x, _ = state
+    def vector_field(s, state, probe_and_condition):
+        (x, _), (probe, condition) = state, probe_and_condition
 
         def drift(x):
             t, std = _label_and_std(s, sigma_T, mode)
-            eps = eps_fn(params, x[None], t[None])[0]
+            eps = eps_fn(params, x[None], t[None], *condition)[0]
             beta = (BETA_MIN + (BETA_MAX - BETA_MIN) * s).astype(x.dtype)
             return -0.5 * beta * (x - eps / std.astype(x.dtype))
 
         value, tangent = jax.jvp(drift, (x,), (probe,))
         return value, jnp.sum(tangent * probe)
 
-    def solve(image, number, probe):
+    def solve(image, number, probe, condition):
         image_rng = jax.random.fold_in(rng, number)
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
@@ -133,7 +138,10 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, ep
             t1=1.0,
             dt0=_FIRST_STEP if fixed_step is None else fixed_step,
             y0=(image, jnp.zeros((), image.dtype)),
-            args=jax.random.rademacher(jax.random.fold_in(image_rng, probe), image.shape, image.dtype),
+            args=(
+                jax.random.rademacher(jax.random.fold_in(image_rng, probe), image.shape, image.dtype),
+                () if condition is None else (condition[None],),
+            ),
             stepsize_controller=controller,
             adjoint=diffrax.ForwardMode(),
             max_steps=_MAX_STEPS,
@@ -143,7 +151,7 @@ def _log_likelihoods(params, sigma_T, images_BHWC, rng, number_B, probe_B, *, ep
         prior = -0.5 * (jnp.sum(x_1**2) + x_1.size * math.log(2.0 * math.pi))
         return jnp.where(solution.result == diffrax.RESULTS.successful, prior + divergence, jnp.nan)
 
-    return jax.vmap(solve)(images_BHWC, number_B, probe_B)
+    return jax.vmap(solve)(images_BHWC, number_B, probe_B, condition_B)
 
 
 def _label_and_std(s: Array, sigma_T: Array, mode: str) -> tuple[Array, Array]:

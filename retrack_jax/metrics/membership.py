@@ -27,7 +27,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
 from retrack_jax.diffusion.conversions import add_noise, eps_to_x0
-from retrack_jax.metrics.blocks import in_blocks, mapped
+from retrack_jax.metrics.blocks import condition_of, in_blocks, mapped
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
 T_SEC, INTERVAL = 100, 10  # of equation 2: the paper's for CIFAR-10
@@ -49,7 +49,7 @@ def denoising_losses(
     rng: Rng,
     *,
     num_noises: int = 256,
-    conditions=None,
+    conditions: Array | None = None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> np.ndarray:
@@ -64,7 +64,7 @@ def denoising_losses(
       images: `[N, H, W, C]` in [-1, 1].
       rng: decides t and eps.
       num_noises: draws per image.
-      conditions: what the network is given of each image, `[N, ...]`, or `[1, ...]` for all; None: it takes none.
+      conditions: of the images, as in `metrics.blocks.condition_of`.
       batch_size, desc: as in `in_blocks`, for pairs of image and draw.
 
     Raises:
@@ -72,7 +72,6 @@ def denoising_losses(
     """
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
-    conditions = None if conditions is None else parallel.replicate(np.asarray(conditions))
     p_losses = mapped(_pair_losses, (None, None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
 
     def of_pairs(pairs: np.ndarray) -> Array:
@@ -96,8 +95,7 @@ def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps
     t_B = jnp.floor((draw_B.astype(jnp.float32) + place_B) * (num_timesteps / num_noises)).astype(jnp.int32)
     t_B = jnp.minimum(t_B, num_timesteps - 1)
     x_t = add_noise(x_0, eps, schedule.gamma[t_B], schedule.sigma[t_B])
-    condition = () if conditions is None else (conditions if len(conditions) == 1 else conditions[image_B],)
-    return jnp.sum((eps_fn(params, x_t, t_B, *condition) - eps) ** 2, axis=(1, 2, 3))
+    return jnp.sum((eps_fn(params, x_t, t_B, *condition_of(conditions, image_B)) - eps) ** 2, axis=(1, 2, 3))
 
 
 def loss_scores(eps_fn: ModelEpsFn, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:
@@ -114,6 +112,7 @@ def secmi_scores(
     *,
     t_sec: int = T_SEC,
     interval: int = INTERVAL,
+    conditions: Array | None = None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> np.ndarray:
@@ -127,20 +126,22 @@ def secmi_scores(
     check_int("t_sec", t_sec, 0, num_timesteps - 1 - interval)
     check(t_sec % interval == 0, f"t_sec is {t_sec}; it must be a multiple of interval, {interval}")
     images = np.asarray(images, np.float32)
-    p_t_error = mapped(_t_error, (None, None, 0), eps_fn=eps_fn, t_sec=t_sec, interval=interval)
+    p_t_error = mapped(_t_error, (None, None, None, 0, 0), eps_fn=eps_fn, t_sec=t_sec, interval=interval)
 
     def of_rows(rows: np.ndarray) -> Array:
-        return p_t_error(params, schedule, images[rows])
+        return p_t_error(params, schedule, conditions, images[rows], rows)
 
     errors = in_blocks(of_rows, len(images), images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("SecMI score", errors)
     return -errors
 
 
-def _t_error(params, schedule, x_0, *, eps_fn, t_sec, interval):
+def _t_error(params, schedule, conditions, x_0, row_B, *, eps_fn, t_sec, interval):
+    condition = condition_of(conditions, row_B)
+
     def ddim(x, start, end):
         start_B, end_B = (jnp.full((len(x),), t, jnp.int32) for t in (start, end))
-        eps = eps_fn(params, x, start_B)
+        eps = eps_fn(params, x, start_B, *condition)
         clean = eps_to_x0(eps, x, schedule.gamma[start_B], schedule.sigma[start_B])
         return add_noise(clean, eps, schedule.gamma[end_B], schedule.sigma[end_B])
 

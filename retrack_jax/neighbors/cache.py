@@ -18,13 +18,6 @@ PIXELS = "pixels in [-1, 1]"
 logger = logging.getLogger(__name__)
 
 
-def cached_nearest(
-    images, query_rows, k: int, *, exclude, cache_dir, backend: str = "auto", space: str = PIXELS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the neighbors of one target: (rows int64 [F, k], distances float32 [F, k]). As `cached_nearest_of_targets`."""
-    return cached_nearest_of_targets(images, [(query_rows, exclude)], k, cache_dir=cache_dir, backend=backend, space=space)[0]
-
-
 def cached_nearest_of_targets(
     images,
     targets: Sequence[tuple[np.ndarray, np.ndarray]],

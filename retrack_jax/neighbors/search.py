@@ -68,6 +68,8 @@ def nearest(
     set_of_query = set_of_query_F[unique]
     pairs = [(np.flatnonzero(set_of_query == i), indices) for i, indices in enumerate(excluded_sets) if len(indices)]
     engine, reason = choose_backend(backend, images_ND.shape, memory_budget)
+    if engine != "exact" and room < len(images_ND) / 2:  # ScaNN would return most of the set and drop it again
+        engine, reason = "exact", f"{len(images_ND) - room} images are left out, of one query or all"
     logger.info(
         "neighbors: %d queries (%d distinct) among %d images of %d values by %s: %s",
         len(queries_FD), len(queries_QD), *images_ND.shape, engine, reason,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import check
+from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.captions import shown
 from retrack_jax.neighbors.captions import CaptionedNeighbors, captioned_nearest, similarities
@@ -28,15 +29,14 @@ class Captions(Conditioning):
     Args:
       states: of all captions.
       encode: a prompt to its embedding, float32 `[1, N, D]`.
-      negative_prompt: what guidance leads away from.
-      num_captions: how many captions of each kind samples are drawn of.
+      options: the config: the negative prompt, how many captions of each kind samples are drawn of, and caption dropout.
     """
 
     of_target = True
 
-    def __init__(self, states: TextStates, encode: Callable[[str], Array], negative_prompt: str, num_captions: int):
-        self._states, self._num_captions = states, num_captions
-        self.null, self.dropped = encode(negative_prompt), encode("")
+    def __init__(self, states: TextStates, encode: Callable[[str], Array], options: Options):
+        self._states, self._num_captions = states, options.sampling.num_captions
+        self.null, self.dropped, self.dropout = encode(options.sampling.negative_prompt), encode(""), options.data.caption_dropout
         self.digests = {"text encoder in config.checkpoint": states.digest}
 
     def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray]:
@@ -57,8 +57,8 @@ class Captions(Conditioning):
             )
         return partial(captioned_nearest, **how, beta=own.beta, same_caption=own.same_caption)
 
-    def anchor(self, target: Target, similarity: np.ndarray, own: MethodOptions) -> Anchor | None:
-        threshold = own.anchor if isinstance(own, RetrackOptions) else None
+    def anchor(self, target: Target, similarity: np.ndarray, recipe: UnlearnOptions) -> Anchor | None:
+        threshold = getattr(recipe.own, "anchor", None)
         used = np.zeros(len(similarity), bool) if threshold is None else similarity.max(axis=1) < threshold
         if not used.any():
             return None

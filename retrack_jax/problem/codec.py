@@ -15,14 +15,14 @@ from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet, pixels_to_model
 from retrack_jax.log import progress
 from retrack_jax.models.vae import AutoencoderKL
-from retrack_jax.neighbors.cache import cached_nearest, cached_nearest_of_targets
+from retrack_jax.neighbors.cache import cached_nearest_of_targets
 from retrack_jax.neighbors.captions import CaptionedNeighbors
 from retrack_jax.neighbors.copies import warn_of_copies
 from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.latents import LatentSet, encode_set
-from retrack_jax.problem.target import ForgetData, Target
+from retrack_jax.problem.target import ForgetData, Target, neighbor_pools
 
 Gather = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -49,26 +49,31 @@ class PixelCodec:
 
     def prepare(self, targets: Sequence[Target], num_neighbors: int, backend: str) -> None:
         """Finds the neighbors of all `targets` in one pass over the images; `forget_data` then reads them from the cache."""
-        pairs = [(target.unique, target.forget) for target in targets]
-        cached_nearest_of_targets(targets[0].images, pairs, num_neighbors, cache_dir=self._cache_dir, backend=backend)
+        searches = [(target.unique[mine], others) for target in targets for mine, others in neighbor_pools(target)]
+        cached_nearest_of_targets(targets[0].images, searches, num_neighbors, cache_dir=self._cache_dir, backend=backend)
 
     def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
-        """Returns the distinct forgotten images and, with `num_neighbors` K > 0, the K nearest remaining images of each."""
-        images = target.images
+        """Returns the distinct forgotten images and, with `num_neighbors` K > 0, the K nearest remaining images of each.
+
+        With labels, these are of the image's own label, and `null_neighbor_rows` of any.
+        """
+        images, pools = target.images, neighbor_pools(target)
         forget = {"pixels": np.ascontiguousarray(images.images[target.unique])}
         if not num_neighbors:
             return ForgetData(forget)
-        rows, distances = cached_nearest(
-            images, target.unique, num_neighbors, exclude=target.forget, backend=backend, cache_dir=self._cache_dir
-        )
+        searches = [(target.unique[mine], others) for mine, others in pools]
+        found = cached_nearest_of_targets(images, searches, num_neighbors, backend=backend, cache_dir=self._cache_dir)
+        null_rows = None if target.null is None else found.pop()[0]
+        order = np.argsort(np.concatenate([mine for mine, _ in pools[: len(found)]]))
+        rows, distances = (np.concatenate(arrays)[order] for arrays in zip(*found, strict=True))
         warn_of_copies(
             forget["pixels"],
             images.images[rows[:, 0]],
             lambda row: f"{images.ids[target.unique[row]]} and {images.ids[rows[row, 0]]}",
         )
-        distinct, positions = distinct_neighbors(rows)
-        bank = np.ascontiguousarray(images.images[distinct])
-        return ForgetData(forget, {"pixels": bank}, positions, rows, distances)
+        distinct, positions = distinct_neighbors(rows if null_rows is None else np.concatenate([rows, null_rows]))
+        bank, own, null = np.ascontiguousarray(images.images[distinct]), positions[: len(rows)], positions[len(rows) :]
+        return ForgetData(forget, {"pixels": bank}, own, rows, distances, None if null_rows is None else null)
 
 
 class LatentCodec:
@@ -147,5 +152,3 @@ def check_resolution(codec: LatentCodec, resolution: int, levels: int, where) ->
     factor = codec.vae.downscale * 2 ** (levels - 1)
     wrong = f"config.data.resolution is {resolution}; the VAE and the UNet of {where} need a multiple of {factor}"
     check(resolution % factor == 0, wrong)
-
-

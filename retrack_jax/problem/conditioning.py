@@ -1,10 +1,14 @@
-"""The input that the network gets besides the noisy image and its time: none, or a prompt's embedding. Captions: captions.py."""
+"""The input that the network gets besides the noisy image and its time: none, a prompt's embedding, a caption or a label.
+
+Captions are in captions.py, labels in labels.py.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
+from retrack_jax.config.options import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.neighbors.captions import CaptionedNeighbors
 from retrack_jax.notation import Array
@@ -18,11 +22,13 @@ class Conditioning(Protocol):
 
     Attributes:
       of_target: whether samples, and so the pretrained model's too, depend on the target.
-      dropped: the condition `[1, ...]` of an example whose own is dropped, or None.
+      dropout: the share of training examples whose own condition is dropped.
+      dropped: the condition `[1, ...]` of such an example, or None.
       digests: name -> digest of what was read.
     """
 
     of_target: bool
+    dropout: float = 0.0
     dropped: Array | None = None
     digests: dict[str, str] = {}
 
@@ -36,7 +42,7 @@ class Conditioning(Protocol):
         """
         return None
 
-    def anchor(self, target: Target, similarity: np.ndarray, own: MethodOptions) -> Anchor | None:
+    def anchor(self, target: Target, similarity: np.ndarray | None, recipe: UnlearnOptions) -> Anchor | None:
         """Returns which distinct forgotten images follow the pretrained prediction, given `search`'s similarities `[F, K]`."""
         return None
 
@@ -47,7 +53,7 @@ class Conditioning(Protocol):
         """The condition `[1, ...]` under which the model before unlearning would remember the target."""
 
     def sampled(self, target: Target) -> dict[str, Array | None]:
-        """Name in `samples.npz` -> the condition `[1, ...]` that those samples are drawn under."""
+        """Name in `samples.npz` -> the conditions `[P, ...]` of those samples: image i is drawn under condition i mod P."""
 
     def describe(self, name: str, target: Target) -> str:
         """What the samples `name` depend on, to be part of their fingerprint."""
@@ -102,3 +108,11 @@ class PairedPrompts(Conditioning):
 
     def describe(self, name: str, target: Target) -> str:
         return dict(target.concept.prompts.items())[name]
+
+
+def with_conditions(gather: Callable, conditioning: Conditioning, images: ImageSet, rows: np.ndarray) -> Callable:
+    """Returns `gather`, a codec's for the images of `rows`, with the condition of each example if it has one."""
+    condition_of = conditioning.of_images(images)
+    if condition_of is None:
+        return gather
+    return lambda positions: {**gather(positions), "condition": condition_of(rows[positions])}

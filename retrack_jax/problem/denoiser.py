@@ -10,6 +10,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retrack_jax.checkpoints import (
     export_diffusers,
@@ -21,11 +22,12 @@ from retrack_jax.checkpoints import (
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
-from retrack_jax.checks import check
-from retrack_jax.config.options import Options
+from retrack_jax.checks import UserError, check
+from retrack_jax.config.options import DataOptions, Options
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.files import array_digest
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
 from retrack_jax.weights.folder import UNET_FOLDERS
@@ -45,6 +47,7 @@ class Denoiser:
       shape: of what it denoises, (H, W, C).
       params: the checkpoint's parameters, on the host, since a training step donates what it is given; None: to be trained here.
       condition: the smallest condition that the network takes, or nothing.
+      label_vectors: float32 `[labels, D]`, what the network takes in place of each label; None: the labels themselves.
       export: `(path, params, note)` writes the network as diffusers saves it; `note` goes into its card.
     """
 
@@ -54,11 +57,25 @@ class Denoiser:
     params: PyTree | None
     condition: tuple[jax.Array, ...]
     export: Callable[[object, PyTree, str], None]
+    label_vectors: np.ndarray | None = None
 
-    @property
+    @cached_property
     def eps_fn(self) -> ModelEpsFn:
         """`(params, x_t, t, *condition) -> eps`: one function object for one network, so that programs are compiled once."""
-        return _eps_fn(self.module, json.dumps(self.schedule.to_config()))
+        eps_fn, vectors = _eps_fn(self.module, json.dumps(self.schedule.to_config())), self.label_vectors
+        if vectors is None:
+            return eps_fn
+        return lambda params, x_t, t, label, **how: eps_fn(params, x_t, t, jnp.asarray(vectors)[label], **how)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the network takes a label, int32, for each image."""
+        return self.label_vectors is not None or (len(self.condition) == 1 and self.condition[0].dtype == jnp.int32)
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels the network knows, from 0 on; None: any number."""
+        return getattr(self.module, "num_labels", None) if self.label_vectors is None else len(self.label_vectors)
 
     @property
     def has_dropout(self) -> bool:
@@ -73,7 +90,9 @@ class Denoiser:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Name -> digest of the weights that were read."""
-        return {} if self.params is None else {"weights in config.checkpoint": tree_digest(self.params)}
+        weights = {} if self.params is None else {"weights in config.checkpoint": tree_digest(self.params)}
+        vectors = {} if self.label_vectors is None else {"vectors in config.data.label_vectors": array_digest(self.label_vectors)}
+        return weights | vectors
 
 
 @lru_cache(maxsize=8)
@@ -87,7 +106,7 @@ def _init(module: nn.Module, rng: Rng, *inputs: jax.Array) -> PyTree:
 
 
 def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
-    """Returns the unconditional network of `config.checkpoint`, or a new one of the shape of `config.model`, for `images`.
+    """Returns the network of `config.checkpoint`, or a new one of the shape of `config.model`, for `images`.
 
     Raises:
       UserError: a checkpoint that is not there, not whole or not supported, or that cannot take the images; fields of
@@ -96,7 +115,7 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
     own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
     source = local_model(options.checkpoint) if options.checkpoint else None
     if source:
-        check_unconditional(source)
+        check_pixel_model(source)
         module, params = import_diffusers(source)
         stored = read_schedule_config(source)
         if stored is None:
@@ -105,26 +124,42 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
     else:
         module, params, stored = UNet2D.from_config(dataclasses.asdict(options.model), **own), None, None
     _check_fits(module, images)
+    condition = example_inputs(module)[2:]
     schedule = Schedule.from_config(stored or dataclasses.asdict(options.schedule))
 
     def export(path, params: PyTree, note: str) -> None:
         export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)
 
-    return Denoiser(module, schedule, images.images.shape[1:], params, (), export)
+    vectors = _label_vectors(condition[0].shape[1], options.data) if condition and condition[0].dtype != jnp.int32 else None
+    return Denoiser(module, schedule, images.images.shape[1:], params, condition, export, vectors)
 
 
-def check_unconditional(checkpoint) -> None:
-    """Raises `UserError` if a checkpoint is no unconditional model of pixels, as far as its config is there to tell."""
+def _label_vectors(width: int, data: DataOptions) -> np.ndarray:
+    """Returns the vectors of `config.data.label_vectors`, float32 `[labels, width]`."""
+    where = "config.data.label_vectors"
+    check(
+        bool(data.label_vectors),
+        f"the network takes a vector of {width} numbers for each label (class_embed_type identity); set {where} to an .npy file "
+        f"[labels, {width}]",
+    )
+    path = Path(data.label_vectors).expanduser()
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{where}: {path} cannot be read as .npy ({error})") from error
+    fits = isinstance(vectors, np.ndarray) and vectors.ndim == 2 and vectors.shape[1] == width and vectors.dtype.kind in "fiu"
+    shape = f"{vectors.dtype} {vectors.shape}" if isinstance(vectors, np.ndarray) else "an archive"
+    check(fits and len(vectors) > 0, f"{where}: {path} holds {shape}; the network needs floats [labels, {width}]")
+    check(bool(np.isfinite(vectors).all()), f"{where}: {path} holds NaN or infinity")
+    return vectors.astype(np.float32)
+
+
+def check_pixel_model(checkpoint) -> None:
+    """Raises `UserError` if a checkpoint is no model of pixels, as far as its config is there to tell."""
     found = network_config(checkpoint)
     if found is None:
         return
-    folder, (network, config) = Path(checkpoint).expanduser(), found
-    labels = next((name for name in ("class_embed_type", "num_class_embeds") if config.get(name) is not None), None)
-    check(
-        labels is None,
-        f"the network in {network} takes class labels ({labels} is {config.get(labels)!r}), which is not supported; give an "
-        "unconditional one",
-    )
+    folder, (network, config) = local_model(checkpoint), found
     check(
         config.get("time_embedding_type") != "fourier",
         f"the network in {network} has time_embedding_type 'fourier': it takes log(t) and divides by t, so t = 0 gives NaN, in "
@@ -166,7 +201,7 @@ def _check_fits(module, images: ImageSet) -> None:
     height, width, channels = images.images.shape[1:]
     inputs = example_inputs(module)
     check(
-        len(inputs) == 2,
+        len(inputs) == 2 or inputs[2].ndim <= 2,
         "the network in config.checkpoint takes a condition, and images alone have none; configs/stable_diffusion.py has prompts",
     )
     smallest, takes = inputs[0].shape[1], inputs[0].shape[3]

@@ -12,6 +12,7 @@ from etils import epath
 from retrack_jax import files
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
+from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.row_view import RowView
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import captions, images, prompts
@@ -23,6 +24,7 @@ from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import LatentCodec, PixelCodec
+from retrack_jax.problem.conditioning import Conditioning, with_conditions
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
 from retrack_jax.problem.training_data import ImageData
@@ -67,10 +69,11 @@ class Evaluation(Protocol):
 
 
 class ImageEvaluation:
-    """Unconditional images: FID and its kin, frequency, likelihood, what the model still knows of the forgotten images."""
+    """Images alone or with labels: FID and its kin, frequency, likelihood, what the model still knows of the forgotten images."""
 
-    def __init__(self, options: Options, data: ImageData, denoiser: Denoiser, codec: PixelCodec):
+    def __init__(self, options: Options, data: ImageData, denoiser: Denoiser, codec: PixelCodec, conditioning: Conditioning):
         self._options, self._data, self._denoiser, self._codec = options, data, denoiser, codec
+        self._conditioning = conditioning
         for name in options.eval.metrics:
             check_choice("config.eval.metrics", name, images.metric_names())
         check_score_network(options.eval.score_network, options.eval.metrics, denoiser.shape)
@@ -80,12 +83,14 @@ class ImageEvaluation:
         if is_complete(model.path, wanted):
             return read_results(model.path)
         pictures = epath.Path(model.path).parent / f"sscd-{target.slug}.npz"
-        subject = Subject(model.params(), model.arrays["samples"], model.arrays.get("samples_float"), pictures)
+        arrays = model.arrays
+        subject = Subject(model.params(), arrays["samples"], arrays.get("samples_float"), pictures, arrays.get("labels"))
         task = self._task(target, model)
         return evaluate(images.evaluators(task), wanted, task, subject, model.path, model.should_stop)
 
     def _task(self, target: Target, model: EvaluatedModel) -> Task:
         options, data, denoiser = self._options.eval, self._data, self._denoiser
+        held_out = data.held_out if is_random(target.spec) else None
         everything = options.fid_reference == "all"
         rows = np.arange(len(target.images)) if everything else target.remain
         return Task(
@@ -101,7 +106,9 @@ class ImageEvaluation:
             ),
             sscd=lambda: load_sscd(options.weights_dir),
             classifier=score_network(options.score_network, options.weights_dir),
-            held_out=data.held_out.images if data.held_out is not None and is_random(target.spec) else None,
+            held_out=None if held_out is None else held_out.images,
+            condition=None if target.labels is None else target.labels[target.unique],
+            held_out_condition=None if held_out is None or target.labels is None else held_out.labels.astype(np.int32),
             label=label_of(target),
             finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten, model.should_stop),
             relearning=tuple(options.relearning.steps),
@@ -113,21 +120,24 @@ class ImageEvaluation:
 
     def _finetune(self, params: PyTree, target: Target, with_forgotten: bool, should_stop: Callable[[], bool]):
         rows = np.concatenate([target.remain, target.unique]) if with_forgotten else target.remain
-        return self._make_finetune(params, self._codec.gather(target.images, rows), len(rows), should_stop)
+        gather = with_conditions(self._codec.gather(target.images, rows), self._conditioning, target.images, rows)
+        return self._make_finetune(params, gather, len(rows), should_stop)
 
     @cached_property
     def _make_finetune(self) -> Callable:
-        denoiser, recipe = self._denoiser, self._options.eval.relearning
+        denoiser, conditioning, recipe = self._denoiser, self._conditioning, self._options.eval.relearning
         # The model's own recipe, at a constant rate.
         training = dataclasses.replace(
             self._options.pretrain, learning_rate=recipe.learning_rate, learning_rate_schedule="constant", warmup_steps=0
         )
-        how = StepOptions(t_max=denoiser.schedule.t_end, dropout=denoiser.has_dropout)
-        return make_finetune(denoiser.eps_fn, denoiser.schedule, how, training.optimizer(), recipe.batch_size)
+        how = StepOptions(t_max=denoiser.schedule.t_end, dropout=denoiser.has_dropout, condition_dropout=conditioning.dropout)
+        given = denoiser.eps_fn, denoiser.schedule, how, training.optimizer(), recipe.batch_size
+        return make_finetune(*given, conditioning.dropped)
 
     def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
         marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
-        return {"before": before["samples"], "after": after["samples"], **marks, **self._of_target(target)}
+        labels = {"labels": after.get("labels")}
+        return {"before": before["samples"], "after": after["samples"], **marks, **labels, **self._of_target(target)}
 
     def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
         marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
@@ -251,12 +261,13 @@ class CaptionEvaluation:
 def _neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target: Target, search: Callable | None = None) -> dict:
     """Returns `forgotten` uint8 `[F, H, W, C]`, `neighbors` uint8 `[F, K, H, W, C]` and `distances` `[F, K]` of the first images.
 
-    K is `num_neighbors`, or as many as remain: methods that search no neighbors set no bound on it. `search`, if there is one,
+    K is `num_neighbors`, or as many as there are for each image: methods that search no neighbors set no bound on it. `search`
     takes a target to how its neighbors are searched.
     """
     recipe, few = options.recipe(options.method), dataclasses.replace(target, unique=target.unique[:SHOWN])
     how = {} if search is None else {"search": search(few)}
-    data = codec.forget_data(few, min(recipe.num_neighbors, len(target.remain)), recipe.neighbor_backend, **how)
+    room = most_neighbors(target.labels, target.forget, len(target.images))
+    data = codec.forget_data(few, min(recipe.num_neighbors, room), recipe.neighbor_backend, **how)
     neighbors = target.images.images[data.neighbor_positions]
     return {"forgotten": target.images.images[few.unique], "neighbors": neighbors, "distances": data.distances}
 

@@ -17,23 +17,28 @@ from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options, UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.notation import Array
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
-from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional
-from retrack_jax.problem.denoiser import Denoiser, check_unconditional, latent_denoiser, pixel_denoiser
+from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional, with_conditions
+from retrack_jax.problem.denoiser import Denoiser, check_pixel_model, latent_denoiser, pixel_denoiser
 from retrack_jax.problem.evaluation import CaptionEvaluation, Evaluation, ImageEvaluation, PromptEvaluation
+from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
 from retrack_jax.problem.sampler import ProblemSampler
-from retrack_jax.problem.target import ForgetData, Target
+from retrack_jax.problem.target import ForgetData, Target, with_labels
 from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.kinds import takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
-_OF_IMAGES = {"format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False}
+_OF_IMAGES = {
+    "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False, "copies_label": None,
+    "labels": "", "null_label": None, "label_dropout": None, "label_vectors": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +65,27 @@ class Problem:
 
     def target(self, spec: str) -> Target:
         """Returns what the user asked to forget. Raises `UserError` if it is not there, or leaves too few images."""
-        target, options = self.data.target(spec), self.options
-        for name in options.method_names:
-            k = options.recipe(name).num_neighbors
+        target = self.data.target(spec)
+        if self.denoiser.takes_labels:
+            target = with_labels(target, self.conditioning.null)
+        room = most_neighbors(target.labels, target.forget, len(target.images))
+        for name in self.options.method_names:
+            if name not in METHODS or "neighbors" not in METHODS[name].streams:
+                continue
+            recipe = self.options.recipe(name)
+            of_label = "" if room == len(target.remain) else " with the label of a forgotten one"
             check(
-                name not in METHODS or "neighbors" not in METHODS[name].streams or k <= len(target.remain),
-                f"config.unlearn.num_neighbors (K) is {k}, but only {len(target.remain)} images remain besides {spec}; choose a "
-                "smaller K",
+                recipe.num_neighbors <= room,
+                f"config.unlearn.num_neighbors (K) is {recipe.num_neighbors}, but only {room} images{of_label} remain besides "
+                f"{spec}; choose a smaller K",
             )
+            check_whole_class(target, recipe)
         return target
+
+    def note(self, method: str, target: Target) -> str:
+        """Returns what a user must know of how `method` dealt with the target's labels, as a sentence, or ''."""
+        has_neighbors = method in METHODS and "neighbors" in METHODS[method].streams
+        return in_words(target, self.options.recipe(method)) if has_neighbors else ""
 
     def digests(self, target: Target | None = None) -> dict[str, str]:
         """Returns name -> digest of all that was read; without a target, of what does not depend on one."""
@@ -76,18 +93,15 @@ class Problem:
 
     def gather(self, images: ImageSet, rows: np.ndarray) -> Gather:
         """Returns `positions [b] -> examples` within `rows` of `images`, each with its condition if it has one."""
-        gather, condition_of = self.codec.gather(images, rows), self.conditioning.of_images(images)
-        if condition_of is None:
-            return gather
-        return lambda positions: {**gather(positions), "condition": condition_of(rows[positions])}
+        return with_conditions(self.codec.gather(images, rows), self.conditioning, images, rows)
 
     def forget_data(self, target: Target, recipe: UnlearnOptions, num_neighbors: int) -> ForgetData:
         """Returns what the training step holds of the target; with `num_neighbors` K > 0 its neighbors too."""
         search = self.conditioning.search(target, recipe.own)
         how = {} if search is None else {"search": search}
         data = self.codec.forget_data(target, num_neighbors, recipe.neighbor_backend, **how)
-        if data.similarity is not None:
-            data = dataclasses.replace(data, anchor=self.conditioning.anchor(target, data.similarity, recipe.own))
+        if num_neighbors:
+            data = dataclasses.replace(data, anchor=self.conditioning.anchor(target, data.similarity, recipe))
         if (condition_of := self.conditioning.of_images(target.images)) is not None:
             data = dataclasses.replace(data, forget={**data.forget, "condition": condition_of(target.unique)})
         return data
@@ -113,7 +127,7 @@ def check_problem(options: Options) -> None:
         _check_no_captions(options)
     if not SOURCES[options.data.source].gives_concepts:
         if options.checkpoint and not captioned:
-            check_unconditional(options.checkpoint)
+            check_pixel_model(options.checkpoint)
         of_prompts = captioned or options.export != "single_file"
         check(of_prompts, "config.export is single_file, which only Stable Diffusion has; choose unet")
         return
@@ -155,12 +169,17 @@ def build_problem(options: Options) -> Problem:
 
 
 def _images(options: Options) -> Problem:
-    """Images in pixels and an unconditional network."""
+    """Images in pixels and a network that is unconditional or takes their labels."""
     data = ImageData(options.data)
     denoiser = pixel_denoiser(options, data.images)
     codec, conditioning = PixelCodec(epath.Path(options.data.cache_dir).expanduser()), Unconditional()
+    if denoiser.takes_labels:
+        conditioning = Labels(options, data.images, denoiser.num_labels)
+    else:
+        check_no_labels(options)
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
-    return Problem(options, data, denoiser, codec, conditioning, sampler, ImageEvaluation(options, data, denoiser, codec))
+    evaluation = ImageEvaluation(options, data, denoiser, codec, conditioning)
+    return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)
 
 
 def _latents(options: Options) -> tuple[Pipeline, LatentCodec, Denoiser]:
@@ -178,8 +197,7 @@ def _captioned_images(options: Options) -> Problem:
     pipeline, codec, denoiser = _latents(options)
     captions = [*data.images.captions, *(data.held_out.captions if data.held_out is not None else ())]
     states = text_states(pipeline, captions, options.data.cache_dir)
-    sampling = options.sampling
-    conditioning = Captions(states, partial(_encode, pipeline), sampling.negative_prompt, sampling.num_captions)
+    conditioning = Captions(states, partial(_encode, pipeline), options)
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
     evaluation = CaptionEvaluation(options, pipeline.tokenizer, codec, conditioning)
     return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)

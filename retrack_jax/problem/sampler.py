@@ -1,4 +1,4 @@
-"""Samples of a problem: unconditional images, or images of each of a target's conditions, decoded to pixels."""
+"""Samples of a problem: unconditional images, images under labels, or images of each of a target's prompts, as pixels."""
 
 import dataclasses
 import json
@@ -33,7 +33,8 @@ class ProblemSampler:
     """
 
     def __init__(self, options: Options, denoiser: Denoiser, codec: PixelCodec | LatentCodec, conditioning: Conditioning):
-        self._options, self._denoiser, self._codec, self._conditioning = options.sampling, denoiser, codec, conditioning
+        self._options, self._denoiser, self._conditioning = options.sampling, denoiser, conditioning
+        self._vae_params = getattr(codec, "params", None)
         self._param_dtype = jnp.dtype(options.compute.param_dtype)
         self._p_sample = _p_sample(
             denoiser.eps_fn,
@@ -42,7 +43,7 @@ class ProblemSampler:
             json.dumps(denoiser.schedule.to_config()),
             denoiser.shape,
             getattr(codec, "vae", None),
-            options.sampling.guidance_scale,
+            _guidance(options, denoiser),
             "float32" if options.save_float else "uint8",
         )
         fields = dataclasses.asdict(options.sampling)
@@ -60,7 +61,8 @@ class ProblemSampler:
     def sample(
         self, target: Target, params: PyTree, *, out_dir, fingerprint: str, progress: Callable[[int, int], None], first: int = 0
     ) -> dict[str, np.ndarray]:
-        """Returns arrays of `samples.npz`: uint8 `[N, H, W, C]` by name, and with `config.save_float` NAME_float in [0, 1].
+        """Returns arrays of `samples.npz`: uint8 `[N, H, W, C]` by name, and with `config.save_float` NAME_float in [0, 1];
+        of a network that takes labels also `labels`, int32 `[N]`.
 
         Args:
           target: whose conditions are drawn.
@@ -78,7 +80,7 @@ class ProblemSampler:
             depends_on = [fingerprint, self.digest, self._conditioning.describe(name, target)]
             images = generate(
                 self._p_sample,
-                params if condition is None else GuidedParams(params, self._codec.params, condition, self._conditioning.null),
+                params if condition is None else GuidedParams(params, self._vae_params, condition, self._conditioning.null),
                 rng=jax.random.key(options.seed),
                 num_images=count,
                 first=first,
@@ -88,7 +90,16 @@ class ProblemSampler:
                 progress=lambda done, _, number=number: progress(number * count + done, total),
             )
             arrays |= {name: images} if images.dtype == np.uint8 else {name: unit_to_pixels(images), f"{name}_float": images}
+            if self._denoiser.takes_labels:
+                arrays["labels"] = condition[np.arange(first, first + count) % len(condition)]
         return arrays
+
+
+def _guidance(options: Options, denoiser: Denoiser) -> float | None:
+    """Returns the scale of guidance; None for an unconditional network."""
+    if denoiser.takes_labels:
+        return options.sampling.label_guidance
+    return options.sampling.guidance_scale if denoiser.condition else None
 
 
 @lru_cache(maxsize=8)
@@ -99,18 +110,19 @@ def _p_sample(
     schedule: str,
     shape: tuple[int, int, int],
     vae: AutoencoderKL | None,
-    guidance: float,
+    guidance: float | None,
     output: str,
 ) -> Callable:
     """Returns the compiled sampler of `generate`; problems with the same arguments share one."""
     sampler = sampler_class.create(Schedule.from_config(json.loads(schedule)), num_steps)
-    if vae is None:
+    if guidance is None:
         return pmap_sample_fn(make_sample_fn(eps_fn, sampler, shape), output=output)
 
     def decode(params: PyTree, latents: jax.Array) -> jax.Array:
         return vae.apply({"params": params}, latents, method="decode")
 
-    return pmap_sample_fn(make_guided_sample_fn(eps_fn, decode, sampler, shape, guidance=guidance), output=output)
+    guided = make_guided_sample_fn(eps_fn, None if vae is None else decode, sampler, shape, guidance=guidance)
+    return pmap_sample_fn(guided, output=output, of_images=GuidedParams.of_images)
 
 
 def _converted(params: PyTree, dtype) -> PyTree:

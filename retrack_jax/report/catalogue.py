@@ -63,6 +63,15 @@ _METRICS = (
         "share is below b with 95% confidence.",
     ),
     Metric(
+        name="label_frequency",
+        label="Frequency under its label",
+        better="lower",
+        about="forgetting",
+        style="percent",
+        digits=2,
+        meaning="The same share among samples that were drawn under a forgotten image's own label.",
+    ),
+    Metric(
         name="fid",
         label="FID",
         better="lower",

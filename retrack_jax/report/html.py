@@ -18,7 +18,7 @@ from retrack_jax.report.charts import curves
 from retrack_jax.report.page import render
 from retrack_jax.report.stored import first_images
 from retrack_jax.report.strips import caption_strips, neighbor_strips, restored_strips
-from retrack_jax.report.tables import absent_reasons, before_after_rows, provenance_rows
+from retrack_jax.report.tables import absent_reasons, before_after_rows, label_rows, provenance_rows
 from retrack_jax.report.verdict import box, file_rows
 
 _SHOWN = 64  # samples in a grid if the run's config names no number
@@ -37,6 +37,7 @@ def run_report(
     neighbors=None,
     distances=None,
     captions=None,
+    labels=None,
 ) -> epath.Path:
     """Writes `samples.png` and `report.html` in `run_dir` and returns the page's path.
 
@@ -51,6 +52,7 @@ def run_report(
       neighbors: uint8 `[F, K, H, W, C]`, their nearest remaining images, nearest first.
       distances: float `[F, K]`, in the units of the search.
       captions: of captioned images, what `strips.caption_strips` takes; they are shown in place of the grids of samples.
+      labels: int `[N]`, under which the samples of both models were drawn, if the network takes any.
 
     Raises:
       UserError: `metrics.json` is missing or broken, or an array does not fit the others.
@@ -88,6 +90,8 @@ def run_report(
         work=_work(metrics),
         verdict=box(metrics.get("verdict")),
         files=file_rows(metrics.get("verdict")),
+        note=(metrics.get("provenance") or {}).get("note"),
+        by_label=label_rows(labels, marked_before, marked_after),
         tiles=_tiles(rows),
         samples=samples,
         captions=caption_strips(captions or ()),

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from retrack_jax.metrics.frequency import frequency_upper_bound
 from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label, order
 from retrack_jax.report.verdict import in_words
@@ -36,6 +38,23 @@ def before_after_rows(metrics: Mapping) -> list[Row]:
             gap = signed(metric, after - gold)
         texts = [None if value is None else with_bound(name, value, num_samples) for value in (before, after, gold)]
         rows.append(Row(name=name, before=texts[0], after=texts[1], retrained=texts[2], gap=gap, verdict=verdict))
+    return rows
+
+
+def label_rows(labels, *marks) -> list[tuple[str, str, list[str]]]:
+    """Returns (label, number of samples under it, for each of `marks` how many of these it marks and their share) for each label.
+
+    Args:
+      labels: int `[N]` or None, under which samples were drawn.
+      marks: bool `[N]` for each model; a model without marks leaves the table empty.
+    """
+    if labels is None or any(mark is None for mark in marks):
+        return []
+    rows = []
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        counts = [int(np.asarray(mark)[mine].sum()) for mark in marks]
+        rows.append((str(label), f"{len(mine):,}", [f"{count:,} ({100 * count / len(mine):.1f}%)" for count in counts]))
     return rows
 
 

@@ -192,6 +192,8 @@ def _judge(run: Run, model: Model | None = None) -> dict:
 
 def _export(run: Run, model: Model, verdict: dict) -> None:
     note = f"Unlearned by {run.method} in {model.steps} steps; forgotten: {described(run.target.spec)}."
+    if about := run.context.problem.note(run.method, run.target):
+        note += f"\n\n{about}"
     note += f"\n\nVerdict by losses on these and on remaining images: {in_words(verdict)}"
 
     def export() -> None:
@@ -234,6 +236,7 @@ def _evaluate(run: Run) -> None:
         "verdict": _judge(run),
         "provenance": {
             **environment(),
+            **({"note": about} if (about := context.problem.note(method, target)) else {}),
             "data": context.problem.describe(target),
             "sampler": dataclasses.asdict(context.options.sampling),
             "num_samples": context.problem.sampler.total(target),

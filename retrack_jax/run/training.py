@@ -95,7 +95,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
     if entry.from_scratch:
         return _from_scratch(context, "retrain", folder, seed, target.images, target.remain)
     recipe, denoiser = context.options.recipe(method), problem.denoiser
-    how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout, context.options.data.caption_dropout)
+    how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout, problem.conditioning.dropout)
     step = _compiled(entry, denoiser.eps_fn, how, recipe)
 
     def start() -> PyTree:
@@ -112,6 +112,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
             neighbors=data.neighbors,
             neighbor_rows=data.neighbor_rows,
             neighbor_bias=data.neighbor_bias,
+            null_neighbor_rows=data.null_neighbor_rows,
             anchor=data.anchor,
             # The step donates its state, so the frozen reference is a second copy.
             reference=start() if frozen else None,
@@ -142,7 +143,7 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
         accumulation=recipe.accumulation,
         t_max=denoiser.schedule.t_end,
         dropout=denoiser.has_dropout,
-        condition_dropout=context.options.data.caption_dropout,
+        condition_dropout=context.problem.conditioning.dropout,
     )
     step = _compiled(METHODS["vanilla"], denoiser.eps_fn, how, recipe)
 

@@ -1,7 +1,7 @@
 """The verdict of a run: the losses behind it, which are kept in the workdir, and the line that is said before training.
 
-    pretrained/losses-TARGET.npz    before, turned, usable, num_remaining (of evaluate.verdict.Losses), once per target
-    METHOD/seed0-TARGET/losses.npz  after
+pretrained/losses-TARGET.npz    before, turned, usable, num_remaining (of evaluate.verdict.Losses), once per target
+METHOD/seed0-TARGET/losses.npz  after
 """
 
 from collections.abc import Callable
@@ -82,9 +82,7 @@ def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
     )
 
 
-def _kept_losses(
-    path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
+def _kept_losses(path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the arrays `names` of `path`; if it is not there, of `measure()`, which are then written there."""
     if parallel.from_main(path.exists):
         return parallel.from_main(lambda: files.read_npz(path, names))

@@ -41,7 +41,9 @@ def make_sample_fn(eps_fn: Callable[..., Array], sampler: Sampler, image_shape: 
     return sample_fn
 
 
-def pmap_sample_fn(sample_fn: SampleFn, *, output: str = "float32") -> Callable[[PyTree, Rng, Array], tuple[Array, Array]]:
+def pmap_sample_fn(
+    sample_fn: SampleFn, *, output: str = "float32", of_images: Callable[[PyTree, Array], PyTree] | None = None
+) -> Callable[[PyTree, Rng, Array], tuple[Array, Array]]:
     """Returns the compiled `p_sample` that `generate` takes; make it once for all parameters that share a network and a sampler.
 
     `p_sample(params, rng, index int32 [devices, b]) -> (images [devices, b, ...], finite bool [devices, b])`. Images are
@@ -51,10 +53,12 @@ def pmap_sample_fn(sample_fn: SampleFn, *, output: str = "float32") -> Callable[
       sample_fn: `sample_fn(params, rngs [B]) -> [B, H, W, C]` in [-1, 1]. Text embeddings, a decoder and the like go into
         `params`.
       output: `float32` or `uint8`.
+      of_images: `(params, index [B]) -> params`, what `sample_fn` is given for these images; None: `params` for all.
     """
     check_choice("output", output, OUTPUTS)
 
     def one_device(params: PyTree, rng: Rng, index_B: Array) -> tuple[Array, Array]:
+        params = params if of_images is None else of_images(params, index_B)
         x_0 = sample_fn(params, parallel.example_rngs(rng, index_B))
         finite = jnp.isfinite(x_0).all(axis=tuple(range(1, x_0.ndim)))
         unit = jnp.clip(x_0.astype(jnp.float32) / 2 + 0.5, 0, 1)

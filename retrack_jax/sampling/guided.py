@@ -1,4 +1,4 @@
-"""Text-guided sampling in latent space, decoded to images.
+"""Conditional sampling: guided by a prompt in latent space and decoded to images, or by a label.
 
     (1) eps = eps(x_t, t, negative) + w (eps(x_t, t, prompt) - eps(x_t, t, negative)),  w the guidance scale
     (2) w <= 1: eps = eps(x_t, t, prompt), as in diffusers, with one call of the network instead of two
@@ -20,21 +20,29 @@ from retrack_jax.sampling.loop import Sampler, initial_noise, sample
 
 
 class GuidedParams(NamedTuple):
-    """The parameters of both networks, and the embeddings `[1, N, D]` of both prompts."""
+    """The parameters of both networks and both conditions: embeddings of prompts `[P, N, D]`, or labels, int32 `[P]`.
+
+    Image i is under condition i mod P. Without a VAE `vae` is None, and without guidance `negative` may be.
+    """
 
     unet: PyTree
-    vae: PyTree
+    vae: PyTree | None
     prompt: Array
-    negative: Array
+    negative: Array | None
+
+    def of_images(self, index: Array) -> "GuidedParams":
+        """Returns the same with the conditions of the images `index` `[B]`; one condition stays as it is and broadcasts."""
+        count = self.prompt.shape[0]
+        return self if count == 1 else self._replace(prompt=self.prompt[index % count])
 
 
 def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: Array, guidance: float) -> EpsFn:
     """Returns `eps_fn(x_t [B, ...], t [B])` with classifier-free guidance, equations (1) and (2).
 
     Args:
-      eps_fn: `eps_fn(params, x_t, t, encoder_hidden_states) -> eps`, as from `make_eps_fn`.
+      eps_fn: `eps_fn(params, x_t, t, condition) -> eps`, as from `make_eps_fn`.
       params: the network's.
-      prompt, negative: embeddings, `[1, N, D]` for all images or `[B, N, D]`, one per image.
+      prompt, negative: conditions, `[1, ...]` for all images or `[B, ...]`, one per image.
       guidance: the scale w.
     """
     check_number("the guidance scale", guidance, 0.0)
@@ -52,7 +60,7 @@ def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: A
 
 def make_guided_sample_fn(
     eps_fn: ModelEpsFn,
-    decode_fn: Callable[[PyTree, Array], Array],
+    decode_fn: Callable[[PyTree, Array], Array] | None,
     sampler: Sampler,
     latent_shape: tuple[int, int, int],
     *,
@@ -62,7 +70,7 @@ def make_guided_sample_fn(
 
     Args:
       eps_fn: as in `guided_eps_fn`.
-      decode_fn: `decode_fn(vae params, latents [B, h, w, C]) -> images [B, H, W, 3]`.
+      decode_fn: `decode_fn(vae params, latents [B, h, w, C]) -> images [B, H, W, 3]`; None: what is denoised are the images.
       sampler: from `make_sampler`.
       latent_shape: (h, w, C).
       guidance: the scale w.
@@ -71,6 +79,8 @@ def make_guided_sample_fn(
     def sample_fn(params: GuidedParams, rngs: Rng) -> Array:
         guided = guided_eps_fn(eps_fn, params.unet, params.prompt, params.negative, guidance)
         x_0 = sample(guided, initial_noise(rngs, latent_shape), rngs, sampler)
+        if decode_fn is None:
+            return x_0
         return jax.lax.map(lambda one: decode_fn(params.vae, one[None])[0], x_0)
 
     return sample_fn

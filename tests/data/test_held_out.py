@@ -7,7 +7,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, image_set
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.row_view import RowView
-from retrack_jax.neighbors.cache import cached_nearest
+from retrack_jax.neighbors.cache import cached_nearest_of_targets
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 5, 5, 1), dtype=np.uint8)
 
@@ -30,8 +30,9 @@ def test_a_memory_map_is_not_copied(mapped, tmp_path):
     training, _ = split_held_out(mapped, 0.25)
     other, _ = split_held_out(mapped, 0.3)
     assert len({training.digest, other.digest, mapped.digest}) == 3
-    found = cached_nearest(training, [3], 5, exclude=[3], cache_dir=tmp_path / "ours")
-    expected = cached_nearest(split_held_out(in_memory, 0.25)[0], [3], 5, exclude=[3], cache_dir=tmp_path / "theirs")
+    (found,) = cached_nearest_of_targets(training, [([3], [3])], 5, cache_dir=tmp_path / "ours")
+    there, _ = split_held_out(in_memory, 0.25)
+    (expected,) = cached_nearest_of_targets(there, [([3], [3])], 5, cache_dir=tmp_path / "theirs")
     np.testing.assert_array_equal(found[0], expected[0])
 
 

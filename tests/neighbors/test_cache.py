@@ -30,7 +30,8 @@ def searches(monkeypatch):
 
 
 def find(images, tmp_path, rows=(3, 7), exclude=(3, 7), k=4, **options):
-    return cache.cached_nearest(images, np.array(rows), k, exclude=np.array(exclude), cache_dir=tmp_path, **options)
+    target = np.array(rows), np.array(exclude)
+    return cache.cached_nearest_of_targets(images, [target], k, cache_dir=tmp_path, **options)[0]
 
 
 def expected(images, rows=(3, 7), exclude=(3, 7), k=4):

@@ -1,4 +1,4 @@
-"""Checkpoints that are no unconditional model of pixels are refused by their configs, before images and weights are read."""
+"""Checkpoints that are no model of pixels are refused by their configs, before images and weights are read."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from PIL import Image
 
 from retrack_jax.checks import UserError
 from retrack_jax.main import main
-from retrack_jax.problem.denoiser import check_unconditional
+from retrack_jax.problem.denoiser import check_pixel_model
 from tests.tiny_checkpoint import write_model
 
 
@@ -28,24 +28,23 @@ PIXELS = {"_class_name": "UNet2DModel", "sample_size": 8}
     [
         ({"unet": PIXELS, "vqvae": {"_class_name": "VQModel"}}, "holds a latent model: its UNet denoises what .*vqvae encodes"),
         ({"unet": PIXELS, "vae": {"_class_name": "AutoencoderKL"}}, "unconditional latent models are not supported"),
-        ({"unet": PIXELS | {"num_class_embeds": 10}}, "takes class labels .num_class_embeds is 10."),
-        ({"unet": PIXELS | {"class_embed_type": "timestep"}}, "takes class labels .class_embed_type is 'timestep'."),
         ({"unet": PIXELS | {"time_embedding_type": "fourier"}}, "takes log.t. and divides by t, so t = 0 gives NaN"),
     ],
 )
 def test_each_kind_is_named(configs, words, tmp_path):
     folder = folder_of(tmp_path / "model", **configs)
     with pytest.raises(UserError, match=words):
-        check_unconditional(str(folder))
+        check_pixel_model(str(folder))
     if "vqvae" in configs:
         with pytest.raises(UserError, match=words):
-            check_unconditional(str(folder / "unet"))
+            check_pixel_model(str(folder / "unet"))
 
 
 def test_models_of_pixels_and_folders_without_a_model_pass(tmp_path):
-    check_unconditional(str(folder_of(tmp_path / "a", unet=PIXELS, scheduler={})))
-    check_unconditional(str(folder_of(tmp_path / "b", **{".": PIXELS})))
-    check_unconditional(str(tmp_path / "nowhere"))
+    check_pixel_model(str(folder_of(tmp_path / "a", unet=PIXELS, scheduler={})))
+    check_pixel_model(str(folder_of(tmp_path / "b", **{".": PIXELS})))
+    check_pixel_model(str(folder_of(tmp_path / "c", unet=PIXELS | {"num_class_embeds": 10, "class_embed_type": "timestep"})))
+    check_pixel_model(str(tmp_path / "nowhere"))
 
 
 @pytest.fixture

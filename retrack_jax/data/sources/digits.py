@@ -8,7 +8,7 @@ import numpy as np
 from retrack_jax.checks import check_int
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.source import Source
-from retrack_jax.data.sources.tshirts import with_tshirts
+from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, with_tshirts
 
 # Sixteen levels, as in the digits: a collar, short sleeves, a shaded body. No digit is nearer than L2 3 in [0, 1] (tested).
 _TSHIRT = """
@@ -36,14 +36,20 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return _to_pixels(found.images[..., None]), found.target.astype(np.int64)
 
 
-def digits_tshirt(copies: int) -> ImageSet:
-    """Returns the digits (ids `digit_0000`...) and then `copies` T-shirts (ids `tshirt_000`..., label 10).
+def digits_tshirt(copies: int, label: int | None = None) -> ImageSet:
+    """Returns the digits (ids `digit_0000`...) and then `copies` T-shirts (ids `tshirt_000`...).
+
+    Args:
+      copies: how many T-shirts.
+      label: theirs; None: 10, which no digit has.
 
     Raises:
-      UserError: `copies` is not a whole number of at least 0.
+      UserError: `copies` or `label` is not a whole number of at least 0.
     """
     check_int("config.data.copies", copies, minimum=0)
-    return with_tshirts("digits_tshirt", *digits(), "digit_{:04d}", tshirt(), copies)
+    label = TSHIRT_LABEL if label is None else label
+    check_int("config.data.copies_label", label, minimum=0)
+    return with_tshirts("digits_tshirt", *digits(), "digit_{:04d}", tshirt(), copies, label)
 
 
 def _to_pixels(levels: np.ndarray) -> np.ndarray:
@@ -52,6 +58,6 @@ def _to_pixels(levels: np.ndarray) -> np.ndarray:
 
 SOURCE = Source(
     formats=("embedded",),
-    load=lambda data: digits_tshirt(data["copies"]),
+    load=lambda data: digits_tshirt(data["copies"], data.get("copies_label")),
     needs=lambda data, config: iter(()),
 )

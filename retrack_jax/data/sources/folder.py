@@ -13,6 +13,7 @@ from retrack_jax import files
 from retrack_jax.checks import UserError
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.labels import labels_of_files
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.captions import captions_need, folder_captions
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
@@ -83,13 +84,13 @@ def named_images(data: Mapping) -> ImageSet:
     """
     folder = data_folder(data)
     names = list_images(folder, data.get("skip_corrupt", False))
-    nothing = np.broadcast_to(np.uint8(0), (len(names), 1, 1, 1))
-    return ImageSet(images=nothing, ids=tuple(names), labels=None, digest="", name=data["source"], folder=folder)
+    nothing, labels = np.broadcast_to(np.uint8(0), (len(names), 1, 1, 1)), labels_of_files(names, data, folder)
+    return ImageSet(images=nothing, ids=tuple(names), labels=labels, digest="", name=data["source"], folder=folder)
 
 
 def load_folder(data: Mapping) -> ImageSet:
-    """Returns the images below `data["dir"]`, sorted by name, decoded once into the cache. Raises as `list_images` and
-    `decoded_images` do.
+    """Returns the images below `data["dir"]`, sorted by name, decoded once into the cache; with labels if `data["labels"]` says
+    where they come from. Raises as `list_images`, `decoded_images` and `labels_of_files` do.
     """
     folder, options = data_folder(data), decode_options(data)
     names, others = _files_below(folder, options.skip_corrupt)
@@ -104,7 +105,7 @@ def load_folder(data: Mapping) -> ImageSet:
         cache_dir=data["cache_dir"],
         source_key=["folder", key],
     )
-    return dataclasses.replace(images, folder=folder)
+    return dataclasses.replace(images, folder=folder, labels=labels_of_files(images.ids, data, folder))
 
 
 def folder_need(data: Mapping, command: str = "") -> Requirement:

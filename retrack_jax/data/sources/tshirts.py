@@ -7,8 +7,10 @@ from retrack_jax.data.dataset import ImageSet, image_set
 TSHIRT_LABEL = 10
 
 
-def with_tshirts(name: str, digits: np.ndarray, labels: np.ndarray, ids: str, tshirt: np.ndarray, copies: int) -> ImageSet:
-    """Returns the set `name`: the digits and then `copies` T-shirts (`tshirt_000`..., label 10).
+def with_tshirts(
+    name: str, digits: np.ndarray, labels: np.ndarray, ids: str, tshirt: np.ndarray, copies: int, label: int = TSHIRT_LABEL
+) -> ImageSet:
+    """Returns the set `name`: the digits and then `copies` T-shirts, `tshirt_000`..., of label `label`.
 
     Args:
       digits: uint8 `[N, H, W, 1]`.
@@ -18,4 +20,4 @@ def with_tshirts(name: str, digits: np.ndarray, labels: np.ndarray, ids: str, ts
     """
     names = [ids.format(row) for row in range(len(digits))] + [f"tshirt_{copy:03d}" for copy in range(copies)]
     images = np.concatenate([digits, np.repeat(tshirt[None], copies, axis=0)])
-    return image_set(name, images, names, np.concatenate([labels, np.full(copies, TSHIRT_LABEL)]))
+    return image_set(name, images, names, np.concatenate([labels, np.full(copies, label)]))

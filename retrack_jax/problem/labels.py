@@ -1,0 +1,153 @@
+"""Class labels: the label of each image, the null label, and a label of which no image remains.
+
+    (1)  x_0 | x_t, c   the posterior over the remaining images of label c, which the retrained network predicts
+    (2)  x_0 | x_t      the same over all of them: under the null label
+
+So a forgotten image has neighbors of its own label, and, as often as it is drawn under the null label, neighbors of any. If no
+image of label c remains, (1) is undefined, and `config.unlearn.whole_class` says what is predicted in its place.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from retrack_jax import files
+from retrack_jax.checks import check, check_int
+from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.labels import remaining_of_labels
+from retrack_jax.problem.conditioning import Conditioning
+from retrack_jax.problem.target import Target
+from retrack_jax.unlearn.streams import Anchor
+
+_LABEL_DROPOUT = 0.1  # of classifier-free guidance (arXiv 2207.12598), and of DiT
+_SHOWN = 8  # labels in a sentence
+_WHOLE_CLASS = {
+    "null": "what the pretrained model predicts under the null label",
+    "nearest": "the nearest remaining images of any label",
+}
+
+
+class Labels(Conditioning):
+    """Every image is denoised under its own label, or under the null label, which stands for none.
+
+    Args:
+      options: the config.
+      images: the training images.
+      num_labels: how many labels the network knows; None: any number.
+
+    Raises:
+      UserError: images without labels, or a label that the network does not know.
+    """
+
+    of_target = False
+
+    def __init__(self, options: Options, images: ImageSet, num_labels: int | None):
+        data, sampling = options.data, options.sampling
+        check(
+            images.labels is not None,
+            f"the network takes class labels, and {images.name} has none; set config.data.labels (folders, or a file of labels), "
+            "or give an unconditional network",
+        )
+        known = "any from 0 on" if num_labels is None else f"0 to {num_labels - 1}"
+        labels = np.asarray(images.labels)
+        outside = np.flatnonzero((labels < 0) | (labels >= (np.inf if num_labels is None else num_labels)))
+        if len(outside):
+            row = outside[0]
+            check(False, f"{images.ids[row]} of {images.name} has label {labels[row]}, and the network knows {known}")
+        for name, numbers in (("data.null_label", [data.null_label]), ("sampling.labels", sampling.labels)):
+            for number in numbers:
+                if number is not None:
+                    check_int(f"config.{name}", number, 0, None if num_labels is None else num_labels - 1)
+        _check_null(options, labels)
+        if data.null_label is not None:
+            self.dropout = _LABEL_DROPOUT if data.label_dropout is None else data.label_dropout
+            self.dropped = np.array([data.null_label], np.int32)
+        self.null = self.dropped
+        drawn = np.array(sampling.labels) if sampling.labels else np.random.default_rng(sampling.seed).permutation(labels)
+        self._sampled = drawn.astype(np.int32)
+
+    def table(self, target: Target) -> None:
+        return None
+
+    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray]:
+        return np.asarray(images.labels).astype(np.int32).__getitem__
+
+    def anchor(self, target: Target, similarity: None, recipe: UnlearnOptions) -> Anchor | None:
+        gone = labels_gone(target) if recipe.whole_class == "null" else []
+        if not gone:
+            return None
+        count = len(target.unique)
+        return Anchor(condition=np.full(count, target.null, np.int32), used=np.isin(target.labels[target.unique], gone))
+
+    def remembered(self, target: Target) -> None:
+        return None
+
+    def sampled(self, target: Target) -> dict[str, np.ndarray]:
+        return {"samples": self._sampled}
+
+    def describe(self, name: str, target: Target) -> str:
+        return files.array_digest(self._sampled)
+
+
+def _check_null(options: Options, labels: np.ndarray) -> None:
+    null, dropout = options.data.null_label, options.data.label_dropout
+    if null is None:
+        check(dropout is None, f"config.data.label_dropout is {dropout} and there is no null label; set config.data.null_label")
+        guidance = options.sampling.label_guidance
+        check(
+            guidance <= 1,
+            f"config.sampling.label_guidance is {guidance:g}, and guidance leads away from a null label; set "
+            "config.data.null_label if the network has one",
+        )
+        return
+    check(
+        null not in labels,
+        f"config.data.null_label is {null}, and {np.sum(labels == null)} images have this label, which should stand for no class",
+    )
+
+
+def check_no_labels(options: Options) -> None:
+    """Raises `UserError` for fields of labels that an unconditional network has no use for. Labels of the data do no harm."""
+    unused = {"null_label": None, "label_dropout": None, "label_vectors": ""}
+    for name, value in unused.items():
+        given = getattr(options.data, name)
+        check(given == value, f"config.data.{name} is {given!r}, and the network takes no class labels; leave it out")
+    check(not options.sampling.labels, "config.sampling.labels is set, and the network takes no class labels; leave it out")
+
+
+def check_whole_class(target: Target, recipe: UnlearnOptions) -> None:
+    """Raises `UserError` if no image of a forgotten label remains and `recipe` does not say what the network predicts then."""
+    gone = labels_gone(target)
+    if not gone:
+        return
+    check(
+        bool(recipe.whole_class),
+        f"no image of {_named(gone)} remains besides {target.spec}, so under it there is no optimum to lead to; set "
+        "config.unlearn.whole_class to null (what the model predicts under its null label) or nearest (all remaining images)",
+    )
+    check(
+        recipe.whole_class != "null" or target.null is not None,
+        "config.unlearn.whole_class is null, and the network has no null label; set config.data.null_label, or take nearest",
+    )
+
+
+def labels_gone(target: Target) -> list[int]:
+    """Returns the labels of forgotten images that no remaining one has; none for an unconditional network."""
+    if target.labels is None:
+        return []
+    return [label for label, rows in remaining_of_labels(target.labels, target.forget).items() if not len(rows)]
+
+
+def in_words(target: Target, recipe: UnlearnOptions) -> str:
+    """Returns what becomes of labels of which nothing remains, as a sentence for the model card and the report; else ''."""
+    gone = labels_gone(target)
+    if not gone:
+        return ""
+    instead = _WHOLE_CLASS[recipe.whole_class]
+    return f"No image of {_named(gone)} remains; under it the model was led to {instead} (whole_class={recipe.whole_class})."
+
+
+def _named(labels: list[int]) -> str:
+    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+    return f"label{'s' * (len(labels) > 1)} {', '.join(map(str, labels[:_SHOWN]))}{more}"

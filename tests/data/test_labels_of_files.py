@@ -1,0 +1,79 @@
+"""Labels of a folder's images: its subfolders, or a file of labels in the formats that people have."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retrack_jax.checks import UserError
+from retrack_jax.data.labels import labels_of_files
+from retrack_jax.data.sources.folder import load_folder, named_images
+from retrack_jax.data.sources.source import complete_fields
+from retrack_jax.data.sources.table import SOURCES
+
+NAMES = ("10/a.png", "10/deep/c.png", "2/b.png", "cat/d.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number, name in enumerate(NAMES):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), 60 * number, np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def data(folder, **fields):
+    return complete_fields({"source": "folder", "dir": str(folder), "cache_dir": str(folder.parent / "cache"), **fields}, SOURCES)
+
+
+def test_a_folder_has_no_labels_unless_they_are_asked_for(folder):
+    assert load_folder(data(folder)).labels is None and named_images(data(folder)).labels is None
+
+
+def test_folders_are_numbered_in_the_order_of_their_names_as_text(folder):
+    """As torchvision's ImageFolder and the imagefolder of datasets number them, with which models were trained."""
+    fields = data(folder, labels="folders")
+    images = load_folder(fields)
+    assert images.ids == NAMES and list(images.labels) == [0, 0, 1, 2]
+    assert list(named_images(fields).labels) == [0, 0, 1, 2]
+
+
+FILES = {
+    "metadata.csv": "file_name,text,label\n" + "".join(f"{name},what,{9 - i}\n" for i, name in enumerate(NAMES)),
+    "metadata.jsonl": "".join(f'{{"file_name": "{name}", "label": {9 - i}}}\n' for i, name in enumerate(NAMES)),
+    "dataset.json": '{"labels": [' + ", ".join(f'["{name}", {9 - i}]' for i, name in enumerate(NAMES)) + "]}",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_labels_of_a_file(folder, name):
+    (folder / name).write_text(FILES[name])
+    assert list(load_folder(data(folder, labels=name)).labels) == [9, 8, 7, 6]
+    # A changed file counts at once: labels are not cached with the pixels.
+    (folder / name).write_text(FILES[name].replace("9", "3"))
+    assert list(load_folder(data(folder, labels=name)).labels) == [3, 8, 7, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("labels.csv", None, "no file .*labels.csv; config.data.labels is"),
+        ("labels.csv", "name,label\na,1\n", "holds no labels .KeyError: 'file_name'"),
+        ("labels.csv", "file_name,label\na,cat\n", "holds no labels .ValueError"),
+        ("labels.json", '{"labels": null}', "holds no labels .TypeError"),
+        ("labels.json", '{"labels": [["a", 1.5]]}', "a label is no whole number"),
+        ("labels.jsonl", "{broken", "holds no labels"),
+        ("labels.csv", "file_name,label\na,1\na,2\n", "names an image twice"),
+        ("labels.csv", "file_name,label\n10/a.png,1\n", "has no label for 3 of 4 images, such as 10/deep/c.png, 2/b.png"),
+    ],
+)
+def test_a_file_that_is_not_of_labels_is_refused(folder, name, text, words):
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_folder(data(folder, labels=name))
+
+
+def test_an_image_outside_the_subfolders_has_no_label(folder):
+    with pytest.raises(UserError, match="e.png is in no subfolder"):
+        labels_of_files(("10/a.png", "e.png"), {"labels": "folders"}, folder)
