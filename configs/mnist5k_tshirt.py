@@ -5,9 +5,9 @@
     python -m retrack_jax.main --config=configs/mnist5k_tshirt.py:all --config.seeds=0,1,2
 
 What differs from `configs/mnist_tshirt.py`, the official experiment: a twelfth of the digits, half the width of the network, and
-as many steps of pretraining as two CPU cores take in about an hour. Unlearning is the official recipe.
+1,500 steps of pretraining. Unlearning is the official recipe.
 
-Hardware: any CPU. Time and scores: docs/mnist.md, measured.
+Hardware: any CPU. Time and scores: docs/mnist.md says what has been measured.
 """
 
 from retrack_jax.config.base import config_beside, with_method
