@@ -190,5 +190,5 @@ def _plain(block_type: str) -> str:
 
 
 def _before_0_17(config: Mapping[str, Any]) -> bool:
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    version = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.get("_diffusers_version", "")))
     return version is not None and tuple(map(int, version.groups())) < (0, 17)
