@@ -15,7 +15,8 @@ LARGEST = 1 << 20  # channels, tokens, timesteps
 MOST_LAYERS = 128
 _MOST_BLOCKS = 10  # images must be multiples of 2^9
 _RANGES = {
-    "downsample_padding": (0, 1), "freq_shift": (0, 1), "layers_per_block": (1, 10), "transformer_layers_per_block": (1, 10)
+    "downsample_padding": (0, 1), "freq_shift": (0, 1), "layers_per_block": (1, 10), "transformer_layers_per_block": (1, 10),
+    "mid_block_scale_factor": (1e-6, 1e6),
 }  # fmt: skip
 
 # Fields of our modules that diffusers' config does not have.
@@ -120,7 +121,7 @@ def _config_fields(module_class: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any, least: int, most: int) -> bool:
-    """Whether a JSON value is of a field's type, its whole numbers in [least, most] and other numbers in [0, most]."""
+    """Whether a JSON value is of a field's type, its whole numbers in [least, most]; 1 is the least of whole numbers alone."""
     if kind is Any:  # a size or sizes
         kind = int | tuple[int, ...] | None
     if isinstance(kind, types.UnionType):
@@ -130,7 +131,7 @@ def _fits(value: Any, kind: Any, least: int, most: int) -> bool:
         return whole and all(_fits(one, entry, least, most) for one in value)
     if kind in (int, float):
         number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-        return number and (least if kind is int else 0) <= value <= most
+        return number and (0 if kind is float and least == 1 else least) <= value <= most
     return isinstance(value, kind)
 
 
@@ -140,5 +141,6 @@ def _expected(kind: Any, least: int, most: int) -> str:
         return " or ".join(_expected(one, least, most) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"a list of 1 to {_MOST_BLOCKS}, each {_expected(typing.get_args(kind)[0], least, most)}"
-    words = {int: f"a whole number from {least} to {most}", float: f"a number from 0 to {most}", bool: "true or false"}
+    lowest = 0 if kind is float and least == 1 else least
+    words = {int: f"a whole number from {least} to {most}", float: f"a number from {lowest} to {most}", bool: "true or false"}
     return words.get(kind, "a name" if kind is str else "null" if kind is types.NoneType else "whole numbers")

@@ -44,6 +44,7 @@ class UNet2D(UNet):
     mid_block_type: str | None = "UNetMidBlock2D"
     up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    attention_head_dim: int | None = 8
     downsample_type: str = "conv"
     upsample_type: str = "conv"
     attn_norm_num_groups: int | None = None

@@ -314,7 +314,8 @@ def test_resampling_by_repetition_and_mean():
     [
         {"layers_per_block": 1.5}, {"layers_per_block": 10**7}, {"block_out_channels": [10**9, 10**9]}, {"in_channels": -1},
         {"block_out_channels": [4] * 40}, {"norm_eps": "x"}, {"add_attention": 1}, {"down_block_types": "DownBlock2D"},
-        {"dropout": float("nan")}, {"downsample_padding": 10**6}, {"act_fn": None}, {"time_embedding_dim": "a" * 5000},
+        {"dropout": float("nan")}, {"downsample_padding": 10**6}, {"act_fn": None}, {"attention_head_dim": [4, 4]},
+        {"mid_block_scale_factor": 0}, {"time_embedding_dim": "a" * 5000},
     ],
     ids=str,
 )  # fmt: skip
