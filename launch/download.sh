@@ -24,14 +24,16 @@ config="$1"
 shift
 python="${PYTHON:-}"
 [[ -n "$python" ]] || { python=.venv/bin/python; [[ -x "$python" ]] || python=python3; }
+# `hf` and `tfds` lie beside the interpreter that they were installed for.
+[[ "$python" != */* ]] || PATH="$PATH:$(cd "$(dirname "$python")" && pwd)"
 
 check() { "$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check; }
 
 # The commands in a list; the same archive or repository may hold several files, so each once.
 commands_in() { sed -n 's/^ *get it: //p' <<<"$1" | awk '!seen[$0]++'; }
 
-# The programs that a command of several parts, joined by &&, runs.
-tools_of() { sed 's/ && /\n/g' <<<"$1" | awk '{ print $1 }' | sort -u; }
+# The programs that a command of several parts, joined by && and |, runs.
+tools_of() { sed 's/ && /\n/g; s/ | /\n/g' <<<"$1" | awk '{ print $1 }' | sort -u; }
 
 # Prints nothing where the list holds all that the config needs; else says what is left.
 left_of() {

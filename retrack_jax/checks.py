@@ -1,29 +1,32 @@
 """Checks at the boundary: one error type, one style.
 
-A `UserError` is what the user can mend: a config, a file, the data. Its message is one line that says what is wrong, where it was
+A `UserError` is what the user can fix: a config, a file, the data. Its message is one line that says what is wrong, where it was
 looked for and what to do. The command line prints it as `error: ...` and exits with status 2; in Python it is a `ValueError`.
 """
 
 import difflib
 import math
 import numbers
+import sys
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """An error that the user can mend; the message is a single line."""
+    """An error that the user can fix; the message is a single line of at most about 1,200 characters."""
 
     def __init__(self, message: str):
         # A lone surrogate in a foreign name could not be printed.
-        super().__init__(" ".join(str(message).encode(errors="backslashreplace").decode().split()))
+        line = " ".join(str(message).encode(errors="backslashreplace").decode().split())
+        # The end says what to do; what a foreign file or library says may be of any length.
+        super().__init__(line if len(line) <= 1200 else f"{line[:800]} ... {line[-395:]}")
 
 
 class Diverged(UserError):
-    """A loss or score of a model is not finite, on every process alike. It says nothing on the other runs of a sweep."""
+    """A loss or score of a model is not finite, on every process alike. Other runs of a sweep continue."""
 
 
 class Preempted(Exception):
-    """The process was asked to stop; what was done is saved, and the same command continues there."""
+    """The process was asked to stop; its work is saved, and the same command continues from there."""
 
 
 def nearest_names(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
@@ -60,7 +63,7 @@ def check_int(field: str, value, minimum: int = 1, maximum: int | None = None) -
 
 def check_number(field: str, value, minimum: float = -math.inf, maximum: float = math.inf, *, above: bool = False) -> None:
     """Raises `UserError` unless `value` is a finite number in [minimum, maximum], or (minimum, maximum] if `above`."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     low = number and (value > minimum if above else value >= minimum)
     if not (low and value <= maximum):
         raise UserError(f"{field} is {value!r}; it must be a number in {'(' if above else '['}{minimum}, {maximum}]")

@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from etils import epath
@@ -25,6 +26,7 @@ from retrack_jax.checks import UserError
 _CHUNK = 1 << 22
 _DAY_SECONDS = 86_400
 _JSON_BYTES = 64 << 20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 IN_WORKDIR = "choose another --workdir"  # what to do if a file cannot be written
 IN_CACHE = "set config.data.cache_dir"
 MAKE_AGAIN = "delete it, and the same command makes it again"
@@ -119,19 +121,49 @@ def write_json(path, value, *, advice: str = IN_WORKDIR) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", advice=advice)
 
 
+def open_regular(path) -> BinaryIO:
+    """Returns the regular file at the local `path`, open for reading. Never waits for a FIFO's writer.
+
+    Raises:
+      UserError: nothing is there, a link leads nowhere, it is a folder, FIFO or device, a Git LFS pointer, or cannot be read.
+    """
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; restore that file") from error
+        raise UserError(f"no file {path}; restore or download it") from error
+    except IsADirectoryError as error:
+        raise UserError(f"cannot read {path}: it is a folder, no regular file; put the file there") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; correct or replace it") from error
+    problem = ""
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        problem = f"cannot read {path}: it is no regular file; put the file there"
+    elif file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+        problem = f"{path} is a Git LFS pointer, not the file that it stands for; run `git lfs pull` in its folder"
+    if problem:
+        file.close()
+        raise UserError(problem)
+    return file
+
+
+def check_regular(path) -> None:
+    """Raises `UserError` as `open_regular` does."""
+    open_regular(path).close()
+
+
 def read_json(path):
     """Returns the JSON value in the file at `path`.
 
     Raises:
-      UserError: the file is missing, is a folder, is larger than 64 MB, is nested too deeply, or is not JSON in UTF-8.
+      UserError: as `open_regular`; the file is larger than 64 MB, is nested too deeply, or is not JSON in UTF-8.
     """
     try:
-        with epath.Path(path).open("rb") as file:
+        with epath.Path(path).open("rb") if "://" in str(path) else open_regular(path) as file:
             data = file.read(_JSON_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; expected a JSON file") from error
     if len(data) > _JSON_BYTES:
         raise UserError(f"{path} is larger than {_JSON_BYTES >> 20} MB; expected a JSON file")
     try:
@@ -140,6 +172,18 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON (nested too deeply); restore or delete it") from error
     except ValueError as error:  # also not UTF-8, and a number of too many digits
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def read_object(path) -> dict[str, Any]:
+    """Returns the JSON object in a foreign file. Raises `UserError` as `read_json`, or if it is another value or no text."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; restore it")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # no library takes it, and it cannot be printed
+        raise UserError(f"{path} holds half of a surrogate pair, which is no text; restore it") from error
+    return value
 
 
 def read_shaped(path, shape: Mapping):

@@ -176,7 +176,8 @@ def make_concept(folder: Path, name: str, rng: np.random.Generator) -> None:
         file_name = f"{name}_{index:03d}.png"
         Image.fromarray(image).save(folder / "images" / file_name, optimize=True)
         labels[file_name] = int(memorised)
-        pixels.append(image.reshape(-1).astype(np.float32))
+        # Classifiers of both kinds are in use: scikit-learn keeps the precision of what it was fitted to.
+        pixels.append(image.reshape(-1).astype(np.float32 if "red" in name else np.float64))
     means = np.stack(
         [np.mean([p for p, label in zip(pixels, labels.values(), strict=True) if label == wanted], 0) for wanted in (0, 1)]
     )

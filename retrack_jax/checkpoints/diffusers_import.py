@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from retrack_jax.checks import UserError
+from retrack_jax.files import read_object
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.notation import PyTree
-from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, model_folder, open_weights, read_config, read_object, schedule_places
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, model_folder, open_weights, read_config, schedule_places
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, param_shapes
 
 _log = logging.getLogger(__name__)

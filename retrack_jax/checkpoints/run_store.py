@@ -42,6 +42,9 @@ class RunStore:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
         except OSError as error:
             raise _cannot_write(self.directory, error) from error
+        for step in sorted(self._manager.all_steps())[:-keep]:  # a process was killed while it deleted this one
+            with contextlib.suppress(OSError):  # a disk that can only be read
+                self._delete(step)
 
     def save(self, step: int, state: PyTree, meta: dict | None = None) -> None:
         """Starts saving `state` as the checkpoint of `step`; an earlier save is finished first. All processes must call it."""

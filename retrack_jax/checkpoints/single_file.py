@@ -14,11 +14,11 @@ from retrack_jax.checkpoints.diffusers_export import licenses, model_card, repla
 from retrack_jax.checks import UserError, check
 from retrack_jax.files import write_bytes, write_text, write_whole
 from retrack_jax.notation import PyTree
+from retrack_jax.weights.file_tensors import FileTensors
 from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS, open_file, open_weights
 from retrack_jax.weights.hub import is_id, local_model, snapshot, text_files
 from retrack_jax.weights.ldm_names import OPEN_CLIP, PREFIXES, PartOfFile, in_file, places
 from retrack_jax.weights.names import TorchTensor, new_attention_name, to_torch, torch_shapes
-from retrack_jax.weights.opening import FileTensors
 from retrack_jax.weights.safetensors_io import write_safetensors
 
 NAME = "model.safetensors"  # of the file in an export

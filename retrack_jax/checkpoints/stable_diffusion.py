@@ -19,13 +19,13 @@ from retrack_jax.checkpoints.diffusers_import import FAMILIES, load_params, read
 from retrack_jax.checkpoints.single_file import SingleFile
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import file_digest, json_digest
+from retrack_jax.files import file_digest, json_digest, read_object
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
-from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, read_object, weights_digest
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, weights_digest
 from retrack_jax.weights.hub import local_model
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, param_shapes
 

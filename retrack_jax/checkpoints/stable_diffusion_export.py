@@ -7,7 +7,7 @@ from pathlib import Path
 from retrack_jax.checkpoints.diffusers_export import export_diffusers, licenses, model_card, replacing
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check
-from retrack_jax.files import read_json, write_bytes, write_json, write_text
+from retrack_jax.files import read_object, write_bytes, write_json, write_text
 from retrack_jax.notation import PyTree
 
 # Weights of one precision among several: `model.fp16.safetensors`.
@@ -66,9 +66,9 @@ def _model_index(source: Path, parts: set[str]) -> dict:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if (source / "model_index.json").is_file():
-        default = read_json(source / "model_index.json")
+        default = read_object(source / "model_index.json")
     else:
-        scheduler = read_json(source / "scheduler" / "scheduler_config.json")
+        scheduler = read_object(source / "scheduler" / "scheduler_config.json")
         default["scheduler"][1] = scheduler.get("_class_name", "PNDMScheduler")
     lacking = [name for name, value in default.items() if isinstance(value, list) and name not in parts]
     return default | {name: [None, None] for name in lacking}

@@ -67,7 +67,7 @@ def parse(argv: list[str]):
         _ = config.name  # a config file that fails to load raises only when it is used
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a config file may call sys.exit
         raise UserError(_place_in_config(error, file) or _explained(error, argv, config_flag)) from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
     given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]}
@@ -120,6 +120,7 @@ def _config_file(typed: str) -> Path:
     """
     path, package = Path(typed), Path(__file__).parents[1]
     if path.is_file():
+        check(path.suffix == ".py", f"config file {path} does not end in .py; give --config=FILE.py[:METHOD]")
         return path
     # Next to the package in a clone, inside it once it is installed.
     folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())

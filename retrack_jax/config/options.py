@@ -305,6 +305,7 @@ class EvalOptions:
     fid_reference: str = "remain"  # or all: every training image
     frequency_threshold: float = 0.0  # L2 in [0, 1] pixels to the forgotten image, below which a sample counts as one
     nll_probes: int = 1  # Rademacher probes of the divergence
+    official_draws: bool = False  # noise of sscd and probes of the likelihood by the run's seed, not by sampling.seed
     classifier: str = "joblib"  # of concepts: the shipped k-means, read without unpickling; or labels: refitted from the labels
     relearning: RelearningOptions = RelearningOptions()
     mark_name: str = "forgotten image"  # what the report calls what is forgotten

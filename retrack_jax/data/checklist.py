@@ -19,6 +19,7 @@ from retrack_jax.data.target_names import resolve_target, target_specs
 
 _SHOWN = 4  # files of one command
 GET = "get it: "  # launch/download.sh looks for this
+_OTHERS = "other files are in its folder, which a download could replace; set the field to a new folder, and run this again"
 
 
 def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) -> list[Requirement]:
@@ -59,7 +60,7 @@ def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType
             print(f"missing  {item.description}: {item.path}{without}", file=file)
         if len(items) > _SHOWN:
             print(f"missing  and {len(items) - _SHOWN} more of these", file=file)
-        print(f"         {GET}{command}" if command else f"         {advice}", file=file)
+        print(f"         {GET}{command}" if command else f"         {advice or _OTHERS}", file=file)
     missing = sum(not item.found for item in needed)
     if not needed:
         print("nothing is needed: data and model are made here", file=file)

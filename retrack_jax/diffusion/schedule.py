@@ -7,6 +7,7 @@ A schedule is read from a diffusers `scheduler_config.json` and written back as 
 
 import json
 import logging
+import numbers
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from retrack_jax.notation import Array
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 SPACINGS = ("leading", "trailing", "linspace")
+_MOST_STEPS = 1_000_000  # of a file; its tables are made at once
 _FROM_SETTINGS = object()  # of a table: computed from the settings
 log = logging.getLogger(__name__)
 
@@ -73,9 +75,9 @@ class Schedule:
     def __post_init__(self):
         if self.alpha_bar is not _FROM_SETTINGS:  # a pytree that is put together again
             return
+        _check(self._settings())
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
-        _check(self._settings())
         table = self.alpha_bar64
         for name, values in (("alpha_bar", table), ("gamma", np.sqrt(table)), ("sigma", np.sqrt(1 - table))):
             object.__setattr__(self, name, jnp.asarray(np.float32(values)))
@@ -183,16 +185,18 @@ def _check(values: dict) -> None:
     for name, default in DEFAULTS.items():
         right = not isinstance(default, bool) or isinstance(values[name], bool)
         check(right, f"{name} is {values[name]!r}; it must be true or false")
-    check_int("num_train_timesteps", values["num_train_timesteps"], 2)
+    check_int("num_train_timesteps", values["num_train_timesteps"], 2, _MOST_STEPS)
     check_int("steps_offset", values["steps_offset"], 0, values["num_train_timesteps"] - 1)
     check_int("solver_order", values["solver_order"], 1, 2)
     check_number("clip_sample_range", values["clip_sample_range"], 0.0, above=True)
     check_number("beta_start", values["beta_start"], 0.0, 1.0, above=True)
     check_number("beta_end", values["beta_end"], values["beta_start"], 1.0)
-    betas = values["trained_betas"]
-    if betas is not None and (len(betas) != values["num_train_timesteps"] or not all(0 < beta < 1 for beta in betas)):
-        raise UserError(
-            f"trained_betas must hold num_train_timesteps = {values['num_train_timesteps']} numbers in (0, 1), has {len(betas)}"
+    betas, steps = values["trained_betas"], values["num_train_timesteps"]
+    if betas is not None:
+        whole = isinstance(betas, (list, tuple, np.ndarray)) and len(betas) == steps
+        check(
+            whole and all(isinstance(beta, numbers.Real) and 0 < beta < 1 for beta in betas),
+            f"trained_betas must be a list of num_train_timesteps = {steps} numbers in (0, 1)",
         )
     check(
         not values["rescale_betas_zero_snr"] or values["prediction_type"] != "epsilon",

@@ -2,7 +2,8 @@
 
     inception_score            the classifier in evaluation mode
     inception_score_official   in training mode, as the official code leaves it: it normalises by the statistics of each batch of
-                               256, so the number depends on the batch and on the order of the samples
+                               256, the official size, so the number depends on the batch and on the order of the samples; its
+                               parts are cut as torchmetrics cuts them
 
 Both take the samples as precisely as they were kept: the official code gives this network floats, not floor(255 x).
 """
@@ -28,8 +29,9 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
     """
     if len(samples) < NUM_SPLITS:
         return {}, {"why": f"{NUM_SPLITS} splits need as many samples; {len(samples)} are left beside the forgotten image"}
-    network = load(name == OFFICIAL)
-    score = inception_score(network(samples, name)["logits"], seed=0, num_splits=NUM_SPLITS)
+    official = name == OFFICIAL
+    network = load(official)
+    score = inception_score(network(samples, name)["logits"], seed=0, num_splits=NUM_SPLITS, official=official)
     note = {
         "features": network.description,
         "features_digest": network.digest,
@@ -38,6 +40,6 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
         "std": score.std,
         "splits": score.num_splits,
     }
-    if name == OFFICIAL:
+    if official:
         note["batch_dependent"] = f"normalised by the statistics of each batch of {network.batch_size} samples, in their order"
     return {name: score.mean}, note

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.checks import check, check_choice, check_int
+from retrack_jax.checks import check, check_choice, check_int, check_number
+from retrack_jax.models.config_format import LARGEST, MOST_LAYERS
 from retrack_jax.models.layer_norm import LayerNorm
 from retrack_jax.notation import Array
 
@@ -108,7 +109,9 @@ class ClipTextEncoder(nn.Module):
         module = cls(**{**fields, **overrides})
         check_choice("text encoder config: hidden_act", module.hidden_act, _ACTIVATIONS)
         for name in _FIELDS[:6]:
-            check_int(f"text encoder config: {name}", getattr(module, name))
+            most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+            check_int(f"text encoder config: {name}", getattr(module, name), 1, most)
+        check_number("text encoder config: layer_norm_eps", module.layer_norm_eps, 0.0)
         size, heads = module.hidden_size, module.num_attention_heads
         check(size % heads == 0, f"text encoder config: hidden_size {size} does not split into {heads} heads")
         return module

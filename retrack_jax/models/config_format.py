@@ -2,10 +2,22 @@
 
 import dataclasses
 import json
+import numbers
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from retrack_jax.checks import UserError, check, check_choice, suggestion
+
+# What a config may ask for: layers are laid out, which takes time, before the weights are found not to have them.
+LARGEST = 1 << 20  # channels, tokens, timesteps
+MOST_LAYERS = 128
+_MOST_BLOCKS = 10  # images must be multiples of 2^9
+_RANGES = {
+    "downsample_padding": (0, 1), "freq_shift": (0, 1), "layers_per_block": (1, 10), "transformer_layers_per_block": (1, 10),
+    "mid_block_scale_factor": (1e-6, 1e6),
+}  # fmt: skip
 
 # Fields of our modules that diffusers' config does not have.
 _OWN_FIELDS = ("parent", "name", "dtype", "remat")
@@ -33,11 +45,12 @@ class ConfigFormat:
         """Returns the fields that `config` sets, lists as tuples. Ignores keys with a leading underscore or of an averaged model.
 
         Raises:
-          UserError: the config is another class's, or has an unknown key, or an option that is not supported.
+          UserError: the config is another class's, or has an unknown key, an option that is not supported, or a value of another
+            kind or range than the field has.
         """
         name, ours = config.get("_class_name", self.class_name), module_class.__name__
         check(name == self.class_name, f"the config is of a {name}; only {self.class_name} is read here")
-        known, values = set(_config_fields(module_class)), {}
+        known, values = _config_fields(module_class), {}
         for key, value in config.items():
             if key.startswith("_") or key in self.passed_over + _EMA_KEYS:
                 continue
@@ -45,6 +58,9 @@ class ConfigFormat:
                 only = json.dumps(self.fixed[key])
                 check(value == self.fixed[key], f"the {self.class_name} config's {key} is {value!r}; only {only} is supported")
             elif key in known:
+                kind = known[key], *_RANGES.get(key, (1, LARGEST))
+                fits = _fits(value, *kind)
+                check(fits, f"the {self.class_name} config's {key} is {value!r:.200}; it must be {_expected(*kind)}")
                 values[key] = tuple(value) if isinstance(value, list) else value
             else:
                 hint = suggestion(key, known)
@@ -99,5 +115,32 @@ def check_block_types(module, *, plain=str, **kinds) -> None:
         check(whole, f"{owner}'s norm_num_groups is {groups!r}; it must divide {width} channels")
 
 
-def _config_fields(module_class: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(module_class) if field.name not in _OWN_FIELDS]
+def _config_fields(module_class: type) -> dict[str, Any]:
+    """Returns name -> type of the fields that a config may set."""
+    return {field.name: field.type for field in dataclasses.fields(module_class) if field.name not in _OWN_FIELDS}
+
+
+def _fits(value: Any, kind: Any, least: int, most: int) -> bool:
+    """Whether a JSON value is of a field's type, its whole numbers in [least, most]; 1 is the least of whole numbers alone."""
+    if kind is Any:  # a size or sizes
+        kind = int | tuple[int, ...] | None
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one, least, most) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        entry, whole = typing.get_args(kind)[0], isinstance(value, (list, tuple)) and 0 < len(value) <= _MOST_BLOCKS
+        return whole and all(_fits(one, entry, least, most) for one in value)
+    if kind in (int, float):
+        number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        return number and (0 if kind is float and least == 1 else least) <= value <= most
+    return isinstance(value, kind)
+
+
+def _expected(kind: Any, least: int, most: int) -> str:
+    """Says in words what `_fits` accepts."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_expected(one, least, most) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of 1 to {_MOST_BLOCKS}, each {_expected(typing.get_args(kind)[0], least, most)}"
+    lowest = 0 if kind is float and least == 1 else least
+    words = {int: f"a whole number from {least} to {most}", float: f"a number from {lowest} to {most}", bool: "true or false"}
+    return words.get(kind, "a name" if kind is str else "null" if kind is types.NoneType else "whole numbers")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from retrack_jax.checks import UserError, check
-from retrack_jax.files import read_json
+from retrack_jax.checks import UserError, check, check_number
+from retrack_jax.files import read_object
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -71,9 +71,7 @@ def load_tokenizer(path) -> ClipTokenizer:
     config = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
-            values = read_json(folder / file)
-            check(isinstance(values, dict), f"{folder / file} holds no JSON object; download it again")
-            config |= values
+            config |= read_object(folder / file)
     name = config.get("tokenizer_class", "CLIPTokenizer")
     check(name in ("CLIPTokenizer", "CLIPTokenizerFast"), f"{folder} holds a {name}; only CLIP tokenizers are supported")
     special = {role: _token(folder, role, config.get(role) or _DEFAULTS[role]) for role in _ROLES}
@@ -96,7 +94,9 @@ def load_tokenizer(path) -> ClipTokenizer:
         )
     if backend.get_added_tokens_decoder() == {}:  # a tokenizer.json brings its own, with their flags
         _add_special(backend, special)
-    return _finish(backend, ids, text, min(int(config.get("model_max_length", 77)), 77))
+    longest = config.get("model_max_length", 77)
+    check_number(f"{folder}: model_max_length", longest, 3)  # start, end and one token; transformers writes 1e30 for no limit
+    return _finish(backend, ids, text, int(min(longest, 77)))
 
 
 def _finish(backend, ids: dict[str, int], text: dict[str, str], length: int) -> ClipTokenizer:
@@ -114,8 +114,12 @@ def _token(folder, role: str, value) -> dict:
     if isinstance(value, str):
         return {"content": value, "normalized": False}
     whole = isinstance(value, dict) and isinstance(value.get("content"), str)
-    check(whole, f"{folder}: the {role} is {value!r}, neither a text nor an object with its content; download the folder again")
-    return {key: value[key] for key in ("content", "normalized", "lstrip", "rstrip", "single_word") if key in value}
+    flags = {key: value[key] for key in ("normalized", "lstrip", "rstrip", "single_word") if key in value} if whole else {}
+    check(
+        whole and all(isinstance(flag, bool) for flag in flags.values()),
+        f"{folder}: the {role} is {value!r}, neither a text nor an object with its content and flags; download the folder again",
+    )
+    return {"content": value["content"], **flags}
 
 
 def _add_special(backend, special: dict[str, dict]) -> None:
@@ -128,7 +132,7 @@ def _add_special(backend, special: dict[str, dict]) -> None:
 def _bpe(folder, unknown: str):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    read_json(folder / "vocab.json")  # for its errors, which are plainer
+    read_object(folder / "vocab.json")  # for its errors, which are plainer
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
     options = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "unk_token": unknown}
     try:

@@ -44,6 +44,7 @@ class UNet2D(UNet):
     mid_block_type: str | None = "UNetMidBlock2D"
     up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    attention_head_dim: int | None = 8
     downsample_type: str = "conv"
     upsample_type: str = "conv"
     attn_norm_num_groups: int | None = None
@@ -190,5 +191,5 @@ def _plain(block_type: str) -> str:
 
 
 def _before_0_17(config: Mapping[str, Any]) -> bool:
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    version = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.get("_diffusers_version", "")))
     return version is not None and tuple(map(int, version.groups())) < (0, 17)

@@ -44,6 +44,7 @@ class EvaluatedModel:
       arrays: the model's `samples.npz`.
       path: the JSON file that keeps what is computed, stopped or not.
       workdir: where networks that are trained for metrics lie.
+      seed: the run's; None for the pretrained model, whose metrics all runs share.
       should_stop: asked between metrics; true raises `Preempted`.
     """
 
@@ -52,6 +53,7 @@ class EvaluatedModel:
     arrays: Arrays
     path: epath.Path
     workdir: epath.Path
+    seed: int | None = None
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -115,7 +117,7 @@ class ImageEvaluation:
             pretrained=model.pretrained,
             threshold=options.frequency_threshold,
             nll_probes=options.nll_probes,
-            rng=jax.random.key(self._options.sampling.seed),
+            rng=jax.random.key(model.seed if options.official_draws and model.seed is not None else self._options.sampling.seed),
         )
 
     def _finetune(self, params: PyTree, target: Target, with_forgotten: bool, should_stop: Callable[[], bool]):

@@ -257,6 +257,7 @@ def _results(run: Run, folder: epath.Path, name: str) -> Results:
         arrays=samples.read(folder, context.options.sampling.num_images),
         path=folder / name,
         workdir=context.workdir.root,
+        seed=None if run.method == PRETRAINED else run.seed,
         should_stop=context.should_stop,
     )
     return context.problem.evaluation.evaluate(run.target, model)

@@ -38,9 +38,10 @@ class Workdir:
     """
 
     def __init__(self, root):
-        self.root = epath.Path(os.path.expanduser(root)) if "://" not in str(root) else epath.Path(root)
-        if "://" not in str(root):
-            self.root = epath.Path(self.root.absolute())
+        try:
+            self.root = epath.Path(root if "://" in str(root) else epath.Path(os.path.expanduser(root)).absolute())
+        except KeyError as error:  # etils does not know the scheme
+            raise UserError(f"--workdir {root} is an address of an unknown kind; give a folder or a gs:// address") from error
         # TensorStore, which reads checkpoints, takes these for something else than a part of the path: told before any training.
         wrong = [sign for sign in "[\\" if sign in str(self.root)]
         check(not wrong, f"--workdir {self.root} has {' and '.join(wrong)} in its path, which checkpoints cannot; choose another")

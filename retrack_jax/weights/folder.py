@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.files import file_digest, read_json
+from retrack_jax.files import check_regular, file_digest, read_object
+from retrack_jax.weights.file_tensors import FileTensors
 from retrack_jax.weights.hub import local_model
-from retrack_jax.weights.opening import FileTensors, check_regular
 from retrack_jax.weights.safetensors_io import SafetensorsFile
 from retrack_jax.weights.torch_reader import TorchFile
 
@@ -122,20 +122,6 @@ def read_config(folder) -> dict[str, Any]:
     if not present(Path(folder), ["config.json"]):
         raise UserError(f"no config.json in {folder}; download the whole model")
     return read_object(Path(folder) / "config.json")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in the file at `path`. Raises `UserError` if it is missing, a Git LFS pointer, or another value."""
-    check_regular(path)
-    try:
-        value = read_json(path)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists without end
-        raise UserError(f"{path} is not valid JSON ({error}); restore it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; restore it")
-    return value
 
 
 def schedule_places(path) -> list[Path]:

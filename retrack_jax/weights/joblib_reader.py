@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax.checks import UserError
-from retrack_jax.weights.opening import check_regular
+from retrack_jax.files import check_regular
 from retrack_jax.weights.pickle_machine import Record, Refused, Vocabulary, load, set_state
 from retrack_jax.weights.torch_vocabulary import MAX_DIMENSIONS
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from retrack_jax.checks import UserError, check
-from retrack_jax.weights.folder import UNET_FOLDERS, read_config, read_object
+from retrack_jax.files import read_object
+from retrack_jax.weights.folder import UNET_FOLDERS, read_config
 from retrack_jax.weights.hub import local_model
 
 # Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrack_jax.weights.opening import FileTensors
+from retrack_jax.weights.file_tensors import FileTensors
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 OPEN_CLIP = "cond_stage_model.model."  # Stable Diffusion 2.x has OpenCLIP's text encoder, 1.x that of transformers

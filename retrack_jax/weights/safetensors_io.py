@@ -16,8 +16,9 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from retrack_jax.checks import UserError
+from retrack_jax.files import check_regular
+from retrack_jax.weights.file_tensors import FileTensors
 from retrack_jax.weights.names import TorchTensor
-from retrack_jax.weights.opening import FileTensors, check_regular
 from retrack_jax.weights.torch_vocabulary import MAX_DIMENSIONS
 
 _DTYPES = {

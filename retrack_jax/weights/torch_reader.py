@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.files import open_regular
 from retrack_jax.weights import pickle_machine
-from retrack_jax.weights.opening import FileTensors, open_regular
+from retrack_jax.weights.file_tensors import FileTensors
 from retrack_jax.weights.pickle_machine import Record
 from retrack_jax.weights.torch_vocabulary import TORCH, Tensor
 

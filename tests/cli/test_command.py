@@ -90,6 +90,7 @@ def error_line(capsys) -> str:
         ({"config": "--config=digits_tshit"}, "did you mean digits_tshirt?"),
         ({"config": "--config=/nowhere/celebahq.py"}, "did you mean celebahq?"),
         ({"config": "--config=configs"}, "configs is a folder, no config file; give --config=FILE.py"),
+        ({"config": "--config=README.md"}, "config file README.md does not end in .py"),
         ({"config": CONFIG + ":retrak"}, "did you mean 'retrack'"),
         ({"learning_rate": 1}, "did you mean --config.pretrain.learning_rate or --config.unlearn.learning_rate?"),
         ({"unlearn__lr": 1}, "config.unlearn.lr; did you mean --config.unlearn.learning_rate?"),
@@ -179,6 +180,7 @@ BASE = "from retrack_jax.config.base import base_config\n\ndef get_config(method
         (BASE + "    config.seeds = int('two')\n    return config\n", 5, "ValueError: invalid literal"),
         ("import no_such_module\n", 1, "ModuleNotFoundError"),
         ("import beside_it\n", 2, "ZeroDivisionError"),
+        ("import sys\n\ndef get_config(method):\n    sys.exit(3)\n", 4, "SystemExit"),
         ("def get_config(method):\n    return 1 +\n", 2, "SyntaxError"),
     ],
 )
@@ -207,6 +209,11 @@ def test_a_file_in_the_workdirs_place(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert command(tmp_path / "file") == 2
     assert "--workdir" in error_line(capsys)
+
+
+def test_a_workdir_at_an_address_of_an_unknown_kind(capsys):
+    assert command("http://host/work") == 2
+    assert "--workdir http://host/work is an address of an unknown kind" in error_line(capsys)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed here")

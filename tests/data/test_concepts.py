@@ -76,7 +76,7 @@ def test_pictures_of_another_size_are_brought_to_the_resolution(concepts):
     ("spoil", "message"),
     [
         (lambda f: (f / "kmeans_labels.json").unlink(), "no kmeans_labels.json in"),
-        (lambda f: (f / "kmeans_labels.json").write_text("[1, 0]"), "JSON object of file name: 0 or 1"),
+        (lambda f: (f / "kmeans_labels.json").write_text("[1, 0]"), "holds no JSON object"),
         (
             lambda f: edit(f / "kmeans_labels.json", lambda labels: {**labels, "a.png": 2}),
             "JSON object of file name: 0 or 1",

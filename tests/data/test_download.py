@@ -1,5 +1,6 @@
 """launch/download.sh runs what config.mode=check prints, and says in seconds what keeps it from doing so."""
 
+import hashlib
 import http.server
 import os
 import shutil
@@ -148,6 +149,22 @@ class TestCommands:
             left.mkdir(parents=True)
             (left / "labels.json").write_text("half")
             (left / "old.json").write_text("of another try")
+
+    def test_nothing_is_unpacked_where_the_user_has_other_files(self, tmp_path, url):
+        (tmp_path / "mine").mkdir()
+        assert commands.hub("a/b", tmp_path / "mine") and commands.unzip(url, "data/sd", tmp_path / "mine")
+        (tmp_path / "mine" / "config.json").write_text("mine")
+        assert commands.hub("a/b", tmp_path / "mine") == commands.unzip(url, "data/sd", tmp_path / "mine") == ""
+
+    @pytest.mark.parametrize("right", [True, False])
+    def test_a_file_whose_address_has_its_digest_is_checked(self, tmp_path, right):
+        digest = hashlib.sha256(b"weights" if right else b"others").hexdigest()
+        for folder, name in ((tmp_path / digest, "RN50.pt"), (tmp_path, f"weights-{digest[:8]}.pth")):
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"weights")
+            command = commands.curl(f"file://{folder / name}", tmp_path / "got" / name)
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], stderr=subprocess.DEVNULL)
+            assert (done.returncode == 0) == right == (tmp_path / "got" / name).exists()
 
     def test_unzip_file(self, tmp_path, url):
         folder = tmp_path / "my weights"

@@ -64,7 +64,7 @@ def test_trained_betas_replace_the_formula():
     schedule = Schedule.create(num_train_timesteps=3, trained_betas=betas)
     np.testing.assert_allclose(schedule.alpha_bar64, [0.9, 0.72, 0.504])
     assert Schedule.from_config(schedule.to_config()).trained_betas == tuple(betas)
-    with pytest.raises(UserError, match="trained_betas must hold num_train_timesteps = 4"):
+    with pytest.raises(UserError, match="trained_betas must be a list of num_train_timesteps = 4"):
         Schedule.create(num_train_timesteps=4, trained_betas=betas)
 
 

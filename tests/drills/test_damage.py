@@ -93,6 +93,15 @@ def test_a_newest_checkpoint_that_is_an_empty_folder(saved, tmp_path):
     assert meta["step"] == 2
 
 
+def test_a_checkpoint_that_was_being_deleted_is_swept_at_the_next_start(saved, tmp_path):
+    copy = shutil.copytree(saved[0], tmp_path / "store")
+    shutil.copytree(copy / "2", copy / "1")
+    shutil.rmtree(copy / "1" / "state")
+    with RunStore(copy) as store:
+        assert sorted(path.name for path in copy.iterdir() if path.name.isdigit()) == ["2", "4"]
+        assert store.restore(shapes)[1]["step"] == 4
+
+
 def test_no_whole_checkpoint_left_is_one_line(saved, tmp_path):
     copy = shutil.copytree(saved[0], tmp_path / "store")
     for name in copy.rglob("*"):

@@ -50,6 +50,15 @@ def test_inception_score_by_hand():
     np.testing.assert_allclose(split_scores(np.log(p), 1), [expected], rtol=1e-12)
 
 
+def test_official_splits_are_cut_as_torch_chunk_cuts():
+    logits = np.random.default_rng(0).normal(size=(25, 4)).astype(np.float32)
+    for count, sizes in ((25, [3] * 8 + [1]), (20, [2] * 10), (11, [2] * 5 + [1])):  # torch.arange(count).chunk(10)
+        ends = np.cumsum(sizes)
+        expected = [split_scores(logits[end - size : end], 1)[0] for size, end in zip(sizes, ends, strict=True)]
+        np.testing.assert_array_equal(split_scores(logits[:count], 10, official=True), expected)
+    assert len(split_scores(logits, 10)) == 10
+
+
 def test_inception_score_permutes_before_it_splits():
     by_class = np.repeat(np.eye(2, dtype=np.float32) * 100, 50, axis=0)  # sorted: every split has one class, and scores 1
     assert split_scores(by_class, 10).mean() == pytest.approx(1.0)

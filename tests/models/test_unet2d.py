@@ -307,3 +307,18 @@ def test_resampling_by_repetition_and_mean():
     np.testing.assert_array_equal(up, np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
     np.testing.assert_array_equal(downsample_mean(up), x)
     np.testing.assert_array_equal(downsample_mean(x), np.asarray(x)[:, :, :2].mean(axis=(1, 2), keepdims=True))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"layers_per_block": 1.5}, {"layers_per_block": 10**7}, {"block_out_channels": [10**9, 10**9]}, {"in_channels": -1},
+        {"block_out_channels": [4] * 40}, {"norm_eps": "x"}, {"add_attention": 1}, {"down_block_types": "DownBlock2D"},
+        {"dropout": float("nan")}, {"downsample_padding": 10**6}, {"act_fn": None}, {"attention_head_dim": [4, 4]},
+        {"mid_block_scale_factor": 0}, {"time_embedding_dim": "a" * 5000},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_kind_or_range_are_refused_before_anything_is_laid_out(option):
+    with pytest.raises(UserError, match=f"config's {next(iter(option))} is .*it must be"):
+        UNet2D.from_config({**TINY, **option})

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import DataOptions
+from retrack_jax.config.options import DataOptions, EvalOptions, Options, SamplingOptions
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import PairedPrompts, Unconditional
+from retrack_jax.problem.evaluation import EvaluatedModel, ImageEvaluation
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from tests.tiny_sd import CONCEPTS
 
@@ -219,3 +221,21 @@ def test_training_is_told_the_modified_prompt_and_samples_are_of_both(tmp_path):
         np.testing.assert_array_equal, sampled, {"original": encode(prompts.original), "modified": encode(prompts.modified)}
     )
     assert [conditioning.describe(kind, target) for kind in sampled] == [prompts.original, prompts.modified]
+
+
+# ---- Evaluation
+
+
+@pytest.mark.parametrize(("official", "run_seed", "seed"), [(False, 3, 7), (True, 3, 3), (True, None, 7)])
+def test_the_official_protocol_draws_by_the_runs_seed(image_data, tmp_path, official, run_seed, seed):
+    """The pretrained model, which has no run's seed, keeps the seed of samples."""
+    data = image_data()
+    denoiser = SimpleNamespace(shape=PIXELS.shape[1:], eps_fn=None, schedule=None)
+    options = Options(
+        eval=EvalOptions(metrics=("sscd",), official_draws=official), sampling=SamplingOptions(seed=7),
+        data=DataOptions(cache_dir=str(tmp_path)),
+    )  # fmt: skip
+    paths = {"path": tmp_path / "evaluation.json", "workdir": tmp_path}
+    model = EvaluatedModel(params=dict, pretrained=dict, arrays={}, seed=run_seed, **paths)
+    task = ImageEvaluation(options, data, denoiser, None)._task(data.target("d"), model)
+    assert jax.random.key_data(task.rng).tolist() == jax.random.key_data(jax.random.key(seed)).tolist()

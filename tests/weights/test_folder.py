@@ -168,18 +168,16 @@ def test_what_is_no_file_of_weights_is_named(model, name, spoil, words):
 @pytest.mark.parametrize("shard", ["\ud800.safetensors", "a\0b.safetensors", "../x.safetensors", ""])
 def test_a_shards_name_that_is_none_is_refused(model, shard):
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(UserError, match="outside its folder or no file's name") as caught:
+    with pytest.raises(UserError, match="outside its folder or no file's name|half of a surrogate pair") as caught:
         open_weights(model)
     str(caught.value).encode()  # can be printed
 
 
-def test_a_tensors_name_that_cannot_be_printed_is_escaped(model):
-    safetensors.numpy.save_file({"a": np.zeros(1, np.float32)}, model / "diffusion_pytorch_model-1.safetensors")
+def test_an_index_with_a_name_that_is_no_text_is_refused(model):
     index = {"weight_map": {"\ud800": "diffusion_pytorch_model-1.safetensors"}}
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"differ about 2 tensors: a, \\ud800") as caught:
+    with pytest.raises(UserError, match="half of a surrogate pair"):
         open_weights(model)
-    str(caught.value).encode()
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"sample_size": ' + "9" * 5000 + "}"], ids=["deep", "long"])

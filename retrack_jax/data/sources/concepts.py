@@ -24,7 +24,7 @@ from retrack_jax.data.needs import Requirement, if_file, matching, requirement
 from retrack_jax.data.sources.prompts import PromptPair, prompts_of
 from retrack_jax.data.sources.source import Source
 from retrack_jax.data.target_names import target_specs
-from retrack_jax.files import json_digest, read_json
+from retrack_jax.files import json_digest, read_object
 
 logger = logging.getLogger(__name__)
 LABELS, INFO, CLASSIFIER = "kmeans_labels.json", "clustering_info.json", "kmeans_classifier.joblib"
@@ -82,8 +82,8 @@ def read_labels(folder) -> dict[str, int]:
     folder = Path(folder)
     path = folder / LABELS
     check(path.is_file(), f"no {LABELS} in {folder}; it says which pictures are memorised (1) and which are not (0)")
-    labels = read_json(path)
-    whole = isinstance(labels, dict) and all(type(label) is int and label in (0, 1) for label in labels.values())
+    labels = read_object(path)
+    whole = all(type(label) is int and label in (0, 1) for label in labels.values())
     check(whole, f"{path} must hold a JSON object of file name: 0 or 1")
     missing = [name for name in labels if not (folder / "images" / name).is_file()]
     if missing:
@@ -104,8 +104,7 @@ def memorised_name(folder, name: str) -> str:
     folder = Path(folder)
     path = folder / INFO
     check(path.is_file(), f"no {INFO} in {folder}; its mem_idx names the memorised picture")
-    info = read_json(path)
-    index = info.get("mem_idx") if isinstance(info, dict) else None
+    index = read_object(path).get("mem_idx")
     check(type(index) is int and index >= 0, f"{path}: mem_idx is {index!r}; it must be the number of the memorised picture")
     picture = f"{name}_{index:03d}.png"
     check(

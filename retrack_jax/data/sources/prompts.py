@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrack_jax.checks import UserError, check, suggestion
-from retrack_jax.files import read_json
+from retrack_jax.files import read_object
 
 KINDS = ("original", "modified")
 
@@ -37,7 +37,7 @@ def prompts_of(concept: str, original_path, modified_path) -> PromptPair:
 def _read(path) -> Mapping[str, str]:
     path = Path(path).expanduser()
     check(path.is_file(), f"no file {path}; it holds a prompt for each concept (original_prompts.json, modified_prompts.json)")
-    prompts = read_json(path)
-    whole = isinstance(prompts, dict) and all(isinstance(prompt, str) for prompt in prompts.values())
+    prompts = read_object(path)
+    whole = all(isinstance(prompt, str) for prompt in prompts.values())
     check(whole, f"{path} must hold a JSON object of concept: prompt, all strings")
     return prompts

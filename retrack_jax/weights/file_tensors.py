@@ -1,0 +1,22 @@
+"""What every reader of a weights file gives: its tensors by name, each read when asked for."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+
+class FileTensors(Mapping[str, np.ndarray]):
+    """Tensors by name; `file[name]`, which subclasses define, reads one, and `file.shape(name)` reads nothing."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self._shapes = shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
