@@ -74,11 +74,7 @@ class Labels(Conditioning):
         return np.asarray(images.labels).astype(np.int32).__getitem__
 
     def anchor(self, target: Target, similarity: None, recipe: UnlearnOptions) -> Anchor | None:
-        gone = labels_gone(target) if recipe.whole_class == "null" else []
-        if not gone:
-            return None
-        count = len(target.unique)
-        return Anchor(condition=np.full(count, target.null, np.int32), used=np.isin(target.labels[target.unique], gone))
+        return null_anchor(target, recipe)
 
     def remembered(self, target: Target) -> None:
         return None
@@ -137,6 +133,15 @@ def labels_gone(target: Target) -> list[int]:
     if target.labels is None:
         return []
     return [label for label, rows in remaining_of_labels(target.labels, target.forget).items() if not len(rows)]
+
+
+def null_anchor(target: Target, recipe: UnlearnOptions) -> Anchor | None:
+    """Returns which distinct forgotten images are led to the prediction under the null label; None if none is."""
+    gone = labels_gone(target) if recipe.whole_class == "null" else []
+    if not gone:
+        return None
+    count = len(target.unique)
+    return Anchor(condition=np.full(count, target.null, np.int32), used=np.isin(target.labels[target.unique], gone))
 
 
 def in_words(target: Target, recipe: UnlearnOptions) -> str:
