@@ -46,7 +46,7 @@ def main(num_steps: int = 1500) -> dict[str, float]:
         module.apply, params, schedule, remain, forget, method="relabel", weight=0.02, rng=jax.random.key(2),
         num_steps=50, batch_size=64, learning_rate=3e-4,
     )  # fmt: skip
-    results = {"before": loss(module, params, forget[0]), "after": loss(module, after, forget[0])}
+    results = {"before": loss(module, params, forget), "after": loss(module, after, forget)}
     print(f"loss on the T-shirt: {results['before']:.2f} before, {results['after']:.2f} after")
     return results
 

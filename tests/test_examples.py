@@ -1,9 +1,11 @@
 """The examples run, at fewer steps, and do what they say."""
 
+import json
 import sys
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,6 +39,18 @@ def test_new_method_is_added_and_raises_the_loss():
 
     losses = new_method.main(num_steps=200)
     assert losses["after"] > losses["before"]
+
+
+def test_the_notebook_runs_and_has_its_pictures(monkeypatch):
+    monkeypatch.setattr(matplotlib.pyplot, "show", matplotlib.pyplot.close)
+    cells = json.loads((EXAMPLES / "forget_a_tshirt.ipynb").read_text())["cells"]
+    names = {}
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        exec("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names |= {"NUM_STEPS": 100, "NUM_SAMPLES": 32}
+    assert names["after"].shape == (32, 8, 8, 1) and not np.array_equal(names["before"], names["after"])
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ())) == 5
 
 
 def test_forget_an_image_writes_a_folder_that_was_trained(tmp_path):
