@@ -52,7 +52,7 @@ def train(module: nn.Module, images: np.ndarray, num_steps: int, seed: int = 0):
 
 
 def loss(module: nn.Module, params, images: np.ndarray, num_draws: int = 2048) -> float:
-    """Returns the denoising loss on images `[N, 8, 8, 1]`, a mean over draws of image, timestep and noise of a sum over pixels."""
+    """Returns the denoising loss on images `[N, 8, 8, 1]`: a sum over pixels, a mean over draws of image, timestep and noise."""
     rng_t, rng_eps = jax.random.split(jax.random.key(0))
     x_0 = 2 * np.resize(images, (num_draws, *SHAPE)).astype(np.float32) / 255 - 1
     t = jax.random.randint(rng_t, (num_draws,), 0, schedule.num_train_timesteps)
