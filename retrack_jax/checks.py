@@ -63,7 +63,7 @@ def check_int(field: str, value, minimum: int = 1, maximum: int | None = None) -
 
 def check_number(field: str, value, minimum: float = -math.inf, maximum: float = math.inf, *, above: bool = False) -> None:
     """Raises `UserError` unless `value` is a finite number in [minimum, maximum], or (minimum, maximum] if `above`."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    low = number and (value > minimum if above else value >= minimum)
-    if not (low and value <= maximum):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    low = number and -sys.float_info.max <= value and (value > minimum if above else value >= minimum)
+    if not (low and value <= min(maximum, sys.float_info.max)):
         raise UserError(f"{field} is {value!r}; it must be a number in {'(' if above else '['}{minimum}, {maximum}]")
