@@ -72,6 +72,7 @@ def denoising_losses(
     """
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
+    conditions = None if conditions is None else parallel.replicate(np.asarray(conditions))
     p_losses = mapped(_pair_losses, (None, None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
 
     def of_pairs(pairs: np.ndarray) -> Array:

@@ -101,6 +101,7 @@ def neighbor_pools(target: Target) -> list[tuple[np.ndarray, np.ndarray]]:
         (np.flatnonzero(of_unique == label), np.setdiff1d(every, rows) if len(rows) else target.forget)
         for label, rows in remaining_of_labels(target.labels, target.forget).items()
     ]
+    pools = [(mine, others) for mine, others in pools if len(mine)]  # a part of the target need not have every label
     return pools if target.null is None else pools + everyone
 
 

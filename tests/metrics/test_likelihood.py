@@ -56,6 +56,21 @@ def test_gaussian_data_has_the_known_answer(std, official, continuous, rng):
         np.testing.assert_allclose(bits, exact, atol=tolerance, err_msg=mode)
 
 
+def test_each_image_is_measured_under_its_own_condition(rng):
+    """A network of two classes, each exact for data of another width: every image has the likelihood of its class."""
+    stds, labels = np.array([0.5, 0.2], np.float32), np.array([1, 0, 1], np.int32)
+
+    def eps_fn(params, x, t, label):
+        rotation, variances = params
+        return _gaussian_eps((rotation, variances[label[0]]), x, t)
+
+    x = np.random.default_rng(0).normal(size=(3, SIDE, SIDE, 1)) * stds[labels][:, None, None, None]
+    params = jnp.eye(DIM), jnp.tile(jnp.asarray(stds)[:, None] ** 2, (1, DIM))
+    bits, _ = nll_bits_per_dim(eps_fn, params, SCHEDULE, x, rng, conditions=labels)
+    exact = [_exact_bits(x[i : i + 1], np.full(DIM, stds[label] ** 2))[0] for i, label in enumerate(labels)]
+    np.testing.assert_allclose(bits, exact, atol=0.01)
+
+
 def test_official_right_hand_side_errs_more_on_narrow_data_and_continuous_does_not(rng):
     std = 0.02
     x = np.random.default_rng(0).normal(size=(3, SIDE, SIDE, 1)) * std

@@ -123,11 +123,12 @@ def test_a_whole_class_needs_a_decision():
 
 def test_images_of_a_label_that_is_gone_are_anchored_or_have_neighbors_of_any_label(tmp_path):
     gone = target_of(*np.flatnonzero(LABELS == 2), 0)
-    anchor = labels.null_anchor(gone, recipe(whole_class="null"))
+    conditioning = labels.Labels(options(null_label=NULL), IMAGES, 4)
+    anchor = conditioning.anchor(gone, None, recipe(whole_class="null"))
     np.testing.assert_array_equal(anchor.used, LABELS[gone.unique] == 2)
     assert (anchor.condition == NULL).all()
-    assert labels.null_anchor(gone, recipe(whole_class="nearest")) is None
-    assert labels.null_anchor(target_of(2), recipe(whole_class="null")) is None
+    assert conditioning.anchor(gone, None, recipe(whole_class="nearest")) is None
+    assert conditioning.anchor(target_of(2), None, recipe(whole_class="null")) is None
     found = PixelCodec(tmp_path).forget_data(gone, 3, "exact")
     of_gone = LABELS[gone.unique] == 2
     assert set(LABELS[found.neighbor_positions[of_gone]].ravel()) == {0, 1}

@@ -9,6 +9,7 @@ import pytest
 from retrack_jax.checkpoints.stable_diffusion import prompt_embeddings
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion.conversions import make_eps_fn
+from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.sampling import make_sampler
 from retrack_jax.sampling.generate import generate, pmap_sample_fn
 from retrack_jax.sampling.guided import GuidedParams, guided_eps_fn, make_guided_sample_fn
@@ -70,3 +71,25 @@ def test_an_image_depends_on_its_seed_alone(pipeline):
     assert made[0].shape == (8, 4, 2, 3)
     np.testing.assert_allclose(*made, atol=1e-6)
     assert np.abs(np.diff(made[0], axis=0)).max(axis=(1, 2, 3)).min() > 1e-3
+
+
+def test_images_under_labels_take_them_in_turn():
+    """The same for any batch: image i has condition i mod P; and without a VAE what is denoised are the images."""
+    sampler = make_sampler("ddpm", Schedule.create(), 3)
+
+    def by_label(params, x, t, label):
+        return params * x + 0.1 * label.astype(jnp.float32).reshape(-1, 1, 1, 1)
+
+    sample_fn = make_guided_sample_fn(by_label, None, sampler, (2, 2, 1), guidance=0.0)
+    p_sample = pmap_sample_fn(sample_fn, of_images=GuidedParams.of_images)
+    how = {"rng": jax.random.key(0), "num_images": 8}
+
+    def made(labels, batch_size=8):
+        params = GuidedParams(jnp.float32(0.3), None, np.array(labels, np.int32), None)
+        return generate(p_sample, params, batch_size=batch_size, **how)
+
+    mixed = made([0, 5, 9])
+    np.testing.assert_allclose(mixed, made([0, 5, 9], batch_size=4), atol=1e-6)
+    for place, label in enumerate([0, 5, 9]):
+        np.testing.assert_allclose(mixed[place::3], made([label])[place::3], atol=1e-6)
+    assert np.abs(mixed - made([0])).max() > 0.01
