@@ -17,6 +17,7 @@ from retrack_jax.data.labels import labels_of_files
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.captions import captions_need, folder_captions
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
+from retrack_jax.weights.hub import is_id
 from retrack_jax.weights.kinds import takes_prompts
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -121,7 +122,8 @@ def folder_need(data: Mapping, command: str = "") -> Requirement:
 def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
     images = folder_need(data)
     yield images
-    if images.found and takes_prompts(config.get("checkpoint", "")):
+    checkpoint = config.get("checkpoint", "")
+    if images.found and not is_id(checkpoint) and takes_prompts(checkpoint):  # nothing is downloaded for the list
         yield captions_need(data, named_images(data))
 
 
