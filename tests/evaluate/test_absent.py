@@ -29,7 +29,8 @@ from tests import toys
 
 def task(rng, schedule, **more):
     images = toys.images(4)
-    known = dict(forgotten=images[:2], held_out=images[2:], threshold=0.0, nll_probes=1, rng=rng, schedule=schedule)
+    known = dict(condition=None, held_out_condition=None)
+    known |= dict(forgotten=images[:2], held_out=images[2:], threshold=0.0, nll_probes=1, rng=rng, schedule=schedule)
     return SimpleNamespace(**known, eps_fn=make_eps_fn(toys.ToyNet().apply, schedule), **more)
 
 

@@ -27,6 +27,7 @@ def test_one_curve_diverges(tmp_path):
         return start(params, lambda rows: {"pixels": remain[rows]}, len(remain))
 
     task = SimpleNamespace(
+        condition=None,
         forgotten=forgotten, schedule=schedule, eps_fn=eps_fn, rng=jax.random.key(0),
         pretrained=toys.params, finetune=finetune, relearning=(2, 4),
     )  # fmt: skip

@@ -31,7 +31,7 @@ embed.description, embed.digest = "pixels", "0" * 64
 
 
 def task(images, rng, network=lambda: embed):
-    return SimpleNamespace(sscd=network, eps_fn=EPS_FN, schedule=SCHEDULE, forgotten=images, rng=rng)
+    return SimpleNamespace(sscd=network, eps_fn=EPS_FN, schedule=SCHEDULE, forgotten=images, rng=rng, condition=None)
 
 
 def test_every_model_is_given_the_same_noise_and_restores_by_injection(rng):

@@ -13,6 +13,7 @@ from retrack_jax import api
 from retrack_jax.checkpoints import load_pipeline
 from retrack_jax.checks import UserError
 from retrack_jax.cli.flags import parse
+from retrack_jax.config.options import Options, SamplingOptions, UnlearnOptions
 from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import complete
 from retrack_jax.data.dataset import image_set
@@ -46,7 +47,8 @@ def target():
 @pytest.fixture
 def captions():
     states = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 3, 2), np.float32)
-    return Captions(TextStates(NUMBERS, states, POOLED, "digest"), lambda prompt: np.full((1, 3, 2), len(prompt)), "blurry", 2)
+    options = Options(sampling=SamplingOptions(negative_prompt="blurry", num_captions=2))
+    return Captions(TextStates(NUMBERS, states, POOLED, "digest"), lambda prompt: np.full((1, 3, 2), len(prompt)), options)
 
 
 def test_each_image_has_the_states_of_its_caption(captions, target):
@@ -83,13 +85,13 @@ def test_beta_brings_neighbors_with_like_captions(captions, target):
 
 def test_the_anchor_is_the_nearest_remaining_caption_of_those_that_have_no_like_neighbor(captions, target):
     found = search(captions, target)
-    anchor = captions.anchor(target, found.similarity, RetrackOptions(anchor=0.7))
+    anchor = captions.anchor(target, found.similarity, UnlearnOptions(own=RetrackOptions(anchor=0.7)))
     order = list(target.unique)
     assert not anchor.used[order.index(5)]  # the cat is a neighbor of the fox, with 0.8
     assert anchor.used[order.index(0)]  # the nearest images of the cat are a dog, with 0.6, and a cow
     np.testing.assert_array_equal(anchor.condition[:, 0, 0], 0)  # 4.png, the other cat, is the nearest caption of both
     for none in (RetrackOptions(), RetrackOptions(anchor=-1.0), EraseDiffOptions()):
-        assert captions.anchor(target, found.similarity, none) is None
+        assert captions.anchor(target, found.similarity, UnlearnOptions(own=none)) is None
 
 
 def test_a_caption_that_no_other_image_has_needs_an_anchor_under_same_caption(captions, target):
@@ -98,7 +100,8 @@ def test_a_caption_that_no_other_image_has_needs_an_anchor_under_same_caption(ca
     found = search(captions, target, same_caption=True, anchor=1.0)
     cat = list(target.unique).index(0)
     assert list(target.remain[found.rows[cat]]) == [4, 4] and list(found.bias[cat]) == [0, -np.inf]
-    assert list(captions.anchor(target, found.similarity, RetrackOptions(anchor=1.0)).used) == [row == 5 for row in target.unique]
+    anchor = captions.anchor(target, found.similarity, UnlearnOptions(own=RetrackOptions(anchor=1.0)))
+    assert list(anchor.used) == [row == 5 for row in target.unique]
 
 
 def test_text_states_are_computed_once_and_equal_tokens_are_one_caption(pipeline, tmp_path, caplog, monkeypatch):

@@ -39,7 +39,7 @@ def problem_of(config) -> Problem:
         ({"sampling.sampler": "dmp"}, "config.sampling.sampler is 'dmp'; choose one of .*; did you mean 'pndm'"),
         ({"sampling.sampler": "pndm", "sampling.num_steps": 1}, "PNDM steps is 1"),
         ({"unlearn.num_neighbors": 11}, "K. is 11, but only 10 images remain besides red_circle"),
-        ({"export": "all"}, "pipeline, unet, none"),
+        ({"export": "all"}, "pipeline, unet, single_file, none"),
         ({"method": "retrain"}, "config.method is retrain, but how .*pipeline was trained is not in this config"),
     ],
 )
