@@ -140,7 +140,8 @@ class _Names:
         if other in self._row_of:
             return self._row_of[other]
         near = nearest_names(name, self._images.ids)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"names look like {self._examples()}"
+        examples = f"names look like {self._examples()}; a target is one of them, or several"
+        hint = f"did you mean {' or '.join(near)}?" if near else examples
         raise UserError(f"no image of {self._images.name} is named {name!r}; {hint}")
 
     def _examples(self) -> str:
