@@ -6,6 +6,7 @@ promotion is an error: it is how float64 and silent broadcasting slip into losse
 
 import os
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub of tests/weights/test_hub.py is a server of its own
@@ -21,6 +22,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/retrack_jax/tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """XLA maps each compiled program several times, and Linux allows a process 65,530 maps: the next program aborts it."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 @pytest.fixture
 def rng():
