@@ -1,17 +1,18 @@
 """Labels of a folder's images, and which images of a label remain when some are forgotten."""
 
-import csv
-import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import check
+from retrack_jax.data.tables import NAME, cell, shown, table_rows
+from retrack_jax.files import read_object
 
 FOLDERS = "folders"
-_SHOWN = 3  # names in a message
 log = logging.getLogger(__name__)
 
 
@@ -41,34 +42,38 @@ def _of_folders(names: Sequence[str], folder: Path) -> np.ndarray:
 
 
 def _of_file(names: Sequence[str], path: Path) -> np.ndarray:
-    known = _read(path)
-    missing = [name for name in names if name not in known]
-    if missing:
-        shown = ", ".join(missing[:_SHOWN])
-        raise UserError(f"{path} has no label for {len(missing)} of {len(names)} images, such as {shown}; add or remove them")
-    return np.array([known[name] for name in names], np.int64)
-
-
-def _read(path: Path) -> dict[str, int]:
-    """Returns file name -> label from a file of labels; `labels_of_files` says what it may hold."""
     check(path.is_file(), f"no file {path}; config.data.labels is `{FOLDERS}`, or a file of labels below config.data.dir")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            rows = json.loads(text)["labels"]
-        else:
-            records = csv.DictReader(text.splitlines()) if path.suffix == ".csv" else map(json.loads, text.splitlines())
-            rows = [(record["file_name"], record["label"]) for record in records]
-        labels = {str(name): int(label) for name, label in rows}
-        whole = all(float(label) == int(label) for _, label in rows)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no labels ({type(error).__name__}: {error}); it needs the columns file_name and label, a whole number "
-            'for each (.csv, .jsonl), or {"labels": [[NAME, LABEL], ...]} (.json)'
-        ) from error
-    check(whole, f"{path}: a label is no whole number")
-    check(len(labels) == len(rows), f"{path} names an image twice; give each one row")
-    return labels
+    known: dict[str, int] = {}
+    for where, name, label in _rows(path):
+        name = _one_form(name)
+        check(name not in known, f"{where}: a second row is for {name}; keep the right one")
+        known[name] = _as_label(label, where)
+    missing = [name for name in names if _one_form(name) not in known]
+    check(not missing, f"{path} has no label for {len(missing)} of {len(names)} images: {shown(missing)}; add or remove them")
+    return np.array([known[_one_form(name)] for name in names], np.int64)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object, object]]:
+    """Yields (place, file name, label) of each row of a file of labels; `labels_of_files` says what it may hold."""
+    if path.suffix != ".json":
+        for line, row in table_rows(path):
+            yield f"{path}, line {line}", cell(path, line, row, NAME), cell(path, line, row, "label")
+        return
+    rows = read_object(path).get("labels")
+    pairs = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)
+    check(pairs, f'{path} holds no {{"labels": [[NAME, LABEL], ...]}}; write it so')
+    yield from ((f"{path}, row {number}", *row) for number, row in enumerate(rows, 1))
+
+
+def _as_label(value: object, where: str) -> int:
+    """Returns a label of JSON or CSV as a number. Raises `UserError` that starts with `where` unless it is a whole one."""
+    whole = isinstance(value, (int, float, str)) and re.fullmatch(r"-?\d{1,18}(\.0*)?", str(value).strip())
+    check(bool(whole), f"{where}: the label is {value!r:.80}; it must be a whole number")
+    return int(str(value).strip().partition(".")[0])
+
+
+def _one_form(name: object) -> str:
+    return unicodedata.normalize("NFC", str(name))
 
 
 def remaining_of_labels(labels: np.ndarray, forget: np.ndarray) -> dict[int, np.ndarray]:
@@ -79,7 +84,7 @@ def remaining_of_labels(labels: np.ndarray, forget: np.ndarray) -> dict[int, np.
 
 
 def most_neighbors(labels: np.ndarray | None, forget: np.ndarray, num_images: int) -> int:
-    """Returns how many neighbors every forgotten image can have: the remaining images, or with `labels` those of its own label.
+    """Returns how many neighbors each forgotten image has at least: remaining images, with `labels` only those of the same label.
 
     A label of which nothing remains is not counted: its images have neighbors of every label, or none.
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from retrack_jax import files
 from retrack_jax.checkpoints.stable_diffusion import Pipeline, encode_ids, text_digest
-from retrack_jax.data.sources.captions import shown
+from retrack_jax.data.tables import shown
 from retrack_jax.log import progress
 
 _VERSION = 1

@@ -58,13 +58,15 @@ def test_labels_of_a_file(folder, name):
     ("name", "text", "words"),
     [
         ("labels.csv", None, "no file .*labels.csv; config.data.labels is"),
-        ("labels.csv", "name,label\na,1\n", "holds no labels .KeyError: 'file_name'"),
-        ("labels.csv", "file_name,label\na,cat\n", "holds no labels .ValueError"),
-        ("labels.json", '{"labels": null}', "holds no labels .TypeError"),
-        ("labels.json", '{"labels": [["a", 1.5]]}', "a label is no whole number"),
-        ("labels.jsonl", "{broken", "holds no labels"),
-        ("labels.csv", "file_name,label\na,1\na,2\n", "names an image twice"),
-        ("labels.csv", "file_name,label\n10/a.png,1\n", "has no label for 3 of 4 images, such as 10/deep/c.png, 2/b.png"),
+        ("labels.csv", "name,label\na,1\n", "line 2: there is no 'file_name' among name, label"),
+        ("labels.csv", "file_name,label\na,cat\n", "line 2: the label is 'cat'; it must be a whole number"),
+        ("labels.json", '{"labels": null}', 'holds no {"labels": .*; write it so'),
+        ("labels.json", '{"labels": [["a", 1.5]]}', "row 1: the label is 1.5; it must be a whole number"),
+        ("labels.jsonl", "{broken", "line 1 is no JSON"),
+        ("labels.csv", "file_name,label\na,1\na,2\n", "line 3: a second row is for a; keep the right one"),
+        ("labels.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("labels.json", "[" * 100_000, "labels.json is not valid JSON|nested"),
+        ("labels.csv", "file_name,label\n10/a.png,1\n", "has no label for 3 of 4 images: 10/deep/c.png, 2/b.png, cat/d.png"),
     ],
 )
 def test_a_file_that_is_not_of_labels_is_refused(folder, name, text, words):
@@ -77,3 +79,8 @@ def test_a_file_that_is_not_of_labels_is_refused(folder, name, text, words):
 def test_an_image_outside_the_subfolders_has_no_label(folder):
     with pytest.raises(UserError, match="e.png is in no subfolder"):
         labels_of_files(("10/a.png", "e.png"), {"labels": "folders"}, folder)
+
+
+def test_names_are_one_in_any_form_of_unicode(tmp_path):
+    (tmp_path / "labels.csv").write_text("file_name,label\ncafe\u0301.png,4\n")
+    assert labels_of_files(("caf\u00e9.png",), {"labels": "labels.csv"}, tmp_path).tolist() == [4]

@@ -11,22 +11,18 @@ only warned about, because the picture may have been removed on purpose; if the 
 refused.
 """
 
-import csv
-import io
-import json
 import logging
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.source import data_folder
+from retrack_jax.data.tables import NAME, cell, read_text, shown, table_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv")
-_NAME = "file_name"
-_SHOWN = 8  # names in a message
 log = logging.getLogger(__name__)
 
 
@@ -39,10 +35,10 @@ def folder_captions(data: Mapping, images: ImageSet) -> list[str]:
     folder, column = data_folder(data), data["caption_column"]
     rows = _table_rows(folder, column, images.ids)
     if rows is None:
-        captions = {name: _read(path).strip() for name, path in _text_files(folder, images.ids).items()}
+        captions = {name: read_text(path).strip() for name, path in _text_files(folder, images.ids).items()}
         check(
             bool(captions),
-            f"no captions in {folder}: looked for {', '.join(TABLES)} (columns {_NAME} and {column}) and for a .txt next to each "
+            f"no captions in {folder}: looked for {', '.join(TABLES)} (columns {NAME} and {column}) and for a .txt next to each "
             "picture; the network in config.checkpoint takes a prompt, and each picture is trained under its own",
         )
         where = "a .txt of the same name"
@@ -103,54 +99,15 @@ def _table_rows(folder: Path, column: str, names: Sequence[str]) -> list[tuple[s
     rows = []
     for table in tables:
         path = folder / table
-        for line, row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
-            for name in (_NAME, column):
-                present = ", ".join(map(str, row))
-                hint = "; set config.data.caption_column" if name == column else ""
-                check(name in row, f"{path}, line {line}: there is no {name!r} among {present}{hint}")
-            check(isinstance(row[_NAME], str), f"{path}, line {line}: {_NAME} is {row[_NAME]!r}; it must be a text")
-            below = (table.parent / row[_NAME].replace("\\", "/")).as_posix()
-            rows.append((below, f"{path}:{line}", as_caption(row[column], f"{path}, line {line}")))
+        for line, row in table_rows(path):
+            name, caption = cell(path, line, row, NAME), cell(path, line, row, column, "; set config.data.caption_column")
+            check(isinstance(name, str), f"{path}, line {line}: {NAME} is {name!r}; it must be a text")
+            below = (table.parent / name.replace("\\", "/")).as_posix()
+            rows.append((below, f"{path}:{line}", as_caption(caption, f"{path}, line {line}")))
     return rows if tables else None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON ({error}); write one object a line") from error
-        check(isinstance(row, dict), f"{path}, line {number} is no JSON object; write one a line")
-        yield number, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
-    try:
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            check(None not in row, f"{where} has more values than the header; put text with commas into quotes")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is no CSV ({error}); write it again") from error
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); write it as UTF-8") from error
 
 
 def as_caption(value: object, where: str) -> str:
     """Returns `value`, a caption. Raises `UserError` that starts with `where` unless it is a text."""
     check(isinstance(value, str), f"{where}: the caption is {value!r:.80}; it must be one text for each picture")
     return value
-
-
-def shown(names: Sequence[str]) -> str:
-    """Returns the first names in words, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
