@@ -82,6 +82,7 @@ def main() -> None:
     if (run / "samples.npz").exists():
         drawn = samples.read(workdir.pretrained), samples.read(run)
         pictures = problem.evaluation.pictures(target, *drawn)
+        pictures.pop("labels", None)  # which a page shows as a table
         parts.insert(0, samples_picture(**pictures, count=32, titles=("Before", f"After {method_label(method)}")))
     canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     for row, part in enumerate(parts):

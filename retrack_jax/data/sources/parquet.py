@@ -33,9 +33,7 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
       UserError: no file, a damaged one, no image column; and as `decoded_images` does.
     """
     split, options = data["split"], decode_options(data)
-    folder = data_folder(data)
-    if hub.is_id(data["dir"]):
-        folder = hub.snapshot(data["dir"], files_of_split(split), "dataset")
+    folder = _local_folder(data)
     paths = parquet_files(folder, split)
     tables = [_open(path) for path in paths]
     image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
@@ -61,13 +59,20 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
     )
 
 
+def _local_folder(data: Mapping) -> Path:
+    """Returns the folder `data["dir"]`, or what it is the hub's id of: the files of the split, downloaded when needed."""
+    if hub.is_id(data["dir"]):
+        return hub.snapshot(data["dir"], files_of_split(data["split"]), "dataset")
+    return data_folder(data)
+
+
 def parquet_captions(data: Mapping, images: ImageSet) -> list[str]:
     """Returns the text of column `data["caption_column"]` for each of `images`, which are named `hf:ROW`.
 
     Raises:
       UserError: there is no such column, or a value in it is no text.
     """
-    paths, column = parquet_files(data_folder(data), data["split"]), data["caption_column"]
+    paths, column = parquet_files(_local_folder(data), data["split"]), data["caption_column"]
     tables = [_open(path) for path in paths]
     for table, path in zip(tables, paths, strict=True):
         present = ", ".join(table.schema_arrow.names)

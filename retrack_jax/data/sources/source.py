@@ -9,8 +9,10 @@ from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement
 
-_DEFAULTS = {"dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": ""}
-_DEFAULTS |= {"caption_column": "text"}
+_DEFAULTS = {
+    "dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": "",
+    "caption_column": "text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
