@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, suggestion
 from retrack_jax.config.devices import check_unlearning_step
-from retrack_jax.config.options import UnlearnOptions
 from retrack_jax.config.reading import read_config, unlearn_options
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
@@ -33,7 +33,6 @@ from retrack_jax.unlearn.methods import METHODS, get_method
 log = logging.getLogger(__name__)
 # Latents have a standard deviation of 1, so values above 3 are common in them; pixels in [0, 255] are far beyond.
 _MAX_FLOAT = 20.0
-_OF_LABELS = {"whole_class"}  # fields of networks that take labels, which `unlearn` does not know
 
 
 def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
@@ -95,8 +94,8 @@ def unlearn(
     fields = {name: options[name] for name in options if name in _names(UnlearnOptions)}
     recipe = unlearn_options(method, fields, {name: options[name] for name in options if name not in fields}, where="")
     check_unlearning_step(recipe, entry, where="")
-    unused = getattr(recipe.own, "of_captions", ())
-    check(not unused, f"{', '.join(unused)}: these compare captions, and images alone have none; leave them out")
+    unused = recipe.own.only_for("captions") + recipe.own.only_for("labels")
+    check(not unused, f"{', '.join(unused)}: only networks with captions or labels have a use for it; leave it out")
     recipe.check_window(schedule.num_train_timesteps, where="")
 
     remain, forget = np.asarray(remain), np.asarray(forget)
@@ -137,7 +136,7 @@ def _names(record: type) -> set[str]:
 
 def _check_names(method: str, options: dict) -> None:
     """Raises `UserError` for a keyword that is no option, or only another method's."""
-    known = (_names(UnlearnOptions) - _OF_LABELS) | _names(METHODS[method].options) | {"dropout"}
+    known = _names(UnlearnOptions) | _names(METHODS[method].options) | {"dropout"}
     for name in options:
         if name not in known:
             others = {option for other in METHODS.values() for option in _names(other.options)}

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import check
-from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.config.options import Options
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.captions import shown
+from retrack_jax.data.tables import shown
 from retrack_jax.neighbors.captions import CaptionedNeighbors, captioned_nearest, similarities
 from retrack_jax.notation import Array
 from retrack_jax.problem.conditioning import Conditioning

@@ -52,10 +52,11 @@ class PixelCodec:
         searches = [(target.unique[mine], others) for target in targets for mine, others in neighbor_pools(target)]
         cached_nearest_of_targets(targets[0].images, searches, num_neighbors, cache_dir=self._cache_dir, backend=backend)
 
-    def forget_data(self, target: Target, num_neighbors: int, backend: str) -> ForgetData:
+    def forget_data(self, target: Target, num_neighbors: int, backend: str, search: None = None) -> ForgetData:
         """Returns the distinct forgotten images and, with `num_neighbors` K > 0, the K nearest remaining images of each.
 
-        With labels, these are of the image's own label, and `null_neighbor_rows` of any.
+        With labels, these have the label of the image, and `null_neighbor_rows` any. `search` is for captions, which images in
+        pixels do not have.
         """
         images, pools = target.images, neighbor_pools(target)
         forget = {"pixels": np.ascontiguousarray(images.images[target.unique])}

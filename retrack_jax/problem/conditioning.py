@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from retrack_jax.config.options import UnlearnOptions
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.neighbors.captions import CaptionedNeighbors
 from retrack_jax.notation import Array

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Protocol
 
 import jax
@@ -15,20 +15,18 @@ from retrack_jax.config.options import Options
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.row_view import RowView
 from retrack_jax.data.target_names import is_random
-from retrack_jax.evaluate import captions, images, prompts
+from retrack_jax.evaluate import images
 from retrack_jax.evaluate.finetune import make_finetune
 from retrack_jax.evaluate.networks import check_score_network, feature_network, load_sscd, score_network
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.notation import PyTree
-from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import LatentCodec, PixelCodec
 from retrack_jax.problem.conditioning import Conditioning, with_conditions
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
 from retrack_jax.problem.training_data import ImageData
-from retrack_jax.report.grids import thumbnails
 from retrack_jax.train.step import StepOptions
 
 SHOWN = 8  # of a large group a page shows some
@@ -144,7 +142,7 @@ class ImageEvaluation:
     def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
         marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
         shown = {name: arrays["samples"] for name, arrays in samples.items()}
-        return {"samples": shown, "marked": _all_or_none(marked), **self._of_target(target)}
+        return {"samples": shown, "marked": all_or_none(marked), **self._of_target(target)}
 
     def _marks(self, target: Target, arrays: Arrays) -> np.ndarray | None:
         """bool `[N]`: which samples lie nearer to a forgotten image than the threshold; None without a threshold."""
@@ -154,127 +152,24 @@ class ImageEvaluation:
         return target_distances(arrays.get("samples_float", arrays["samples"]), target.images.images[target.unique]) < threshold
 
     def _of_target(self, target: Target) -> dict:
-        return {"mark_name": self._options.eval.mark_name, **_neighbor_pictures(self._options, self._codec, target)}
+        return {"mark_name": self._options.eval.mark_name, **neighbor_pictures(self._options, self._codec, target)}
 
 
-class PromptEvaluation:
-    """A concept's two prompts: SSCD, CLIP-IQA and the success rate of each, from samples alone."""
-
-    def __init__(self, options: Options, tokenizer, codec: LatentCodec):
-        self._options, self._tokenizer, self._codec = options, tokenizer, codec
-        for name in options.eval.metrics:
-            check_choice("config.eval.metrics", name, prompts.metric_names())
-
-    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
-        samples, wanted = prompts.PromptSamples(model.arrays), self._options.eval.metrics
-        return evaluate(prompts.EVALUATORS, wanted, self._task(target), samples, model.path, model.should_stop)
-
-    def _task(self, target: Target) -> prompts.ConceptTask:
-        classifier = self._options.eval.classifier
-        return prompts.ConceptTask(
-            concept=target.concept,
-            centers=lambda: prompts.concept_centers(target.concept, classifier),
-            centers_name=prompts.CLASSIFIERS[classifier],
-            sscd=lambda: self._sscd,
-            clip_iqa=lambda: self._clip_iqa,
-        )
-
-    # Each network is read and compiled once for the whole sweep.
-    @cached_property
-    def _sscd(self):
-        return load_sscd(self._options.eval.weights_dir)
-
-    @cached_property
-    def _clip_iqa(self):
-        return prompts.load_clip_iqa(self._options.eval.weights_dir, self._tokenizer, batch_size=4)
-
-    def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
-        marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
-        return {"before": _small(before), "after": _small(after), **marks, **self._of_target(target)}
-
-    def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
-        marks = {name: self._marks(target, arrays) for name, arrays in samples.items()}
-        marked = _all_or_none({name: kinds and kinds["original"] for name, kinds in marks.items()})
-        shown = {name: _small(arrays)["original"] for name, arrays in samples.items()}
-        return {"samples": shown, "marked": marked, **self._of_target(target)}
-
-    def _marks(self, target: Target, arrays: Arrays) -> dict[str, np.ndarray] | None:
-        return prompts.memorised_of_both(self._task(target), prompts.PromptSamples(arrays))
-
-    def _of_target(self, target: Target) -> dict:
-        return _small_pictures(_neighbor_pictures(self._options, self._codec, target))
-
-
-class CaptionEvaluation:
-    """Images with a caption each: SSCD and CLIP-IQA of samples under some forgotten and some kept captions."""
-
-    def __init__(self, options: Options, tokenizer, codec: LatentCodec, conditioning: Captions):
-        self._options, self._tokenizer, self._codec, self._conditioning = options, tokenizer, codec, conditioning
-        for name in options.eval.metrics:
-            check_choice("config.eval.metrics", name, captions.metric_names())
-
-    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
-        shown = self._conditioning.shown(target).items()
-        task = captions.CaptionTask(
-            images={name: target.images.images[row] for name, row in shown},
-            sscd=lambda: self._sscd,
-            clip_iqa=lambda: self._clip_iqa,
-        )
-        return evaluate(captions.EVALUATORS, self._options.eval.metrics, task, model.arrays, model.path, model.should_stop)
-
-    # Each network is read and compiled once for the whole sweep.
-    @cached_property
-    def _sscd(self):
-        return load_sscd(self._options.eval.weights_dir)
-
-    @cached_property
-    def _clip_iqa(self):
-        return prompts.load_clip_iqa(self._options.eval.weights_dir, self._tokenizer, batch_size=4)
-
-    def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
-        shown = [
-            {
-                "name": name,
-                "file": target.images.ids[row],
-                "caption": target.images.captions[row],
-                "image": _thumbnails(target.images.images[row]),
-                "old": thumbnails(before[name]),
-                "new": thumbnails(after[name]),
-            }
-            for name, row in self._conditioning.shown(target).items()
-        ]
-        first = {"before": self._forgotten(target, before), "after": self._forgotten(target, after)}
-        return {**first, "captions": shown, **self._of(target)}
-
-    def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
-        shown = {name: self._forgotten(target, arrays) for name, arrays in samples.items()}
-        return {"samples": shown, "marked": None, **self._of(target)}
-
-    def _forgotten(self, target: Target, arrays: Arrays) -> np.ndarray:
-        """Samples of all forgotten captions that are shown, one after the other."""
-        names = [name for name in self._conditioning.shown(target) if name.startswith(captions.KINDS[0])]
-        return thumbnails(np.concatenate([arrays[name] for name in names]))
-
-    def _of(self, target: Target) -> dict:
-        search = partial(self._conditioning.search, own=self._options.recipe(self._options.method).own)
-        return _small_pictures(_neighbor_pictures(self._options, self._codec, target, search))
-
-
-def _neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target: Target, search: Callable | None = None) -> dict:
+def neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target: Target, search: Callable | None = None) -> dict:
     """Returns `forgotten` uint8 `[F, H, W, C]`, `neighbors` uint8 `[F, K, H, W, C]` and `distances` `[F, K]` of the first images.
 
     K is `num_neighbors`, or as many as there are for each image: methods that search no neighbors set no bound on it. `search`
     takes a target to how its neighbors are searched.
     """
     recipe, few = options.recipe(options.method), dataclasses.replace(target, unique=target.unique[:SHOWN])
-    how = {} if search is None else {"search": search(few)}
     room = most_neighbors(target.labels, target.forget, len(target.images))
-    data = codec.forget_data(few, min(recipe.num_neighbors, room), recipe.neighbor_backend, **how)
+    how = None if search is None else search(few)
+    data = codec.forget_data(few, min(recipe.num_neighbors, room), recipe.neighbor_backend, how)
     neighbors = target.images.images[data.neighbor_positions]
     return {"forgotten": target.images.images[few.unique], "neighbors": neighbors, "distances": data.distances}
 
 
-def _all_or_none(marks: dict) -> dict | None:
+def all_or_none(marks: dict) -> dict | None:
     return None if any(mark is None for mark in marks.values()) else marks
 
 
@@ -285,16 +180,3 @@ def label_of(target: Target) -> int | None:
     labels = np.unique(target.images.labels[target.forget])
     alone = len(labels) == 1 and labels[0] not in target.images.labels[target.remain]
     return int(labels[0]) if alone else None
-
-
-def _small(arrays: Arrays) -> Arrays:
-    return {kind: thumbnails(arrays[kind]) for kind in prompts.KINDS}
-
-
-def _small_pictures(pictures: dict) -> dict:
-    return {**pictures, **{name: _thumbnails(pictures[name]) for name in ("forgotten", "neighbors")}}
-
-
-def _thumbnails(images_: np.ndarray) -> np.ndarray:
-    flat = thumbnails(images_.reshape(-1, *images_.shape[-3:]))
-    return flat.reshape(*images_.shape[:-3], *flat.shape[1:])

@@ -3,8 +3,9 @@
     (1)  x_0 | x_t, c   the posterior over the remaining images of label c, which the retrained network predicts
     (2)  x_0 | x_t      the same over all of them: under the null label
 
-So a forgotten image has neighbors of its own label, and, as often as it is drawn under the null label, neighbors of any. If no
-image of label c remains, (1) is undefined, and `config.unlearn.whole_class` says what is predicted in its place.
+So a forgotten image that is drawn under its label has neighbors with that label, and one that is drawn under the null label has
+neighbors with any. If no image of label c remains, (1) is undefined; `config.unlearn.retrack.whole_class` then says what is
+predicted.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import numpy as np
 
 from retrack_jax import files
 from retrack_jax.checks import check, check_int
-from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.config.options import Options
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import remaining_of_labels
 from retrack_jax.problem.conditioning import Conditioning
@@ -106,25 +108,26 @@ def _check_null(options: Options, labels: np.ndarray) -> None:
 def check_no_labels(options: Options) -> None:
     """Raises `UserError` for fields of labels that an unconditional network has no use for. Labels of the data do no harm."""
     unused = {"null_label": None, "label_dropout": None, "label_vectors": ""}
-    for name, value in unused.items():
-        given = getattr(options.data, name)
-        check(given == value, f"config.data.{name} is {given!r}, and the network takes no class labels; leave it out")
-    check(not options.sampling.labels, "config.sampling.labels is set, and the network takes no class labels; leave it out")
+    fields = [f"config.data.{name}" for name, value in unused.items() if getattr(options.data, name) != value]
+    fields += [f"config.sampling.{name}" for name in ("labels", "label_guidance") if getattr(options.sampling, name)]
+    for name in options.method_names:
+        fields += [f"config.unlearn.{name}.{one}" for one in options.recipe(name).own.only_for("labels")]
+    check(not fields, f"{', '.join(fields)}: the network takes no class labels and has no use for it; leave it out")
 
 
 def check_whole_class(target: Target, recipe: UnlearnOptions) -> None:
     """Raises `UserError` if no image of a forgotten label remains and `recipe` does not say what the network predicts then."""
-    gone = labels_gone(target)
+    gone, decided = labels_gone(target), _decided(recipe)
     if not gone:
         return
     check(
-        bool(recipe.whole_class),
-        f"no image of {_named(gone)} remains besides {target.spec}, so under it there is no optimum to lead to; set "
-        "config.unlearn.whole_class to null (what the model predicts under its null label) or nearest (all remaining images)",
+        bool(decided),
+        f"no image of {_named(gone)} remains besides {target.spec}, so under it there is no optimum to lead to; set config."
+        "unlearn.retrack.whole_class to null (what the model predicts under its null label) or nearest (all remaining images)",
     )
     check(
-        recipe.whole_class != "null" or target.null is not None,
-        "config.unlearn.whole_class is null, and the network has no null label; set config.data.null_label, or take nearest",
+        decided != "null" or target.null is not None,
+        "whole_class is null, and the network has no null label; set config.data.null_label, or take nearest",
     )
 
 
@@ -137,7 +140,7 @@ def labels_gone(target: Target) -> list[int]:
 
 def null_anchor(target: Target, recipe: UnlearnOptions) -> Anchor | None:
     """Returns which distinct forgotten images are led to the prediction under the null label; None if none is."""
-    gone = labels_gone(target) if recipe.whole_class == "null" else []
+    gone = labels_gone(target) if _decided(recipe) == "null" else []
     if not gone:
         return None
     count = len(target.unique)
@@ -149,8 +152,13 @@ def in_words(target: Target, recipe: UnlearnOptions) -> str:
     gone = labels_gone(target)
     if not gone:
         return ""
-    instead = _WHOLE_CLASS[recipe.whole_class]
-    return f"No image of {_named(gone)} remains; under it the model was led to {instead} (whole_class={recipe.whole_class})."
+    decided = _decided(recipe)
+    return f"No image of {_named(gone)} remains; under it the model was led to {_WHOLE_CLASS[decided]} (whole_class={decided})."
+
+
+def _decided(recipe: UnlearnOptions) -> str:
+    """What the network is to predict under a label of which nothing remains. A method without the option has neighbors of any."""
+    return getattr(recipe.own, "whole_class", "nearest")
 
 
 def _named(labels: list[int]) -> str:

@@ -5,6 +5,7 @@ runs (run/) know none of them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -15,7 +16,8 @@ from etils import epath
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check, check_int
-from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.config.options import Options
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.source import complete_fields
@@ -25,10 +27,11 @@ from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional, with_conditions
 from retrack_jax.problem.denoiser import Denoiser, check_pixel_model, latent_denoiser, pixel_denoiser
-from retrack_jax.problem.evaluation import CaptionEvaluation, Evaluation, ImageEvaluation, PromptEvaluation
+from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation
 from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
 from retrack_jax.problem.sampler import ProblemSampler
 from retrack_jax.problem.target import ForgetData, Target, with_labels
+from retrack_jax.problem.text_evaluation import CaptionEvaluation, PromptEvaluation
 from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.unlearn.methods import METHODS
@@ -37,7 +40,7 @@ from retrack_jax.weights.kinds import takes_prompts
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
     "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False, "copies_label": None,
-    "labels": "", "null_label": None, "label_dropout": None, "label_vectors": "",
+    "labels": "",
 }  # fmt: skip
 
 
@@ -98,8 +101,7 @@ class Problem:
     def forget_data(self, target: Target, recipe: UnlearnOptions, num_neighbors: int) -> ForgetData:
         """Returns what the training step holds of the target; with `num_neighbors` K > 0 its neighbors too."""
         search = self.conditioning.search(target, recipe.own)
-        how = {} if search is None else {"search": search}
-        data = self.codec.forget_data(target, num_neighbors, recipe.neighbor_backend, **how)
+        data = self.codec.forget_data(target, num_neighbors, recipe.neighbor_backend, search)
         if num_neighbors:
             data = dataclasses.replace(data, anchor=self.conditioning.anchor(target, data.similarity, recipe))
         if (condition_of := self.conditioning.of_images(target.images)) is not None:
@@ -122,15 +124,27 @@ def check_problem(options: Options) -> None:
     complete_fields(asdict(options.data), SOURCES)
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
-    captioned = not SOURCES[options.data.source].gives_concepts and takes_prompts(options.checkpoint)
-    if not captioned:
+    kind = _kind(options)
+    if kind is not _captioned_images:
         _check_no_captions(options)
-    if not SOURCES[options.data.source].gives_concepts:
-        if options.checkpoint and not captioned:
+    if kind is not _images:
+        check_no_labels(options)
+    else:
+        if options.checkpoint:
             check_pixel_model(options.checkpoint)
-        of_prompts = captioned or options.export != "single_file"
-        check(of_prompts, "config.export is single_file, which only Stable Diffusion has; choose unet")
-        return
+        check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
+    if kind is _concepts:
+        _check_concepts(options)
+
+
+def _kind(options: Options) -> Callable[[Options], Problem]:
+    """Returns the function that composes the problem; of images, those for a network that takes prompts have captions."""
+    if SOURCES[options.data.source].gives_concepts:
+        return _concepts
+    return _captioned_images if takes_prompts(options.checkpoint) else _images
+
+
+def _check_concepts(options: Options) -> None:
     check(
         bool(options.checkpoint),
         "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
@@ -145,10 +159,9 @@ def check_problem(options: Options) -> None:
 
 def _check_no_captions(options: Options) -> None:
     """Raises `UserError` for options that captions alone have a use for."""
-    records = [(name, options.recipe(name).own) for name in options.method_names]
     fields = ["config.data.caption_dropout"] if options.data.caption_dropout else []
-    for name, own in records:
-        fields += [f"config.unlearn.{name}.{one}" for one in getattr(own, "of_captions", ())]
+    for name in options.method_names:
+        fields += [f"config.unlearn.{name}.{one}" for one in options.recipe(name).own.only_for("captions")]
     check(not fields, f"{', '.join(fields)}: only images with captions of their own have a use for it; leave it out")
 
 
@@ -159,11 +172,7 @@ def build_problem(options: Options) -> Problem:
       UserError: anything that the user can mend: files that are missing or do not fit each other or the config.
     """
     check_problem(options)
-    if SOURCES[options.data.source].gives_concepts:
-        kind = _concepts
-    else:
-        kind = _captioned_images if takes_prompts(options.checkpoint) else _images
-    problem = kind(options)
+    problem = _kind(options)(options)
     _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
     return problem
 

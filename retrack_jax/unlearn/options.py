@@ -14,6 +14,7 @@ from retrack_jax.checks import check, check_choice, check_number
 from retrack_jax.notation import Array
 
 SHAPES = ("constant", "linear", "cosine")
+WHOLE_CLASS = ("null", "nearest")
 Kind = TypeVar("Kind", bound="MethodOptions")
 
 
@@ -25,10 +26,14 @@ class MethodOptions:
         """Returns the options at `step`, an int32 scalar in [0, num_steps): an option that follows a schedule becomes traced."""
         return self
 
+    def only_for(self, condition: str) -> list[str]:
+        """Returns the options that are set and that only networks with `condition`, "captions" or "labels", have a use for."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrackOptions(MethodOptions):
-    """ReTrack: lambda L_unlearn + (1 - lambda) L_R. The last three are of captions: equations 9 and 10 of unlearn/losses.py."""
+    """ReTrack: lambda L_unlearn + (1 - lambda) L_R. For captions or labels: unlearn/losses.py, equations 9 and 10."""
 
     lam: float | None = 0.005  # lambda, in [0, 1]: the weight of the unlearning term; None: left to the rules (config/rules.py)
     lam_schedule: str = "constant"  # or linear, cosine: from lam to lam_end over the run
@@ -37,6 +42,7 @@ class RetrackOptions(MethodOptions):
     beta: float = 0.0  # of p_k ~ exp(-||v_k||^2/2 + beta sim(c_f, c_k)), which also ranks neighbors; 0: the paper's loss
     same_caption: bool = False  # neighbors are images with an equal caption alone, as in the paper's Stable Diffusion recipe
     anchor: float | None = None  # if no neighbor's caption is at least this similar: the pretrained prediction; None: never
+    whole_class: str = ""  # if no image of a label remains: null (the null label's prediction) or nearest (images of any label)
 
     def __post_init__(self):
         if self.snr_cap is not None:
@@ -44,15 +50,16 @@ class RetrackOptions(MethodOptions):
         check_number("beta", self.beta, 0.0)
         if self.anchor is not None:
             check_number("anchor", self.anchor, -1.0, 1.0)
+        if self.whole_class:
+            check_choice("whole_class", self.whole_class, WHOLE_CLASS)
         if self.lam is not None:
             check_number("lam", self.lam, 0.0, 1.0)
         _check_schedule("lam", self.lam_schedule, self.lam_end)
 
-    @property
-    def of_captions(self) -> list[str]:
-        """The options that are set and that captions alone have a use for."""
+    def only_for(self, condition: str) -> list[str]:
+        names = {"captions": ("beta", "same_caption", "anchor"), "labels": ("whole_class",)}[condition]
         defaults = RetrackOptions()
-        return [name for name in ("beta", "same_caption", "anchor") if getattr(self, name) != getattr(defaults, name)]
+        return [name for name in names if getattr(self, name) != getattr(defaults, name)]
 
     def at(self, step: Array, num_steps: int) -> "RetrackOptions":
         return _with(self, "lam", _scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))

@@ -13,8 +13,9 @@ from retrack_jax import api
 from retrack_jax.checkpoints import load_pipeline
 from retrack_jax.checks import UserError
 from retrack_jax.cli.flags import parse
-from retrack_jax.config.options import Options, SamplingOptions, UnlearnOptions
+from retrack_jax.config.options import Options, SamplingOptions
 from retrack_jax.config.reading import read_config
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.config.rules import complete
 from retrack_jax.data.dataset import image_set
 from retrack_jax.main import main
@@ -271,7 +272,7 @@ def test_options_of_captions_are_refused_without_any(tmp_path, pictures, field):
 
 def test_the_python_door_refuses_them_too():
     images = toys.images(6)
-    with pytest.raises(UserError, match="beta: these compare captions"):
+    with pytest.raises(UserError, match="beta: only networks with captions or labels have a use for it"):
         api.unlearn(
             toys.ToyNet().apply, toys.params(), toys.schedule(), images[1:], images[:1], rng=jax.random.key(0), beta=1.0,
             batch_size=4,

@@ -1,7 +1,6 @@
 """Whole commands with label-conditional networks: from the data's labels to the export, and what ends in one line."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,8 @@ CONFIG = "--config=configs/digits_label.py"
 METRICS = ("frequency", "label_frequency", "nll_bits_per_dim", "forget_loss")
 
 
-def run(tmp_path, without=(), **fields) -> int:
-    """Runs the config of labels at toy size; `without` names fields that are None, which no flag can say."""
-    config = CONFIG
-    if without:
-        tmp_path.mkdir(exist_ok=True)
-        lines = ["from configs import digits_label", "def get_config():", "    config = digits_label.get_config()"]
-        lines += [f"    config.{field} = None" for field in without] + ["    return config"]
-        (tmp_path / "config.py").write_text("\n".join(lines))
-        config = f"--config={tmp_path / 'config.py'}"
-    return main(["retrack_jax", config, *flags(tmp_path / "run", **{"eval.metrics": METRICS, **fields})])
+def run(tmp_path, **fields) -> int:
+    return main(["retrack_jax", CONFIG, *flags(tmp_path / "run", **{"eval.metrics": METRICS, **fields})])
 
 
 def error_of(capsys) -> str:
@@ -60,9 +51,9 @@ def test_a_run_with_labels_from_the_data_to_the_export(tmp_path):
 
 
 def test_a_whole_class_is_led_to_the_null_label_and_the_card_says_so(tmp_path, capsys):
-    fields = {"targets": ("label:3",), "unlearn.whole_class": "null", "eval.metrics": ("frequency",)}
+    fields = {"targets": ("label:3",), "unlearn.retrack.whole_class": "null", "eval.metrics": ("frequency",)}
     fields |= {"sampling.labels": "(3,10)", "sampling.label_guidance": 2.0}
-    assert run(tmp_path, **{**fields, "unlearn.whole_class": ""}) == 2
+    assert run(tmp_path, **{**fields, "unlearn.retrack.whole_class": ""}) == 2
     assert "no image of label 3 remains besides label:3" in error_of(capsys)
     assert run(tmp_path, **fields) == 0
     folder = tmp_path / "run" / "retrack" / "seed0-label_3"
@@ -79,14 +70,14 @@ def test_a_whole_class_is_led_to_the_null_label_and_the_card_says_so(tmp_path, c
 @pytest.mark.parametrize("kind", ["timestep", "identity"])
 def test_networks_that_embed_labels_otherwise(tmp_path, kind, capsys):
     folder = checkpoint(tmp_path / "model", class_embed_type=kind)
-    fields = {"checkpoint": folder, "eval.metrics": ("forget_loss", "label_frequency"), "sampling.labels": "(7,3)"}
-    run_here = partial(run, tmp_path, without=["data.null_label"])
+    fields = {"checkpoint": folder, "data.null_label": None, "sampling.labels": "(7,3)"}
+    fields["eval.metrics"] = ("forget_loss", "label_frequency")
     if kind == "identity":
-        assert run_here(**fields) == 2
+        assert run(tmp_path, **fields) == 2
         assert "set config.data.label_vectors to an .npy file [labels, 32]" in error_of(capsys)
         np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(10, 32)))
         fields["data.label_vectors"] = tmp_path / "vectors.npy"
-    assert run_here(**fields) == 0
+    assert run(tmp_path, **fields) == 0
     (exported,) = (tmp_path / "run" / "retrack").glob("*/diffusers")
     module, params = import_diffusers(exported)
     assert module.class_embed_type == kind and ("class_embedding" in params) == (kind == "timestep")
@@ -94,13 +85,13 @@ def test_networks_that_embed_labels_otherwise(tmp_path, kind, capsys):
 
 
 def test_labels_that_do_not_fit_the_network_end_the_command_with_one_line(tmp_path, capsys):
-    assert run(tmp_path, without=["data.null_label"], **{"model.num_class_embeds": 9}) == 2
+    assert run(tmp_path, **{"model.num_class_embeds": 9, "data.null_label": None}) == 2
     assert "has label 9, and the network knows 0 to 8" in error_of(capsys)
     np.savez(tmp_path / "plain.npz", images=np.zeros((9, 8, 8, 1), np.uint8), ids=np.array(list("abcdefghi")))
     plain = {"data.source": "npz", "data.dir": tmp_path / "plain.npz", "data.copies": 0, "targets": ("a",)}
     assert run(tmp_path, **plain) == 2
     assert "the network takes class labels, and npz has none; set config.data.labels" in error_of(capsys)
-    assert run(tmp_path, without=["model.num_class_embeds"]) == 2
-    assert "config.data.null_label is 10, and the network takes no class labels" in error_of(capsys)
+    assert run(tmp_path, **{"model.num_class_embeds": None}) == 2
+    assert "config.data.null_label: the network takes no class labels" in error_of(capsys)
     assert run(tmp_path, **{"data.exclude": "label:4", "targets": ("label:4",)}) == 2
     assert "no image of digits_tshirt, without 181 excluded has label 4" in error_of(capsys)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import DataOptions, Options, SamplingOptions, UnlearnOptions
+from retrack_jax.config.options import DataOptions, Options, SamplingOptions
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import image_set, pixels_to_model
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.diffusion.schedule import Schedule
@@ -15,6 +16,7 @@ from retrack_jax.problem import labels
 from retrack_jax.problem.codec import PixelCodec
 from retrack_jax.problem.target import make_target, with_labels
 from retrack_jax.unlearn import losses
+from retrack_jax.unlearn.options import RetrackOptions
 
 NUM, NULL = 24, 3
 PIXELS = np.random.default_rng(0).integers(0, 256, (NUM, 3, 3, 1), dtype=np.uint8)
@@ -104,7 +106,7 @@ def test_all_neighbors_of_the_label_give_the_optimum_of_a_retrained_network(tmp_
 
 
 def recipe(**fields) -> UnlearnOptions:
-    return UnlearnOptions(**fields)
+    return UnlearnOptions(own=RetrackOptions(**fields))
 
 
 def test_a_whole_class_needs_a_decision():
@@ -190,9 +192,10 @@ def test_a_network_with_labels_and_images_without_are_refused():
 
 @pytest.mark.parametrize(
     ("sampling", "data"),
-    [({}, {"null_label": 3}), ({}, {"label_dropout": 0.1}), ({}, {"label_vectors": "x.npy"}), ({"labels": (1,)}, {})],
+    [({}, {"null_label": 3}), ({}, {"label_dropout": 0.1}), ({}, {"label_vectors": "x.npy"}), ({"labels": (1,)}, {}),
+     ({"label_guidance": 2.0}, {})],  # fmt: skip
 )
 def test_fields_of_labels_are_refused_for_an_unconditional_network(sampling, data):
     labels.check_no_labels(options())
-    with pytest.raises(UserError, match="the network takes no class labels; leave it out"):
+    with pytest.raises(UserError, match="the network takes no class labels and has no use for it; leave it out"):
         labels.check_no_labels(options(sampling, **data))
