@@ -24,7 +24,6 @@ demo: $(INSTALLED)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
 
 install: $(INSTALLED)
-	$(BIN)/python -m pip install $(QUIET_PIP) --no-deps -e .
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -53,6 +52,7 @@ bench: .venv-parity/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(QUIET_PIP) -r requirements.txt $(VERSIONS)
 	if [ $(JAX) != cpu ]; then $(BIN)/python -m pip install $(QUIET_PIP) "retrack_jax[$(JAX)] @ file://$(CURDIR)" $(VERSIONS); fi
+	$(BIN)/python -m pip install $(QUIET_PIP) --no-deps -e .
 	touch $@
 
 .venv-newest/installed: requirements.txt

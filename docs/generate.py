@@ -13,16 +13,13 @@ import dataclasses
 import inspect
 import json
 import re
-import sys
 from pathlib import Path
+
+from retrack_jax.config import options
+from retrack_jax.unlearn.methods import METHODS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))
-
-from retrack_jax.config import options  # noqa: E402
-from retrack_jax.unlearn.methods import METHODS  # noqa: E402
-
 RESULT_FIELDS = {"command", "version", "machine", "date", "columns", "rows"}
 _CONFIG_HEAD = """# Configuration
 

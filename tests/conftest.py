@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ["HF_HUB_OFFLINE"] = "1"  # the hub of tests/weights/test_hub.py is a server of its own
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests/weights/test_hub.py starts a server in place of the hub
 
 import jax
 import numpy as np

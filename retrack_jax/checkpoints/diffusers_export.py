@@ -161,11 +161,13 @@ def model_card(source, note: str | None) -> str:
 
     cards = [folder / "README.md" for folder in _source_folders(source)]
     text = next((card.read_text() for card in cards if card.is_file()), "# Model card\n")
+    if not text.lstrip().startswith("---"):
+        text = f"---\n{{}}\n---\n{text}"  # no metadata yet; the client would warn of that
     ours = f"\n\n{_HEADING}\n\n{note or 'No note was given on how this model differs from its source.'}\n"
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
     except Exception:  # of YAML and of the client, whatever its parts are
-        return text.rstrip() + ours
+        return text.removeprefix("---\n{}\n---\n").rstrip() + ours
     card.data.library_name = "diffusers"
     card.data.base_model = (source and id_of(source)) or card.data.base_model
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "machine-unlearning", "retrack_jax"]))

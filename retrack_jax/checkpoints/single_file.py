@@ -6,13 +6,14 @@ must be given.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from retrack_jax.checkpoints.diffusers_export import licenses, model_card, replacing
 from retrack_jax.checks import UserError, check
-from retrack_jax.files import write_bytes, write_text, write_whole
+from retrack_jax.files import file_digest, write_bytes, write_text, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.file_tensors import FileTensors
 from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS, open_file, open_weights
@@ -49,6 +50,11 @@ class SingleFile:
             wanted = " and ".join(f"{PREFIXES[part]}*" for part in lacking)
             raise UserError(f"{path} is no whole Stable Diffusion in one file: it has no {wanted}; give one that has all parts")
         self.open_clip = any(name.startswith(OPEN_CLIP) for name in names)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, which takes as long as reading it."""
+        return file_digest(self.path)
 
     def part(self, part: str, target: PyTree) -> FileTensors:
         """Returns the tensors of a part under the names of diffusers and transformers; `target` has its network's shapes."""

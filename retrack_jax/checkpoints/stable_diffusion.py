@@ -19,7 +19,7 @@ from retrack_jax.checkpoints.diffusers_import import FAMILIES, load_params, read
 from retrack_jax.checkpoints.single_file import SingleFile
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import file_digest, json_digest, read_object
+from retrack_jax.files import json_digest, read_object
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
 from retrack_jax.models.unet2d_condition import UNet2DCondition
@@ -95,7 +95,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         target = param_shapes(module, *inputs)
         return from_torch(file.part(part, target), target, table=table, where=str(file.path), network=f"the {part} of {folder}")
 
-    vae_weights = weights_digest(folder / "vae") if file is None else file_digest(file.path)
+    vae_weights = weights_digest(folder / "vae") if file is None else file.digest
     return Pipeline(
         path=folder,
         unet=unet,
@@ -166,7 +166,7 @@ def encode_ids(pipeline: Pipeline, ids_PN) -> Array:
 def text_digest(pipeline: Pipeline) -> str:
     """Returns a SHA-256 over the text encoder's config, weights and precision, which keys caches of its states."""
     folder, file = pipeline.path / "text_encoder", pipeline.file
-    weights = weights_digest(folder, TRANSFORMERS_WEIGHTS) if file is None else file_digest(file.path)
+    weights = weights_digest(folder, TRANSFORMERS_WEIGHTS) if file is None else file.digest
     return json_digest([read_config(folder), weights, str(jnp.dtype(pipeline.text_encoder.dtype))])
 
 

@@ -12,8 +12,8 @@ usage: retrack --config=NAME[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 `python -m retrack_jax.main` is the same command.
 
-NAME     a config that comes with the package (celebahq, cifar10, custom, digits_class, digits_random, digits_tshirt,
-         mnist_tshirt, stable_diffusion), or the path of a config file
+NAME     a config that comes with the package (celebahq, cifar10, custom, digits_class, digits_label, digits_random,
+         digits_tshirt, mnist5k_tshirt, mnist_tshirt, stable_diffusion), or the path of a config file
 METHOD   retrack (default), siss, siss_no_is, erasediff, neggrad, vanilla, retrain, pretrained, or all
 DIR      a folder or gs:// address, runs/NAME by default; the same command again continues where it stopped
 FIELD    any field of the config, such as
@@ -22,7 +22,7 @@ FIELD    any field of the config, such as
                             one target may be a+b+c, @list.txt, a glob, label:7 or random:0.05
            checkpoint       the pretrained model: a diffusers folder, or its name on the Hugging Face hub (org/name)
 
-retrack_jax/config/options.py lists the fields with their units and sources. A method's own options are
+docs/config.md of the repository lists the fields with their defaults. A method's own options are
 config.unlearn.METHOD.FIELD, such as --config.unlearn.retrack.lam=0.01; that spelling also overrides a shared field for it.
 Exit status: 0 done, 2 something you can fix, 75 preempted."""
 
@@ -57,6 +57,7 @@ def parse(argv: list[str]):
     config_flag = f"{file}{colon}{method}"
     argv[argv.index(f"--config={typed}")] = f"--config={config_flag}"
     import_jax()  # config files import it
+    argv, unset = _unset(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "the config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
@@ -65,12 +66,15 @@ def parse(argv: list[str]):
         rest = values(argv, known_only=False)
         config = values.config
         _ = config.name  # a config file that fails to load raises only when it is used
+        for field in unset:
+            group, _, name = f"config.{field}".rpartition(".")
+            _field(config, group)[name] = None
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a config file may call sys.exit
         raise UserError(_place_in_config(error, file) or _explained(error, argv, config_flag)) from error
     check(len(rest) == 1, f"{rest[1:2]} is no flag; flags begin with --, and a value follows =")
-    given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]}
+    given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]} | {f"config.{field}" for field in unset}
     if "config.method" in given:
         raise UserError(f"name the method behind the config file, --config={path}:METHOD: its own recipe comes with it there")
     _tell_overridden(given, config)
@@ -84,6 +88,30 @@ def _joined(argv: list[str]) -> list[str]:
         if argv[place] == "--config" and not argv[place + 1].startswith("-"):
             argv[place : place + 2] = [f"--config={argv[place + 1]}"]
     return argv
+
+
+def _unset(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns `argv` without the flags that set a field to None which is None by default, and these fields."""
+    from retrack_jax.config.reading import default_config
+
+    defaults, rest, unset = default_config(), [], []
+    for argument in argv:
+        field = argument.removeprefix("--config.").removesuffix("=None")
+        is_none = argument == f"--config.{field}=None"
+        if is_none and _field(defaults, f"config.{field}", default="") is None:
+            unset.append(field)
+        else:
+            rest.append(argument)
+    return rest, unset
+
+
+def _field(config, dotted: str, default=None):
+    """Returns what `config.GROUP.FIELD` names in `config`, or `default` if it has no such field."""
+    for name in dotted.split(".")[1:]:
+        if not hasattr(config, "keys") or name not in config:
+            return default
+        config = config[name]
+    return config
 
 
 def _quoted(argument: str) -> str:

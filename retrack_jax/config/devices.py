@@ -8,7 +8,8 @@ import jax
 
 from retrack_jax import parallel
 from retrack_jax.checks import check
-from retrack_jax.config.options import Options, TrainingOptions, UnlearnOptions
+from retrack_jax.config.options import Options
+from retrack_jax.config.recipes import TrainingOptions, UnlearnOptions
 from retrack_jax.unlearn.methods import METHODS, Method
 
 log = logging.getLogger(__name__)

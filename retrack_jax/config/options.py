@@ -1,34 +1,25 @@
-"""The fields of a config, typed and self-checking. Each has one default, and it stands here.
+"""The fields of a config, typed and self-checking. Each has one default, and it stands here, or for training in recipes.py.
 
 reading.py lays them out as the `ConfigDict` that `configs/*.py` and the command line change, and reads that back.
 
 A message of a check starts with the field's name; whoever makes the record puts before it where the user sets it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import optax
-
 from retrack_jax.checks import check, check_choice, check_int, check_number
+from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
 from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
 from retrack_jax.evaluate.prompts import CLASSIFIERS
 from retrack_jax.metrics.features.resize import RULES
-from retrack_jax.neighbors.search import BACKENDS
-from retrack_jax.notation import Array
 from retrack_jax.sampling import SAMPLERS
-from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer, make_rate
-from retrack_jax.train.step import StepOptions
-from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED, Method
-from retrack_jax.unlearn.options import MethodOptions
+from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
 
 MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
 DTYPES = ("float32", "bfloat16")
 EXPORTS = ("pipeline", "unet", "single_file", "none")
-RETAIN_LOSSES = ("standard", "distillation")
-WHOLE_CLASS = ("null", "nearest")
-_MAX_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,139 +112,6 @@ class ScheduleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What pretraining and unlearning have in common: AdamW's settings and the size of a step.
-
-    A number that is None is left to the rules for data without a recipe (config/rules.py).
-    """
-
-    num_steps: int | None
-    batch_size: int | None = 128  # images per step, over all devices and microbatches
-    accumulation: int | None = 1  # microbatches per step
-    learning_rate: float | None
-    learning_rate_schedule: str = "constant"  # or cosine
-    warmup_steps: int = 0
-    b1: float = 0.95
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-6
-    clip_norm: float = 0.0  # of the gradient of a sum over pixels; 0: none
-
-    def __post_init__(self):
-        for name in ("num_steps", "batch_size", "accumulation"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name))
-        check_int("warmup_steps", self.warmup_steps, minimum=0)
-        check_choice("learning_rate_schedule", self.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
-        if self.learning_rate is not None:
-            check_number("learning_rate", self.learning_rate, 0.0, above=True)
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            check_number(name, value, 0.0, 1.0)
-            check(value < 1.0, f"{name} is {value}; it must be below 1: an average of nothing divides by zero")
-        for name in ("eps", "weight_decay", "clip_norm"):
-            check_number(name, getattr(self, name), 0.0)
-
-    def rate(self) -> optax.Schedule:
-        """Returns `step -> learning rate`."""
-        return make_rate(self.learning_rate, self.num_steps or 1, self.learning_rate_schedule, self.warmup_steps)
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Returns AdamW as these options describe it."""
-        return make_optimizer(
-            learning_rate=self.learning_rate,
-            num_steps=self.num_steps or 1,
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            schedule=self.learning_rate_schedule,
-            warmup_steps=self.warmup_steps,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(TrainingOptions):
-    """`config.pretrain`: from random weights, with or without the forgotten images (SISS's recipe for MNIST)."""
-
-    num_steps: int | None = 117_500  # None: the config has no recipe, and its model comes from a checkpoint
-    learning_rate: float | None = 1e-4
-    learning_rate_schedule: str = "cosine"
-    warmup_steps: int = 500
-    ema_power: float = 0.75
-    ema_inv_gamma: float = 1.0
-    ema_max_decay: float = 0.9999  # 0: no moving average
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_int("seed", self.seed, minimum=0, maximum=_MAX_SEED)
-        check_number("ema_max_decay", self.ema_max_decay, 0.0, 1.0)
-        check_number("ema_power", self.ema_power, 0.0)
-        check_number("ema_inv_gamma", self.ema_inv_gamma, 0.0, above=True)
-
-    def ema_decay(self) -> Callable[[Array], Array] | None:
-        """Returns `step -> decay` of the moving average, or None if there is none."""
-        if not self.ema_max_decay:
-            return None
-        return make_ema_decay(power=self.ema_power, inv_gamma=self.ema_inv_gamma, max_decay=self.ema_max_decay)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnlearnOptions(TrainingOptions):
-    """`config.unlearn`: what all methods share, and as `own` the options of one method."""
-
-    num_steps: int | None = 50
-    learning_rate: float | None = 5e-5
-    clip_norm: float = 1.0
-    forget_batch_size: int = 0  # noisy copies of forgotten images per step; 0: as many as remaining ones
-    num_neighbors: int | None = 10  # K
-    neighbor_backend: str = "auto"  # or scann, exact
-    whole_class: str = ""  # if no image of a label remains: null (the null label's prediction) or nearest (images of any label)
-    t_min: int = 0  # timesteps are drawn from [t_min, t_max)
-    t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
-    retain_loss: str = "standard"  # or distillation: match the pretrained model
-    own: MethodOptions = MethodOptions()
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_int("forget_batch_size", self.forget_batch_size, minimum=0)
-        if self.num_neighbors is not None:
-            check_int("num_neighbors", self.num_neighbors)
-        check_choice("neighbor_backend", self.neighbor_backend, BACKENDS)
-        check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
-        if self.whole_class:
-            check_choice("whole_class", self.whole_class, WHOLE_CLASS)
-        check_int("t_min", self.t_min, minimum=0)
-        if self.t_max is not None:
-            check_int("t_max", self.t_max, minimum=self.t_min + 1)
-
-    def check_window(self, num_timesteps: int, where: str = "config.unlearn.") -> None:
-        """Raises `UserError` unless [t_min, t_max) is a part of [0, `num_timesteps`)."""
-        check_int(f"{where}t_min", self.t_min, minimum=0, maximum=num_timesteps - 1)
-        if self.t_max is not None:
-            check_int(f"{where}t_max", self.t_max, minimum=self.t_min + 1, maximum=num_timesteps)
-
-    def step_options(self, t_end: int, dropout: bool, condition_dropout: float = 0.0) -> StepOptions:
-        """Returns how a step runs, on a schedule that ends at `t_end`; `dropout`: whether the network has any."""
-        return StepOptions(
-            options=self.own,
-            num_steps=self.num_steps,
-            accumulation=self.accumulation,
-            t_min=self.t_min,
-            t_max=t_end if self.t_max is None else self.t_max,
-            distill=self.retain_loss == "distillation",
-            dropout=dropout,
-            condition_dropout=condition_dropout,
-        )
-
-    def forget_size(self, method: Method) -> int:
-        """Returns how many forgotten images a step of `method` takes."""
-        return (self.forget_batch_size or self.batch_size) if "forget" in method.streams else 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """`config.sampling`: image i is the same for every model and any batch size."""
 
@@ -273,7 +131,7 @@ class SamplingOptions:
         for name in ("num_steps", "num_images", "num_captions", "batch_size"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
-        check_int("seed", self.seed, minimum=0, maximum=_MAX_SEED)
+        check_int("seed", self.seed, minimum=0, maximum=MAX_SEED)
         check_number("guidance_scale", self.guidance_scale, 0.0)
         check_number("label_guidance", self.label_guidance, 0.0)
 
@@ -369,7 +227,7 @@ class Options:
         check_choice("mode", self.mode, MODES)
         check(len(self.seeds) > 0, "seeds is empty; give at least one, such as --config.seeds=0")
         for seed in self.seeds:
-            check_int("seeds", seed, minimum=0, maximum=_MAX_SEED)
+            check_int("seeds", seed, minimum=0, maximum=MAX_SEED)
         check_int("log_every", self.log_every)
         check_int("checkpoint_every", self.checkpoint_every, minimum=0)
         check_int("profile", self.profile, minimum=0)

@@ -14,7 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import Options, RelearningOptions, UnlearnOptions
+from retrack_jax.config.options import Options, RelearningOptions
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.options import MethodOptions
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
-from retrack_jax.config.options import Options, UnlearnOptions
+from retrack_jax.config.options import Options
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out

@@ -84,8 +84,8 @@ def nll_bits_per_dim(
     images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
     options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
-    own = 0 if conditions is None else 1  # arguments that only conditional networks have
-    p_log_likelihoods = mapped(_log_likelihoods, (None, None, 0, None, 0, 0) + (0,) * own, **options)
+    in_axes = (None, None, 0, None, 0, 0) if conditions is None else (None, None, 0, None, 0, 0, 0)
+    p_log_likelihoods = mapped(_log_likelihoods, in_axes, **options)
 
     def log_likelihoods(pairs: np.ndarray) -> Array:
         numbers, probes = pairs // num_probes, pairs % num_probes

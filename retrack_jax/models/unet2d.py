@@ -35,7 +35,7 @@ class UNet2D(UNet):
     time:
 
         num_class_embeds                 a trained row for each label in [0, num_class_embeds)
-        class_embed_type "timestep"      as the time is embedded, with dense layers of its own: labels are numbers
+        class_embed_type "timestep"      labels are numbers, embedded like the time, but by separate dense layers
         class_embed_type "identity"      what the caller passes, `[B, D']`: it is the embedding already
     """
 

