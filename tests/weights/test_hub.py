@@ -8,12 +8,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard, constants
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checks import UserError
-from retrack_jax.data.sources.load import load_images
+from retrack_jax.data.sources.load import load_captioned_images, load_images
 from retrack_jax.weights import hub as ours
 from tests.hub_server import COMMIT, serving
 from tests.tiny_checkpoint import write_model
@@ -126,6 +128,15 @@ def test_a_data_set_by_its_id(hub, parquet_file, tmp_path):
     data = {"source": "parquet", "dir": "org/images", "cache_dir": str(tmp_path / "decoded")}
     assert np.array_equal(load_images(data).images, pixels)
     assert set(hub.asked) == {"train-00000-of-00001.parquet"}
+
+
+def test_captions_of_a_data_set_by_its_id(hub, parquet_file, tmp_path):
+    folder, _ = parquet_file([0, 1])
+    (file,) = folder.glob("*.parquet")
+    pq.write_table(pq.read_table(file).append_column("text", pa.array(["a cat", "a dog"])), file)
+    hub.repositories["datasets/org/captioned"] = folder
+    data = {"source": "parquet", "dir": "org/captioned", "cache_dir": str(tmp_path / "decoded")}
+    assert load_captioned_images(data).captions == ["a cat", "a dog"]
 
 
 def test_a_run_from_the_hub_in_a_process_of_its_own(hub, jpeg_folder, tmp_path):
