@@ -102,7 +102,7 @@ def _svg(axes, title: str, description: str) -> str:
     width, height = (round(72 * inches) for inches in axes.figure.get_size_inches())
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" class="chart" role="img" '
-        f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="min-width: {0.75 * width:.0f}px" '
+        f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="min-width: {min(0.75 * width, 340):.0f}px" '
         f'aria-label="{html.escape(f"{title}. {description}")}">{body.strip()}'
     )
 

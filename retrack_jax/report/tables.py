@@ -9,6 +9,8 @@ from retrack_jax.metrics.frequency import frequency_upper_bound
 from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label, order
 from retrack_jax.report.verdict import in_words
 
+_FREQUENCIES = ("frequency", "label_frequency")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -25,7 +27,6 @@ class Row:
 def before_after_rows(metrics: Mapping) -> list[Row]:
     """Returns a row per metric of a run's `metrics.json`."""
     parts = [metrics.get(part) or {} for part in ("pretrained", "unlearned", "retrained")]
-    num_samples = (metrics.get("provenance") or {}).get("num_samples")
     rows = []
     for name in order([name for part in parts for name in part]):
         metric = describe(name)
@@ -36,7 +37,7 @@ def before_after_rows(metrics: Mapping) -> list[Row]:
         gap = None
         if _numbers(after, gold):
             gap = signed(metric, after - gold)
-        texts = [None if value is None else with_bound(name, value, num_samples) for value in (before, after, gold)]
+        texts = [None if value is None else with_bound(name, value, metrics) for value in (before, after, gold)]
         rows.append(Row(name=name, before=texts[0], after=texts[1], retrained=texts[2], gap=gap, verdict=verdict))
     return rows
 
@@ -58,10 +59,17 @@ def label_rows(labels, *marks) -> list[tuple[str, str, list[str]]]:
     return rows
 
 
-def with_bound(name: str, value, num_samples: int | None) -> str:
-    """Returns the metric as text; a frequency of 0 with the 95% bound that so many samples give."""
-    if name == "frequency" and value == 0 and num_samples:
-        return f"0 (< {100 * frequency_upper_bound(0, num_samples):.2f}%)"
+def with_bound(name: str, value, results: Mapping) -> str:
+    """Returns the metric as text; a frequency of 0 with the 95% bound that the samples behind it give.
+
+    Args:
+      results: a run's `metrics.json` or a `summary.json`; their `provenance` says how many samples there were.
+    """
+    if name in _FREQUENCIES and value == 0:
+        provenance = results.get("provenance") or {}
+        behind = (provenance.get("metrics") or {}).get(name) or provenance
+        if behind.get("num_samples"):
+            return f"0 (< {100 * frequency_upper_bound(0, behind['num_samples']):.2f}%)"
     return describe(name).text(value)
 
 
@@ -103,8 +111,8 @@ def comparison_cell(summary: Mapping, method: str, name: str) -> str | None:
     value = summary["methods"][method].get("metrics", {}).get(name)
     if value is None:
         return None
-    if name == "frequency" and value["mean"] == 0:
-        return with_bound(name, 0, (summary.get("provenance") or {}).get("num_samples"))
+    if name in _FREQUENCIES and value["mean"] == 0:
+        return with_bound(name, 0, summary)
     return describe(name).spread(value["mean"], value.get("std"))
 
 

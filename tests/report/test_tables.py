@@ -31,6 +31,16 @@ def test_rows_have_values_gap_and_verdict():
     assert rows["membership_auc"].verdict == rows["new_metric"].verdict == ""
 
 
+def test_the_bound_of_a_frequency_under_labels_is_by_the_samples_under_them():
+    metrics = {
+        "pretrained": {"label_frequency": 0.3},
+        "unlearned": {"label_frequency": 0.0},
+        "provenance": {"num_samples": 2000, "metrics": {"label_frequency": {"num_samples": 288}}},
+    }
+    row = before_after_rows(metrics)[0]
+    assert (row.before, row.after) == ("30.00%", "0 (< 1.03%)")
+
+
 def test_rows_bear_missing_models():
     assert before_after_rows({"pretrained": {"fid": 1.0}, "unlearned": None, "retrained": None})[0].after is None
     assert before_after_rows({}) == []
