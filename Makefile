@@ -22,6 +22,12 @@ FAST := $(addprefix tests/,unlearn diffusion sampling train weights checkpoints 
 
 demo: $(INSTALLED)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
+	@printf '%s\n' "" "Try next:" \
+	  "  the same as with a model and pictures of your own: the pictures as files, then the command of the README" \
+	  "    $(BIN)/python examples/practice_images.py runs/practice" \
+	  "    $(BIN)/retrack --config=custom --workdir=runs/practice/tshirt --config.checkpoint=runs/digits_tshirt/pretrained/diffusers --config.data.dir=runs/practice/images --config.targets=@runs/practice/tshirt.txt" \
+	  "  every method beside a model retrained without the T-shirt" \
+	  "    $(BIN)/retrack --config=digits_tshirt:all"
 
 install: $(INSTALLED)
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from retrack_jax.checkpoints import import_diffusers
+from retrack_jax.main import main
 from retrack_jax.unlearn.methods import METHODS
 from tests.tiny_checkpoint import write_model
 
@@ -65,3 +66,22 @@ def test_forget_an_image_writes_a_folder_that_was_trained(tmp_path):
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
     with pytest.raises(SystemExit, match="missing.png"):
         forget_an_image.main(str(model), str(pictures), str(out), "missing.png")
+
+
+def test_the_demos_model_and_images_are_practice_for_the_command_with_ones_own(tmp_path):
+    """The three commands that `make demo` ends with, at fewer steps."""
+    import practice_images
+
+    demo, practice = tmp_path / "digits_tshirt", tmp_path / "practice"
+    few = ["--config.pretrain.num_steps=2", "--config.mode=pretrain"]
+    assert main(["retrack_jax", "--config=configs/digits_tshirt.py", f"--workdir={demo}", *few]) == 0
+    practice_images.main(str(practice))
+    assert len(list((practice / "images").iterdir())) == 1892
+    fields = [f"checkpoint={demo / 'pretrained' / 'diffusers'}", f"data.dir={practice / 'images'}", f"data.cache_dir={tmp_path}"]
+    fields += [f"targets=@{practice / 'tshirt.txt'}", "unlearn.num_steps=2", "sampling.num_images=4", "sampling.num_steps=2"]
+    fields += ["eval.metrics=('forget_loss',)"]
+    flags = [f"--config.{field}" for field in fields]
+    assert main(["retrack_jax", "--config=configs/custom.py", f"--workdir={practice / 'tshirt'}", *flags]) == 0
+    metrics = json.loads(next((practice / "tshirt" / "retrack").glob("*/metrics.json")).read_text())
+    assert metrics["provenance"]["data"]["num_forget"] == 95
+    assert [file["name"] for file in metrics["verdict"]["files"]] == ["tshirt_000.png"]  # of 95 copies

@@ -25,8 +25,13 @@ class Row:
 
 
 def before_after_rows(metrics: Mapping) -> list[Row]:
-    """Returns a row per metric of a run's `metrics.json`."""
+    """Returns a row per metric of a run's `metrics.json`.
+
+    A metric of forgetting has no noise that it could be compared with. So, except for frequencies, which count samples, its
+    change is called better only if the verdict calls the images forgotten.
+    """
     parts = [metrics.get(part) or {} for part in ("pretrained", "unlearned", "retrained")]
+    forgotten = (metrics.get("verdict") or {"forgotten": "forgotten"})["forgotten"] == "forgotten"
     rows = []
     for name in order([name for part in parts for name in part]):
         metric = describe(name)
@@ -34,6 +39,8 @@ def before_after_rows(metrics: Mapping) -> list[Row]:
         verdict = ""
         if metric.better and _numbers(before, after) and before != after:
             verdict = "better" if (after < before) == (metric.better == "lower") else "worse"
+            if verdict == "better" and metric.about == "forgetting" and name not in _FREQUENCIES and not forgotten:
+                verdict = ""
         gap = None
         if _numbers(after, gold):
             gap = signed(metric, after - gold)
@@ -80,7 +87,7 @@ def signed(metric: Metric, gap: float) -> str:
 
 
 def before_after_text(metrics: Mapping) -> str:
-    """Returns the before/after table that the command prints at its end, and below it the verdict in words."""
+    """Returns the before/after table that the command prints at its end; below it, what is not in it and the verdict in words."""
     rows = before_after_rows(metrics)
     columns = [("", [describe(row.name).label for row in rows])]
     after = f"after {method_label(metrics.get('method', 'unlearning'))}"
@@ -89,7 +96,8 @@ def before_after_text(metrics: Mapping) -> str:
         if any(cells):
             columns.append((heading, [cell or "–" for cell in cells]))
     verdict = metrics.get("verdict")
-    return text_table(columns) + (f"\n\nverdict: {in_words(verdict)}" if verdict else "")
+    missing = _absent_text(metrics.get("provenance"))
+    return text_table(columns) + missing + (f"\n\nverdict: {in_words(verdict)}" if verdict else "")
 
 
 def method_order(methods) -> list[str]:
@@ -125,7 +133,11 @@ def comparison_text(summary: Mapping, *, markdown: bool = False) -> str:
         columns.append((heading(name), [comparison_cell(summary, method, name) or "–" for method in methods]))
     if any(entry.get("unlearn_seconds") for entry in entries):
         columns.append(("seconds", [seconds_text(entry.get("unlearn_seconds")) or "–" for entry in entries]))
-    return text_table(columns, markdown=markdown)
+    return text_table(columns, markdown=markdown) + ("" if markdown else _absent_text(summary))
+
+
+def _absent_text(results: Mapping | None) -> str:
+    return "".join(f"\nnot measured: {label}: {reason}" for label, reason in absent_reasons(results))
 
 
 def seconds_text(value: Mapping | None) -> str | None:

@@ -85,7 +85,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     _record_pretrained(run)
     if mode in ("run", "pretrain"):
         try:
-            pretrained(context, train)
+            _export_pretrained(context, pretrained(context, train))
         except Diverged as error:  # no run of the sweep has anything to start from
             raise UserError(str(error)) from error
     _stop_if_asked(context, "unlearning")
@@ -199,6 +199,17 @@ def _export(run: Run, model: Model, verdict: dict) -> None:
     def export() -> None:
         if _needs_export(run):
             run.context.problem.denoiser.export(run.folder / "diffusers", model.params, note)
+
+    parallel.on_main(export)
+
+
+def _export_pretrained(context: RunContext, model: Model) -> None:
+    """Exports a model that was pretrained here, so that other commands can start from it, as from one that was brought."""
+    folder, denoiser = context.workdir.pretrained / "diffusers", context.problem.denoiser
+
+    def export() -> None:
+        if denoiser.params is None and context.options.export != "none" and not is_whole(folder):
+            denoiser.export(folder, model.params, f"Trained on {context.problem.data.images.name} in {model.steps} steps.")
 
     parallel.on_main(export)
 

@@ -1,5 +1,7 @@
 """Cells say what the numbers are, and never that something is better because it is different."""
 
+import pytest
+
 from retrack_jax.report.catalogue import describe, order
 from retrack_jax.report.tables import before_after_rows, before_after_text, comparison_columns, comparison_text, signed
 
@@ -39,6 +41,21 @@ def test_the_bound_of_a_frequency_under_labels_is_by_the_samples_under_them():
     }
     row = before_after_rows(metrics)[0]
     assert (row.before, row.after) == ("30.00%", "0 (< 1.03%)")
+
+
+def test_what_was_not_measured_is_below_the_table_with_what_it_needs():
+    absent = {"kid": "no weights.pth in /weights"}
+    one = before_after_text(METRICS | {"provenance": {"absent": absent}})
+    assert one.splitlines()[-1] == comparison_text(SUMMARY | {"absent": absent}).splitlines()[-1]
+    assert one.endswith("\nnot measured: KID: no weights.pth in /weights")
+    assert "not measured" not in comparison_text(SUMMARY | {"absent": absent}, markdown=True)
+
+
+@pytest.mark.parametrize(("forgotten", "color"), [("forgotten", "better"), ("unknown", ""), ("singled out", "")])
+def test_a_likelihood_is_better_only_if_the_verdict_says_forgotten(forgotten, color):
+    models = {"pretrained": {"frequency": 0.1, "nll_bits_per_dim": 5.9}, "unlearned": {"frequency": 0.0, "nll_bits_per_dim": 6.1}}
+    rows = before_after_rows(models | {"verdict": {"forgotten": forgotten}})
+    assert [row.verdict for row in rows] == ["better", color]
 
 
 def test_rows_bear_missing_models():
