@@ -10,6 +10,7 @@ sharded:
     else                         tfds:train_0       (the position in the prepared files)
 """
 
+import hashlib
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,12 +139,9 @@ def _order(name: str, split: str, count: int, features, read: Callable) -> tuple
 def positions_of_rows(count: int, split: str) -> np.ndarray:
     """Returns where TFDS stored each row of a set whose keys are the numbers 0 ... count - 1, int64 `[count]`.
 
-    TFDS writes examples in the order of the hashes of their keys, salted with the split's name; shards keep that order.
+    TFDS writes examples in the order of the MD5 of the split's name and their key; shards keep that order.
     """
-    from tensorflow_datasets.core.hashing import Hasher
-
-    hasher = Hasher(split)
-    stored = sorted(range(count), key=hasher.hash_key)
+    stored = sorted(range(count), key=lambda row: hashlib.md5(f"{split}{row}".encode()).digest())
     positions = np.empty(count, np.int64)
     positions[stored] = np.arange(count)
     return positions
