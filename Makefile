@@ -2,7 +2,8 @@
 # make test    the test suite                                    make parity  against the real PyTorch diffusers
 # make bench   speed, side by side with PyTorch                  make lint    ruff, mypy
 # make install .venv, with the command .venv/bin/retrack          make docs    docs/config.md, tables, the diagram
-# make newest  fast tests on the newest Python and jax            make clean   remove the virtual environments
+# make newest  fast tests on the newest Python and jax            make lowest  fast tests on the lowest versions
+# make clean   remove the virtual environments
 # JAX=cuda or JAX=tpu installs jax for that accelerator.
 # LOCKED=1 installs the versions that the README's numbers were measured with (Python 3.11).
 
@@ -16,9 +17,10 @@ PARITY := .venv-parity/bin
 QUIET_PIP := -q --disable-pip-version-check
 
 NEWEST := .venv-newest/bin/python
+LOWEST := .venv-lowest/bin/python
 FAST := $(addprefix tests/,unlearn diffusion sampling train weights checkpoints config test_api.py test_files.py test_log.py test_imports.py)
 
-.PHONY: demo install test newest drills parity bench lint docs clean
+.PHONY: demo install test newest lowest drills parity bench lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m retrack_jax.main --config=configs/digits_tshirt.py
@@ -45,6 +47,9 @@ lint: $(INSTALLED)
 newest: .venv-newest/installed
 	$(NEWEST) -m pytest -n auto --dist loadfile $(FAST)
 
+lowest: .venv-lowest/installed
+	$(LOWEST) -m pytest -n auto --dist loadfile $(FAST)
+
 drills: $(INSTALLED)
 	$(BIN)/python -m pytest tests/drills -n 2 --dist loadfile
 
@@ -66,6 +71,13 @@ bench: .venv-parity/installed
 	$(NEWEST) -m pip install $(QUIET_PIP) -r requirements.txt
 	touch $@
 
+# The least version that requirements.txt allows of each package.
+.venv-lowest/installed: requirements.txt
+	test -x $(LOWEST) || $(PYTHON) -m venv .venv-lowest
+	sed -nE 's/^([A-Za-z0-9_.-]+)(\[[a-z]+\])?>=([0-9.]+).*/\1==\3/p' requirements.txt > .venv-lowest/versions.txt
+	$(LOWEST) -m pip install $(QUIET_PIP) -r requirements.txt -c .venv-lowest/versions.txt
+	touch $@
+
 # PyTorch's CPU build first, by itself: a plain `torch` would bring CUDA's gigabytes.
 .venv-parity/installed: requirements.txt tests/parity/requirements.txt
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
@@ -75,4 +87,4 @@ bench: .venv-parity/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-parity .venv-newest
+	rm -rf .venv .venv-parity .venv-newest .venv-lowest

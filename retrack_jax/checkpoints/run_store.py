@@ -7,6 +7,7 @@ Whatever happened to any file in between, wrong weights are never used: the chec
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -34,9 +35,7 @@ class RunStore:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self.directory = epath.Path(directory)
-        if "://" not in str(directory):
-            self.directory = epath.Path(self.directory.absolute())
+        self.directory = epath.Path(directory if "://" in str(directory) else os.path.abspath(directory))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))

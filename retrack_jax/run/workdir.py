@@ -39,7 +39,7 @@ class Workdir:
 
     def __init__(self, root):
         try:
-            self.root = epath.Path(root if "://" in str(root) else epath.Path(os.path.expanduser(root)).absolute())
+            self.root = epath.Path(root if "://" in str(root) else os.path.abspath(os.path.expanduser(root)))
         except KeyError as error:  # etils does not know the scheme
             raise UserError(f"--workdir {root} is an address of an unknown kind; give a folder or a gs:// address") from error
         # TensorStore, which reads checkpoints, takes these for something else than a part of the path: told before any training.
