@@ -67,9 +67,11 @@ def unlearn(
     """Returns parameters that have forgotten `forget`; arrays in, parameters out.
 
     Args:
-      apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`.
+      apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`. For a
+        flow t is T sigma, float32.
       params: the pretrained parameters; they are left as they are.
-      schedule: the noise schedule; its `prediction_type` says what the network predicts.
+      schedule: the noise schedule; its `prediction_type` says what the network predicts. `Schedule.rectified_flow()` for a
+        network that predicts the velocity eps - x_0.
       remain, forget: images `[R, ...]` and `[F, ...]`, of one dtype: floats in the space that the network denoises ([-1, 1] for
         pixels), or uint8.
       method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import UserError
 from retrack_jax.files import read_object
+from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.notation import PyTree
@@ -45,10 +46,17 @@ def _with_prompt(module) -> tuple[jax.Array, ...]:
     return *_image_and_time(module), jnp.zeros((1, 1, module.cross_attention_dim))
 
 
+def _patches(module) -> tuple[jax.Array, ...]:
+    size = module.patch_size
+    return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32), *module.smallest_label
+
+
 # By diffusers' `_class_name`. A new family is one record here and one module.
 FAMILIES = {
     "UNet2DModel": Family(UNet2D, _with_label),
     "UNet2DConditionModel": Family(UNet2DCondition, _with_prompt),
+    "DiTTransformer2DModel": Family(DiT, _patches),
+    "Transformer2DModel": Family(DiT, _patches),  # its former name
 }
 
 
@@ -57,7 +65,7 @@ def example_inputs(module) -> tuple[jax.Array, ...]:
     return next(family.inputs(module) for family in FAMILIES.values() if type(module) is family.module)
 
 
-def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tuple[UNet2D | UNet2DCondition, PyTree]:
+def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tuple[UNet2D | UNet2DCondition | DiT, PyTree]:
     """Returns the module and the parameters (float32 NumPy arrays) of a network that diffusers saved, one of `FAMILIES`.
 
     A UNet2DCondition also takes the embedding of a prompt: `module.apply(variables, x_t, t, prompt)`; `load_pipeline` reads a

@@ -6,11 +6,12 @@ A message of a check starts with the field's name; whoever makes the record puts
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
+from retrack_jax.diffusion.flow import EULER, VELOCITY
 from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
 from retrack_jax.evaluate.prompts import CLASSIFIERS
 from retrack_jax.metrics.features.resize import RULES
@@ -19,6 +20,7 @@ from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
 
 MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
 DTYPES = ("float32", "bfloat16")
+NETWORK_KINDS = ("unet", "dit")
 EXPORTS = ("pipeline", "unet", "single_file", "none")
 
 
@@ -93,14 +95,35 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiTOptions:
+    """`config.dit`: diffusers' DiTTransformer2DModel fields, of a model that is pretrained here with config.network=dit."""
+
+    sample_size: int = 32
+    in_channels: int = 3
+    patch_size: int = 2
+    num_layers: int = 4
+    num_attention_heads: int = 4
+    attention_head_dim: int = 32
+    num_embeds_ada_norm: int = 1  # labels that the network takes, without the null label; 1: it takes none
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            check_int(name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """`config.schedule`: diffusers' scheduler fields. A checkpoint's own scheduler_config.json wins."""
+    """`config.schedule`: diffusers' scheduler fields. A checkpoint's own scheduler_config.json wins.
+
+    With the prediction type `flow_prediction` it is a rectified flow, of which `num_train_timesteps` and `shift` count alone.
+    """
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    prediction_type: str = "epsilon"
+    prediction_type: str = "epsilon"  # or v_prediction, sample; flow_prediction: a rectified flow, which has no betas
+    shift: float = 1.0  # m of a flow's sigmas m s / (1 + (m - 1) s)
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     variance_type: str = "fixed_small"
@@ -109,13 +132,21 @@ class ScheduleOptions:
 
     def __post_init__(self):
         check_int("num_train_timesteps", self.num_train_timesteps, minimum=2)
+        check_number("shift", self.shift, 0.0, above=True)
+
+    def to_config(self) -> dict:
+        """Returns the `scheduler_config.json` that these options stand for."""
+        values = asdict(self)
+        if self.prediction_type != VELOCITY:
+            return values
+        return {"_class_name": EULER} | {name: values[name] for name in ("num_train_timesteps", "shift")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """`config.sampling`: image i is the same for every model and any batch size."""
 
-    sampler: str = "ddpm"  # or ddim, dpm_solver, pndm
+    sampler: str = "ddpm"  # or ddim, dpm_solver, pndm; of flows flow_euler, flow_heun
     num_steps: int = 50
     num_images: int | None = 10_000  # of each prompt, where there are prompts; None: left to the rules (config/rules.py)
     num_captions: int = 8  # of captioned images: forgotten captions, and as many kept ones, that samples are drawn of
@@ -213,7 +244,9 @@ class Options:
     profile: int = 0  # steps of each training run that jax's profiler records into profile/
     save_float: bool = False  # keep float samples in samples.npz as well as the uint8 ones
     data: DataOptions = DataOptions()
+    network: str = "unet"  # of a model that is pretrained here: unet, whose fields are config.model, or dit, config.dit
     model: ModelOptions = ModelOptions()
+    dit: DiTOptions = DiTOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     pretrain: PretrainOptions = PretrainOptions()
     unlearn: UnlearnOptions = UnlearnOptions()
@@ -225,6 +258,7 @@ class Options:
     def __post_init__(self):
         check_choice("method", self.method, (*METHODS, PRETRAINED, ALL))
         check_choice("mode", self.mode, MODES)
+        check_choice("network", self.network, NETWORK_KINDS)
         check(len(self.seeds) > 0, "seeds is empty; give at least one, such as --config.seeds=0")
         for seed in self.seeds:
             check_int("seeds", seed, minimum=0, maximum=MAX_SEED)
@@ -236,6 +270,11 @@ class Options:
     def recipe(self, method: str) -> UnlearnOptions:
         """Returns the options of unlearning as `method` takes them."""
         return self.methods.get(method, self.unlearn)
+
+    @property
+    def new_network(self) -> ModelOptions | DiTOptions:
+        """The fields of a network that is pretrained here."""
+        return self.model if self.network == "unet" else self.dit
 
     @property
     def target_specs(self) -> list[str]:

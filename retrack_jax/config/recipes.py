@@ -35,6 +35,7 @@ class TrainingOptions:
     eps: float = 1e-8
     weight_decay: float = 1e-6
     clip_norm: float = 0.0  # of the gradient of a sum over pixels; 0: none
+    logit_normal: tuple | None = None  # (m, s): timesteps lie at sigmoid(m + s z) of their range, z normal; None: uniform
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "accumulation"):
@@ -50,6 +51,12 @@ class TrainingOptions:
             check(value < 1.0, f"{name} is {value}; it must be below 1: an average of nothing divides by zero")
         for name in ("eps", "weight_decay", "clip_norm"):
             check_number(name, getattr(self, name), 0.0)
+        if self.logit_normal is not None:
+            pair = isinstance(self.logit_normal, (tuple, list)) and len(self.logit_normal) == 2
+            check(pair, f"logit_normal is {self.logit_normal!r}; give two numbers, the mean and the deviation of the logit")
+            check_number("the first of logit_normal", self.logit_normal[0])
+            check_number("the second of logit_normal", self.logit_normal[1], 0.0, above=True)
+            object.__setattr__(self, "logit_normal", tuple(self.logit_normal))
 
     def rate(self) -> optax.Schedule:
         """Returns `step -> learning rate`."""
@@ -107,7 +114,7 @@ class UnlearnOptions(TrainingOptions):
     forget_batch_size: int = 0  # noisy copies of forgotten images per step; 0: as many as remaining ones
     num_neighbors: int | None = 10  # K
     neighbor_backend: str = "auto"  # or scann, exact
-    t_min: int = 0  # timesteps are drawn from [t_min, t_max)
+    t_min: int = 0  # timesteps are drawn from [t_min, t_max); of a flow, rows of its table of sigmas, rising
     t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
     own: MethodOptions = MethodOptions()
@@ -137,6 +144,7 @@ class UnlearnOptions(TrainingOptions):
             accumulation=self.accumulation,
             t_min=self.t_min,
             t_max=t_end if self.t_max is None else self.t_max,
+            logit_normal=self.logit_normal,
             distill=self.retain_loss == "distillation",
             dropout=dropout,
             condition_dropout=condition_dropout,

@@ -144,8 +144,9 @@ def _fewest_remaining(options: Options) -> int:
     """How many images remain that can be neighbors, the fewest of any target: of one label, if the network takes labels."""
     training, _ = split_held_out(_names(options), options.data.held_out)
     images = without(training, options.data.exclude)
-    config = read_config(model_folder(options.checkpoint)) if options.checkpoint else dataclasses.asdict(options.model)
+    config = read_config(model_folder(options.checkpoint)) if options.checkpoint else dataclasses.asdict(options.new_network)
     takes_labels = any(config.get(name) is not None for name in ("class_embed_type", "num_class_embeds"))
+    takes_labels |= (config.get("num_embeds_ada_norm") or 1) > 1  # of a DiT
     labels = np.asarray(images.labels) if takes_labels and images.labels is not None else None
     targets = (resolve_remaining(spec, images, training) for spec in options.target_specs)
     return min(most_neighbors(labels, forget, len(images)) for forget in targets)

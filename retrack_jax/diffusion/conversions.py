@@ -4,6 +4,7 @@
     (2) x_0   = (x_t - sigma eps) / gamma
     (3) v     = gamma eps - sigma x_0          so   eps = gamma v + sigma x_t
     (4) score = -eps / sigma                   the gradient of log p_t at x_t
+    (5) u     = eps - x_0                      so   eps = x_t + gamma u   if gamma + sigma = 1, as in a flow (flow.py)
 
 Every function takes gamma and sigma as [B], the values of the schedule's tables at each image's t, and any trailing shape.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from retrack_jax.checks import check_choice
+from retrack_jax.diffusion.flow import VELOCITY
 from retrack_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
 from retrack_jax.diffusion.scheduler_config import FLOOR
 from retrack_jax.notation import Array, ModelEpsFn
@@ -39,13 +41,13 @@ def eps_to_score(eps: Array, sigma_B: Array) -> Array:
 
 
 def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction_type: str) -> Array:
-    """Returns eps [B, ...] from a network's output of any prediction type: equations (2) and (3).
+    """Returns eps [B, ...] from a network's output of any prediction type: equations (2), (3) and (5).
 
     Args:
       output, x_t: [B, ...].
       gamma_B, sigma_B: [B].
-      prediction_type: `epsilon`, `v_prediction` or `sample`, diffusers' names. For `sample`, the conversion divides by sigma,
-        which is 0.01 at t = 0.
+      prediction_type: `epsilon`, `v_prediction`, `sample` or `flow_prediction`, diffusers' names. For `sample`, the conversion
+        divides by sigma, which is 0.01 at t = 0.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if prediction_type == "epsilon":
@@ -53,13 +55,16 @@ def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction
     gamma, sigma = expand(gamma_B, x_t), expand(sigma_B, x_t)
     if prediction_type == "v_prediction":
         return gamma * output + sigma * x_t
+    if prediction_type == VELOCITY:
+        return x_t + gamma * output
     return (x_t - gamma * output) / sigma
 
 
 def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsFn:
-    """Returns `eps_fn(params, x_t, t, *cond, **kwargs)`, which gives eps whatever the network predicts.
+    """Returns `eps_fn(params, x_t, t, *cond, **kwargs)`, which gives eps whatever the network predicts; of a flow, its velocity.
 
-    Losses, samplers and likelihood see only this. `x_t` is [B, ...], `t` int32 [B]; the result has x_t's shape and dtype.
+    Losses, samplers and likelihood see only this. A flow's velocity stays as it is because eps holds none of it at pure noise.
+    `x_t` is [B, ...], `t` int32 [B], or for a flow float32 T sigma; the result has x_t's shape and dtype.
 
     Args:
       apply_fn: a Linen module's `apply`; called as `apply_fn({"params": params}, x_t, t, *cond, **kwargs)`.
@@ -67,8 +72,8 @@ def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsF
     """
 
     def eps_fn(params, x_t, t, *cond, **kwargs):
-        output = apply_fn({"params": params}, x_t, t, *cond, **kwargs).astype(x_t.dtype)
-        if schedule.prediction_type == "epsilon":
+        output = apply_fn({"params": params}, x_t, schedule.network_time(t), *cond, **kwargs).astype(x_t.dtype)
+        if schedule.prediction_type == "epsilon" or schedule.is_flow:
             return output
         gamma_B, sigma_B = (jnp.take(table, t).astype(x_t.dtype) for table in (schedule.gamma, schedule.sigma))
         if schedule.rescale_betas_zero_snr:  # the samplers' gamma at pure noise, so that they find x_0 in eps there too

@@ -1,6 +1,7 @@
-"""The noise schedule of a diffusion model as tables over t: alpha_bar_t (betas.py) and
+"""The noise schedule of a diffusion model as tables over t, with x_t = gamma_t x_0 + sigma_t eps:
 
-    gamma_t = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
+    gamma_t = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)      betas (betas.py)
+    gamma_t = 1 - sigma_t                                               rectified flow (flow.py)
 
 A schedule is read from a diffusers `scheduler_config.json` and written back as one (scheduler_config.py).
 """
@@ -14,12 +15,12 @@ import numpy as np
 from flax import struct
 
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number, suggestion
-from retrack_jax.diffusion import scheduler_config
+from retrack_jax.diffusion import flow, scheduler_config
 from retrack_jax.diffusion.betas import BETA_SCHEDULES, alpha_bar_table
 from retrack_jax.diffusion.scheduler_config import CLASS_DEFAULTS, DEFAULTS, FLOOR, FLOORED
 from retrack_jax.notation import Array
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", flow.VELOCITY)
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 SPACINGS = ("leading", "trailing", "linspace")
 _MOST_STEPS = 1_000_000  # of a file; its tables are made at once
@@ -35,10 +36,12 @@ def _static(default):
 class Schedule:
     """A noise schedule: three tables as leaves and all settings static, so that it passes through `jit`, `pmap` and `scan`.
 
-    `Schedule()` is DDPM's; `Schedule.create` has the defaults of another of diffusers' classes, `Schedule.from_config` reads one.
+    `Schedule()` is DDPM's; `Schedule.create` has the defaults of another of diffusers' classes, `Schedule.from_config` reads one,
+    and `Schedule.rectified_flow` makes that of a flow.
 
     Attributes:
-      alpha_bar, gamma, sigma: float32 [T], computed from the settings in float64 and rounded once.
+      alpha_bar, gamma, sigma: float32 [T], computed from the settings in float64 and rounded once. A flow's alpha_bar is that of
+        the same signal-to-noise ratio, gamma^2/(gamma^2 + sigma^2).
       class_name: diffusers' class that `to_config` names.
       original: the config as JSON if `to_config` is to return it as it was read, else empty.
       The other names and meanings are those of diffusers' schedulers.
@@ -69,17 +72,24 @@ class Schedule:
     lower_order_final: bool = _static(True)
     euler_at_final: bool = _static(False)
     final_sigmas_type: str = _static("zero")
+    shift: float = _static(1.0)
     class_name: str = _static("DDPMScheduler")
     original: str = _static("")
 
     def __post_init__(self):
         if self.alpha_bar is not _FROM_SETTINGS:  # a pytree that is put together again
             return
-        _check(self._settings())
+        _check(self._settings(), self.class_name)
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
-        table = self.alpha_bar64
-        for name, values in (("alpha_bar", table), ("gamma", np.sqrt(table)), ("sigma", np.sqrt(1 - table))):
+        if self.is_flow:
+            sigma = flow.sigma_table(self.num_train_timesteps, self.shift)
+            gamma = 1 - sigma
+            table = gamma**2 / (gamma**2 + sigma**2)
+        else:
+            table = self.alpha_bar64
+            gamma, sigma = np.sqrt(table), np.sqrt(1 - table)
+        for name, values in (("alpha_bar", table), ("gamma", gamma), ("sigma", sigma)):
             object.__setattr__(self, name, jnp.asarray(np.float32(values)))
 
     @classmethod
@@ -96,6 +106,14 @@ class Schedule:
         return cls(class_name=class_name, **{**CLASS_DEFAULTS[class_name], **settings})
 
     @classmethod
+    def rectified_flow(cls, *, shift: float = 1.0, num_train_timesteps: int = 1000) -> "Schedule":
+        """Returns the schedule of a network that predicts the velocity eps - x_0 at (1 - sigma) x_0 + sigma eps (flow.py).
+
+        The network is called with `num_train_timesteps` times sigma, float32; sigma = 1 is pure noise.
+        """
+        return cls.create(class_name=flow.EULER, shift=shift, num_train_timesteps=num_train_timesteps)
+
+    @classmethod
     def from_config(cls, config: dict) -> "Schedule":
         """Returns the schedule that a diffusers `scheduler_config.json` of any version describes.
 
@@ -103,8 +121,8 @@ class Schedule:
         defaults of the class, and null means absent.
 
         Raises:
-          UserError: a scheduler without betas, an option or key that is not supported, or None, the config of a model that came
-            without one.
+          UserError: a scheduler without betas that is no flow, an option or key that is not supported, or None, the config of a
+            model that came without one.
         """
         class_name, settings, original = scheduler_config.read(config)
         schedule = cls.create(class_name=class_name, original=original, **settings)
@@ -124,13 +142,40 @@ class Schedule:
         return {name: getattr(self, name) for name in DEFAULTS}
 
     @property
+    def is_flow(self) -> bool:
+        """Whether the network predicts a velocity, and losses and samplers are in it; else both are in eps."""
+        return self.prediction_type == flow.VELOCITY
+
+    def target(self, x_0: Array, eps: Array) -> Array:
+        """Returns what the loss compares the prediction with, [B, ...]: eps, or for a flow the velocity eps - x_0."""
+        return eps - x_0 if self.is_flow else eps
+
+    def clean_weight(self, gamma_B: Array) -> Array:
+        """Returns c [B], with which (x_t - c y)/sigma is the target if x_t was noised from y: gamma, or for a flow 1."""
+        return jnp.ones_like(gamma_B) if self.is_flow else gamma_B
+
+    def network_time(self, t: Array) -> Array:
+        """Returns what the network is given as time, [B]: the timestep, or for a flow T sigma, if `t` is a row of the table."""
+        if not self.is_flow or jnp.issubdtype(t.dtype, jnp.floating):
+            return t
+        return self.num_train_timesteps * self.sigma[t]
+
+    @property
     def t_end(self) -> int:
         """Timesteps to train at lie below it: T, or T - 1 if the last is pure noise, where eps is x_t for any network."""
         return self.num_train_timesteps - self.rescale_betas_zero_snr
 
     @property
     def alpha_bar64(self) -> np.ndarray:
-        """alpha_bar in float64 [T] on the host, from the static settings; samplers compute their tables from it."""
+        """alpha_bar in float64 [T] on the host, from the static settings; samplers compute their tables from it.
+
+        Raises:
+          UserError: the schedule is a flow's.
+        """
+        check(
+            not self.is_flow,
+            "this sampler needs betas, and the schedule is a flow's; set config.sampling.sampler to flow_euler or flow_heun",
+        )
         betas = self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas
         table = alpha_bar_table(*betas, self.rescale_betas_zero_snr)
         return np.maximum(table, FLOOR) if self.rescale_betas_zero_snr and self.class_name in FLOORED else table
@@ -176,12 +221,20 @@ class Schedule:
         return visited.astype(np.int32)
 
 
-def _check(values: dict) -> None:
+def _check(values: dict, class_name: str) -> None:
     for name, choices in (
         ("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES), ("variance_type", VARIANCE_TYPES),
         ("timestep_spacing", SPACINGS), ("solver_type", ("midpoint", "heun")), ("final_sigmas_type", ("zero", "sigma_min")),
     ):  # fmt: skip
         check_choice(name, values[name], choices)
+    is_flow = class_name in flow.CLASSES
+    check(
+        is_flow == (values["prediction_type"] == flow.VELOCITY),
+        f"prediction_type is {values['prediction_type']} and the scheduler is {class_name}: networks of flows predict "
+        f"{flow.VELOCITY}, on the schedule of {flow.EULER}, and others do not; give the schedule that the network was trained on",
+    )
+    check(is_flow or values["shift"] == 1, f"shift is {values['shift']!r}, which is for flows; {class_name} has betas")
+    check_number("shift", values["shift"], 0.0, above=True)
     for name, default in DEFAULTS.items():
         right = not isinstance(default, bool) or isinstance(values[name], bool)
         check(right, f"{name} is {values[name]!r}; it must be true or false")

@@ -1,8 +1,8 @@
 """diffusers' `scheduler_config.json`: which of its keys a schedule is made of, and what is written back.
 
-Training needs the betas and the prediction type. Every scheduler of diffusers that defines betas gives these. Samples are drawn
-by our own samplers (sampling/), so options of the others' samplers change nothing here. A config that holds such options is
-written back as it was read, so that diffusers makes the same scheduler of an export.
+Training needs the betas and the prediction type, or for a flow the shift (flow.py). Every scheduler of diffusers that defines
+betas gives these. Samples are drawn by our own samplers (sampling/), so options of the others' samplers change nothing here. A
+config that holds such options is written back as it was read, so that diffusers makes the same scheduler of an export.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from retrack_jax.checks import UserError, suggestion
+from retrack_jax.diffusion import flow
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ DEFAULTS = {
     "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
     "set_alpha_to_one": True, "skip_prk_steps": False,
     "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero",
+    "shift": 1.0,
 }  # fmt: skip
 _COMMON = tuple(DEFAULTS)[:8]
 _ZERO_SNR = "rescale_betas_zero_snr"
@@ -32,7 +34,7 @@ OWN = {
     "DDPMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range", "variance_type"),
     "DDIMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range", "set_alpha_to_one"),
     "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
-    "DPMSolverMultistepScheduler": (_ZERO_SNR, *tuple(DEFAULTS)[-5:]),
+    "DPMSolverMultistepScheduler": (_ZERO_SNR, *tuple(DEFAULTS)[-6:-1]),
 }
 # Where a class differs from DEFAULTS. Most never clip, so a schedule from their files does not clip with our other samplers
 # either, unless the file has the key.
@@ -43,6 +45,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {},
     "PNDMScheduler": {"set_alpha_to_one": False, "clip_sample": False},
     "DPMSolverMultistepScheduler": _UNCLIPPED,
+    **dict.fromkeys(flow.CLASSES, {"prediction_type": flow.VELOCITY, "clip_sample": False}),
     # The others are read for their betas alone.
     **dict.fromkeys(("DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "RePaintScheduler"), {}),
     **dict.fromkeys(
@@ -79,19 +82,22 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     `_class_name` is `DDPMScheduler` if absent; other keys that start with an underscore are ignored. Null means absent.
 
     Raises:
-      UserError: a scheduler without betas, an unknown key or a flow; or None, the config of a model that came without one.
+      UserError: a scheduler without betas that is no flow, an option of flows with betas, an unknown key; or None, the config of
+        a model that came without one.
     """
     if config is None:
         raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
     given = {key: value for key, value in dict(config).items() if value is not None}
     name = given.get("_class_name", "DDPMScheduler")
     _check_class(name)
+    if name in flow.CLASSES:
+        return name, flow.read(name, given), ""
     settings, ignored = {}, []
     for key, value in given.items():
         if key == "predict_epsilon":  # diffusers before 0.9
             settings.setdefault("prediction_type", "epsilon" if value else "sample")
         elif key in _OF_FLOWS and value:
-            raise UserError(f"the scheduler config sets {key} to {value!r}: it is for flows; only betas are read")
+            raise UserError(f"the scheduler config sets {key} to {value!r}: it is for flows, which are read of {flow.EULER}")
         elif key == "solver_order" and name in OWN and value == 3:
             ignored.append("solver_order=3")
         elif key in _OF_SAMPLERS and value not in (_OF_SAMPLERS[key], str(_OF_SAMPLERS[key])):
@@ -111,8 +117,10 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
 
 
 def write(class_name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `scheduler_config.json` of one of `OWN` with these settings; `read` reads back all that the class uses."""
+    """Returns the `scheduler_config.json` of one of `OWN`, or of a flow; `read` reads back all that the class uses."""
     config = {"_class_name": class_name}
+    if class_name in flow.CLASSES:
+        return config | {name: values[name] for name in ("num_train_timesteps", "shift")}
     for name in _COMMON + OWN[class_name]:
         value = values[name]
         if name == _ZERO_SNR and not value:  # a key that is newer than many a reader

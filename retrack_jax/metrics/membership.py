@@ -2,6 +2,7 @@
 
 Equations:
     (1)  loss score    -mean over (t, eps) of ||eps_pred(x_t, t) - eps||^2                           higher: more likely a member
+                       (of a flow, of the velocity: ||u_pred(x_t, t) - (eps - x_0)||^2)
     (2)  SecMI score   -||psi(phi(x_t)) - x_t||^2 at t = t_sec                                          (Duan et al. 2023)
     (2a) phi, one DDIM step up:      x_{t+k} = gamma_{t+k} x_0' + sigma_{t+k} e
                                      e       = eps_pred(x_t, t)
@@ -9,7 +10,7 @@ Equations:
     (2b) psi, one DDIM step down:    x_t'    = gamma_t x_0'' + sigma_t e'
                                      e'      = eps_pred(x_{t+k}, t + k)
                                      x_0''   = (x_{t+k} - sigma_{t+k} e') / gamma_{t+k}
-    (2c) x_t itself comes from the image by the steps phi from t = 0
+    (2c) x_t itself comes from the image by the steps phi from t = 0; of a flow phi and psi are steps of Euler's method
     (3)  AUC = P(score of a member > score of a held-out image) + P(equal)/2
 
 An AUC means something only if members and held-out images are exchangeable: two random parts of one data set. For an outlier such
@@ -26,7 +27,7 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check, check_int
-from retrack_jax.diffusion.conversions import add_noise, eps_to_x0
+from retrack_jax.diffusion.conversions import add_noise, eps_to_x0, expand
 from retrack_jax.metrics.blocks import condition_of, in_blocks, mapped
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
@@ -96,7 +97,8 @@ def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps
     t_B = jnp.floor((draw_B.astype(jnp.float32) + place_B) * (num_timesteps / num_noises)).astype(jnp.int32)
     t_B = jnp.minimum(t_B, num_timesteps - 1)
     x_t = add_noise(x_0, eps, schedule.gamma[t_B], schedule.sigma[t_B])
-    return jnp.sum((eps_fn(params, x_t, t_B, *condition_of(conditions, image_B)) - eps) ** 2, axis=(1, 2, 3))
+    found = eps_fn(params, x_t, t_B, *condition_of(conditions, image_B))
+    return jnp.sum((found - schedule.target(x_0, eps)) ** 2, axis=(1, 2, 3))
 
 
 def loss_scores(eps_fn: ModelEpsFn, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:
@@ -143,6 +145,8 @@ def _t_error(params, schedule, conditions, x_0, row_B, *, eps_fn, t_sec, interva
     def ddim(x, start, end):
         start_B, end_B = (jnp.full((len(x),), t, jnp.int32) for t in (start, end))
         eps = eps_fn(params, x, start_B, *condition)
+        if schedule.is_flow:
+            return x + expand(schedule.sigma[end_B] - schedule.sigma[start_B], x) * eps
         clean = eps_to_x0(eps, x, schedule.gamma[start_B], schedule.sigma[start_B])
         return add_noise(clean, eps, schedule.gamma[end_B], schedule.sigma[end_B])
 

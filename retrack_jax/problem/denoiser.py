@@ -28,6 +28,7 @@ from retrack_jax.data.dataset import ImageSet
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import array_digest
+from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
 from retrack_jax.weights.folder import UNET_FOLDERS
@@ -106,7 +107,7 @@ def _init(module: nn.Module, rng: Rng, *inputs: jax.Array) -> PyTree:
 
 
 def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
-    """Returns the network of `config.checkpoint`, or a new one of the shape of `config.model`, for `images`.
+    """Returns the network of `config.checkpoint`, or a new one of the shape of `config.model` or `config.dit`, for `images`.
 
     Raises:
       UserError: a checkpoint that is not there, not whole or not supported, or that cannot take the images; fields of
@@ -122,10 +123,11 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
             log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", options.checkpoint)
         module = module.clone(**own)
     else:
-        module, params, stored = UNet2D.from_config(dataclasses.asdict(options.model), **own), None, None
+        family = UNet2D if options.network == "unet" else DiT
+        module, params, stored = family.from_config(dataclasses.asdict(options.new_network), **own), None, None
     _check_fits(module, images)
     condition = example_inputs(module)[2:]
-    schedule = Schedule.from_config(stored or dataclasses.asdict(options.schedule))
+    schedule = Schedule.from_config(stored or options.schedule.to_config())
 
     def export(path, params: PyTree, note: str) -> None:
         export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)

@@ -130,7 +130,12 @@ class ImageEvaluation:
         training = dataclasses.replace(
             self._options.pretrain, learning_rate=recipe.learning_rate, learning_rate_schedule="constant", warmup_steps=0
         )
-        how = StepOptions(t_max=denoiser.schedule.t_end, dropout=denoiser.has_dropout, condition_dropout=conditioning.dropout)
+        how = StepOptions(
+            t_max=denoiser.schedule.t_end,
+            logit_normal=training.logit_normal,
+            dropout=denoiser.has_dropout,
+            condition_dropout=conditioning.dropout,
+        )
         given = denoiser.eps_fn, denoiser.schedule, how, training.optimizer(), recipe.batch_size
         return make_finetune(*given, conditioning.dropped)
 

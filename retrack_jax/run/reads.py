@@ -25,7 +25,7 @@ def model_reads(options: Options, method: str) -> dict:
         "compute": {"dtype": options.compute.dtype},
     }
     if not options.checkpoint or (method in METHODS and METHODS[method].from_scratch):
-        fields |= {"model": _fields(options.model), "pretrain": _fields(options.pretrain, {"accumulation"})}
+        fields |= {"model": _fields(options.new_network), "pretrain": _fields(options.pretrain, {"accumulation"})}
     if method != PRETRAINED:
         recipe = options.recipe(method)
         own = {} if METHODS[method].from_scratch else {method: _fields(recipe.own)}

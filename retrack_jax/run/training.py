@@ -142,6 +142,7 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
     how = StepOptions(
         accumulation=recipe.accumulation,
         t_max=denoiser.schedule.t_end,
+        logit_normal=recipe.logit_normal,
         dropout=denoiser.has_dropout,
         condition_dropout=context.problem.conditioning.dropout,
     )

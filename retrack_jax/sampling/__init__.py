@@ -5,12 +5,16 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.sampling.ddim import DDIM
 from retrack_jax.sampling.ddpm import DDPM
 from retrack_jax.sampling.dpm_solver import DPMSolver
+from retrack_jax.sampling.flow_euler import FlowEuler
+from retrack_jax.sampling.flow_heun import FlowHeun
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 from retrack_jax.sampling.inject import inject
 from retrack_jax.sampling.loop import Sampler, initial_noise, num_calls, sample, start_at, step_noise
 from retrack_jax.sampling.pndm import PNDM
 
-SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpm_solver": DPMSolver, "pndm": PNDM}
+SAMPLERS = {
+    "ddpm": DDPM, "ddim": DDIM, "dpm_solver": DPMSolver, "pndm": PNDM, "flow_euler": FlowEuler, "flow_heun": FlowHeun,
+}  # fmt: skip
 
 
 def make_sampler(name: str, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> Sampler:
@@ -18,16 +22,17 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, spacing: str 
 
     Args:
       spacing: `leading`, `trailing` or `linspace`; by default the schedule's own, but `linspace` for DPM-Solver++, as in
-        diffusers.
+        diffusers. Flows have none.
 
     Raises:
-      UserError: an unknown name or spacing, or a number of steps that the sampler cannot make.
+      UserError: an unknown name or spacing, a number of steps that the sampler cannot make, or a sampler that is for flows with
+        a schedule of betas, or the reverse.
     """
     check_choice("sampler", name, SAMPLERS)
     return SAMPLERS[name].create(schedule, num_steps, spacing=spacing)
 
 
 __all__ = [
-    "DDIM", "DDPM", "DPMSolver", "PNDM", "SAMPLERS", "Sampler", "generate", "initial_noise", "inject", "make_sample_fn",
-    "make_sampler", "num_calls", "pmap_sample_fn", "sample", "start_at", "step_noise",
+    "DDIM", "DDPM", "DPMSolver", "FlowEuler", "FlowHeun", "PNDM", "SAMPLERS", "Sampler", "generate", "initial_noise", "inject",
+    "make_sample_fn", "make_sampler", "num_calls", "pmap_sample_fn", "sample", "start_at", "step_noise",
 ]  # fmt: skip

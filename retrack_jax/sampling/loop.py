@@ -58,7 +58,8 @@ def sample(eps_fn: EpsFn, x_init: Array, rngs: Rng, sampler: Sampler) -> Array:
     """Returns samples of x_0 in the space that the network denoises, [B, ...] as `x_init`; traceable, the caller compiles it.
 
     Args:
-      eps_fn: `eps_fn(x_t [B, ...], t int32 [B]) -> eps`, the parameters closed over; wrap it for classifier-free guidance.
+      eps_fn: `eps_fn(x_t [B, ...], t [B]) -> eps`, the parameters closed over; wrap it for classifier-free guidance. For the
+        samplers of flows it returns the velocity.
       x_init: [B, ...] float32, standard normal noise for a sampler that starts at the end of the schedule (`initial_noise`).
       rngs: one key per image, [B]; unused by deterministic samplers.
       sampler: from `make_sampler`, or `start_at` of one.
@@ -97,9 +98,9 @@ def start_at(sampler: Any, t: int) -> Any:
 
 
 def float32_rows(t: np.ndarray, **coefficients: np.ndarray) -> Coefficients:
-    """Returns the rows of a sampler: `t` as int32, and every coefficient rounded once from float64 to float32."""
+    """Returns the rows of a sampler: `t` as int32, or float32 if they are floats, and coefficients rounded once to float32."""
     rows = {name: np.broadcast_to(np.float32(value), np.shape(t)) for name, value in coefficients.items()}
-    return {"t": np.asarray(t, np.int32), **rows}
+    return {"t": np.asarray(t, np.float32 if np.asarray(t).dtype.kind == "f" else np.int32), **rows}
 
 
 def predict_x0(x: Array, eps: Array, row: dict[str, Array], clip: float | None) -> Array:

@@ -41,6 +41,14 @@ caption that is like no other, the target is what the pretrained network, eps_0,
 condition c_a, such as the null label or the nearest remaining caption:
 
   (10) anchor      ||eps_pred(x_t, c) - eps_0(x_t, c_a)||^2
+
+The network of a rectified flow predicts the velocity, whose target at x_t is (x_t - y)/sigma if x_t was noised from y. Its losses
+are in its own space, as it was trained: eps_pred is the velocity, and targets are the general
+
+  (11) (x_t - c y)/sigma,   c = gamma for eps, 1 for the velocity,
+
+so that c takes the place of gamma in every target of (4), (5) and (7), and (c/sigma)^2 that of r^2 in the spread of (7). The
+weights of (4) and (5) hold x_t alone, so that gamma stays in them. A squared difference in velocity is 1/gamma^2 of that in eps.
 """
 
 import jax
@@ -81,6 +89,7 @@ def siss(
     sigma: Array,
     mixture: float | Array,
     source: Array | None = None,
+    c: Array | None = None,
 ) -> tuple[Array, Array]:
     """Returns SISS's importance-weighted terms (4): `(main [B], correction [B])`, each summed over pixels.
 
@@ -92,11 +101,13 @@ def siss(
       mixture: lambda in [0, 1], a scalar.
       source: float `[B]`, 1 where `x_t` can only come from `forget`, because it is under a condition that `remain` does not
         have, -1 where only from `remain`, else 0. None: 0 everywhere.
+      c: of (11), `[B]`; None: gamma.
     """
     _check_same_shape(eps_pred=eps_pred, x_t=x_t, remain=remain, forget=forget)
     weight_remain, weight_forget = siss_weights(x_t, remain, forget, gamma, sigma, mixture, source)
-    main = weight_remain * _squared_norm(eps_pred - _noise_from(remain, x_t, gamma, sigma))
-    correction = weight_forget * _squared_norm(eps_pred - _noise_from(forget, x_t, gamma, sigma))
+    c = gamma if c is None else c
+    main = weight_remain * _squared_norm(eps_pred - _noise_from(remain, x_t, c, sigma))
+    correction = weight_forget * _squared_norm(eps_pred - _noise_from(forget, x_t, c, sigma))
     return main, correction
 
 
@@ -122,7 +133,13 @@ def siss_weights(
 
 
 def retrack(
-    eps_pred: Array, x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None
+    eps_pred: Array,
+    x_t: Array,
+    neighbors: Array,
+    gamma: Array,
+    sigma: Array,
+    bias: Array | None = None,
+    c: Array | None = None,
 ) -> Array:
     """Returns ReTrack's loss (5), `[B]`, summed over pixels, evaluated by (7).
 
@@ -134,8 +151,9 @@ def retrack(
       neighbors: the K nearest remaining images of each, clean, in the space that the network denoises, `[B, K, ...]`.
       gamma, sigma: `[B]`.
       bias: b_k of (9), `[B, K]`; -inf leaves a neighbor out, but not the first. None: 0, the published loss.
+      c: of (11), `[B]`; None: gamma.
     """
-    target, spread = retrack_target(x_t, neighbors, gamma, sigma, bias)
+    target, spread = retrack_target(x_t, neighbors, gamma, sigma, bias, c)
     return vanilla(eps_pred, target) + spread
 
 
@@ -146,7 +164,7 @@ def snr_weight(gamma: Array, sigma: Array, cap: float | Array) -> Array:
 
 
 def retrack_target(
-    x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None
+    x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None, c: Array | None = None
 ) -> tuple[Array, Array]:
     """Returns `(v_bar [B, ...], spread [B])` of (7): the single weighted target and the constant of the published value."""
     p_BK = retrack_posterior(x_t, neighbors, gamma, sigma, bias)
@@ -154,8 +172,9 @@ def retrack_target(
     # Around neighbor 0, because the neighbors are close to each other and the weights sum to 1 only up to rounding.
     origin = neighbors[:, :1]
     a_bar = origin + jnp.sum(p_BK1 * (neighbors - origin), axis=1, keepdims=True)
-    spread_B = jnp.square(gamma / sigma) * jnp.sum(p_BK * _squared_norm(neighbors - a_bar, batch_axes=2), axis=1)
-    target = _noise_from(a_bar[:, 0], x_t, gamma, sigma)
+    c = gamma if c is None else c
+    spread_B = jnp.square(c / sigma) * jnp.sum(p_BK * _squared_norm(neighbors - a_bar, batch_axes=2), axis=1)
+    target = _noise_from(a_bar[:, 0], x_t, c, sigma)
     return jax.lax.stop_gradient(target), jax.lax.stop_gradient(spread_B)
 
 
@@ -173,9 +192,9 @@ def retrack_posterior(
     return jax.lax.stop_gradient(jax.nn.softmax(logits_BK, axis=1))
 
 
-def _noise_from(clean: Array, x_t: Array, gamma: Array, sigma: Array) -> Array:
-    """The noise that leads from `clean` to `x_t`: (x_t - gamma clean) / sigma."""
-    return (x_t - expand(gamma, clean) * clean) / expand(sigma, clean)
+def _noise_from(clean: Array, x_t: Array, c: Array, sigma: Array) -> Array:
+    """Equation (11): with c = gamma the noise that leads from `clean` to `x_t`."""
+    return (x_t - expand(c, clean) * clean) / expand(sigma, clean)
 
 
 def _inner(a: Array, b: Array, batch_axes: int = 1) -> Array:

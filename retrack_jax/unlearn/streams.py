@@ -70,14 +70,17 @@ class Stream:
 class Noised:
     """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`.
 
+    `target` is what the network is to predict: eps, or for a flow the velocity eps - x_0; `c` is as in equation 11 of losses.py.
     `rngs` are for dropout masks; `condition` is the stream's.
     """
 
     x_t: Array
     t: Array
     eps: Array
+    target: Array
     gamma: Array
     sigma: Array
+    c: Array
     rngs: Rng
     condition: Array | None = None
 
@@ -92,7 +95,8 @@ class Context:
       reference_fn: `(x_t, t, condition) -> eps_pred` with the frozen pretrained parameters, or None.
       distill: whether the retain loss is the distance to `reference_fn`.
       options: the method's own options (numbers, or traced scalars if they follow a schedule).
-      t_min, t_max: timesteps are drawn uniformly from [t_min, t_max).
+      t_min, t_max: timesteps are drawn from [t_min, t_max), uniformly unless `logit_normal` says otherwise.
+      logit_normal: (m, s): the place in that range is sigmoid(m + s z), with z standard normal, as flows are often trained.
     """
 
     schedule: Schedule
@@ -102,21 +106,37 @@ class Context:
     distill: bool = False
     t_min: int = 0
     t_max: int
+    logit_normal: tuple[float, float] | None = None
 
     def noise(self, stream: Stream) -> Noised:
         """Draws t and eps for each example of `stream` and noises its images."""
         x_0 = stream.x_0
 
         def draw(rng):
-            t = jax.random.randint(jax.random.fold_in(rng, _TIME), (), self.t_min, self.t_max)
+            t = self._draw_t(jax.random.fold_in(rng, _TIME))
             eps = jax.random.normal(jax.random.fold_in(rng, _NOISE), x_0.shape[1:])
             return t, eps, jax.random.fold_in(rng, _DROPOUT)
 
         t, eps, rngs = jax.vmap(draw)(stream.rngs)
         gamma, sigma = self.schedule.gamma[t], self.schedule.sigma[t]
         return Noised(
-            x_t=add_noise(x_0, eps, gamma, sigma), t=t, eps=eps, gamma=gamma, sigma=sigma, rngs=rngs, condition=stream.condition
+            x_t=add_noise(x_0, eps, gamma, sigma),
+            t=t,
+            eps=eps,
+            target=self.schedule.target(x_0, eps),
+            gamma=gamma,
+            sigma=sigma,
+            c=self.schedule.clean_weight(gamma),
+            rngs=rngs,
+            condition=stream.condition,
         )
+
+    def _draw_t(self, rng: Rng) -> Array:
+        if self.logit_normal is None:
+            return jax.random.randint(rng, (), self.t_min, self.t_max)
+        mean, std = self.logit_normal
+        place = jax.nn.sigmoid(mean + std * jax.random.normal(rng))
+        return jnp.minimum(self.t_min + jnp.floor(place * (self.t_max - self.t_min)).astype(jnp.int32), self.t_max - 1)
 
     def predict(self, *noised: Noised) -> tuple[Array, ...]:
         """Returns the prediction at each batch of noisy points, from one forward pass over all of them."""
@@ -130,7 +150,7 @@ class Context:
     def retain_loss(self, eps_pred: Array, noised: Noised) -> Array:
         """Returns `[B]`: the vanilla loss, or the distance to the frozen pretrained prediction when distilling."""
         if not self.distill:
-            return losses.vanilla(eps_pred, noised.eps)
+            return losses.vanilla(eps_pred, noised.target)
         return self.distance_to_reference(eps_pred, noised, noised.condition)
 
     def distance_to_reference(self, eps_pred: Array, noised: Noised, condition: Array | None) -> Array:

@@ -154,7 +154,7 @@ def test_absent_and_null_keys_take_the_defaults_of_the_class():
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
         ({"solver_order": 4}, "solver_order is 4"),
         ({"beta_shedule": "linear"}, "unknown key 'beta_shedule'; did you mean 'beta_schedule'"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler'.*is for flows"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "'FlowMatchLCMScheduler'.*is for flows"),
         ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler'.*is for sigmas of EDM"),
         ({"_class_name": "EulerDiscretScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
         ({"_class_name": ["DDPMScheduler"]}, "_class_name is "),
