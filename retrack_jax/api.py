@@ -7,7 +7,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -61,6 +61,7 @@ def unlearn(
     *,
     method: str = "retrack",
     rng: Rng,
+    labels: tuple[Sequence[int], Sequence[int]] | None = None,
     callback: Callable[[int, dict[str, float]], None] | None = None,
     **options,
 ) -> PyTree:
@@ -76,6 +77,8 @@ def unlearn(
         pixels), or uint8.
       method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.
       rng: a key from `jax.random.key`; decides the data order and all noise.
+      labels: `(of remain [R], of forget [F])`, whole numbers, for a network that is called with a third argument, labels int32
+        `[B]`. Each image is then noised under its own label, and its neighbors have that label.
       callback: called after every step as `callback(step, metrics)`: the steps done, and the losses and the norm of the gradient
         by name. What it raises ends the training.
       **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
@@ -104,9 +107,11 @@ def unlearn(
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")
     check(len(remain) > 0 and len(forget) > 0, f"{len(remain)} images remain and {len(forget)} are forgotten; give some of both")
     name = _kind(remain, forget)
-    shared = Shared(schedule=schedule, forget={name: forget})
+    of_remain, of_forget = _labels(labels, remain, forget)
+    shared = Shared(schedule=schedule, forget={name: forget, **of_forget})
     if "neighbors" in entry.streams:
-        rows, _ = nearest(forget, remain, recipe.num_neighbors, recipe.neighbor_backend)
+        exclude = [np.flatnonzero(of_remain["condition"] != label) for label in of_forget["condition"]] if labels else None
+        rows, _ = nearest(forget, remain, recipe.num_neighbors, recipe.neighbor_backend, exclude=exclude)
         warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = distinct_neighbors(rows)
         shared = dataclasses.replace(shared, neighbors={name: remain[distinct]}, neighbor_rows=positions)  # type: ignore[arg-type]
@@ -115,7 +120,7 @@ def unlearn(
     how = recipe.step_options(schedule.t_end, dropout)
     order_rng, step_rng = jax.random.split(rng)
     batches = Batches(
-        gather=lambda rows: {name: remain[rows]},
+        gather=lambda rows: {name: remain[rows]} | {field: each[rows] for field, each in of_remain.items()},
         num_remain=len(remain),
         forget_rows=np.arange(len(forget)),
         remain_size=recipe.batch_size if "remain" in entry.streams else 0,
@@ -159,6 +164,21 @@ def _kind(remain: np.ndarray, forget: np.ndarray) -> str:
     if low >= 0 and high <= 1:
         log.warning("remain and forget hold floats in [0, 1]; a network of pixels takes them in [-1, 1]: pass 2 x - 1, or uint8")
     return "x_0"
+
+
+def _labels(labels, remain: np.ndarray, forget: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns the labels of both as examples carry them, int32; nothing if there are none."""
+    if labels is None:
+        return {}, {}
+    check(len(labels) == 2, "labels must be a pair: those of remain, and those of forget")
+    both = [np.asarray(each) for each in labels]
+    for what, each, images in zip(("remain", "forget"), both, (remain, forget), strict=True):
+        fits = each.shape == (len(images),) and each.dtype.kind in "iu" and (each >= 0).all()
+        advice = f"give a whole number from 0 on for each of {len(images)} images"
+        check(fits, f"the labels of {what} are {each.dtype} {each.shape}; {advice}")
+    gone = sorted(set(both[1].tolist()) - set(both[0].tolist()))
+    check(not gone, f"no image of label {', '.join(map(str, gone))} remains, so under it there is nothing to lead to")
+    return {"condition": both[0].astype(np.int32)}, {"condition": both[1].astype(np.int32)}
 
 
 def _check_kinds(params, schedule, rng, callback) -> None:

@@ -1,6 +1,7 @@
 """The Python door: arrays in, parameters out, the caller's parameters untouched, mistakes named."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,3 +134,45 @@ def test_run_refuses_float64_as_the_command_does(tmp_path):
     with jax.enable_x64(True), pytest.raises(UserError, match="float64 is enabled in jax"):
         run(default_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def unlearn_labeled(rng, remain_labels, forget_labels=(1, 1), apply_fn=None, **options):
+    apply_fn = apply_fn or (lambda variables, x, t, label, **kwargs: toys.ToyNet().apply(variables, x, t, **kwargs))
+    options = {**SMALL, "rng": rng, "labels": (remain_labels, forget_labels), **options}
+    return unlearn(apply_fn, toys.params(), toys.schedule(), toys.images(20), toys.images(2, 1), **options)
+
+
+def test_neighbors_have_the_label_of_the_forgotten_image(rng):
+    """A network that ignores its label: only the neighbors tell labels apart."""
+    same, one = [1] * 20, [1] + [2] * 19
+    assert tree_digest(unlearn_labeled(rng, same)) == tree_digest(go(rng))
+    assert tree_digest(unlearn_labeled(rng, one, num_neighbors=1)) != tree_digest(go(rng, num_neighbors=1))
+    with pytest.raises(UserError, match="k is 2"):
+        unlearn_labeled(rng, one, num_neighbors=2)
+
+
+@pytest.mark.parametrize("method", ["retrack", "siss", "neggrad", "vanilla"])
+def test_every_image_is_denoised_under_its_own_label(method, rng):
+    """A network that works for the labels in use, and gives NaN for any other."""
+
+    def apply_fn(variables, x, t, label, **kwargs):
+        known = (label == 3) | (label == 5)
+        return jnp.where(known[:, None, None, None], toys.ToyNet().apply(variables, x, t, **kwargs), jnp.nan)
+
+    labels = [3, 5] * 10
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(unlearn_labeled(rng, labels, (3, 5), apply_fn, method=method)))
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (([1] * 19, [1, 1]), r"the labels of remain are int64 \(19,\); give a whole number from 0 on for each of 20"),
+        (([1] * 20, [0.5, 1]), "the labels of forget are float64"),
+        (([1] * 20, [1, -1]), "the labels of forget are int64"),
+        (([1] * 20, [1, 4]), "no image of label 4 remains"),
+        (([1] * 20,), "labels must be a pair"),
+    ],
+)
+def test_mistakes_in_labels(labels, words, rng):
+    with pytest.raises(UserError, match=words):
+        unlearn_labeled(rng, (), labels=labels)
