@@ -173,7 +173,7 @@ def _labels(labels, remain: np.ndarray, forget: np.ndarray) -> tuple[dict[str, n
     check(len(labels) == 2, "labels must be a pair: those of remain, and those of forget")
     both = [np.asarray(each) for each in labels]
     for what, each, images in zip(("remain", "forget"), both, (remain, forget), strict=True):
-        fits = each.shape == (len(images),) and each.dtype.kind in "iu" and (each >= 0).all()
+        fits = each.shape == (len(images),) and each.dtype.kind in "iu" and bool((each >= 0).all())
         advice = f"give a whole number from 0 on for each of {len(images)} images"
         check(fits, f"the labels of {what} are {each.dtype} {each.shape}; {advice}")
     gone = sorted(set(both[1].tolist()) - set(both[0].tolist()))
