@@ -26,6 +26,7 @@ from retrack_jax.neighbors.distinct import distinct_neighbors
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.loop import train
+from retrack_jax.train.lora import init, merge
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, make_train_step
 from retrack_jax.unlearn.methods import METHODS, get_method
@@ -82,7 +83,8 @@ def unlearn(
       callback: called after every step as `callback(step, metrics)`: the steps done, and the losses and the norm of the gradient
         by name. What it raises ends the training.
       **options: `num_steps`, `batch_size`, `learning_rate`, `num_neighbors` (K) and the other fields of `config.unlearn`, and the
-        method's own, such as `lam`. `dropout=True` trains with the network's dropout on.
+        method's own, such as `lam`. `adapter="lora", lora={"rank": 8}` trains an adapter and returns it merged. `dropout=True`
+        trains with the network's dropout on.
 
     Each call compiles its step anew; `jax.config.update("jax_compilation_cache_dir", DIR)` keeps compiled programs, as the
     command does.
@@ -115,7 +117,7 @@ def unlearn(
         warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = distinct_neighbors(rows)
         shared = dataclasses.replace(shared, neighbors={name: remain[distinct]}, neighbor_rows=positions)  # type: ignore[arg-type]
-    if recipe.retain_loss == "distillation":
+    if recipe.retain_loss == "distillation" or recipe.adapter:
         shared = dataclasses.replace(shared, reference=params)
     how = recipe.step_options(schedule.t_end, dropout)
     order_rng, step_rng = jax.random.split(rng)
@@ -128,13 +130,14 @@ def unlearn(
         seed=int(jax.random.bits(order_rng, dtype="uint32")),
     )
     # The step donates its state: it works on a copy, and the caller's parameters stay.
-    state = create_state(parallel.copy(params), recipe.optimizer())
+    start = init(recipe.lora, params, rng) if recipe.adapter else parallel.copy(params)
+    state = create_state(start, recipe.optimizer())
     state, _ = train(
         parallel.replicate(state), make_train_step(entry, make_eps_fn(apply_fn, schedule), how), batches,
         parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
         on_step=callback,
     )  # fmt: skip
-    return state.params
+    return merge(recipe.lora, params, state.params) if recipe.adapter else state.params
 
 
 def _names(record: type) -> set[str]:

@@ -40,6 +40,14 @@ def test_every_field_of_config_unlearn_is_an_option_with_the_same_default(rng):
     assert tree_digest(go(rng, **{**given, **small})) == tree_digest(plain)
 
 
+def test_an_adapter_comes_back_merged_into_the_layers_it_names(rng):
+    params = toys.params()
+    adapted = go(rng, adapter="lora", lora={"rank": 2, "layers": ["Dense_1"]})
+    assert toys.relative(adapted["Dense_1"]["kernel"], params["Dense_1"]["kernel"]) > 1e-5
+    for name, leaf in (("Dense_0", "kernel"), ("Dense_0", "bias"), ("Dense_1", "bias")):
+        np.testing.assert_array_equal(adapted[name][leaf], params[name][leaf])
+
+
 def test_the_learning_rate_may_warm_up_and_fall(rng):
     constant = go(rng)
     for changes in ({"warmup_steps": 2}, {"learning_rate_schedule": "cosine"}):
@@ -76,6 +84,9 @@ def test_pixels_and_floats_are_the_same_images(rng):
         ({"lam": 7.0}, "^lam is 7.0"),
         ({"lam_schedule": "linear"}, "^lam_end is not set"),
         ({"learning_rate": -1.0}, "^learning_rate is -1.0"),
+        ({"adapter": "lora", "lora": {"rank": 0}}, "^lora.rank is 0"),
+        ({"adapter": "lora", "lora": 8}, "^lora is 8; give a dict"),
+        ({"adapter": "lora"}, "^lora.layers: the network has no layer 'to_q'; it has Dense_0, Dense_1"),
         ({"forget_batch_size": -8}, "^forget_batch_size is -8"),
         ({"method": "siss", "forget_batch_size": 4}, "^forget_batch_size is 4, but this method pairs"),
         ({"learning_rate_schedule": "cosin"}, "learning_rate_schedule is 'cosin'.*did you mean 'cosine'"),

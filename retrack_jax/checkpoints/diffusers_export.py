@@ -20,6 +20,7 @@ from retrack_jax.weights.safetensors_io import write_safetensors
 _HEADING = "## Exported by retrack_jax"
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # lora_export.py
 
 
 def export_diffusers(
@@ -58,25 +59,30 @@ def export_diffusers(
                 "unet": ["diffusers", "UNet2DModel"],
             }
 
-    if "://" in str(path):
-        _write_folder(path, files, config, params, table)
-        return
     with replacing(path, source) as folder:
-        _write_folder(folder, files, config, params, table)
+        write_files(folder, files)
+        write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params, table=table)))
+        write_json(folder / "config.json", config)  # last, for without it there is no model
 
 
 @contextlib.contextmanager
-def replacing(path, source) -> Iterator[Path]:
+def replacing(path, source) -> Iterator[epath.Path]:
     """Yields where to write a folder that becomes `path` when the block ends; an earlier export there is replaced.
+
+    On an object store that is `path` itself.
 
     Raises:
       UserError: as `export_diffusers`.
     """
-    path = Path(path)
+    path = epath.Path(path)
     _check_replaceable(path, source)
+    if "://" in str(path):
+        yield path
+        return
+    path = Path(path)
     folder = beside(path)
     try:
-        yield folder
+        yield epath.Path(folder)
         _move_into_place(folder, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
@@ -86,17 +92,14 @@ def replacing(path, source) -> Iterator[Path]:
 
 def is_whole(path) -> bool:
     """Whether the folder `path` holds all of an export, of any kind: on an object store one may be cut short."""
-    return any((path / name).exists() for name in ("config.json", "unet/config.json", "model.safetensors"))
+    return any((path / name).exists() for name in ("config.json", "unet/config.json", "model.safetensors", LORA_WEIGHTS))
 
 
-def _write_folder(folder, files: dict[str, Any], config: dict, params: PyTree, table: RenameTable) -> None:
-    """The card first, so that a folder that is cut short is known as ours; the config last, for without it there is no model."""
-    folder = epath.Path(folder)
+def write_files(folder: epath.Path, files: dict[str, Any]) -> None:
+    """Writes text, bytes and JSON by name. Written first, the card marks a folder that is cut short as ours."""
     writers = {str: write_text, bytes: write_bytes, dict: write_json}
     for name, content in files.items():
         writers[type(content)](folder / name, content)
-    write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params, table=table)))
-    write_json(folder / "config.json", config)
 
 
 def _move_into_place(folder: Path, path: Path) -> None:

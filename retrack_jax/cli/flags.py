@@ -117,7 +117,8 @@ def _field(config, dotted: str, default=None):
 def _quoted(argument: str) -> str:
     """Names with commas between them as a tuple of strings: ml_collections takes `a.jpg,b.jpg` for Python that it cannot read."""
     name, _, value = argument.partition("=")
-    if name not in ("--config.targets", "--config.eval.metrics") or value[:1] in ("", "(", "[", "'", '"'):
+    names = ("--config.targets", "--config.eval.metrics", "--config.unlearn.lora.layers")
+    if name not in names or value[:1] in ("", "(", "[", "'", '"'):
         return argument
     return f"{name}={tuple(value.split(','))!r}"
 

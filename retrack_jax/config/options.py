@@ -16,6 +16,7 @@ from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
 from retrack_jax.evaluate.prompts import CLASSIFIERS
 from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.sampling import SAMPLERS
+from retrack_jax.train.lora import LoraOptions
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
 
 MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
@@ -270,6 +271,12 @@ class Options:
     def recipe(self, method: str) -> UnlearnOptions:
         """Returns the options of unlearning as `method` takes them."""
         return self.methods.get(method, self.unlearn)
+
+    def lora(self, method: str) -> LoraOptions | None:
+        """Returns the adapter that `method` trains; None: it trains the whole network, as retraining always does."""
+        if method not in METHODS or METHODS[method].from_scratch or not self.recipe(method).adapter:
+            return None
+        return self.recipe(method).lora
 
     @property
     def new_network(self) -> ModelOptions | DiTOptions:

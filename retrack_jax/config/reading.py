@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from retrack_jax.checks import UserError
-from retrack_jax.config.options import Options, RelearningOptions
+from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.options import MethodOptions
@@ -26,7 +26,7 @@ def default_config() -> ConfigDict:
     `config.unlearn.METHOD` holds a method's own options, and a placeholder for every shared field, which overrides it.
     """
     config = _laid_out(Options, leave_out=("methods",))
-    shared = [one for one in fields(UnlearnOptions) if one.name != "own"]
+    shared = [one for one in fields(UnlearnOptions) if not dataclasses.is_dataclass(one.type)]
     for name, method in METHODS.items():
         if not method.from_scratch:
             own = _laid_out(method.options)
@@ -46,12 +46,7 @@ def read_config(config: ConfigDict) -> Options:
     unlearn = values.pop("unlearn")
     shared = {name: value for name, value in unlearn.items() if name not in METHODS}
     methods = {name: unlearn_options(name, shared, unlearn[name], "config.unlearn.") for name in METHODS if name in unlearn}
-    groups = {one.name: one.type for one in fields(Options) if dataclasses.is_dataclass(one.type) and one.name in values}
-    relearning = values["eval"].pop("relearning", {})
-    values["eval"]["relearning"] = _make(RelearningOptions, relearning, "config.eval.relearning.")
-    made = {name: _make(kind, values.pop(name), f"config.{name}.") for name, kind in groups.items()}
-    made["unlearn"] = _make(UnlearnOptions, shared, "config.unlearn.")
-    return _make(Options, {**values, **made, "methods": methods}, "config.")
+    return _make(Options, {**values, "unlearn": shared, "methods": methods}, "config.")
 
 
 def unlearn_options(method: str, shared: Mapping, own: Mapping, where: str) -> UnlearnOptions:
@@ -71,8 +66,11 @@ def unlearn_options(method: str, shared: Mapping, own: Mapping, where: str) -> U
 
 
 def _make(kind: type, values: Mapping, where: str):
+    """Returns the record of `values`; a field that is a record is made of its own mapping."""
+    nested = {one.name: one.type for one in fields(kind) if hasattr(values.get(one.name), "keys")}
+    made = {name: _make(of, values[name], f"{where}{name}.") for name, of in nested.items() if dataclasses.is_dataclass(of)}
     try:
-        return kind(**values)
+        return kind(**{**values, **made})
     except UserError as error:
         raise UserError(f"{where}{error}") from error
 

@@ -8,6 +8,7 @@ import optax
 from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.neighbors.search import BACKENDS
 from retrack_jax.notation import Array
+from retrack_jax.train.lora import ADAPTERS, LoraOptions
 from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer, make_rate
 from retrack_jax.train.step import StepOptions
 from retrack_jax.unlearn.methods import Method
@@ -117,6 +118,8 @@ class UnlearnOptions(TrainingOptions):
     t_min: int = 0  # timesteps are drawn from [t_min, t_max); of a flow, rows of its table of sigmas, rising
     t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
+    adapter: str | None = None  # or lora: freeze the weights and train the matrices of `lora`; None: train every weight
+    lora: LoraOptions = LoraOptions()
     own: MethodOptions = MethodOptions()
 
     def __post_init__(self):
@@ -126,6 +129,9 @@ class UnlearnOptions(TrainingOptions):
             check_int("num_neighbors", self.num_neighbors)
         check_choice("neighbor_backend", self.neighbor_backend, BACKENDS)
         check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
+        if self.adapter is not None:
+            check_choice("adapter", self.adapter, ADAPTERS)
+        check(isinstance(self.lora, LoraOptions), f"lora is {self.lora!r}; give a dict such as {{'rank': 8}}")
         check_int("t_min", self.t_min, minimum=0)
         if self.t_max is not None:
             check_int("t_max", self.t_max, minimum=self.t_min + 1)
@@ -148,6 +154,7 @@ class UnlearnOptions(TrainingOptions):
             distill=self.retain_loss == "distillation",
             dropout=dropout,
             condition_dropout=condition_dropout,
+            lora=self.lora if self.adapter else None,
         )
 
     def forget_size(self, method: Method) -> int:

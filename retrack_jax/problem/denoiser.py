@@ -20,6 +20,7 @@ from retrack_jax.checkpoints import (
     read_schedule_config,
 )
 from retrack_jax.checkpoints.diffusers_import import example_inputs
+from retrack_jax.checkpoints.lora_export import export_lora
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import UserError, check
@@ -31,6 +32,7 @@ from retrack_jax.files import array_digest
 from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
+from retrack_jax.train.lora import LoraOptions
 from retrack_jax.weights.folder import UNET_FOLDERS
 from retrack_jax.weights.hub import local_model
 from retrack_jax.weights.kinds import network_config
@@ -48,8 +50,9 @@ class Denoiser:
       shape: of what it denoises, (H, W, C).
       params: the checkpoint's parameters, on the host, since a training step donates what it is given; None: to be trained here.
       condition: the smallest condition that the network takes, or nothing.
-      label_vectors: float32 `[labels, D]`, what the network takes in place of each label; None: the labels themselves.
       export: `(path, params, note)` writes the network as diffusers saves it; `note` goes into its card.
+      export_adapter: `(path, adapter, lora, note)` writes an adapter; None: diffusers reads none for this network.
+      label_vectors: float32 `[labels, D]`, what the network takes in place of each label; None: the labels themselves.
     """
 
     module: nn.Module
@@ -58,6 +61,7 @@ class Denoiser:
     params: PyTree | None
     condition: tuple[jax.Array, ...]
     export: Callable[[object, PyTree, str], None]
+    export_adapter: Callable[[object, PyTree, LoraOptions, str], None] | None = None
     label_vectors: np.ndarray | None = None
 
     @cached_property
@@ -133,7 +137,7 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
         export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)
 
     vectors = _label_vectors(condition[0].shape[1], options.data) if condition and condition[0].dtype != jnp.int32 else None
-    return Denoiser(module, schedule, images.images.shape[1:], params, condition, export, vectors)
+    return Denoiser(module, schedule, images.images.shape[1:], params, condition, export, label_vectors=vectors)
 
 
 def _label_vectors(width: int, data: DataOptions) -> np.ndarray:
@@ -194,8 +198,11 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
             source = pipeline.path / "unet"
             export_diffusers(path, pipeline.unet, params, schedule=pipeline.schedule, source=source, note=note)
 
+    def export_adapter(path, adapter: PyTree, lora: LoraOptions, note: str) -> None:
+        export_lora(path, jax.device_get(adapter), rank=lora.rank, alpha=lora.scale * lora.rank, source=pipeline.path, note=note)
+
     prompt = jnp.zeros((1, 1, pipeline.unet.cross_attention_dim))
-    return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, (prompt,), export)
+    return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, (prompt,), export, export_adapter)
 
 
 def _check_fits(module, images: ImageSet) -> None:

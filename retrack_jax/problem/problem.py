@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -34,7 +35,8 @@ from retrack_jax.problem.target import ForgetData, Target, with_labels
 from retrack_jax.problem.text_evaluation import CaptionEvaluation, PromptEvaluation
 from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
-from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.train.lora import ADAPTER, adapted
+from retrack_jax.unlearn.methods import METHODS, RETRAIN
 from retrack_jax.weights.kinds import takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
@@ -135,6 +137,7 @@ def check_problem(options: Options) -> None:
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
     if kind is _concepts:
         _check_concepts(options)
+    _check_adapters(options, kind)
 
 
 def _kind(options: Options) -> Callable[[Options], Problem]:
@@ -142,6 +145,18 @@ def _kind(options: Options) -> Callable[[Options], Problem]:
     if SOURCES[options.data.source].gives_concepts:
         return _concepts
     return _captioned_images if takes_prompts(options.checkpoint) else _images
+
+
+def _check_adapters(options: Options, kind: Callable[[Options], Problem]) -> None:
+    check(
+        options.method != RETRAIN or not options.unlearn.adapter,
+        f"config.unlearn.adapter is {options.unlearn.adapter!r}, but {RETRAIN} trains from random weights; leave the adapter out",
+    )
+    alone = any(lora.export == ADAPTER for name in options.method_names if (lora := options.lora(name)))
+    check(
+        kind is not _images or not alone,
+        "config.unlearn.lora.export is adapter, and diffusers loads no adapter into a UNet2DModel; choose merged",
+    )
 
 
 def _check_concepts(options: Options) -> None:
@@ -174,6 +189,8 @@ def build_problem(options: Options) -> Problem:
     check_problem(options)
     problem = _kind(options)(options)
     _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
+    for lora in {lora for name in options.method_names if (lora := options.lora(name))}:
+        adapted(lora, jax.eval_shape(problem.denoiser.init_params, 0), "config.unlearn.lora.")
     return problem
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from etils import epath
 
 from retrack_jax import files, parallel
-from retrack_jax.checkpoints.diffusers_export import is_whole
+from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS, is_whole
 from retrack_jax.checks import Diverged, UserError
 from retrack_jax.data.target_names import described
 from retrack_jax.evaluate.results import Results, worth_another_try
@@ -25,6 +25,7 @@ from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
 from retrack_jax.run.tensorboard import show_results
 from retrack_jax.run.training import Model, load, pretrained, record, train, unlearning
 from retrack_jax.run.verdict import announce, judge
+from retrack_jax.train.lora import ADAPTER
 from retrack_jax.unlearn.methods import PRETRAINED, RETRAIN
 
 # What is read again of the metrics.json of a finished run.
@@ -35,8 +36,8 @@ _METRICS = {
     "provenance": {"metrics": dict, "absent": dict, "final": list, "num_samples": int},
 }  # fmt: skip
 
-# What each value of config.export leaves that those after it do not.
-_MARKS = {"pipeline": "unet", "single_file": "model.safetensors", "unet": "config.json"}
+# What each value of config.export, and an adapter, leaves that those after it do not.
+_MARKS = {"pipeline": "unet", "single_file": "model.safetensors", "unet": "config.json", ADAPTER: LORA_WEIGHTS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +178,17 @@ def _is_done(run: Run) -> bool:
 
 def _needs_export(run: Run) -> bool:
     """Whether the export that the config asks for is not there; with `none` what is there stays."""
-    path, kind = run.folder / "diffusers", run.context.options.export
+    path, kind = run.folder / "diffusers", _kind_of_export(run)
     if kind == "none" or run.method == PRETRAINED:
         return False
     there = next((name for name in _MARKS if (path / _MARKS[name]).exists()), None)
     return not is_whole(path) or there != kind
+
+
+def _kind_of_export(run: Run) -> str:
+    options = run.context.options
+    lora = options.lora(run.method)
+    return ADAPTER if options.export != "none" and lora and lora.export == ADAPTER else options.export
 
 
 def _judge(run: Run, model: Model | None = None) -> dict:
@@ -198,7 +205,11 @@ def _export(run: Run, model: Model, verdict: dict) -> None:
 
     def export() -> None:
         if _needs_export(run):
-            run.context.problem.denoiser.export(run.folder / "diffusers", model.params, note)
+            path, denoiser, lora = run.folder / "diffusers", run.context.problem.denoiser, run.context.options.lora(run.method)
+            if _kind_of_export(run) == ADAPTER:
+                denoiser.export_adapter(path, model.adapter, lora, note)
+            else:
+                denoiser.export(path, model.params, note)
 
     parallel.on_main(export)
 

@@ -29,8 +29,10 @@ def model_reads(options: Options, method: str) -> dict:
     if method != PRETRAINED:
         recipe = options.recipe(method)
         own = {} if METHODS[method].from_scratch else {method: _fields(recipe.own)}
-        shared = {} if METHODS[method].from_scratch else _fields(recipe, {"accumulation", "own"})
-        fields |= {"method": method, "unlearn": {**shared, **own}}
+        shared = {} if METHODS[method].from_scratch else _fields(recipe, {"accumulation", "own", "lora"})
+        lora = options.lora(method)
+        adapter = {} if lora is None else {"lora": _fields(lora, {"export"})}
+        fields |= {"method": method, "unlearn": {**shared, **adapter, **own}}
     return json.loads(json.dumps(fields))
 
 

@@ -20,6 +20,7 @@ from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.tensorboard import scalars_of_training
 from retrack_jax.train import loop
+from retrack_jax.train.lora import LoraOptions, init, merge
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS, Method, get_method
@@ -27,11 +28,12 @@ from retrack_jax.unlearn.methods import METHODS, Method, get_method
 
 @dataclass(frozen=True)
 class Model:
-    """A network's parameters, replicated, with what training them took."""
+    """A network's parameters, replicated, with what training them took; and the adapter that is merged into them, if one is."""
 
     params: PyTree
     steps: int
     seconds: float
+    adapter: PyTree | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Job:
       step: its compiled step.
       start: `() -> parameters` that it starts from.
       inputs: `() -> TrainInputs`, built only if there is a step left to take.
+      lora: the adapter to the pretrained network that it trains; None: it trains a network's parameters.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Job:
     step: CompiledStep
     start: Callable[[], PyTree]
     inputs: Callable[[], TrainInputs]
+    lora: LoraOptions | None = None
 
 
 def pretrained(context: RunContext, make: Callable[[Job, RunContext], Model]) -> Model:
@@ -94,18 +98,21 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
     folder = context.workdir.model(method, seed, target.slug)
     if entry.from_scratch:
         return _from_scratch(context, "retrain", folder, seed, target.images, target.remain)
-    recipe, denoiser = context.options.recipe(method), problem.denoiser
+    recipe, denoiser, lora = context.options.recipe(method), problem.denoiser, context.options.lora(method)
     how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout, problem.conditioning.dropout)
     step = _compiled(entry, denoiser.eps_fn, how, recipe)
 
-    def start() -> PyTree:
+    def base() -> PyTree:
         return pretrained(context, load).params
+
+    def adapter() -> PyTree:
+        return init(lora, jax.eval_shape(denoiser.init_params, 0), jax.random.key(seed))
 
     def inputs() -> TrainInputs:
         num_neighbors = recipe.num_neighbors if "neighbors" in entry.streams else 0
         # One process decides: an approximate index of each host could find other neighbors, and steps average their gradients.
         data = parallel.from_main(lambda: problem.forget_data(target, recipe, num_neighbors))
-        frozen = recipe.retain_loss == "distillation" or data.anchor is not None
+        frozen = recipe.retain_loss == "distillation" or data.anchor is not None or lora is not None
         shared = Shared(
             schedule=denoiser.schedule,
             forget=data.forget,
@@ -114,8 +121,8 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
             neighbor_bias=data.neighbor_bias,
             null_neighbor_rows=data.null_neighbor_rows,
             anchor=data.anchor,
-            # The step donates its state, so the frozen reference is a second copy.
-            reference=start() if frozen else None,
+            # The step donates its state: a reference to what it trains itself must be a second copy.
+            reference=base() if frozen else None,
             conditions=problem.conditioning.table(target),
             null=problem.conditioning.dropped,
         )
@@ -129,7 +136,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
         )
         return TrainInputs(batches, shared)
 
-    return Job("unlearn", folder, seed, recipe, step, start, inputs)
+    return Job("unlearn", folder, seed, recipe, step, adapter if lora else base, inputs, lora)
 
 
 def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int, images, rows: np.ndarray) -> Job:
@@ -176,7 +183,7 @@ def load(job: Job, context: RunContext) -> Model:
         state, seconds = loop.restore(lambda: _state(job, context), job.recipe.num_steps, store)
     if isinstance(state, TrainState):  # the newest checkpoint was damaged, and the one before is of an earlier step
         raise unfinished
-    return Model(state, job.recipe.num_steps, seconds)
+    return _model(job, context, state, seconds)
 
 
 def train(job: Job, context: RunContext) -> Model:
@@ -187,7 +194,7 @@ def train(job: Job, context: RunContext) -> Model:
         params = job.start() if store.latest_step() is None else None
         state, seconds = loop.restore(lambda: _state(job, context, params), num_steps, store)
         if not isinstance(state, TrainState):
-            return Model(state, num_steps, seconds)
+            return _model(job, context, state, seconds)
         inputs = job.inputs()
         how = {"is_main": parallel.is_main_process(), "every": context.options.log_every}
         shown = scalars_of_training(context.options, job.folder, job.name, job.recipe.rate(), int(state.step))
@@ -210,12 +217,22 @@ def train(job: Job, context: RunContext) -> Model:
                 rate_field=f"config.{stage}.learning_rate",
                 profile=(job.folder / "profile", context.options.profile),
             )
-        return Model(state.eval_params, num_steps, seconds)
+        return _model(job, context, state.eval_params, seconds)
+
+
+def _model(job: Job, context: RunContext, trained: PyTree, seconds: float) -> Model:
+    """The finished model of what the last step left."""
+    if job.lora is None:
+        return Model(trained, job.recipe.num_steps, seconds)
+    trained = parallel.across_processes(trained)  # as the pretrained parameters are
+    params = merge(job.lora, pretrained(context, load).params, trained)
+    return Model(params, job.recipe.num_steps, seconds, trained)
 
 
 def _state(job: Job, context: RunContext, params: PyTree | None = None) -> TrainState:
     """The state at step 0; with no `params`, one to take the shapes of."""
-    params = context.problem.denoiser.init_params(0) if params is None else params
+    if params is None:
+        params = context.problem.denoiser.init_params(0) if job.lora is None else job.start()
     return create_state(params, job.step.optimizer, job.step.ema_decay)
 
 

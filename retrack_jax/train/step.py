@@ -18,6 +18,7 @@ from retrack_jax.diffusion.conversions import expand
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.cpu.packing import pack
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
+from retrack_jax.train.lora import LoraOptions, merge
 from retrack_jax.train.state import TrainState
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.options import MethodOptions
@@ -39,7 +40,7 @@ class Shared:
       null_neighbor_rows: the same for forgotten examples whose condition is dropped; None: as `neighbor_rows`.
       neighbor_bias: float32 `[F, K]`, b_k of equation 9 of unlearn/losses.py; or None.
       anchor: leaves `[F, ...]`: the conditions of equation 10 there, and which forgotten examples use one; or None.
-      reference: the frozen pretrained parameters, for the distillation loss and for anchors; or None.
+      reference: the frozen pretrained parameters, for the distillation loss, for anchors and below an adapter; or None.
       conditions: what examples' `condition` are rows of, `[P, ...]`, such as embeddings of prompts. A table of one row is passed
         to the network as it is and broadcasts. None: the network takes no condition, or what the examples carry is the
         condition itself (labels; the text states of captions, which are too many for a device).
@@ -70,6 +71,7 @@ class StepOptions:
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
       condition_dropout: the probability with which an example's condition is dropped for `Shared.null`.
+      lora: the adapter to `Shared.reference` that is trained; None: the network's parameters are.
     """
 
     options: MethodOptions = MethodOptions()
@@ -81,6 +83,7 @@ class StepOptions:
     distill: bool = False
     dropout: bool = False
     condition_dropout: float = 0.0
+    lora: LoraOptions | None = None
 
 
 def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Callable:
@@ -101,7 +104,8 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
         step_rng = jax.random.fold_in(rng, state.step)
         options = how.options.at(state.step, how.num_steps)
 
-        def terms(params: PyTree, microbatch: PyTree):
+        def terms(trained: PyTree, microbatch: PyTree):
+            params = trained if how.lora is None else merge(how.lora, shared.reference, trained)
             context = Context(
                 schedule=shared.schedule,
                 eps_fn=_close(eps_fn, params, shared.conditions, how.dropout),

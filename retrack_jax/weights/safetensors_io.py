@@ -8,7 +8,7 @@ header), then the values.
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -70,9 +70,9 @@ class SafetensorsFile(FileTensors):
             raise self._damaged(error) from error
 
 
-def write_safetensors(path, tensors: Iterable[TorchTensor]) -> None:
-    """Writes `tensors` to the new file `path`, one at a time, with the metadata `{"format": "pt"}` that diffusers wants."""
-    tensors, header, end = list(tensors), {"__metadata__": {"format": "pt"}}, 0
+def write_safetensors(path, tensors: Iterable[TorchTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes `tensors` to the new file `path`, one at a time, with `metadata` and the `{"format": "pt"}` that diffusers wants."""
+    tensors, header, end = list(tensors), {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for tensor in tensors:
         begin, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
         header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}

@@ -12,6 +12,7 @@ from retrack_jax.data.batches import Batches
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.train.lora import init
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, _close, _neighbors, _stream_rngs, make_train_step
@@ -50,8 +51,10 @@ def run(name, monkeypatch, *, devices=4, steps=3, net=None, how=None, ema=None, 
     method = METHODS[name]
     how = how or StepOptions(options=method.options(), t_max=1000)
     step = make_train_step(method, make_eps_fn(net.apply, SCHEDULE), how)
-    state = create_state(toys.params(), make_optimizer(**ADAMW), ema)
-    make, here = batches(**batch), shared(reference=toys.params(1) if how.distill else None)
+    start = toys.params() if how.lora is None else init(how.lora, toys.params(), jax.random.key(7))
+    state = create_state(start, make_optimizer(**ADAMW), ema)
+    reference = toys.params() if how.lora else toys.params(1) if how.distill else None
+    make, here = batches(**batch), shared(reference=reference)
     if devices == jax.device_count():
         state, here = parallel.replicate((state, here))
     for index in range(steps):
