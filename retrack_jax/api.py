@@ -101,6 +101,7 @@ def unlearn(
     fields = {name: options[name] for name in options if name in _names(UnlearnOptions)}
     recipe = unlearn_options(method, fields, {name: options[name] for name in options if name not in fields}, where="")
     check_unlearning_step(recipe, entry, where="")
+    check(not recipe.calibrate, "calibrate: only runs read it; call unlearn.calibration.line_search with a loss of yours")
     unused = recipe.own.only_for("captions") + recipe.own.only_for("labels")
     check(not unused, f"{', '.join(unused)}: only networks with captions or labels have a use for it; leave it out")
     recipe.check_window(schedule.num_train_timesteps, where="")

@@ -1,5 +1,6 @@
 """How a network is trained and unlearned: `config.pretrain` and `config.unlearn`, typed and self-checking as in options.py."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from retrack_jax.notation import Array
 from retrack_jax.train.lora import ADAPTERS, LoraOptions
 from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer, make_rate
 from retrack_jax.train.step import StepOptions
+from retrack_jax.unlearn.calibration import UNSEEN
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.options import MethodOptions
 
@@ -120,6 +122,7 @@ class UnlearnOptions(TrainingOptions):
     retain_loss: str = "standard"  # or distillation: match the pretrained model
     adapter: str | None = None  # or lora: freeze the weights and train the matrices of `lora`; None: train every weight
     lora: LoraOptions = LoraOptions()
+    calibrate: str = ""  # afterwards go to where the forgotten loss is: unseen (as the verdict estimates it), or a number
     own: MethodOptions = MethodOptions()
 
     def __post_init__(self):
@@ -132,6 +135,7 @@ class UnlearnOptions(TrainingOptions):
         if self.adapter is not None:
             check_choice("adapter", self.adapter, ADAPTERS)
         check(isinstance(self.lora, LoraOptions), f"lora is {self.lora!r}; give a dict such as {{'rank': 8}}")
+        _check_calibrate(self.calibrate)
         check_int("t_min", self.t_min, minimum=0)
         if self.t_max is not None:
             check_int("t_max", self.t_max, minimum=self.t_min + 1)
@@ -160,3 +164,12 @@ class UnlearnOptions(TrainingOptions):
     def forget_size(self, method: Method) -> int:
         """Returns how many forgotten images a step of `method` takes."""
         return (self.forget_batch_size or self.batch_size) if "forget" in method.streams else 0
+
+
+def _check_calibrate(value: str) -> None:
+    """Raises `UserError` unless `value` is empty, "unseen" or a number above 0, as text."""
+    try:
+        valid = value in ("", UNSEEN) or 0 < float(value) < math.inf
+    except ValueError:
+        valid = False
+    check(valid, f"calibrate is {value!r}; give {UNSEEN}, a loss above 0 to reach, such as 26.9, or leave it empty")

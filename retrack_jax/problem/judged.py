@@ -66,9 +66,20 @@ def judged(problem: Problem, target: Target) -> Judged:
     )
 
 
-def losses(problem: Problem, params: PyTree, images: np.ndarray, conditions: np.ndarray | None, desc: str) -> np.ndarray:
-    """Returns the denoising losses of `images` under `conditions` (both as in `Judged`), float64 `[N, n]`."""
-    denoiser, how = problem.denoiser, {"num_noises": _count(problem), "conditions": conditions, "desc": desc}
+def losses(
+    problem: Problem,
+    params: PyTree,
+    images: np.ndarray,
+    conditions: np.ndarray | None,
+    desc: str,
+    num_noises: int | None = None,
+) -> np.ndarray:
+    """Returns the denoising losses of `images` under `conditions` (both as in `Judged`), float64 `[N, n]`.
+
+    `num_noises` is n; None: as many as a verdict takes.
+    """
+    denoiser = problem.denoiser
+    how = {"num_noises": num_noises or _count(problem), "conditions": conditions, "desc": desc}
     return denoising_losses(denoiser.eps_fn, params, denoiser.schedule, images, jax.random.key(_SEED), **how)
 
 

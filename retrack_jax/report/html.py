@@ -19,7 +19,7 @@ from retrack_jax.report.page import render
 from retrack_jax.report.stored import first_images
 from retrack_jax.report.strips import caption_strips, neighbor_strips, restored_strips
 from retrack_jax.report.tables import absent_reasons, before_after_rows, label_rows, provenance_rows
-from retrack_jax.report.verdict import box, file_rows
+from retrack_jax.report.verdict import box, calibration_in_words, file_rows
 
 _SHOWN = 64  # samples in a grid if the run's config names no number
 _NAMES = {"samples": "", "original": "Original prompt", "modified": "Modified prompt"}
@@ -91,6 +91,7 @@ def run_report(
         verdict=box(metrics.get("verdict")),
         files=file_rows(metrics.get("verdict")),
         note=(metrics.get("provenance") or {}).get("note"),
+        calibration=calibration_in_words(found) if (found := metrics.get("calibration")) else "",
         by_label=label_rows(labels, marked_before, marked_after),
         tiles=_tiles(rows),
         samples=samples,

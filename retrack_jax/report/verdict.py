@@ -25,6 +25,14 @@ def in_words(verdict: Mapping) -> str:
     return f"{' '.join(text for _, text in _answers(verdict))} ({verdict['why']})"
 
 
+def calibration_in_words(found: Mapping) -> str:
+    """Returns a calibration (unlearn/calibration.py) as one line with its curve."""
+    where = f"{found['alpha']:.3g} of the way from the pretrained to the unlearned parameters"
+    curve = ", ".join(f"{loss:.3g} at {alpha:.3g}" for alpha, loss in found["curve"])
+    reference = f"for a loss of {found['reference']:.3g} on the forgotten images, and reached {found['loss']:.3g}"
+    return f"Calibrated to {where}, {reference}. Loss along the way: {curve}."
+
+
 def box(verdict: Mapping | None) -> dict | None:
     """Returns what the box on the page says, `{"answers": [(class or "", text), ...], "why": [line, ...]}`, or None."""
     if not verdict:

@@ -17,8 +17,9 @@ from retrack_jax.evaluate.results import Results, worth_another_try
 from retrack_jax.log import say
 from retrack_jax.problem.evaluation import EvaluatedModel
 from retrack_jax.problem.target import Target
-from retrack_jax.report.verdict import in_words
-from retrack_jax.run import samples
+from retrack_jax.report.verdict import calibration_in_words, in_words
+from retrack_jax.run import calibrate, samples
+from retrack_jax.run.calibrate import calibrated
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.provenance import environment
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
@@ -67,7 +68,11 @@ class Run:
         """Returns the finished model. Raises `UserError` if it is not there."""
         if self.method == PRETRAINED:
             return pretrained(self.context, load)
-        return load(unlearning(self.context, self.method, self.target, self.seed), self.context)
+        return self.calibrated(load(unlearning(self.context, self.method, self.target, self.seed), self.context))
+
+    def calibrated(self, model: Model) -> Model:
+        """Returns the trained `model` after the calibration that the config asks for, if any."""
+        return calibrated(self.context, self.method, self.target, self.folder, self.before, model)
 
 
 def read_metrics(path) -> dict:
@@ -94,7 +99,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
         _record(run, "model", "inputs")
         if not parallel.from_main((run.folder / "losses.npz").exists):
             announce(context, run.target, run.before)
-        model = train(unlearning(context, method, run.target, seed), context)
+        model = run.calibrated(train(unlearning(context, method, run.target, seed), context))
         _stop_if_asked(context, "the verdict")
         verdict = _judge(run, model)
         say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
@@ -201,6 +206,8 @@ def _export(run: Run, model: Model, verdict: dict) -> None:
     note = f"Unlearned by {run.method} in {model.steps} steps; forgotten: {described(run.target.spec)}."
     if about := run.context.problem.note(run.method, run.target):
         note += f"\n\n{about}"
+    if found := calibrate.read(run.folder):
+        note += f"\n\n{calibration_in_words(found)}"
     note += f"\n\nVerdict by losses on these and on remaining images: {in_words(verdict)}"
 
     def export() -> None:
@@ -256,6 +263,7 @@ def _evaluate(run: Run) -> None:
         "unlearned": after.values,
         "retrained": after.values if method == RETRAIN else gold and gold["unlearned"],
         "verdict": _judge(run),
+        **({"calibration": found} if (found := parallel.from_main(lambda: calibrate.read(run.folder))) else {}),
         "provenance": {
             **environment(),
             **({"note": about} if (about := context.problem.note(method, target)) else {}),

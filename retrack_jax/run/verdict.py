@@ -24,7 +24,7 @@ from retrack_jax.run.training import load, pretrained
 def announce(context: RunContext, target: Target, folder: epath.Path) -> None:
     """Says in one line whether the model before unlearning remembers the target; `folder` as in `judge`."""
     try:
-        found = _before(context, target, folder)
+        found = losses_before(context, target, folder)
     except Diverged as error:
         say(f"whether the model remembers {target.spec} cannot be told: {error}", is_main=parallel.is_main_process())
         return
@@ -47,7 +47,7 @@ def judge(
       params: `() -> parameters` of the model, called only if its losses are not there yet.
     """
     try:
-        found = _before(context, target, before)
+        found = losses_before(context, target, before)
         if after is None:
             return verdict(found, found.before)
         images = judged(context.problem, target)
@@ -60,7 +60,8 @@ def judge(
         return unknown(str(error))
 
 
-def _before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
+def losses_before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
+    """Returns the losses of the model before unlearning, which are kept in `folder`, as in `judge`."""
     problem, images = context.problem, judged(context.problem, target)
 
     def measure() -> dict[str, np.ndarray]:

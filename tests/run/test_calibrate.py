@@ -1,0 +1,95 @@
+"""`config.unlearn.calibrate`: what a run records, whose parameters it exports, and that it is an option of training."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from retrack_jax.api import unlearn
+from retrack_jax.checkpoints import import_diffusers
+from retrack_jax.checks import UserError
+from retrack_jax.config.recipes import UnlearnOptions
+from retrack_jax.diffusion import Schedule
+from retrack_jax.main import main
+from tests.tiny import flags
+
+RUN = "seed0-label_10"
+FAST = {"unlearn.learning_rate": 1e-2}  # so that four steps change the loss
+
+
+def command(workdir, method, **more) -> int:
+    return main(["retrack_jax", f"--config=configs/digits_tshirt.py:{method}", *flags(workdir, **FAST, **more)])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A workdir with a run as training left it: gradient ascent, which raises the loss of any network."""
+    workdir = tmp_path_factory.mktemp("plain")
+    assert command(workdir, "neggrad", **{"eval.metrics": ("forget_loss",)}) == 0
+    return workdir
+
+
+def results(workdir) -> tuple[dict, dict]:
+    """Returns a run's metrics.json and the parameters that it exported."""
+    run = workdir / "neggrad" / RUN
+    return json.loads((run / "metrics.json").read_text()), import_diffusers(run / "diffusers")[1]
+
+
+def test_a_run_goes_to_where_the_loss_is_the_one_asked_for(plain, tmp_path, capsys):
+    trained, end = results(plain)
+    before, after = (trained[name]["forget_loss"] for name in ("pretrained", "unlearned"))
+    reference = 0.5 * (before + after)
+    shutil.copytree(plain / "pretrained", tmp_path / "pretrained")
+    asked = {"unlearn.calibrate": f"{reference}", "eval.metrics": ("forget_loss",)}
+    assert command(tmp_path, "neggrad", **asked) == 0
+    (metrics, params), run = results(tmp_path), tmp_path / "neggrad" / RUN
+    found = metrics["calibration"]
+    assert 0 < found["alpha"] < 1 and found["reference"] == reference and len(found["curve"]) >= 3
+    assert found["loss"] == pytest.approx(reference, rel=0.02)
+    # Evaluation measures the same point, and the export is on the line there.
+    assert metrics["unlearned"]["forget_loss"] == pytest.approx(found["loss"], rel=1e-4)
+    for page in (run / "report.html", run / "diffusers" / "README.md"):
+        assert f"Calibrated to {found['alpha']:.3g} of the way" in page.read_text()
+
+    # The same command finds it finished, a missing stage is made from the same point, another reference is refused.
+    kept = (run / "metrics.json").stat().st_mtime_ns
+    assert command(tmp_path, "neggrad", **asked) == 0 and (run / "metrics.json").stat().st_mtime_ns == kept
+    samples = (run / "samples.npz").read_bytes()
+    for name in ("samples.npz", "metrics.json", "evaluation.json"):
+        (run / name).unlink()
+    assert command(tmp_path, "neggrad", **asked) == 0
+    assert (run / "samples.npz").read_bytes() == samples and results(tmp_path)[0]["calibration"] == found
+    capsys.readouterr()
+    assert command(tmp_path, "neggrad", **{**asked, "unlearn.calibrate": "unseen"}) == 2
+    assert "config.unlearn.calibrate" in capsys.readouterr().err
+
+    # A reference that the pretrained model has already gives that model, which is the other end of the line.
+    shutil.copytree(plain / "pretrained", tmp_path / "start" / "pretrained")
+    assert command(tmp_path / "start", "neggrad", **{"unlearn.calibrate": "0.001"}) == 0
+    ends, start = results(tmp_path / "start")
+    assert ends["calibration"]["alpha"] == 0.0
+    for leaf, a, b in zip(*map(jax.tree.leaves, (params, start, end)), strict=True):
+        np.testing.assert_allclose(leaf, a + found["alpha"] * (b - a), rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_may_be_what_unseen_images_have(plain, tmp_path):
+    shutil.copytree(plain / "pretrained", tmp_path / "pretrained")
+    assert command(tmp_path, "neggrad", **{"unlearn.calibrate": "unseen"}) == 0
+    metrics, _ = results(tmp_path)
+    assert f"{metrics['calibration']['reference']:.3g}" in metrics["verdict"]["why"]
+    # The verdict's own draws: the model's loss is the one that it was calibrated to.
+    assert metrics["verdict"]["files"][0]["after"] == pytest.approx(metrics["calibration"]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", ["seen", "-1", "0", "nan", "inf"])
+def test_a_mistyped_reference_is_refused(value):
+    with pytest.raises(UserError, match="calibrate is"):
+        UnlearnOptions(calibrate=value)
+
+
+def test_arrays_alone_have_no_reference():
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    with pytest.raises(UserError, match="line_search"):
+        unlearn(lambda *_: None, {"a": np.zeros(1)}, Schedule(), images, images[:1], rng=jax.random.key(0), calibrate="26.9")
