@@ -194,6 +194,32 @@ def test_full_disk_is_one_line_and_leaves_what_was_there(share, finished, cache,
     cli.assert_same(cli.outcome(finished), cli.outcome(bigger / "work"))
 
 
+def test_a_full_cache_disk_is_one_line_and_a_full_tmpdir_does_no_harm(finished, cache, mounted, tmp_path):
+    full = mounted(64)
+    done = cli.run(cli.flags(tmp_path / "first"), full)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: cannot write {full}") and "free some space or set config.data.cache_dir" in line
+    cli.succeed(cli.flags(tmp_path / "first"), cache)  # with another cache the same workdir goes on to the end
+    cli.succeed(cli.flags(tmp_path / "second"), cache, TMPDIR=full)
+    for work in ("first", "second"):
+        cli.assert_same(cli.outcome(finished), cli.outcome(tmp_path / work))
+
+
+def test_a_read_only_install_is_enough(finished, cache, tmp_path):
+    install = tmp_path / "install"
+    install.mkdir()
+    if subprocess.run(["mount", "--bind", str(cli.ROOT), str(install)], capture_output=True).returncode:
+        pytest.skip("mounting is refused here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(install)], check=True)
+        arguments = [one.replace(f"--config={cli.ROOT}", f"--config={install}") for one in cli.flags(tmp_path / "work")]
+        cli.succeed(arguments, cache, PYTHONPATH=install)
+    finally:
+        subprocess.run(["umount", str(install)], check=True)
+    cli.assert_same(cli.outcome(finished), cli.outcome(tmp_path / "work"))
+
+
 def test_read_only_mount_is_one_line(finished, cache, mounted):
     disk = mounted(2 * folder_kib(finished) + 4096)
     shutil.copytree(finished, disk / "work")

@@ -1,5 +1,6 @@
 """Stopped at any moment and started again, a run ends with the same bits as one that nobody disturbed."""
 
+import json
 import os
 import random
 import shutil
@@ -12,11 +13,16 @@ import pytest
 from tests.drills import cli
 
 KILLS, CHAINS, SAVE_KILLS = 20, 2, 8
+ALL_KILLS = int(os.environ.get("ALL_KILLS", 12))  # 50 take about ten minutes
 
 
 def start(workdir, cache, **changes):
+    return start_command(cli.flags(workdir, **changes), cache)
+
+
+def start_command(arguments, cache):
     return subprocess.Popen(
-        cli.command(cli.flags(workdir, **changes)), cwd=cli.ROOT, env=cli.environment(cache),
+        cli.command(arguments), cwd=cli.ROOT, env=cli.environment(cache),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -90,6 +96,38 @@ def test_kill_9_at_random_moments(finished, cache, tmp_path):
         f"a run takes {length:.1f} s; (kills, runs that ended before theirs):",
         cli.in_parallel(*(lambda i=i: chain(i) for i in range(CHAINS))),
     )
+
+
+def test_kills_over_every_stage_of_all_methods(cache, tmp_path):
+    """A sweep of every method with metrics of features: killed again and again as it writes, each time where it has come to."""
+    whole, workdir, moments, kills, stages = tmp_path / "undisturbed", tmp_path / "work", random.Random(11), 0, set()
+
+    def sweep(folder):
+        return cli.flags(folder, "all", eval__metrics="fid,forget_loss", eval__features="digits", unlearn__num_steps=4)
+
+    cli.succeed(sweep(whole), cache)
+    while kills < ALL_KILLS:
+        process = start_command(sweep(workdir), cache)
+        if wait_for_saves(workdir, process, moments.randint(1, 2 + 120 // ALL_KILLS)):
+            process.kill()
+            process.communicate()
+            kills += 1
+            stages.add(len(list(workdir.glob("*/*/metrics.json"))))
+        else:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors[-3000:]
+            break
+    cli.succeed(sweep(workdir), cache)
+    runs = sorted(str(path.parent.relative_to(whole)) for path in whole.glob("*/*/metrics.json"))
+    assert len(runs) >= 7 and not cli.leftovers(workdir)
+    for run in runs:
+        metrics = (json.loads((folder / run / "metrics.json").read_text()) for folder in (whole, workdir))
+        one, other = (found | {"unlearn_seconds": 0} for found in metrics)
+        cli.assert_same(one, other, run)
+        if (whole / run / "checkpoints").exists():  # those of retrained models lie elsewhere
+            cli.assert_same(cli.outcome(whole, run), cli.outcome(workdir, run), run)
+    print(f"{kills} kills, after {sorted(stages)} finished runs")
+    assert len(stages) >= min(4, ALL_KILLS // 3)
 
 
 @pytest.mark.parametrize("when", ["pretrained", "retrack/seed0-label_10"])
