@@ -158,6 +158,13 @@ def extending(tables) -> dict:
     return names
 
 
+def test_the_example_of_flows_runs():
+    (block,) = blocks("docs/flows.md")
+    names = {"__name__": "flows"}
+    exec(block, names)
+    assert 0 < toys.relative(names["forgotten"], names["params"]) < 1
+
+
 def test_the_method_of_the_guide_trains_by_its_option(extending):
     common = dict(method="hush", rng=jax.random.key(0), num_steps=2, batch_size=8)
     data = toys.ToyNet().apply, toys.params(), toys.schedule(), toys.images(20), toys.images(2, seed=1)

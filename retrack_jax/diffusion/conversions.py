@@ -60,7 +60,7 @@ def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction
     return (x_t - gamma * output) / sigma
 
 
-def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsFn:
+def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule, *, with_variance: bool = False) -> ModelEpsFn:
     """Returns `eps_fn(params, x_t, t, *cond, **kwargs)`, which gives eps whatever the network predicts; of a flow, its velocity.
 
     Losses, samplers and likelihood see only this. A flow's velocity stays as it is because eps holds none of it at pure noise.
@@ -69,10 +69,19 @@ def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule) -> ModelEpsF
     Args:
       apply_fn: a Linen module's `apply`; called as `apply_fn({"params": params}, x_t, t, *cond, **kwargs)`.
       schedule: its `prediction_type` and tables make the conversion.
+      with_variance: of a network that makes more channels than x_t has: whether these follow those of eps, as they are, for the
+        samplers that take the variance from them. Otherwise they are left out, so that no loss depends on them.
     """
 
     def eps_fn(params, x_t, t, *cond, **kwargs):
         output = apply_fn({"params": params}, x_t, schedule.network_time(t), *cond, **kwargs).astype(x_t.dtype)
+        if output.shape[-1] == x_t.shape[-1]:
+            return as_eps(output, x_t, t)
+        prediction, variance = jnp.split(output, [x_t.shape[-1]], axis=-1)
+        eps = as_eps(prediction, x_t, t)
+        return jnp.concatenate([eps, variance], axis=-1) if with_variance else eps
+
+    def as_eps(output, x_t, t):
         if schedule.prediction_type == "epsilon" or schedule.is_flow:
             return output
         gamma_B, sigma_B = (jnp.take(table, t).astype(x_t.dtype) for table in (schedule.gamma, schedule.sigma))

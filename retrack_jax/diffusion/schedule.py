@@ -21,7 +21,8 @@ from retrack_jax.diffusion.scheduler_config import CLASS_DEFAULTS, DEFAULTS, FLO
 from retrack_jax.notation import Array
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", flow.VELOCITY)
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
+LEARNED_VARIANCE = "learned_range"
+VARIANCE_TYPES = ("fixed_small", "fixed_large", LEARNED_VARIANCE)
 SPACINGS = ("leading", "trailing", "linspace")
 _MOST_STEPS = 1_000_000  # of a file; its tables are made at once
 _FROM_SETTINGS = object()  # of a table: computed from the settings

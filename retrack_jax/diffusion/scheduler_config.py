@@ -126,6 +126,8 @@ def write(class_name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         if name == _ZERO_SNR and not value:  # a key that is newer than many a reader
             continue
         config[name] = list(value) if isinstance(value, tuple) else value
+    if values["variance_type"] == "learned_range":  # diffusers' other classes split the network's output if they are told so
+        config["variance_type"] = "learned_range"
     if "clip_sample" not in config:  # that class has no such key, but another scheduler may be created from the file
         config["clip_sample"] = values["clip_sample"]
     return config

@@ -11,6 +11,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import pixels_to_model
+from retrack_jax.diffusion.schedule import LEARNED_VARIANCE
 from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
 from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
 from retrack_jax.evaluate.restored import INJECTED_T, keep_pictures, restore
@@ -94,8 +95,8 @@ def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str])
 
 
 def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
-    if task.schedule.is_flow:
-        return {}, {"why": "its protocol restores images by ancestral sampling, and this model is a flow"}
+    if task.schedule.is_flow or task.schedule.variance_type == LEARNED_VARIANCE:
+        return {}, {"why": "its protocol samples with the variance of the schedule's betas, which this model has not"}
     if (last := task.schedule.num_train_timesteps - 1) < INJECTED_T:
         return {}, {"why": f"its protocol restores images noised to t = {INJECTED_T}, and this model's schedule ends at {last}"}
     network = task.sscd()

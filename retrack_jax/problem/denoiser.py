@@ -27,7 +27,7 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import DataOptions, Options
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.diffusion.conversions import make_eps_fn
-from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.diffusion.schedule import LEARNED_VARIANCE, Schedule
 from retrack_jax.files import array_digest
 from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d import UNet2D
@@ -67,7 +67,16 @@ class Denoiser:
     @cached_property
     def eps_fn(self) -> ModelEpsFn:
         """`(params, x_t, t, *condition) -> eps`: one function object for one network, so that programs are compiled once."""
-        eps_fn, vectors = _eps_fn(self.module, json.dumps(self.schedule.to_config())), self.label_vectors
+        return self._with_labels(_eps_fn(self.module, json.dumps(self.schedule.to_config())))
+
+    def sampled_by(self, sampler: str) -> ModelEpsFn:
+        """Returns what `sampler` calls: `eps_fn`, or for ddpm the same with the variance that the network has learned."""
+        if sampler != "ddpm" or self.schedule.variance_type != LEARNED_VARIANCE:
+            return self.eps_fn
+        return self._with_labels(_eps_fn(self.module, json.dumps(self.schedule.to_config()), True))
+
+    def _with_labels(self, eps_fn: ModelEpsFn) -> ModelEpsFn:
+        vectors = self.label_vectors
         if vectors is None:
             return eps_fn
         return lambda params, x_t, t, label, **how: eps_fn(params, x_t, t, jnp.asarray(vectors)[label], **how)
@@ -101,8 +110,8 @@ class Denoiser:
 
 
 @lru_cache(maxsize=8)
-def _eps_fn(module: nn.Module, schedule: str) -> ModelEpsFn:
-    return make_eps_fn(module.apply, Schedule.from_config(json.loads(schedule)))
+def _eps_fn(module: nn.Module, schedule: str, with_variance: bool = False) -> ModelEpsFn:
+    return make_eps_fn(module.apply, Schedule.from_config(json.loads(schedule)), with_variance=with_variance)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -129,9 +138,9 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
     else:
         family = UNet2D if options.network == "unet" else DiT
         module, params, stored = family.from_config(dataclasses.asdict(options.new_network), **own), None, None
-    _check_fits(module, images)
-    condition = example_inputs(module)[2:]
     schedule = Schedule.from_config(stored or options.schedule.to_config())
+    _check_fits(module, images, schedule)
+    condition = example_inputs(module)[2:]
 
     def export(path, params: PyTree, note: str) -> None:
         export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)
@@ -205,8 +214,8 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
     return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, (prompt,), export, export_adapter)
 
 
-def _check_fits(module, images: ImageSet) -> None:
-    """Raises `UserError` if the network cannot take the images, or makes another number of channels than they have."""
+def _check_fits(module, images: ImageSet, schedule: Schedule) -> None:
+    """Raises `UserError` if the network cannot take the images, or makes other channels than its schedule has a use for."""
     height, width, channels = images.images.shape[1:]
     inputs = example_inputs(module)
     check(
@@ -221,9 +230,20 @@ def _check_fits(module, images: ImageSet) -> None:
     )
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     makes = jax.eval_shape(module.apply, variables, *inputs).shape[3]
+    learned = makes == 2 * channels
     check(
-        channels == makes,
-        f"the network makes {makes} channels of {channels}; one that also predicts a variance is not supported",
+        channels == makes or learned,
+        f"the network makes {makes} channels of {channels}; it must make as many, or twice as many with a variance",
+    )
+    check(
+        not learned or not schedule.is_flow,
+        f"the network makes {makes} channels of {channels}, eps and its variance, and the schedule is a flow's, whose networks "
+        "predict a velocity; give the scheduler_config.json that it was trained with",
+    )
+    check(
+        learned or schedule.variance_type != LEARNED_VARIANCE,
+        f"the schedule's variance_type is {LEARNED_VARIANCE}, and the network makes no variance: {makes} channels of {channels}; "
+        "choose fixed_small or fixed_large",
     )
     size = getattr(module, "sample_size", None)
     check(

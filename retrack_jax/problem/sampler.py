@@ -37,7 +37,7 @@ class ProblemSampler:
         self._vae_params = getattr(codec, "params", None)
         self._param_dtype = jnp.dtype(options.compute.param_dtype)
         self._p_sample = _p_sample(
-            denoiser.eps_fn,
+            denoiser.sampled_by(options.sampling.sampler),
             SAMPLERS[options.sampling.sampler],
             options.sampling.num_steps,
             json.dumps(denoiser.schedule.to_config()),

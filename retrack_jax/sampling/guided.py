@@ -53,7 +53,11 @@ def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: A
         both = [jnp.broadcast_to(one, (x_t.shape[0], *one.shape[1:])) for one in (negative, prompt)]
         eps = eps_fn(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), jnp.concatenate(both))
         eps_negative, eps_prompt = jnp.split(eps, 2)
-        return eps_negative + guidance * (eps_prompt - eps_negative)
+        guided_eps = eps_negative + guidance * (eps_prompt - eps_negative)
+        if guided_eps.shape == x_t.shape:
+            return guided_eps
+        channels = x_t.shape[-1]  # what a network says of the variance is not guided
+        return jnp.concatenate([guided_eps[..., :channels], eps_prompt[..., channels:]], axis=-1)
 
     return guided
 

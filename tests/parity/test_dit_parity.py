@@ -14,6 +14,7 @@ import torch
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.diffusion import Schedule
 from retrack_jax.models.dit import DiT
+from retrack_jax.sampling import make_sampler
 
 SEEDS = range(8)
 # Every value must occur in some config of SEEDS; the test below checks that.
@@ -109,3 +110,25 @@ def test_defaults_are_diffusers_own():
         if name in OPTIONS
     }
     assert theirs == {name: getattr(DiT(), name) for name in OPTIONS}
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_sample": False, "beta_schedule": "scaled_linear"}])
+def test_ddpm_with_a_learned_variance(settings, monkeypatch):
+    """Every step of a chain, with arbitrary outputs of twice as many channels."""
+    theirs = diffusers.DDPMScheduler(variance_type="learned_range", **settings)
+    theirs.alphas_cumprod = torch.cumprod(1 - theirs.betas.double(), 0)
+    theirs.set_timesteps(20)
+    sampler = make_sampler("ddpm", Schedule.from_config(json.loads(theirs.to_json_string())), 20)
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(2, 4, 4, 3)).astype(np.float32)
+    for j, t in enumerate(theirs.timesteps):
+        output = np.tanh(draw.normal(size=(2, 4, 4, 6))).astype(np.float32)
+        noise = draw.normal(size=x.shape).astype(np.float32)
+        drawn = torch.from_numpy(noise).permute(0, 3, 1, 2).double()
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, drawn=drawn, **__: drawn)
+        to_torch = [torch.from_numpy(one).permute(0, 3, 1, 2).double() for one in (output, x)]
+        expected = theirs.step(to_torch[0], int(t), to_torch[1]).prev_sample.permute(0, 2, 3, 1).numpy()
+        row = {name: value[j] for name, value in sampler.rows.items()}
+        (ours,) = sampler.step((jnp.asarray(x),), jnp.asarray(output), jnp.asarray(noise), row)
+        assert np.linalg.norm(ours - expected) <= 1e-5 * np.linalg.norm(expected)
+        x = np.float32(np.clip(expected, -3, 3))
