@@ -14,6 +14,9 @@ f = (32/S)^(2/3) for S from 32 to 256, which gives the official values of CIFAR-
 of 128 images up to S = 64, else 40 steps of 64 in 16 parts. `--config.unlearn.FIELD=VALUE` wins over its rule, and for lambda
 `--config.unlearn.retrack.lam=VALUE`.
 
+S is the side of what the network denoises: of a latent pipeline (diffusers' LDMPipeline) that of the latents. Such a pipeline is
+exported whole (docs/guide/your-images.md).
+
 With a Stable Diffusion 1.x or 2.x folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
 (docs/stable_diffusion.md). The recipe is then the paper's for Stable Diffusion.
 
@@ -37,7 +40,9 @@ def get_config(method=None):
     config.unlearn.learning_rate = config_dict.placeholder(float)
     config.unlearn.retrack.lam = config_dict.placeholder(float)
 
-    config.sampling.num_images = config.sampling.batch_size = config_dict.placeholder(int)
+    config.sampling.num_images = config_dict.placeholder(int)
+    config.sampling.batch_size = config_dict.placeholder(int)  # a placeholder of two fields would set both
     config.eval.metrics = config_dict.placeholder(tuple)
+    config.export = config_dict.placeholder(str)
     config.compute.remat = config_dict.placeholder(bool)
     return with_method(config, method)

@@ -3,9 +3,9 @@
 import shutil
 
 import jax
-import jax.numpy as jnp
 
 from retrack_jax.checkpoints import export_diffusers
+from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.models.unet2d import UNet2D
 
 
@@ -14,7 +14,7 @@ def write_model(folder, seed=0, sample_size=8, **options):
     blocks = {"block_out_channels": (4, 4), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     small = {"layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
     module = UNet2D.from_config({"sample_size": sample_size, **blocks, **small, **options})
-    params = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1,), jnp.int32))["params"]
+    params = jax.jit(module.init)(jax.random.key(seed), *example_inputs(module))["params"]
     shutil.rmtree(folder, ignore_errors=True)
     export_diffusers(folder / "unet", module, params)
     (folder / "scheduler").mkdir()

@@ -238,7 +238,7 @@ class Options:
     targets: tuple = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
     checkpoint: str = ""  # a diffusers folder with the pretrained model, or the hub's org/name[@revision]; empty: pretrain here
     pipeline: str = ""  # folder or hub id with configs and tokenizer of a checkpoint that is one file; empty: by the file
-    export: str = "unet"  # what a run leaves: the network, the whole pipeline that it came from, a single_file of it, or none
+    export: str | None = "unet"  # what a run leaves: the network, the whole pipeline, a single_file, or none; None: by the rules
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; unlearning and pretraining also save at their end
     tensorboard: bool = False  # event files as well, with what log.jsonl, the report and the verdict say
@@ -266,7 +266,8 @@ class Options:
         check_int("log_every", self.log_every)
         check_int("checkpoint_every", self.checkpoint_every, minimum=0)
         check_int("profile", self.profile, minimum=0)
-        check_choice("export", self.export, EXPORTS)
+        if self.export is not None:
+            check_choice("export", self.export, EXPORTS)
 
     def recipe(self, method: str) -> UnlearnOptions:
         """Returns the options of unlearning as `method` takes them."""

@@ -1,6 +1,7 @@
 """The recipe for data that has none: numbers that a config leaves as None, chosen by rules from size and resolution.
 
-With S the side of the images in pixels, between 32 and 256, and N the images that remain, the fewest of any target:
+With S the side of what the network denoises, the images in pixels or their latents, between 32 and 256, and N the images that
+remain, the fewest of any target:
 
     (1)  f = (32 / S)^(2/3)
     (2)  rate = 2e-5 f, lambda = 0.02 f      the official values at S = 32 (CIFAR-10) and at S = 256 (CelebA-HQ)
@@ -11,7 +12,8 @@ A network that takes prompts denoises latents. Its recipe is that of Stable Diff
 
     (5)  rate = 1e-5, lambda = 0.5, 30 steps of 16 images in 16 parts
 
-What is sampled and measured depends on the kind of model too, and so does memory: `_BY_KIND`.
+What is sampled and measured depends on the kind of model too, and so does memory: `_BY_KIND`. What is exported is the whole
+pipeline for a latent model without prompts, whose UNet alone makes no images, else the UNet.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ import math
 
 import numpy as np
 
+from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options
@@ -29,10 +32,9 @@ from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.load import known_names, load_images
-from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
-from retrack_jax.weights.kinds import takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, takes_prompts
 
 log = logging.getLogger(__name__)
 # (group, field) -> its value for images alone, and for captioned ones.
@@ -69,7 +71,8 @@ def open_fields(options: Options) -> list[str]:
     recipes = [recipe for name, recipe in options.methods.items() if name in options.method_names] + [options.unlearn]
     names = {name for recipe in recipes for name in _open_in(recipe)}
     by_kind = [f"{group}.{name}" for group, name in _BY_KIND if getattr(getattr(options, group), name) is None]
-    return [name for name in rules(1, 32) if name in names] + ["resolution"] * (options.data.resolution is None) + by_kind
+    left = ["resolution"] * (options.data.resolution is None) + ["export"] * (options.export is None)
+    return [name for name in rules(1, 32) if name in names] + left + by_kind
 
 
 def _open_in(recipe: UnlearnOptions) -> list[str]:
@@ -109,17 +112,20 @@ def complete(options: Options) -> Options:
     names = open_fields(options)
     if not names:
         return options
-    height, width = (options.data.resolution,) * 2 if options.data.resolution else _sample_size(options)
+    pixels = _pixels_of_latent(options)
+    height, width = (options.data.resolution,) * 2 if options.data.resolution else _sample_size(options, pixels)
     side = round(math.sqrt(height * width))
     if "resolution" in names:  # images of a model that is not square are taken as they are, and must be of its size
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
     captioned = takes_prompts(options.checkpoint)
-    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side, captioned)
+    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, captioned)
     options = chosen_by_kind(options, captioned)
     chosen |= {f"{group}.{name}": values[captioned] for (group, name), values in _BY_KIND.items()}
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
-    shown = {name: {**chosen, "resolution": options.data.resolution}[name] for name in names}
+    if options.export is None:
+        options = dataclasses.replace(options, export="unet" if pixels == 1 or captioned else "pipeline")
+    shown = {name: {**chosen, "resolution": options.data.resolution, "export": options.export}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
     return dataclasses.replace(options, methods=methods, unlearn=_filled(options.unlearn, chosen))
 
@@ -158,14 +164,19 @@ def _names(options: Options) -> ImageSet:
     return known_names(data) or load_images(data)
 
 
-def _sample_size(options: Options) -> tuple[int, int]:
+def _pixels_of_latent(options: Options) -> int:
+    """How many pixels along a side one place of what the network denoises covers: 1 for a model of pixels."""
+    coder = autoencoder_folder(options.checkpoint)
+    if takes_prompts(options.checkpoint):
+        coder = pipeline_folder(options.checkpoint, options.pipeline) / "vae"
+        check_pipeline(coder.parent)
+    return 1 if coder is None else read_autoencoder(coder).downscale
+
+
+def _sample_size(options: Options, pixels: int) -> tuple[int, int]:
     """The (height, width) of the images that the model makes, in pixels."""
-    folder, pixels = options.checkpoint, 1
-    if takes_prompts(options.checkpoint):  # each level of the VAE but the first halves the sides
-        folder = pipeline_folder(options.checkpoint, options.pipeline)
-        check_pipeline(folder)
-        pixels = AutoencoderKL.from_config(read_config(folder / "vae")).downscale
-    folder = model_folder(folder)
+    prompts = takes_prompts(options.checkpoint)
+    folder = model_folder(pipeline_folder(options.checkpoint, options.pipeline) if prompts else options.checkpoint)
     size = read_config(folder).get("sample_size")
     pair = size if isinstance(size, list) else [size, size]
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):

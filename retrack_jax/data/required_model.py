@@ -12,7 +12,7 @@ from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_f
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, UNET_FOLDERS, find_weights, schedule_places
-from retrack_jax.weights.kinds import takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, takes_prompts
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
@@ -41,6 +41,8 @@ def _unet(folder: Path, how: dict) -> Iterator[Requirement]:
     yield from _network(folder, part, "model" if part == "." else part, DIFFUSERS_WEIGHTS, how)
     if not present:
         return
+    if (coder := autoencoder_folder(folder)) is not None:
+        yield from _network(coder.parent, coder.name, coder.name, DIFFUSERS_WEIGHTS, how)
     places = schedule_places(folder)
     there = [place for place in places if place.is_file()]
     # No command: a checkpoint may come without a schedule, as SISS's of MNIST does, and another download would not bring one.

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.schedule import LEARNED_VARIANCE
 from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
 from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
@@ -76,7 +75,9 @@ def _features(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
-    images = pixels_to_model(task.forgotten)
+    if task.decode is not None:
+        return {}, {"why": "it is the likelihood of pixels, and this model's network denoises latents"}
+    images = task.clean()
     try:
         bits, stderr = nll_bits_per_dim(
             task.eps_fn, subject.params, task.schedule, images, task.rng,
@@ -100,7 +101,7 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     if (last := task.schedule.num_train_timesteps - 1) < INJECTED_T:
         return {}, {"why": f"its protocol restores images noised to t = {INJECTED_T}, and this model's schedule ends at {last}"}
     network = task.sscd()
-    given, made = restore(task.eps_fn, subject.params, task.schedule, task.forgotten, task.rng, task.condition)
+    given, made = restore(task.eps_fn, subject.params, task.schedule, task.clean(), task.rng, task.condition, task.decode)
     scores = {"sscd": sscd(network, made, task.forgotten)}
     if "sscd_norm" in wanted:
         scores["sscd_norm"] = sscd_norm(network, made, task.forgotten)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrack_jax.checks import Diverged
-from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.membership import INTERVAL, T_SEC, denoising_losses, loss_scores, membership_auc, secmi_scores
 from retrack_jax.metrics.relearning import relearning_curve, relearning_steps
@@ -42,7 +41,7 @@ def membership(task: Task, subject: Subject, wanted: Sequence[str]):
     """The AUC of two attacks that tell forgotten from held-out images, each with its 95% bootstrap interval."""
     if task.held_out is None:
         return {}, {"why": "it needs a random:SHARE target and as many held-out images (config.data.held_out) to compare with"}
-    sides = pixels_to_model(task.forgotten), pixels_to_model(task.held_out)
+    sides = task.clean(), task.held_out()
     conditions = task.condition, task.held_out_condition
     model = task.eps_fn, subject.params, task.schedule
     attacks = {
@@ -92,6 +91,6 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def _losses(task: Task, params, num_noises: int = 256, desc: str = "") -> np.ndarray:
-    images = pixels_to_model(task.forgotten)
+    images = task.clean()
     how = {"num_noises": num_noises, "conditions": task.condition, "desc": desc}
     return denoising_losses(task.eps_fn, params, task.schedule, images, task.rng, **how)

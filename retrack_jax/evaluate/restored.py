@@ -1,11 +1,13 @@
 """What a model restores of a forgotten image: the probe behind SSCD, and the pictures of it that the report shows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
+from retrack_jax.data.dataset import unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import write_npz
 from retrack_jax.metrics.blocks import condition_of, in_blocks, mapped
@@ -17,24 +19,33 @@ MOST_KEPT = 8  # images of a group whose pictures are stored; SSCD is computed f
 
 
 def restore(
-    eps_fn: ModelEpsFn, params: PyTree, schedule: Schedule, images: np.ndarray, rng: Rng, conditions: Array | None = None
+    eps_fn: ModelEpsFn,
+    params: PyTree,
+    schedule: Schedule,
+    x_0: np.ndarray,
+    rng: Rng,
+    conditions: Array | None = None,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each image noised to t = 250, and what the model makes of that: two float32 `[F, H, W, C]` in [0, 1].
 
     Args:
       eps_fn: `eps_fn(params, x_t, t, *condition) -> eps`; pass the same function object to reuse what is compiled.
-      images: the forgotten images, uint8 `[F, H, W, C]`.
+      x_0: the forgotten images as the network denoises them, `[F, h, w, c]`.
       rng: every model is given the same noise.
       conditions: of the images, as in `metrics.blocks.condition_of`.
+      decode: as in `Task`.
     """
-    x_0, rngs = pixels_to_model(images), jax.random.split(rng, len(images))
+    rngs = jax.random.split(rng, len(x_0))
     p_pairs = mapped(_pairs, (None, None, None, 0, 0, 0), eps_fn=eps_fn)
 
     def of_rows(rows: np.ndarray) -> Array:
         return p_pairs(params, schedule, conditions, x_0[rows], rngs[rows], rows)
 
-    pairs = in_blocks(of_rows, len(images), images.shape[1:], desc="sscd")
-    noised_images, restored = np.clip(np.moveaxis(pairs, 1, 0) / 2 + 0.5, 0.0, 1.0)
+    pairs = np.moveaxis(in_blocks(of_rows, len(x_0), x_0.shape[1:], desc="sscd"), 1, 0)
+    if decode is not None:
+        pairs = np.stack([decode(side) for side in pairs])
+    noised_images, restored = np.clip(pairs / 2 + 0.5, 0.0, 1.0)
     return noised_images, restored
 
 

@@ -21,10 +21,12 @@ class Task:
       reference: the real images that samples are compared with, uint8 `[N, H, W, C]`.
       reference_digest, reference_name: say which these are.
       cache_dir: where the features of the reference are kept.
+      clean: `() -> ` the forgotten images as the network denoises them, without noise, float32 `[F, h, w, c]`.
+      decode: from what the network denoises, `[N, h, w, c]`, to images in [-1, 1]; None: it denoises images.
       eps_fn, schedule: the network and its schedule.
       features, sscd: `() -> FeatureNetwork`; raise `Unavailable` without their weights, or where they are for other images.
       classifier: `official -> FeatureNetwork` behind the inception scores and the label share, alike; None: `features` is.
-      held_out: images that no model trained on and that the forgotten ones can be exchanged with, uint8 `[M, H, W, C]`, or None.
+      held_out: `() -> ` images that no model trained on and that the forgotten ones can be exchanged with, as `clean`; or None.
       condition, held_out_condition: of the forgotten and the held-out images, `[F, ...]` and `[M, ...]`, for a network that takes
         one; else None.
       label: the label that all forgotten images and no other have, or None.
@@ -46,7 +48,8 @@ class Task:
     schedule: Schedule
     features: Callable[[], FeatureNetwork]
     sscd: Callable[[], FeatureNetwork]
-    held_out: np.ndarray | None
+    clean: Callable[[], np.ndarray]
+    held_out: Callable[[], np.ndarray] | None
     label: int | None
     finetune: Callable
     relearning: tuple[int, ...]
@@ -54,6 +57,7 @@ class Task:
     threshold: float
     nll_probes: int
     rng: Rng
+    decode: Callable[[np.ndarray], np.ndarray] | None = None
     classifier: Callable[[bool], FeatureNetwork] | None = None
     condition: np.ndarray | None = None
     held_out_condition: np.ndarray | None = None

@@ -1,5 +1,7 @@
 """AutoencoderKL: Stable Diffusion's autoencoder between images and latents, in Flax with diffusers' names.
 
+What it shares with VQModel (vqvae.py) is in `Autoencoder`.
+
     (1) z ~ N(mean, std²)                               the posterior of an image x
         [mean, logvar] = quant_conv(encoder(x))
         std = exp(clip(logvar, -30, 20) / 2)
@@ -68,13 +70,13 @@ def _out(options: ResnetOptions, x: Array, features: int) -> Array:
     return Conv(features, 3, padding=1, dtype=options.dtype, name="conv_out")(x)
 
 
-class AutoencoderKL(Configured, nn.Module):
-    """The autoencoder; fields and defaults are those of diffusers' `AutoencoderKL`.
+class Autoencoder(Configured, nn.Module):
+    """What the autoencoders of latent diffusion models have in common; fields and defaults are diffusers'.
 
     Call `apply` with method "encode" or "decode".
 
     Attributes:
-      scaling_factor: the factor of latents (equation 2), with which their variance is about 1.
+      scaling_factor: the factor of latents, with which their variance is about 1.
       dtype: the dtype of the computation; norm statistics, softmax and the results are float32.
     """
 
@@ -89,16 +91,8 @@ class AutoencoderKL(Configured, nn.Module):
     norm_num_groups: int = 32
     sample_size: Any = 32
     scaling_factor: float = 0.18215
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     dtype: jnp.dtype = jnp.float32
-
-    config_format = ConfigFormat(
-        class_name="AutoencoderKL",
-        fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
-        passed_over=("force_upcast",),  # advice on precision, which is the user's choice here
-    )
 
     def check_options(self) -> None:
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""
@@ -107,34 +101,74 @@ class AutoencoderKL(Configured, nn.Module):
         check_number("the VAE's scaling_factor", self.scaling_factor, 0, above=True)
         activation(self.act_fn)
 
-    def setup(self):
+    def _set_up(self, features: int) -> None:
+        """Makes both halves; the encoder gives `features` channels."""
         options = ResnetOptions(groups=self.norm_num_groups, eps=_EPS, act_fn=self.act_fn, dtype=self.dtype)
         shape = (self.block_out_channels, self.layers_per_block)
         attention = None
         if self.mid_block_add_attention:  # one head
             attention = AttentionOptions(head_dim=None, norm_num_groups=self.norm_num_groups)
-        self.encoder = Encoder(*shape, 2 * self.latent_channels, options, attention)
+        self.encoder = Encoder(*shape, features, options, attention)
         self.decoder = Decoder(*shape, self.out_channels, options, attention)
-        pointwise = {"kernel_size": 1, "padding": 0, "dtype": self.dtype}
-        if self.use_quant_conv:
-            self.quant_conv = Conv(2 * self.latent_channels, **pointwise)
-        if self.use_post_quant_conv:
-            self.post_quant_conv = Conv(self.latent_channels, **pointwise)
+
+    def _pointwise(self, features: int) -> Conv:
+        return Conv(features, 1, padding=0, dtype=self.dtype)
 
     @property
     def downscale(self) -> int:
         """How many pixels along a side one latent covers (8 for Stable Diffusion)."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def encode(self, x_BHWC: Array) -> tuple[Array, Array]:
-        """Returns mean and standard deviation of the latent of each image, float32 `[B, H/8, W/8, latent_channels]`.
+    @property
+    def latent_width(self) -> int:
+        """How many channels a latent has."""
+        return self.latent_channels
 
-        Both are already multiplied by `scaling_factor` (equations 1 and 2): a latent for the UNet is mean + std * eps. Images are
-        `[B, H, W, 3]` in [-1, 1], with sides that are multiples of `downscale`; raises `UserError` for other sides.
-        """
+    def _check_sides(self, x_BHWC: Array) -> None:
         height, width = x_BHWC.shape[1:3]
         whole = height % self.downscale == 0 and width % self.downscale == 0
         check(whole, f"images are {height} x {width}; the VAE needs multiples of {self.downscale}")
+
+    def encode(self, x_BHWC: Array) -> tuple[Array, ...]:
+        """Returns the latent of each image, float32 `[B, h, w, latent_width]`: mean and standard deviation of its posterior, or
+        the latent alone if it is certain.
+
+        They are already multiplied by `scaling_factor`, as the UNet sees them. Images are `[B, H, W, in_channels]` in [-1, 1],
+        with sides that are multiples of `downscale`; raises `UserError` for other sides.
+        """
+        raise NotImplementedError
+
+    def decode(self, latent_BHWC: Array) -> Array:
+        """Returns images from the UNet's latents: float32 `[B, H, W, out_channels]`, about in [-1, 1], not clipped."""
+        raise NotImplementedError
+
+    def __call__(self, x_BHWC: Array) -> Array:
+        """Encodes, and decodes the mean; this is what `init` traces."""
+        return self.decode(self.encode(x_BHWC)[0])
+
+
+class AutoencoderKL(Autoencoder):
+    """The autoencoder whose latents have a posterior (equations 1 to 3)."""
+
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    config_format = ConfigFormat(
+        class_name="AutoencoderKL",
+        fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
+        passed_over=("force_upcast",),  # advice on precision, which is the user's choice here
+    )
+
+    def setup(self):
+        self._set_up(2 * self.latent_channels)
+        if self.use_quant_conv:
+            self.quant_conv = self._pointwise(2 * self.latent_channels)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = self._pointwise(self.latent_channels)
+
+    def encode(self, x_BHWC: Array) -> tuple[Array, Array]:
+        """Returns mean and standard deviation of the latent of each image (equations 1 and 2), as `Autoencoder.encode`."""
+        self._check_sides(x_BHWC)
         moments = self.encoder(x_BHWC)
         moments = self.quant_conv(moments) if self.use_quant_conv else moments
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -142,11 +176,7 @@ class AutoencoderKL(Configured, nn.Module):
         return mean * self.scaling_factor, std * self.scaling_factor
 
     def decode(self, latent_BHWC: Array) -> Array:
-        """Returns images from the UNet's latents (equation 3): float32 `[B, 8 H, 8 W, 3]`, about in [-1, 1], not clipped."""
+        """Returns images from the UNet's latents (equation 3), as `Autoencoder.decode`."""
         z = latent_BHWC / self.scaling_factor
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)
-
-    def __call__(self, x_BHWC: Array) -> Array:
-        """Encodes and decodes by the mean; this is what `init` traces."""
-        return self.decode(self.encode(x_BHWC)[0])

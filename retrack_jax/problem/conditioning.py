@@ -24,12 +24,14 @@ class Conditioning(Protocol):
       of_target: whether samples, and so the pretrained model's too, depend on the target.
       dropout: the share of training examples whose own condition is dropped.
       dropped: the condition `[1, ...]` of such an example, or None.
+      null: the condition `[1, ...]` that guidance leads away from, or None.
       digests: name -> digest of what was read.
     """
 
     of_target: bool
     dropout: float = 0.0
     dropped: Array | None = None
+    null: Array | None = None
     digests: dict[str, str] = {}
 
     def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -20,7 +20,9 @@ from retrack_jax.checkpoints import (
     read_schedule_config,
 )
 from retrack_jax.checkpoints.diffusers_import import example_inputs
+from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
 from retrack_jax.checkpoints.lora_export import export_lora
+from retrack_jax.checkpoints.pipeline_export import export_folder
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import UserError, check
@@ -32,10 +34,10 @@ from retrack_jax.files import array_digest
 from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
+from retrack_jax.problem.codec import LatentCodec, PixelCodec
 from retrack_jax.train.lora import LoraOptions
-from retrack_jax.weights.folder import UNET_FOLDERS
 from retrack_jax.weights.hub import local_model
-from retrack_jax.weights.kinds import network_config
+from retrack_jax.weights.kinds import autoencoder_folder, network_config
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +121,9 @@ def _init(module: nn.Module, rng: Rng, *inputs: jax.Array) -> PyTree:
     return module.init(rng, *inputs)
 
 
-def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
-    """Returns the network of `config.checkpoint`, or a new one of the shape of `config.model` or `config.dit`, for `images`.
+def image_denoiser(options: Options, images: ImageSet, codec: PixelCodec | LatentCodec) -> Denoiser:
+    """Returns the network of `config.checkpoint`, or a new one of the shape of `config.model` or `config.dit`, for `images` as
+    `codec` has them.
 
     Raises:
       UserError: a checkpoint that is not there, not whole or not supported, or that cannot take the images; fields of
@@ -129,24 +132,36 @@ def pixel_denoiser(options: Options, images: ImageSet) -> Denoiser:
     own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
     source = local_model(options.checkpoint) if options.checkpoint else None
     if source:
-        check_pixel_model(source)
+        check_image_model(source)
         module, params = import_diffusers(source)
         stored = read_schedule_config(source)
+        coder = autoencoder_folder(source)
+        check(
+            coder is None or stored is not None,
+            f"no scheduler/scheduler_config.json next to {coder}; it is the noise schedule that the model was trained with",
+        )
         if stored is None:
             log.warning("no scheduler_config.json in %s; config.schedule is taken as its noise schedule", options.checkpoint)
         module = module.clone(**own)
     else:
-        family = UNet2D if options.network == "unet" else DiT
+        family, coder = UNet2D if options.network == "unet" else DiT, None
         module, params, stored = family.from_config(dataclasses.asdict(options.new_network), **own), None, None
     schedule = Schedule.from_config(stored or options.schedule.to_config())
-    _check_fits(module, images, schedule)
+    shape = codec.shape(images)
+    _check_fits(module, shape, f"the {codec.denoised} of {images.name}", schedule)
     condition = example_inputs(module)[2:]
 
     def export(path, params: PyTree, note: str) -> None:
-        export_diffusers(path, module, jax.device_get(params), schedule=schedule, source=source, note=note)
+        params = jax.device_get(params)
+        if coder is None:
+            export_diffusers(path, module, params, schedule=schedule, source=source, note=note)
+        elif options.export == "pipeline":
+            export_folder(path, coder.parent, module, params, note=note)
+        else:  # without a schedule: the folder would be a pipeline of pixels
+            export_diffusers(path, module, params, source=source, note=note)
 
     vectors = _label_vectors(condition[0].shape[1], options.data) if condition and condition[0].dtype != jnp.int32 else None
-    return Denoiser(module, schedule, images.images.shape[1:], params, condition, export, label_vectors=vectors)
+    return Denoiser(module, schedule, shape, params, condition, export, label_vectors=vectors)
 
 
 def _label_vectors(width: int, data: DataOptions) -> np.ndarray:
@@ -169,24 +184,19 @@ def _label_vectors(width: int, data: DataOptions) -> np.ndarray:
     return vectors.astype(np.float32)
 
 
-def check_pixel_model(checkpoint) -> None:
-    """Raises `UserError` if a checkpoint is no model of pixels, as far as its config is there to tell."""
+def check_image_model(checkpoint) -> None:
+    """Raises `UserError` if a checkpoint is no model of images that is supported, as far as its configs are there to tell."""
     found = network_config(checkpoint)
     if found is None:
         return
-    folder, (network, config) = local_model(checkpoint), found
+    network, config = found
     check(
         config.get("time_embedding_type") != "fourier",
         f"the network in {network} has time_embedding_type 'fourier': it takes log(t) and divides by t, so t = 0 gives NaN, in "
         "diffusers too; it is for schedules of continuous sigmas (ScoreSdeVe), and only those of betas are supported",
     )
-    for place in (folder, folder.resolve().parent if folder.resolve().name in UNET_FOLDERS else folder):
-        coder = next((name for name in ("vae", "vqvae", "vqgan", "movq") if (place / name / "config.json").is_file()), None)
-        check(
-            coder is None,
-            f"{place} holds a latent model: its UNet denoises what {place / str(coder)} encodes, not pixels; unconditional "
-            "latent models are not supported; give a model of pixels",
-        )
+    if (coder := autoencoder_folder(checkpoint)) is not None:
+        read_autoencoder(coder)
 
 
 def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
@@ -214,9 +224,9 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
     return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, (prompt,), export, export_adapter)
 
 
-def _check_fits(module, images: ImageSet, schedule: Schedule) -> None:
-    """Raises `UserError` if the network cannot take the images, or makes other channels than its schedule has a use for."""
-    height, width, channels = images.images.shape[1:]
+def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedule) -> None:
+    """Raises `UserError` if the network cannot take `what`, images or latents of `shape`, or makes channels without a use."""
+    height, width, channels = shape
     inputs = example_inputs(module)
     check(
         len(inputs) == 2 or inputs[2].ndim <= 2,
@@ -225,7 +235,7 @@ def _check_fits(module, images: ImageSet, schedule: Schedule) -> None:
     smallest, takes = inputs[0].shape[1], inputs[0].shape[3]
     check(
         channels == takes,
-        f"the images of {images.name} have {channels} channels and the network takes {takes}; "
+        f"{what} have {channels} channels and the network takes {takes}; "
         "choose the data and the checkpoint that belong together",
     )
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
@@ -248,11 +258,11 @@ def _check_fits(module, images: ImageSet, schedule: Schedule) -> None:
     size = getattr(module, "sample_size", None)
     check(
         not isinstance(size, tuple) or size[0] == size[1] or size == (height, width),
-        f"the images of {images.name} are {height}x{width} and the network's sample_size is {size}, height and width; no rule "
+        f"{what} are {height}x{width} and the network's sample_size is {size}, height and width; no rule "
         "makes them so, resize them before",
     )
     check(
         height % smallest == 0 and width % smallest == 0,
-        f"the images of {images.name} are {height}x{width}; the network needs sides that {smallest} divides; set "
+        f"{what} are {height}x{width}; the network needs sides that {smallest} divides; set "
         "config.data.resolution",
     )

@@ -71,12 +71,19 @@ class Evaluation(Protocol):
 class ImageEvaluation:
     """Images alone or with labels: FID and its kin, frequency, likelihood, what the model still knows of the forgotten images."""
 
-    def __init__(self, options: Options, data: ImageData, denoiser: Denoiser, codec: PixelCodec, conditioning: Conditioning):
+    def __init__(
+        self,
+        options: Options,
+        data: ImageData,
+        denoiser: Denoiser,
+        codec: PixelCodec | LatentCodec,
+        conditioning: Conditioning,
+    ):
         self._options, self._data, self._denoiser, self._codec = options, data, denoiser, codec
         self._conditioning = conditioning
         for name in options.eval.metrics:
             check_choice("config.eval.metrics", name, images.metric_names())
-        check_score_network(options.eval.score_network, options.eval.metrics, denoiser.shape)
+        check_score_network(options.eval.score_network, options.eval.metrics, data.images.images.shape[1:])
 
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
         wanted = self._options.eval.metrics
@@ -89,7 +96,7 @@ class ImageEvaluation:
         return evaluate(images.evaluators(task), wanted, task, subject, model.path, model.should_stop)
 
     def _task(self, target: Target, model: EvaluatedModel) -> Task:
-        options, data, denoiser = self._options.eval, self._data, self._denoiser
+        options, data, denoiser, codec = self._options.eval, self._data, self._denoiser, self._codec
         held_out = data.held_out if is_random(target.spec) else None
         everything = options.fid_reference == "all"
         rows = np.arange(len(target.images)) if everything else target.remain
@@ -106,7 +113,9 @@ class ImageEvaluation:
             ),
             sscd=lambda: load_sscd(options.weights_dir),
             classifier=score_network(options.score_network, options.weights_dir),
-            held_out=None if held_out is None else held_out.images,
+            clean=lambda: codec.clean(target.images, target.unique),
+            decode=codec.decode,
+            held_out=None if held_out is None else lambda: codec.clean(held_out, np.arange(len(held_out))),
             condition=None if target.labels is None else target.labels[target.unique],
             held_out_condition=None if held_out is None or target.labels is None else held_out.labels.astype(np.int32),
             label=label_of(target),

@@ -1,6 +1,7 @@
 """Latents of a set of pictures: the VAE's posterior, computed once, and draws from it.
 
-A latent is mean + std * eps. The mean and std of each picture are cached in one file that is mapped into memory. Streams of
+A latent is mean + std * eps, or of a VAE without a posterior (models/vqvae.py) the mean itself. The mean and std of each picture
+are cached in one file that is mapped into memory. Streams of
 pictures draw a fresh latent at each access (`data.dataset.to_x_0`); under ReTrack, forgotten pictures and neighbors are drawn
 once. A single cached latent would train on the same draw forever, which is not what the official code does.
 """
@@ -24,31 +25,34 @@ class LatentSet:
     """The posterior of each picture, multiplied by the VAE's scaling factor already.
 
     Attributes:
-      mean, std: float32 `[N, h, w, C]`, memory maps.
+      mean, std: float32 `[N, h, w, C]`, memory maps. `std` is None if latents are certain.
       digest: says which pictures and which VAE, and so keys what is made from both arrays.
     """
 
     mean: np.ndarray
-    std: np.ndarray
+    std: np.ndarray | None
     digest: str
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def posterior(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns `{"mean", "std"}` of `rows`, which `data.dataset.to_x_0` draws from."""
-        return {"mean": np.ascontiguousarray(self.mean[rows]), "std": np.ascontiguousarray(self.std[rows])}
+        """Returns `{"mean", "std"}` of `rows`, which `data.dataset.to_x_0` draws from; or `{"x_0"}` if they are certain."""
+        mean = np.ascontiguousarray(self.mean[rows])
+        return {"x_0": mean} if self.std is None else {"mean": mean, "std": np.ascontiguousarray(self.std[rows])}
 
     def draw(self, rows: np.ndarray, rng: Rng) -> np.ndarray:
         """Returns float32 `[len(rows), h, w, C]`, one draw for each row; it depends on `rng` and the row, not on which
         others are asked."""
+        if self.std is None:
+            return np.ascontiguousarray(self.mean[rows])
         rngs = parallel.example_rngs(rng, np.asarray(rows, np.int32))
         eps = jax.vmap(lambda one: jax.random.normal(one, self.mean.shape[1:]))(rngs)
         return self.mean[rows] + self.std[rows] * np.asarray(eps)
 
 
 def encode_set(
-    encode_fn: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    encode_fn: Callable[[np.ndarray], tuple[np.ndarray, ...]],
     images: ImageSet,
     *,
     vae_digest: str,
@@ -59,7 +63,8 @@ def encode_set(
     """Returns the posteriors of `images`, from the cache if it has them.
 
     Args:
-      encode_fn: `pixels float32 [B, H, W, 3] in [-1, 1] -> (mean, std)`, both scaled; always called with `batch_size` pictures.
+      encode_fn: `pixels float32 [B, H, W, C] in [-1, 1] -> (mean, std)`, both scaled, or `(mean,)` if latents are certain; always
+        called with `batch_size` pictures.
       vae_digest: says which VAE, at which precision, `encode_fn` is; with the pictures' digest it keys the cache.
       cache_dir: a local folder.
       batch_size: pictures encoded at once.
@@ -75,25 +80,25 @@ def encode_set(
         posteriors = _encode(encode_fn, images, batch_size, progress)
         files.write_whole(path, lambda temporary: _save(temporary, posteriors), advice=files.IN_CACHE)
         posteriors = _map(path)
-    return LatentSet(*posteriors, files.json_digest(key))
+    mean, *std = posteriors
+    return LatentSet(mean, std[0] if std else None, files.json_digest(key))
 
 
 def _encode(encode_fn, images: ImageSet, batch_size: int, progress) -> np.ndarray:
-    """Returns the posteriors, float32 `[2, N, h, w, C]`: means, then standard deviations."""
+    """Returns the posteriors, float32 `[2, N, h, w, C]`: means, then standard deviations; or `[1, N, h, w, C]`."""
     parts = []
     for start in range(0, len(images), batch_size):
         block = pixels_to_model(np.asarray(images.images[start : start + batch_size]))
         count = len(block)
         if count < batch_size:  # one compiled shape
             block = np.concatenate([block, np.repeat(block[-1:], batch_size - count, axis=0)])
-        mean, std = (np.asarray(part, np.float32)[:count] for part in encode_fn(block))
-        finite = np.isfinite(mean) & np.isfinite(std)
-        bad = np.flatnonzero(~finite.reshape(count, -1).all(axis=1))
+        posterior = np.stack([np.asarray(part, np.float32)[:count] for part in encode_fn(block)])
+        bad = np.flatnonzero(~np.isfinite(posterior).all(axis=(0, 2, 3, 4)))
         if len(bad):
             raise UserError(
                 f"the VAE encodes {images.ids[start + bad[0]]} to NaN or infinity; encode in float32 (config.compute.dtype)"
             )
-        parts.append(np.stack((mean, std)))
+        parts.append(posterior)
         if progress is not None:
             progress(start + count, len(images))
     return np.concatenate(parts, axis=1)

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options
@@ -27,7 +28,7 @@ from retrack_jax.notation import Array
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional, with_conditions
-from retrack_jax.problem.denoiser import Denoiser, check_pixel_model, latent_denoiser, pixel_denoiser
+from retrack_jax.problem.denoiser import Denoiser, check_image_model, image_denoiser, latent_denoiser
 from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation
 from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
 from retrack_jax.problem.sampler import ProblemSampler
@@ -37,7 +38,7 @@ from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.train.lora import ADAPTER, adapted
 from retrack_jax.unlearn.methods import METHODS, RETRAIN
-from retrack_jax.weights.kinds import takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
@@ -133,7 +134,7 @@ def check_problem(options: Options) -> None:
         check_no_labels(options)
     else:
         if options.checkpoint:
-            check_pixel_model(options.checkpoint)
+            check_image_model(options.checkpoint)
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
     if kind is _concepts:
         _check_concepts(options)
@@ -195,10 +196,12 @@ def build_problem(options: Options) -> Problem:
 
 
 def _images(options: Options) -> Problem:
-    """Images in pixels and a network that is unconditional or takes their labels."""
+    """Images, in pixels or as latents, and a network that is unconditional or takes their labels."""
     data = ImageData(options.data)
-    denoiser = pixel_denoiser(options, data.images)
-    codec, conditioning = PixelCodec(epath.Path(options.data.cache_dir).expanduser()), Unconditional()
+    codec: PixelCodec | LatentCodec = PixelCodec(epath.Path(options.data.cache_dir).expanduser())
+    if (coder := autoencoder_folder(options.checkpoint)) is not None:
+        codec = LatentCodec(*load_autoencoder(coder, jnp.dtype(options.compute.dtype)), options.data)
+    denoiser, conditioning = image_denoiser(options, data.images, codec), Unconditional()
     if denoiser.takes_labels:
         conditioning = Labels(options, data.images, denoiser.num_labels)
     else:

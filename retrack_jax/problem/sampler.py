@@ -14,9 +14,9 @@ from retrack_jax import files
 from retrack_jax.config.options import Options
 from retrack_jax.data.dataset import unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.models.vae import AutoencoderKL
+from retrack_jax.models.vae import Autoencoder
 from retrack_jax.notation import ModelEpsFn, PyTree
-from retrack_jax.problem.codec import LatentCodec, PixelCodec
+from retrack_jax.problem.codec import LatentCodec, PixelCodec, decode_fn
 from retrack_jax.problem.conditioning import Conditioning
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
@@ -76,11 +76,12 @@ class ProblemSampler:
         options, arrays = self._options, {}
         count = options.num_images - first
         total = count * len(self._conditioning.sampled(target))
+        plain = self._vae_params is None and not self._denoiser.condition
         for number, (name, condition) in enumerate(self._conditioning.sampled(target).items()):
             depends_on = [fingerprint, self.digest, self._conditioning.describe(name, target)]
             images = generate(
                 self._p_sample,
-                params if condition is None else GuidedParams(params, self._vae_params, condition, self._conditioning.null),
+                params if plain else GuidedParams(params, self._vae_params, condition, self._conditioning.null),
                 rng=jax.random.key(options.seed),
                 num_images=count,
                 first=first,
@@ -109,19 +110,16 @@ def _p_sample(
     num_steps: int,
     schedule: str,
     shape: tuple[int, int, int],
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     guidance: float | None,
     output: str,
 ) -> Callable:
     """Returns the compiled sampler of `generate`; problems with the same arguments share one."""
     sampler = sampler_class.create(Schedule.from_config(json.loads(schedule)), num_steps)
-    if guidance is None:
+    if guidance is None and vae is None:
         return pmap_sample_fn(make_sample_fn(eps_fn, sampler, shape), output=output)
-
-    def decode(params: PyTree, latents: jax.Array) -> jax.Array:
-        return vae.apply({"params": params}, latents, method="decode")
-
-    guided = make_guided_sample_fn(eps_fn, None if vae is None else decode, sampler, shape, guidance=guidance)
+    decode = None if vae is None else decode_fn(vae)
+    guided = make_guided_sample_fn(eps_fn, decode, sampler, shape, guidance=guidance or 0.0)
     return pmap_sample_fn(guided, output=output, of_images=GuidedParams.of_images)
 
 

@@ -1,4 +1,4 @@
-"""Conditional sampling: guided by a prompt in latent space and decoded to images, or by a label.
+"""Sampling with more than a UNet: guided by a prompt or a label, in latent space and decoded to images.
 
     (1) eps = eps(x_t, t, negative) + w (eps(x_t, t, prompt) - eps(x_t, t, negative)),  w the guidance scale
     (2) w <= 1: eps = eps(x_t, t, prompt), as in diffusers, with one call of the network instead of two
@@ -22,32 +22,36 @@ from retrack_jax.sampling.loop import Sampler, initial_noise, sample
 class GuidedParams(NamedTuple):
     """The parameters of both networks and both conditions: embeddings of prompts `[P, N, D]`, or labels, int32 `[P]`.
 
-    Image i is under condition i mod P. Without a VAE `vae` is None, and without guidance `negative` may be.
+    Image i is under condition i mod P. Without a VAE `vae` is None, without guidance `negative` may be, and `prompt` is for an
+    unconditional network.
     """
 
     unet: PyTree
     vae: PyTree | None
-    prompt: Array
+    prompt: Array | None
     negative: Array | None
 
     def of_images(self, index: Array) -> "GuidedParams":
         """Returns the same with the conditions of the images `index` `[B]`; one condition stays as it is and broadcasts."""
-        count = self.prompt.shape[0]
+        count = 1 if self.prompt is None else self.prompt.shape[0]
         return self if count == 1 else self._replace(prompt=self.prompt[index % count])
 
 
-def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: Array, negative: Array, guidance: float) -> EpsFn:
+def guided_eps_fn(
+    eps_fn: ModelEpsFn, params: PyTree, prompt: Array | None, negative: Array | None, guidance: float
+) -> EpsFn:
     """Returns `eps_fn(x_t [B, ...], t [B])` with classifier-free guidance, equations (1) and (2).
 
     Args:
       eps_fn: `eps_fn(params, x_t, t, condition) -> eps`, as from `make_eps_fn`.
       params: the network's.
-      prompt, negative: conditions, `[1, ...]` for all images or `[B, ...]`, one per image.
+      prompt, negative: conditions, `[1, ...]` for all images or `[B, ...]`, one per image. No prompt: the network takes none.
       guidance: the scale w.
     """
     check_number("the guidance scale", guidance, 0.0)
-    if guidance <= 1:
-        return lambda x_t, t: eps_fn(params, x_t, t, prompt)
+    if prompt is None or guidance <= 1:
+        condition = () if prompt is None else (prompt,)
+        return lambda x_t, t: eps_fn(params, x_t, t, *condition)
 
     def guided(x_t: Array, t: Array) -> Array:
         both = [jnp.broadcast_to(one, (x_t.shape[0], *one.shape[1:])) for one in (negative, prompt)]

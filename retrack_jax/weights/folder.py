@@ -19,6 +19,7 @@ from retrack_jax.weights.safetensors_io import SafetensorsFile
 from retrack_jax.weights.torch_reader import TorchFile
 
 UNET_FOLDERS = ("unet", "unet_ema")
+AUTOENCODER_FOLDERS = ("vqvae", "vae", "vqgan", "movq")
 # In the order in which the libraries look for them.
 _STEM = "diffusion_pytorch_model"
 DIFFUSERS_WEIGHTS = tuple(_STEM + ending for ending in (".safetensors.index.json", ".safetensors", ".bin", ".bin.index.json"))

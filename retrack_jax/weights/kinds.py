@@ -5,7 +5,7 @@ from typing import Any
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.files import read_object
-from retrack_jax.weights.folder import UNET_FOLDERS, read_config
+from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, UNET_FOLDERS, read_config
 from retrack_jax.weights.hub import local_model
 
 # Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.
@@ -31,6 +31,24 @@ def takes_prompts(checkpoint) -> bool:
     if network is None:
         return local_model(checkpoint).is_file()  # only Stable Diffusion is read from one file
     return network[1].get("_class_name") == "UNet2DConditionModel"
+
+
+def autoencoder_folder(checkpoint) -> Path | None:
+    """Returns the folder of the autoencoder next to the UNet of `checkpoint`; None if that denoises pixels, or is not there.
+
+    Raises `UserError` if the pipeline's model_index.json lists an autoencoder that is not there.
+    """
+    network = network_config(checkpoint) if checkpoint else None
+    if network is None:
+        return None
+    folder = network[0].resolve()
+    folder = folder.parent if folder.name in UNET_FOLDERS else folder
+    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    for name in AUTOENCODER_FOLDERS:
+        if (folder / name / "config.json").is_file():
+            return folder / name
+        check(index.get(name) in (None, [None, None]), f"{folder} has no {name}/config.json; download the whole pipeline")
+    return None
 
 
 def check_supported(checkpoint) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retrack_jax.data.dataset import image_set
+from retrack_jax.data.dataset import image_set, pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.evaluate.images import EVALUATORS
@@ -29,8 +29,9 @@ from tests import toys
 
 def task(rng, schedule, **more):
     images = toys.images(4)
-    known = dict(condition=None, held_out_condition=None)
-    known |= dict(forgotten=images[:2], held_out=images[2:], threshold=0.0, nll_probes=1, rng=rng, schedule=schedule)
+    x_0 = pixels_to_model(images)
+    known = dict(condition=None, held_out_condition=None, decode=None, clean=lambda: x_0[:2], held_out=lambda: x_0[2:])
+    known |= dict(forgotten=images[:2], threshold=0.0, nll_probes=1, rng=rng, schedule=schedule)
     return SimpleNamespace(**known, eps_fn=make_eps_fn(toys.ToyNet().apply, schedule), **more)
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
+from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.evaluate.finetune import make_finetune
 from retrack_jax.evaluate.memory import relearning
@@ -28,7 +29,7 @@ def test_one_curve_diverges(tmp_path):
 
     task = SimpleNamespace(
         condition=None,
-        forgotten=forgotten, schedule=schedule, eps_fn=eps_fn, rng=jax.random.key(0),
+        clean=lambda: pixels_to_model(forgotten), schedule=schedule, eps_fn=eps_fn, rng=jax.random.key(0),
         pretrained=toys.params, finetune=finetune, relearning=(2, 4),
     )  # fmt: skip
     names = ("relearning_steps", "relearning_steps_remain")

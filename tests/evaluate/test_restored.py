@@ -31,12 +31,13 @@ embed.description, embed.digest = "pixels", "0" * 64
 
 
 def task(images, rng, network=lambda: embed):
-    return SimpleNamespace(sscd=network, eps_fn=EPS_FN, schedule=SCHEDULE, forgotten=images, rng=rng, condition=None)
+    known = {"sscd": network, "eps_fn": EPS_FN, "schedule": SCHEDULE, "rng": rng, "condition": None, "decode": None}
+    return SimpleNamespace(forgotten=images, clean=lambda: pixels_to_model(images), **known)
 
 
 def test_every_model_is_given_the_same_noise_and_restores_by_injection(rng):
     images = toys.images(2)
-    one, other = (restore(EPS_FN, toys.params(seed), SCHEDULE, images, rng) for seed in (0, 1))
+    one, other = (restore(EPS_FN, toys.params(seed), SCHEDULE, pixels_to_model(images), rng) for seed in (0, 1))
     np.testing.assert_array_equal(one[0], other[0])
     assert np.abs(one[1] - other[1]).max() > 0.01
     gamma, sigma = SCHEDULE.gamma[250], SCHEDULE.sigma[250]

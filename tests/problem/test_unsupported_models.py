@@ -1,4 +1,4 @@
-"""Checkpoints that are no model of pixels are refused by their configs, before images and weights are read."""
+"""Checkpoints of kinds that are not supported are refused by their configs, before images and weights are read."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from PIL import Image
 
 from retrack_jax.checks import UserError
 from retrack_jax.main import main
-from retrack_jax.problem.denoiser import check_pixel_model
+from retrack_jax.problem.denoiser import check_image_model
 from tests.tiny_checkpoint import write_model
 
 
@@ -26,25 +26,24 @@ PIXELS = {"_class_name": "UNet2DModel", "sample_size": 8}
 @pytest.mark.parametrize(
     "configs, words",
     [
-        ({"unet": PIXELS, "vqvae": {"_class_name": "VQModel"}}, "holds a latent model: its UNet denoises what .*vqvae encodes"),
-        ({"unet": PIXELS, "vae": {"_class_name": "AutoencoderKL"}}, "unconditional latent models are not supported"),
+        ({"unet": PIXELS, "movq": {"_class_name": "VQModel", "norm_type": "spatial"}}, "norm_type is 'spatial'; only .group"),
+        ({"unet": PIXELS, "vae": {"_class_name": "AutoencoderTiny"}}, "is 'AutoencoderTiny'; choose one of VQModel, Autoenc"),
         ({"unet": PIXELS | {"time_embedding_type": "fourier"}}, "takes log.t. and divides by t, so t = 0 gives NaN"),
     ],
 )
 def test_each_kind_is_named(configs, words, tmp_path):
     folder = folder_of(tmp_path / "model", **configs)
     with pytest.raises(UserError, match=words):
-        check_pixel_model(str(folder))
-    if "vqvae" in configs:
-        with pytest.raises(UserError, match=words):
-            check_pixel_model(str(folder / "unet"))
+        check_image_model(str(folder))
+    with pytest.raises(UserError, match=words):
+        check_image_model(str(folder / "unet"))
 
 
-def test_models_of_pixels_and_folders_without_a_model_pass(tmp_path):
-    check_pixel_model(str(folder_of(tmp_path / "a", unet=PIXELS, scheduler={})))
-    check_pixel_model(str(folder_of(tmp_path / "b", **{".": PIXELS})))
-    check_pixel_model(str(folder_of(tmp_path / "c", unet=PIXELS | {"num_class_embeds": 10, "class_embed_type": "timestep"})))
-    check_pixel_model(str(tmp_path / "nowhere"))
+def test_models_that_are_supported_and_folders_without_a_model_pass(tmp_path):
+    check_image_model(str(folder_of(tmp_path / "a", unet=PIXELS, scheduler={})))
+    check_image_model(str(folder_of(tmp_path / "b", **{".": PIXELS})))
+    check_image_model(str(folder_of(tmp_path / "c", unet=PIXELS | {"num_class_embeds": 10, "class_embed_type": "timestep"})))
+    check_image_model(str(tmp_path / "nowhere"))
 
 
 @pytest.fixture
@@ -65,11 +64,11 @@ def command(tmp_path, checkpoint, images, *more):
 
 
 @pytest.mark.parametrize("mode", ["check", "run"])
-def test_a_latent_pipeline_ends_the_command_with_one_line(mode, tmp_path, images, capsys):
-    folder_of(write_model(tmp_path / "model"), vqvae={"_class_name": "VQModel"})
+def test_an_autoencoder_that_is_not_supported_ends_the_command_with_one_line(mode, tmp_path, images, capsys):
+    folder_of(write_model(tmp_path / "model"), vqvae={"_class_name": "VQModel", "norm_type": "spatial"})
     assert command(tmp_path, tmp_path / "model", images, f"mode={mode}") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "latent" in errors[0]
+    assert len(errors) == 1 and "norm_type" in errors[0]
     assert not list(tmp_path.rglob("model_index.json"))
 
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder with an unlearned UNet, written for diffusers' `StableDiffusionPipeline.from_pretrained`."""
+"""A pipeline's folder with an unlearned UNet, written for diffusers' `from_pretrained` of the pipeline's class."""
 
 import re
 import shutil
@@ -9,14 +9,19 @@ from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check
 from retrack_jax.files import read_object, write_bytes, write_json, write_text
 from retrack_jax.notation import PyTree
+from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, UNET_FOLDERS, model_folder, read_config
 
 # Weights of one precision among several: `model.fp16.safetensors`.
 _VARIANT = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\.\w+(\.safetensors|\.bin)")
 
 
 def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
-    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads: the source's parts, and the UNet
-    `unet_params`.
+    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads; see `export_folder`."""
+    export_folder(path, pipeline.path, pipeline.unet, unet_params, note=note)
+
+
+def export_folder(path, source: Path, unet, unet_params: PyTree, *, note: str | None = None) -> None:
+    """Writes the pipeline in the folder `source` with another UNet, as diffusers reads it: all other parts as they are there.
 
     The source's license files and model card are carried along, the card with `note` below: a model unlearned from Stable
     Diffusion is a derivative, and its license asks for that. The folder appears whole or not at all.
@@ -25,12 +30,11 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
       UserError: `path` is the source or holds something else, is not local, or cannot be written.
     """
     check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
-    source = pipeline.path
     with replacing(path, source) as folder:
         folder.mkdir(parents=True)
-        export_diffusers(folder / "unet", pipeline.unet, unet_params, source=source / "unet", note=note)
+        export_diffusers(folder / "unet", unet, unet_params, source=model_folder(source), note=note)
         folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir()]
-        parts = [part for part in folders if part.name != "unet" and not part.name.startswith(".")]
+        parts = [part for part in folders if part.name not in UNET_FOLDERS and not part.name.startswith(".")]
         for part in parts:
             shutil.copytree(part, folder / part.name, symlinks=False)
             _name_plainly(folder / part.name)
@@ -54,7 +58,7 @@ def _name_plainly(folder: Path) -> None:
 
 def _model_index(source: Path, parts: set[str]) -> dict:
     """The source's index without the parts that the source itself lacks, which diffusers would look for."""
-    default = {
+    default: dict = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
@@ -65,10 +69,15 @@ def _model_index(source: Path, parts: set[str]) -> dict:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if "text_encoder" not in parts:
+        coder = next(name for name in AUTOENCODER_FOLDERS if name in parts)
+        kind = read_config(source / coder)["_class_name"]
+        default = {"_class_name": "LDMPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+        default |= {"unet": ["diffusers", "UNet2DModel"], coder: ["diffusers", kind]}
     if (source / "model_index.json").is_file():
         default = read_object(source / "model_index.json")
     else:
         scheduler = read_object(source / "scheduler" / "scheduler_config.json")
-        default["scheduler"][1] = scheduler.get("_class_name", "PNDMScheduler")
+        default["scheduler"][1] = scheduler.get("_class_name", default["scheduler"][1])
     lacking = [name for name, value in default.items() if isinstance(value, list) and name not in parts]
     return default | {name: [None, None] for name in lacking}
