@@ -238,6 +238,11 @@ def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedu
         f"{what} have {channels} channels and the network takes {takes}; "
         "choose the data and the checkpoint that belong together",
     )
+    check(
+        not schedule.is_flow or getattr(module, "time_embedding_type", "") != "learned",
+        "the network's time_embedding_type is learned, with a row for each whole timestep, and the times of a flow are no whole "
+        "numbers; give the scheduler_config.json that it was trained with",
+    )
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     makes = jax.eval_shape(module.apply, variables, *inputs).shape[3]
     learned = makes == 2 * channels

@@ -12,7 +12,9 @@ from retrack_jax.data.dataset import image_set
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.dit import DiT
-from retrack_jax.problem.denoiser import _check_fits, pixel_denoiser
+from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.problem.codec import PixelCodec
+from retrack_jax.problem.denoiser import _check_fits, image_denoiser
 from retrack_jax.sampling import initial_noise, make_sampler, sample
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 1, "num_layers": 2, "sample_size": 4, "patch_size": 2}
@@ -125,14 +127,23 @@ IMAGES = image_set("grays", np.zeros((4, 4, 4, 1), np.uint8), list("abcd"))
 )
 def test_a_network_and_a_schedule_that_do_not_belong_together_are_refused(out_channels, schedule, message):
     with pytest.raises(UserError, match=message) as error:
-        _check_fits(DiT.from_config({**SMALL, "num_embeds_ada_norm": 1, "out_channels": out_channels}), IMAGES, schedule)
+        module = DiT.from_config({**SMALL, "num_embeds_ada_norm": 1, "out_channels": out_channels})
+        _check_fits(module, (4, 4, 1), "the images", schedule)
     assert "\n" not in str(error.value)
 
 
-def test_a_new_network_of_the_config_is_a_transformer():
+def test_a_network_with_a_row_for_each_timestep_is_no_flows():
+    blocks = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    learned = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
+    module = UNet2D(**blocks, **learned, in_channels=1, out_channels=1, norm_num_groups=2, add_attention=False)
+    with pytest.raises(UserError, match="time_embedding_type is learned, with a row for each whole timestep"):
+        _check_fits(module, (4, 4, 1), "the images", Schedule.rectified_flow())
+
+
+def test_a_new_network_of_the_config_is_a_transformer(tmp_path):
     fields = {"sample_size": 4, "in_channels": 1, "num_layers": 1, "attention_head_dim": 8}
     options = Options(network="dit", dit=Options().dit.__class__(**fields))
-    denoiser = pixel_denoiser(options, IMAGES)
+    denoiser = image_denoiser(options, IMAGES, PixelCodec(tmp_path))
     assert isinstance(denoiser.module, DiT) and not denoiser.takes_labels and denoiser.shape == (4, 4, 1)
     with pytest.raises(UserError, match="network is 'vit'"):
         Options(network="vit")
