@@ -29,7 +29,7 @@ def test_one_curve_diverges(tmp_path):
 
     task = SimpleNamespace(
         condition=None,
-        clean=lambda: pixels_to_model(forgotten), schedule=schedule, eps_fn=eps_fn, rng=jax.random.key(0),
+        forgotten=forgotten, clean=lambda: pixels_to_model(forgotten), schedule=schedule, eps_fn=eps_fn, rng=jax.random.key(0),
         pretrained=toys.params, finetune=finetune, relearning=(2, 4),
     )  # fmt: skip
     names = ("relearning_steps", "relearning_steps_remain")

@@ -237,5 +237,5 @@ def test_the_official_protocol_draws_by_the_runs_seed(image_data, tmp_path, offi
     )  # fmt: skip
     paths = {"path": tmp_path / "evaluation.json", "workdir": tmp_path}
     model = EvaluatedModel(params=dict, pretrained=dict, arrays={}, seed=run_seed, **paths)
-    task = ImageEvaluation(options, data, denoiser, None, Unconditional())._task(data.target("d"), model)
+    task = ImageEvaluation(options, data, denoiser, PixelCodec(tmp_path), Unconditional())._task(data.target("d"), model)
     assert jax.random.key_data(task.rng).tolist() == jax.random.key_data(jax.random.key(seed)).tolist()

@@ -11,6 +11,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.main import main
 from retrack_jax.problem.denoiser import check_image_model
 from tests.tiny_checkpoint import write_model
+from tests.tiny_latent import write_pipeline
 
 
 def folder_of(root, **configs):
@@ -65,11 +66,12 @@ def command(tmp_path, checkpoint, images, *more):
 
 @pytest.mark.parametrize("mode", ["check", "run"])
 def test_an_autoencoder_that_is_not_supported_ends_the_command_with_one_line(mode, tmp_path, images, capsys):
-    folder_of(write_model(tmp_path / "model"), vqvae={"_class_name": "VQModel", "norm_type": "spatial"})
+    config = write_pipeline(tmp_path / "model") / "vqvae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_type": "spatial"}))
     assert command(tmp_path, tmp_path / "model", images, f"mode={mode}") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "norm_type" in errors[0]
-    assert not list(tmp_path.rglob("model_index.json"))
+    assert not list((tmp_path / "run").rglob("model_index.json"))
 
 
 def test_a_model_that_is_not_square_takes_images_of_its_size_alone(tmp_path, images, capsys):
