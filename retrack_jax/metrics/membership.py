@@ -85,6 +85,15 @@ def denoising_losses(
 
 
 def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps_fn, num_noises):
+    x_t, t_B, target, condition = noisy_pairs(schedule, images_NHWC, conditions, rng, pairs_B, num_noises)
+    return jnp.sum((eps_fn(params, x_t, t_B, *condition) - target) ** 2, axis=(1, 2, 3))
+
+
+def noisy_pairs(schedule, images_NHWC: Array, conditions: Array | None, rng: Rng, pairs_B: Array, num_noises: int):
+    """Returns (x_t, t, target of the network, condition) of the pairs `image * num_noises + draw`, int `[B]`.
+
+    They are those of `denoising_losses`.
+    """
     image_B, draw_B = pairs_B // num_noises, pairs_B % num_noises
     x_0 = images_NHWC[image_B]
 
@@ -97,8 +106,7 @@ def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps
     t_B = jnp.floor((draw_B.astype(jnp.float32) + place_B) * (num_timesteps / num_noises)).astype(jnp.int32)
     t_B = jnp.minimum(t_B, num_timesteps - 1)
     x_t = add_noise(x_0, eps, schedule.gamma[t_B], schedule.sigma[t_B])
-    found = eps_fn(params, x_t, t_B, *condition_of(conditions, image_B))
-    return jnp.sum((found - schedule.target(x_0, eps)) ** 2, axis=(1, 2, 3))
+    return x_t, t_B, schedule.target(x_0, eps), condition_of(conditions, image_B)
 
 
 def loss_scores(eps_fn: ModelEpsFn, params: PyTree, schedule, images, rng: Rng, *, num_noises: int = 64, **options) -> np.ndarray:

@@ -15,6 +15,7 @@ from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import Model, load, pretrained
 from retrack_jax.run.verdict import losses_before
+from retrack_jax.train.lora import scaled
 from retrack_jax.unlearn.calibration import UNSEEN, between, line_search
 from retrack_jax.unlearn.methods import METHODS
 
@@ -52,7 +53,8 @@ def calibrated(context: RunContext, method: str, target: Target, folder: epath.P
         found = line_search(loss, _unseen(context, target, before) if asked == UNSEEN else float(asked))
         parallel.on_main(lambda: files.write_json(path, found))
     alpha = parallel.from_main(lambda: read(folder))["alpha"]
-    return dataclasses.replace(model, params=between(start, model.params, alpha))
+    adapter = None if model.adapter is None else scaled(model.adapter, alpha)
+    return dataclasses.replace(model, params=between(start, model.params, alpha), adapter=adapter)
 
 
 def read(folder: epath.Path) -> dict | None:

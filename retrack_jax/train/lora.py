@@ -93,3 +93,9 @@ def merge(lora: LoraOptions, params: PyTree, adapter: PyTree) -> PyTree:
         change = jnp.tensordot(a, b.reshape(b.shape[-2:]), 1, precision="highest")
         merged[*path, "kernel"] = merged[*path, "kernel"] + lora.scale * change
     return traverse_util.unflatten_dict(merged)
+
+
+def scaled(adapter: PyTree, factor: float) -> PyTree:
+    """Returns the adapter whose change of each kernel is `factor` times that of `adapter`."""
+    pairs = traverse_util.flatten_dict(adapter)
+    return traverse_util.unflatten_dict({path: factor * leaf if path[-2] == "lora_B" else leaf for path, leaf in pairs.items()})

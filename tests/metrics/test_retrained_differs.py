@@ -12,6 +12,7 @@ import pytest
 
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.metrics.frequency import target_distances
+from retrack_jax.metrics.gap import prediction_distances, two_sided_gap
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
 from retrack_jax.metrics.membership import denoising_losses, loss_scores, membership_auc, secmi_scores
 from retrack_jax.metrics.relearning import relearning_curve, relearning_steps
@@ -138,3 +139,34 @@ def test_relearning(models, target, rng):
     }
     assert steps["hid it"].steps < steps["never knew"].steps <= 10.0 + 1e-6
     assert not steps["never knew"].censored
+
+
+def test_the_two_sided_gap(models, target, rng):
+    """A model that draws the image in a quarter of its samples is far from one that never does; two that never do are not."""
+    stored, count = models["pretrained"][0], 240
+    order = np.random.default_rng(10)
+
+    def drawn(copies):
+        share = np.array([1.0] * NUM_REMAIN + [copies])
+        rows = order.choice(len(stored), count, p=share / share.sum())
+        return stored[rows] + STD * order.standard_normal((count, *stored.shape[1:]))
+
+    def gap(model, samples):
+        return two_sided_gap(_eps, model, models["retrained"], SCHEDULE, samples, drawn(0), rng, num_noises=16)
+
+    floor = gap(models["retrained"], drawn(0))
+    pretrained = gap(models["pretrained"], drawn(NUM_COPIES))
+    half = gap(models["model"](1.0), drawn(1))
+    assert floor.value == 0.0 and floor.error == 0.0  # the very same model
+    assert pretrained.value > 5 * pretrained.error and pretrained.value > half.value > 3 * half.error
+
+
+def test_prediction_distances(models, target, rng):
+    """Predictions differ on the forgotten image at small t; on the others, where noise hides which image it was, far less."""
+    remaining = models["pretrained"][0][:NUM_REMAIN]
+    pair = models["pretrained"], models["retrained"]
+    on_target = prediction_distances(_eps, *pair, SCHEDULE, target[None], rng)
+    on_others = prediction_distances(_eps, *pair, SCHEDULE, remaining, rng)
+    assert on_target.shape == (8,) and np.argmax(on_target) == 0
+    assert np.all(on_target[:2] > 10 * on_others[:2]) and on_target.sum() > 50 * on_others.sum()
+    assert not prediction_distances(_eps, pair[1], pair[1], SCHEDULE, remaining, rng).any()

@@ -11,10 +11,11 @@ from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.train.lora import LoraOptions, adapted, init, merge
+from retrack_jax.train.lora import LoraOptions, adapted, init, merge, scaled
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import StepOptions, make_train_step
+from retrack_jax.unlearn.calibration import between
 from retrack_jax.unlearn.methods import METHODS
 from tests import toys
 from tests.models.test_unet2d import TINY
@@ -70,6 +71,13 @@ def test_the_merged_kernel_is_equation_1_for_dense_layers_and_convolutions(unet_
         np.testing.assert_array_equal(at(merged, path)["bias"], layer["bias"])
     untouched = ("mid_block", "attentions_0", "to_v", "kernel")
     np.testing.assert_array_equal(at(merged, untouched), at(unet_params, untouched))
+
+
+def test_a_calibrated_adapter_is_the_point_on_the_line(unet_params):
+    lora = LoraOptions(rank=3, alpha=5.0, layers=("to_q", "conv1"))
+    adapter = shaken(init(lora, unet_params, jax.random.key(0)))
+    line = between(unet_params, merge(lora, unet_params, adapter), 0.3)
+    assert toys.relative(merge(lora, unet_params, scaled(adapter, 0.3)), line) < 1e-6
 
 
 def test_layers_are_named_by_the_ends_of_diffusers_names(unet_params):
