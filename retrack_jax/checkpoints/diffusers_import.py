@@ -84,7 +84,7 @@ def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tupl
     config = read_config(folder)
     name = config.get("_class_name", "UNet2DModel")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{folder / 'config.json'} is of a {name}; only {' and '.join(FAMILIES)} are read here")
+        raise UserError(f"{folder / 'config.json'} is of a {name}; only {', '.join(FAMILIES)} are read here")
     module = FAMILIES[name].module.from_config(config, **own_fields)
     return module, load_params(module, folder, *example_inputs(module))
 

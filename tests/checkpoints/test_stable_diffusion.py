@@ -150,7 +150,7 @@ def test_import_diffusers_reads_a_text_conditioned_unet(tmp_path, pipeline):
         assert module == pipeline.unet.clone(remat=True)
         jax.tree.map(np.testing.assert_array_equal, params, pipeline.unet_params)
     edit(tmp_path / "unet" / "config.json", _class_name="UNet3DConditionModel")
-    with pytest.raises(UserError, match="UNet3DConditionModel; only UNet2DModel and UNet2DConditionModel are read here"):
+    with pytest.raises(UserError, match="UNet3DConditionModel; only UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel"):
         import_diffusers(tmp_path / "unet")
 
 
