@@ -156,7 +156,7 @@ def _check_adapters(options: Options, kind: Callable[[Options], Problem]) -> Non
     alone = any(lora.export == ADAPTER for name in options.method_names if (lora := options.lora(name)))
     check(
         kind is not _images or not alone,
-        "config.unlearn.lora.export is adapter, and diffusers loads no adapter into a UNet2DModel; choose merged",
+        "config.unlearn.lora.export is adapter, and diffusers loads adapters into Stable Diffusion alone; choose merged",
     )
 
 

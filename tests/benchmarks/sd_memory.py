@@ -2,13 +2,15 @@
 
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
     python -m tests.benchmarks.sd_memory residuals         # what the backward pass keeps, with and without remat; seconds
-    python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--tpu=v6e:2x2]    # compiles a step for each; runs nothing
+    python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--tpu=v6e:2x2] [--width=4]    # compiles each; runs nothing
+    python -m tests.benchmarks.sd_memory arguments         # what a step holds from step to step, trained whole and by an adapter
 
 `forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the backward pass
 for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for this backend:
 arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place; with `--tpu`
 for one chip of a TPU, which need not be there (memory.py says what to install). OPTION: float32, bfloat16, remat,
-bfloat16+remat; all four where none is named.
+bfloat16+remat; all four where none is named; and any of them with +lora for an adapter of rank 4 to the attention's projections.
+`--width=4` takes a UNet with a quarter of the channels, which compiles in a minute.
 """
 
 import contextlib
@@ -20,11 +22,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import ad_checkpoint
 
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.unet2d_condition import UNet2DCondition
+from retrack_jax.train.lora import LoraOptions, adapted, init, merge
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -37,6 +41,7 @@ GB = 1e9
 MOST_GB = 10  # what one forward pass may take
 LATENT, PROMPT = (64, 64, 4), (1, 77, 768)
 OPTIONS = ("remat", "bfloat16+remat", "float32", "bfloat16")
+LORA = LoraOptions()
 
 
 def forward() -> None:
@@ -65,36 +70,68 @@ def forward() -> None:
         raise SystemExit(f"more than {MOST_GB} GB")
 
 
-def residuals(remat: bool) -> None:
-    """Adds up the arrays that the gradient keeps from the forward pass, parameters left out."""
+def residuals(remat: bool, lora: bool) -> None:
+    """Adds up the arrays that the gradient keeps from the forward pass, arguments left out; of an adapter, merged kernels too."""
     unet = UNet2DCondition.from_config(SD14_UNET, remat=remat)
     inputs = jnp.ones((2, *LATENT)), jnp.array([500, 3], jnp.int32), jnp.ones(PROMPT)
     params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
 
-    def loss(params, *inputs):
-        return jnp.square(unet.apply({"params": params}, *inputs)).sum()
+    def listed(base):
+        def loss(trained, *inputs):
+            network = merge(LORA, base, trained) if lora else trained
+            return jnp.square(unet.apply({"params": network}, *inputs)).sum()
+
+        trained = jax.eval_shape(lambda: init(LORA, params, jax.random.key(0))) if lora else params
+        ad_checkpoint.print_saved_residuals(loss, trained, *inputs)
 
     listing = io.StringIO()
     with contextlib.redirect_stdout(listing):
-        ad_checkpoint.print_saved_residuals(loss, params, *inputs)
+        jax.eval_shape(listed, params)
     total = 0
     for line in listing.getvalue().splitlines():
-        if found := re.match(r"([a-z]+)(\d+)\[([\d,]*)\] (?!from the argument)", line):
+        if found := re.match(r"([a-z]+)(\d+)\[([\d,]*)\] (?!from )", line):
             total += int(found[2]) // 8 * math.prod(int(side) for side in found[3].split(",") if side)
-    print(f"remat {remat}: {total / GB:.2f} GB kept for the backward pass of two latents")
+    print(f"remat {remat}, lora {lora}: {total / GB:.2f} GB kept for the backward pass of two latents")
 
 
-def step(method_name: str, option: str) -> None:
+def trained_state(option: str, params, optimizer):
+    """Returns the shapes of a training state: of the whole network, or of an adapter to it."""
+    if "lora" not in option:
+        return jax.eval_shape(lambda params: create_state(params, optimizer), params)
+    return jax.eval_shape(lambda params: create_state(init(LORA, params, jax.random.key(0)), optimizer), params)
+
+
+def arguments() -> None:
+    """Adds up parameters and optimizer of a step, and the frozen base of an adapter; compiles nothing."""
+    inputs = jnp.ones((1, *LATENT)), jnp.array([500], jnp.int32), jnp.ones(PROMPT)
+    params = jax.eval_shape(UNet2DCondition.from_config(SD14_UNET).init, jax.random.key(0), *inputs)["params"]
+    optimizer = make_optimizer(learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
+
+    def size(tree) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    whole, adapter = (size(trained_state(option, params, optimizer)) for option in ("", "lora"))
+    base, layers = size(params), adapted(LORA, params)
+    flat = traverse_util.flatten_dict(params)
+    merged = size([flat[*path, "kernel"] for path in layers.values()])
+    print(f"full: {whole / GB:.2f} GB, with distillation {(whole + base) / GB:.2f} GB, a finished checkpoint {base / GB:.2f} GB")
+    print(f"adapter of rank {LORA.rank}: {(adapter + base) / GB:.2f} GB with distillation or without; A and B with their moments")
+    print(f"are {adapter / GB:.4f} GB of that; the merged kernels of its {len(layers)} layers have {merged / GB:.2f} GB")
+
+
+def step(method_name: str, option: str, width: int) -> None:
     """Compiles a training step: one image a microbatch and stream, 16 microbatches."""
     dtype = jnp.bfloat16 if "bfloat16" in option else jnp.float32
-    unet = UNet2DCondition.from_config(SD14_UNET, dtype=dtype, remat="remat" in option)
+    narrow = {"block_out_channels": [channels // width for channels in SD14_UNET["block_out_channels"]]}
+    config = SD14_UNET if width == 1 else {**SD14_UNET, **narrow, "norm_num_groups": 16}
+    unet = UNet2DCondition.from_config(config, dtype=dtype, remat="remat" in option)
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     inputs = jnp.ones((1, *LATENT)), jnp.array([500], jnp.int32), jnp.ones(PROMPT)
     params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
     optimizer = make_optimizer(
         learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0
     )
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), params)
+    state = trained_state(option, params, optimizer)
     method = get_method(method_name)
 
     def array(*shape, dtype=jnp.float32):
@@ -108,7 +145,7 @@ def step(method_name: str, option: str) -> None:
         batch["remain_index"] = array(1, accumulation, dtype=jnp.int32)
     if "forget" in method.streams:
         batch |= {name: array(1, accumulation, dtype=jnp.int32) for name in ("forget_row", "forget_index")}
-    shared = Shared(schedule=schedule, conditions=array(*PROMPT))
+    shared = Shared(schedule=schedule, conditions=array(*PROMPT), reference=params if "lora" in option else None)
     if "neighbors" in method.streams:
         shared = shared.replace(
             forget={"x_0": array(50, *LATENT)},
@@ -117,7 +154,8 @@ def step(method_name: str, option: str) -> None:
         )
     elif "forget" in method.streams:
         shared = shared.replace(forget={"mean": array(50, *LATENT), "std": array(50, *LATENT)})
-    how = StepOptions(options=method.options(), accumulation=accumulation, t_max=1000)
+    lora = LORA if "lora" in option else None
+    how = StepOptions(options=method.options(), accumulation=accumulation, t_max=1000, lora=lora)
     p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
     began = time.perf_counter()
     lowered = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0)))
@@ -142,14 +180,19 @@ if __name__ == "__main__":
         forward()
     elif sys.argv[1:2] == ["residuals"]:
         for remat in (True, False):
-            residuals(remat)
+            for lora in (False, True):
+                residuals(remat, lora)
+    elif sys.argv[1:2] == ["arguments"]:
+        arguments()
     elif sys.argv[1:2] == ["step"]:
         topology = next((word.removeprefix("--tpu=") for word in sys.argv[2:] if word.startswith("--tpu=")), None)
         if topology:
             plan_for(topology)
         words = [word for word in sys.argv[2:] if not word.startswith("--")]
-        method = next((word for word in words if word not in OPTIONS), "retrack")
-        for option in [word for word in words if word in OPTIONS] or OPTIONS:
-            step(method, option)
+        width = next((int(word.removeprefix("--width=")) for word in sys.argv[2:] if word.startswith("--width=")), 1)
+        named = [word for word in words if word.removesuffix("+lora") in OPTIONS]
+        method = next((word for word in words if word not in named), "retrack")
+        for option in named or OPTIONS:
+            step(method, option, width)
     else:
         sys.exit(__doc__)

@@ -49,10 +49,15 @@ def choose(table: dict) -> dict:
     for method in METHODS:
         mine = {float(key.split()[1]): value for key, value in table.items() if key.split()[0] == method}
         if mine:
-            lowest = max(CLEAN, min(value["frequency"] for value in mine.values()))
-            good = {rate: value for rate, value in mine.items() if value["frequency"] <= lowest}
-            chosen[method] = min(good, key=lambda rate: good[rate]["fid"])
+            chosen[method] = best_rate(mine)
     return chosen
+
+
+def best_rate(values: dict[float, dict]) -> float:
+    """Returns the rate that the rule above chooses of `rate -> {"frequency", "fid"}`."""
+    lowest = max(CLEAN, min(value["frequency"] for value in values.values()))
+    good = {rate: value for rate, value in values.items() if value["frequency"] <= lowest}
+    return min(good, key=lambda rate: good[rate]["fid"])
 
 
 if __name__ == "__main__":

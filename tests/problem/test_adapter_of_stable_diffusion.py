@@ -10,6 +10,7 @@ from safetensors import safe_open
 from retrack_jax.api import run
 from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS
 from retrack_jax.checks import UserError
+from retrack_jax.unlearn.calibration import LARGEST
 from retrack_jax.weights.folder import open_weights
 from retrack_jax.weights.kinds import check_supported
 from tests.tiny_sd import PIPELINE, tiny_config
@@ -27,6 +28,7 @@ def adapter(tmp_path_factory):
         config.unlearn.adapter, config.unlearn.lora.export = "lora", "adapter"
         config.unlearn.lora.rank, config.unlearn.lora.alpha = 2, 5.0
         config.unlearn.lora.layers = ("to_q", "to_out.0", "conv1")
+        config.unlearn.calibrate = "1e9"  # beyond reach: the change is as large as calibration makes any
     run(config, tmp_path / "work")
     return config, tmp_path / "work", tmp_path / "work" / "retrack" / "seed0-red_circle" / "diffusers"
 
@@ -65,6 +67,8 @@ def test_the_merged_pipeline_is_base_plus_adapter_and_needs_no_new_training(adap
     log = folder.parent / "log.jsonl"
     assert (merged_folder.parent / "log.jsonl").read_text() == log.read_text()
     assert (merged_folder / "model_index.json").is_file() and not (merged_folder / LORA_WEIGHTS).exists()
+    calibration = json.loads((folder.parent / "calibration.json").read_text())
+    assert calibration["alpha"] == LARGEST != 1  # which both exports have in them
     (_, base), (_, merged) = open_weights(PIPELINE / "unet"), open_weights(merged_folder / "unet")
     with safe_open(folder / LORA_WEIGHTS, "np") as file:
         changes = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}
