@@ -18,7 +18,7 @@ S is the side of what the network denoises: of a latent pipeline (diffusers' LDM
 exported whole (docs/guide/your-images.md).
 
 With a Stable Diffusion 1.x or 2.x folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
-(docs/stable_diffusion.md). The recipe is then the paper's for Stable Diffusion.
+(docs/guide/text-to-image.md). The recipe is then the paper's for Stable Diffusion.
 
 Hardware: as for the paper's data of the same resolution. Score to expect: unknown, it is your data. Read the report before you
 trust the result.

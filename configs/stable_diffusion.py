@@ -4,8 +4,8 @@
     python -m retrack_jax.main --config=configs/stable_diffusion.py                     # ReTrack, 48 runs
     python -m retrack_jax.main --config=configs/stable_diffusion.py:siss --config.targets=bjork_vulnicura_spotify,willy_wonka
 
-Hardware: one accelerator of 24 GB for ReTrack, on paper (docs/stable_diffusion.md has the arithmetic). Time and score to
-expect: we have not measured them on the real model. The tests run all of this on a toy and compare the networks with
+Hardware: one accelerator of 24 GB for ReTrack, on paper (docs/measurements/text-to-image.md has the arithmetic). Time and
+score to expect: we have not measured them on the real model. The tests run all of this on a toy and compare the networks with
 diffusers'.
 """
 

@@ -128,7 +128,7 @@ def check_pipeline(folder) -> None:
     """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
     folder = Path(folder).expanduser()
     there = folder.is_dir()
-    hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/stable_diffusion.md)"
+    hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/guide/text-to-image.md)"
     check(there, f"no folder {folder}; {hint}")
     index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = str(index.get("_class_name", "StableDiffusionPipeline"))
@@ -143,7 +143,7 @@ def check_pipeline(folder) -> None:
     missing = [part for part in _PARTS if not (folder / part).is_dir()]
     if missing:
         raise UserError(
-            f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/stable_diffusion.md)"
+            f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/guide/text-to-image.md)"
         )
 
 

@@ -163,7 +163,7 @@ def _check_adapters(options: Options, kind: Callable[[Options], Problem]) -> Non
 def _check_concepts(options: Options) -> None:
     check(
         bool(options.checkpoint),
-        "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/stable_diffusion.md)",
+        "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/guide/text-to-image.md)",
     )
     empty = "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts"
     check(bool(options.data.dir), empty)

@@ -170,7 +170,7 @@ def test_the_digest_of_a_sharded_vae_covers_its_shards(pipeline_folder, pipeline
 
 
 def test_arrays_in_parameters_out_with_a_prompt(pipeline):
-    """As docs/stable_diffusion.md shows, with a UNet of a single block: it compiles in a third of the time."""
+    """As docs/guide/text-to-image.md shows, with a UNet of a single block: it compiles in a third of the time."""
     small = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
     unet = pipeline.unet.clone(block_out_channels=(16,), **small)
     first = jax.jit(unet.init)(jax.random.key(0), *FAMILIES["UNet2DConditionModel"].inputs(unet))["params"]
