@@ -149,7 +149,7 @@ def test_absent_and_null_keys_take_the_defaults_of_the_class():
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr needs prediction_type v_prediction or sample"),
         ({"rescale_betas_zero_snr": "yes", "prediction_type": "sample"}, "rescale_betas_zero_snr is 'yes'"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas to True: it is for flows"),
-        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
+        ({"variance_type": "learned"}, "variance_type is 'learned'"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
         ({"solver_order": 4}, "solver_order is 4"),
