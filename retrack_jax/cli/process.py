@@ -18,6 +18,9 @@ from retrack_jax.checks import Preempted, UserError, check, check_int
 
 _JOINING = "joining the other processes"  # a thread's name
 _LAST_WORDS_SECONDS = 1.0
+# XLA ends the process, by SIGABRT, once a CPU device has waited 60 s for another of it: on crowded cores, that is no fault.
+_PATIENCE = "xla_cpu_collective_call_terminate_timeout_seconds"
+_PATIENCE_SECONDS = 1800
 
 
 def run_command(config: ConfigDict, workdir: str, should_stop: Callable[[], bool]) -> None:
@@ -169,7 +172,10 @@ def split_cpu(count: int) -> None:
     """
     import jax
 
-    said = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
+    said = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags
+    if (count > 1 or said) and _PATIENCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_PATIENCE}={_PATIENCE_SECONDS}".strip()
     if count == 1 or said:
         return
     try:

@@ -178,6 +178,21 @@ def test_cuda_where_there_is_none_is_one_line(tmp_path):
     assert "cannot start with JAX_PLATFORMS=cuda" in the_command(tmp_path, JAX_PLATFORMS="cuda")
 
 
+@pytest.mark.parametrize("given, expected", [("", 1800), ("--xla_cpu_collective_call_terminate_timeout_seconds=77", 77)])
+def test_cpu_devices_wait_half_an_hour_for_each_other(given, expected):
+    """XLA's own 40 seconds, after 20 of silence, ended runs on crowded cores. XLA reads the flag here, and would refuse another."""
+    script = (
+        "import os; from retrack_jax.cli import process; process.import_jax(); process.split_cpu(2)\n"
+        "import jax; print(jax.device_count(), os.environ['XLA_FLAGS'])"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": given}, capture_output=True, text=True
+    )
+    flag = f"--xla_cpu_collective_call_terminate_timeout_seconds={expected}"
+    assert done.stdout.split() == ["2", flag], done.stderr[-2000:]
+
+
 def test_float64_that_was_enabled_in_python_is_refused():
     with jax.enable_x64(True), pytest.raises(UserError, match="float64 is enabled"):
         process.set_up_jax()
