@@ -180,7 +180,7 @@ def test_cuda_where_there_is_none_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("given, expected", [("", 1800), ("--xla_cpu_collective_call_terminate_timeout_seconds=77", 77)])
 def test_cpu_devices_wait_half_an_hour_for_each_other(given, expected):
-    """XLA's own 40 seconds, after 20 of silence, ended runs on crowded cores. XLA reads the flag here, and would refuse another."""
+    """XLA's own 60 seconds ended runs on crowded cores. XLA reads the flag here, and would refuse another."""
     script = (
         "import os; from retrack_jax.cli import process; process.import_jax(); process.split_cpu(2)\n"
         "import jax; print(jax.device_count(), os.environ['XLA_FLAGS'])"
