@@ -12,8 +12,8 @@ usage: retrack --config=NAME[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 `python -m retrack_jax.main` is the same command.
 
-NAME     a config that comes with the package (celebahq, cifar10, custom, digits_class, digits_label, digits_random,
-         digits_tshirt, mnist5k_tshirt, mnist_tshirt, stable_diffusion), or the path of a config file
+NAME     a config that comes with the package (celebahq, cifar10, custom, digits_class, digits_flow, digits_label,
+         digits_random, digits_tshirt, mnist5k_tshirt, mnist_tshirt, stable_diffusion), or the path of a config file
 METHOD   retrack (default), siss, siss_no_is, erasediff, neggrad, vanilla, retrain, pretrained, or all
 DIR      a folder or gs:// address, runs/NAME by default; the same command again continues where it stopped
 FIELD    any field of the config, such as

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from retrack_jax.checkpoints import import_diffusers, read_schedule_config
+from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.checkpoints.diffusers_import import FAMILIES
 from retrack_jax.checks import UserError
+from retrack_jax.models.dit import DiT
 from retrack_jax.weights.folder import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
@@ -209,10 +210,22 @@ def test_a_pipelines_schedule_is_never_sought_outside_it(tmp_path):
     assert read_schedule_config(tmp_path / "a") is None
 
 
+def saved_transformer(folder, name):
+    """A diffusion transformer as diffusers saves one, under the class `name`."""
+    fields = {"sample_size": 4, "in_channels": 1, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
+    module = DiT.from_config({**fields, "num_embeds_ada_norm": 1})
+    params = module.init(jax.random.key(0), np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.int32))["params"]
+    export_diffusers(folder, module, params)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": name}))
+    return folder
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_averaged_network_of_each_family_is_read(tmp_path, name):
     tiny_sd = DATA.parent / "tiny_sd" / "pipeline" / "unet"
-    source = {"UNet2DModel": DATA / "safetensors", "UNet2DConditionModel": tiny_sd}[name]
+    saved = {"UNet2DModel": DATA / "safetensors", "UNet2DConditionModel": tiny_sd}
+    source = saved[name] if name in saved else saved_transformer(tmp_path / "saved", name)
     folder = Path(shutil.copytree(source, tmp_path / "model" / "unet_ema"))
     config = json.loads((folder / "config.json").read_text())
     # What EMAModel.save_pretrained writes.
