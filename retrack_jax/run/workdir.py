@@ -8,18 +8,22 @@
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import json
 import logging
 import os
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import UserError, check
+from retrack_jax.config.options import Options
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
 log = logging.getLogger(__name__)
@@ -190,7 +194,16 @@ def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str
         before, now = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             differing += _differences(before, now, f"{prefix}{name}.")
-        # An option that is newer than the workdir is off by default, and off it changes nothing.
-        elif before != now and not (name not in old and not now):
+        elif before != now and (name in old or now != _default(prefix + name)):
             differing.append((prefix + name, before, now))
     return differing
+
+
+def _default(name: str) -> object:
+    """Returns the default of a field of the config, by its dotted name: what an option did before it existed."""
+    options = dataclasses.asdict(Options())
+    options["unlearn"] |= {method: dataclasses.asdict(entry.options()) for method, entry in METHODS.items()}
+    value: Any = json.loads(json.dumps(options))
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

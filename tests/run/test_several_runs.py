@@ -213,3 +213,14 @@ def test_a_comparison_that_is_current_is_made_again_only_if_the_report_is_asked_
     again = context(tmp_path, parsed("all", "--config.mode=report"), "a.jpg")
     with pytest.raises(UserError, match="samples.npz is not there"):
         summarize_workdir(again, [("siss", "a.jpg", 0)])
+
+
+def test_an_option_that_is_newer_than_the_workdir_had_its_default_there(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.record(tmp_path, {"samples": {"sampling": {"sampler": "ddpm"}}, "model": {"unlearn": {"retrack": {}}}})
+    workdir.check(tmp_path, {"samples": {"sampling": {"sampler": "ddpm", "num_captions": 8}}})
+    workdir.check(tmp_path, {"model": {"unlearn": {"retrack": {"snr_cap": None}}}})
+    with pytest.raises(UserError, match="config.sampling.num_captions .None there, 4 now"):
+        workdir.check(tmp_path, {"samples": {"sampling": {"sampler": "ddpm", "num_captions": 4}}})
+    with pytest.raises(UserError, match="config.unlearn.retrack.snr_cap .None there, 5 now"):
+        workdir.check(tmp_path, {"model": {"unlearn": {"retrack": {"snr_cap": 5}}}})
