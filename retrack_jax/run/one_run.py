@@ -10,23 +10,22 @@ from dataclasses import dataclass
 from etils import epath
 
 from retrack_jax import files, parallel
-from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS, is_whole
+from retrack_jax.checkpoints.diffusers_export import is_whole
 from retrack_jax.checks import Diverged, UserError
-from retrack_jax.data.target_names import described
 from retrack_jax.evaluate.results import Results, worth_another_try
 from retrack_jax.log import say
 from retrack_jax.problem.evaluation import EvaluatedModel
 from retrack_jax.problem.target import Target
-from retrack_jax.report.verdict import calibration_in_words, in_words
+from retrack_jax.report.verdict import in_words
 from retrack_jax.run import calibrate, samples
 from retrack_jax.run.calibrate import calibrated
 from retrack_jax.run.context import RunContext
+from retrack_jax.run.export import export, export_pretrained, needs_export
 from retrack_jax.run.provenance import environment
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
 from retrack_jax.run.tensorboard import show_results
 from retrack_jax.run.training import Model, load, pretrained, record, train, unlearning
 from retrack_jax.run.verdict import announce, judge
-from retrack_jax.train.lora import ADAPTER
 from retrack_jax.unlearn.methods import PRETRAINED, RETRAIN
 
 # What is read again of the metrics.json of a finished run.
@@ -36,10 +35,6 @@ _METRICS = {
     PRETRAINED: files.NUMBERS, "unlearned": files.NUMBERS, "retrained": (dict, type(None)),
     "provenance": {"metrics": dict, "absent": dict, "final": list, "num_samples": int},
 }  # fmt: skip
-
-# What each value of config.export, and an adapter, leaves that those after it do not.
-_MARKS = {"pipeline": "unet", "single_file": "model.safetensors", "unet": "config.json", ADAPTER: LORA_WEIGHTS}
-
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -91,7 +86,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     _record_pretrained(run)
     if mode in ("run", "pretrain"):
         try:
-            _export_pretrained(context, pretrained(context, train))
+            export_pretrained(context, pretrained(context, train))
         except Diverged as error:  # no run of the sweep has anything to start from
             raise UserError(str(error)) from error
     _stop_if_asked(context, "unlearning")
@@ -104,7 +99,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
         verdict = _judge(run, model)
         say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
         _stop_if_asked(context, "the export")
-        _export(run, model, verdict)
+        export(context, method, run.target, run.folder, model, verdict)
     _stop_if_asked(context, "sampling")
     if mode in ("run", "sample"):
         _sample(run)
@@ -178,58 +173,13 @@ def _is_done(run: Run) -> bool:
         return False
     gold = _retrained_run(run)
     current = run.method == RETRAIN or metrics["retrained"] == (gold and gold["unlearned"])
-    return current and metrics["config"]["export"] == options.export and not _needs_export(run)
-
-
-def _needs_export(run: Run) -> bool:
-    """Whether the export that the config asks for is not there; with `none` what is there stays."""
-    path, kind = run.folder / "diffusers", _kind_of_export(run)
-    if kind == "none" or run.method == PRETRAINED:
-        return False
-    there = next((name for name in _MARKS if (path / _MARKS[name]).exists()), None)
-    return not is_whole(path) or there != kind
-
-
-def _kind_of_export(run: Run) -> str:
-    options = run.context.options
-    lora = options.lora(run.method)
-    return ADAPTER if options.export != "none" and lora and lora.export == ADAPTER else options.export
+    return current and metrics["config"]["export"] == options.export and not needs_export(options, run.method, folder)
 
 
 def _judge(run: Run, model: Model | None = None) -> dict:
     """Returns the verdict on the run's model, which is loaded if it is not given and its losses were not kept."""
     after = None if run.method == PRETRAINED else run.folder
     return judge(run.context, run.target, run.before, after, lambda: (model or run.model()).params)
-
-
-def _export(run: Run, model: Model, verdict: dict) -> None:
-    note = f"Unlearned by {run.method} in {model.steps} steps; forgotten: {described(run.target.spec)}."
-    if about := run.context.problem.note(run.method, run.target):
-        note += f"\n\n{about}"
-    if found := calibrate.read(run.folder):
-        note += f"\n\n{calibration_in_words(found)}"
-    note += f"\n\nVerdict by losses on these and on remaining images: {in_words(verdict)}"
-
-    def export() -> None:
-        if _needs_export(run):
-            path, denoiser, lora = run.folder / "diffusers", run.context.problem.denoiser, run.context.options.lora(run.method)
-            if _kind_of_export(run) == ADAPTER:
-                denoiser.export_adapter(path, model.adapter, lora, note)
-            else:
-                denoiser.export(path, model.params, note)
-
-    parallel.on_main(export)
-
-
-def _export_pretrained(context: RunContext, model: Model) -> None:
-    """Exports a model that was pretrained here, so that other commands can start from it, as from one that was brought."""
-    folder, denoiser = context.workdir.pretrained / "diffusers", context.problem.denoiser
-
-    def export() -> None:
-        if denoiser.params is None and context.options.export != "none" and not is_whole(folder):
-            denoiser.export(folder, model.params, f"Trained on {context.problem.data.images.name} in {model.steps} steps.")
-
-    parallel.on_main(export)
 
 
 def _sample(run: Run) -> None:
