@@ -15,9 +15,9 @@ from retrack_jax.train.step import StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS
 from tests import official
 
-# Of how far the parameters moved. Measured are up to 7e-4 in the first 20 steps, and 6e-5 to 4e-4 after 50. AdamW's first steps
-# have one size for all parameters, also for the keys' biases, whose gradient is rounding alone.
-TOLERANCE = {1: 2e-3, 5: 2e-3, 20: 2e-3, 50: 1e-3}
+# Of how far the parameters moved. Measured are up to 1.5e-4 after one step and 1.1e-5 after 50. With lambda, eta, the mixture or
+# the scale 5% off, it is at least 1.5e-2 after 50.
+TOLERANCE = {1: 5e-4, 5: 2e-4, 20: 1e-4, 50: 5e-5}
 
 
 @pytest.mark.parametrize("method", official.OPTIONS)
