@@ -1,5 +1,6 @@
 """The Python door: arrays in, parameters out, the caller's parameters untouched, mistakes named."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,15 @@ def test_pixels_and_floats_are_the_same_images(rng):
 def test_mistakes_are_value_errors_that_name_them(options, words, rng):
     with pytest.raises(ValueError, match=words):
         go(rng, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_network_that_makes_another_number_of_channels_is_refused(channels, rng):
+    """Twice those of the images are eps and a learned variance; of any others it is not known what they are."""
+    images, net = np.repeat(toys.images(22), 2, axis=-1), nn.Conv(channels, (3, 3))
+    params = net.init(rng, np.float32(images[:1]))["params"]
+    with pytest.raises(ValueError, match=rf"eps_pred \(.*, {channels}\), eps \(.*, 2\)"):
+        unlearn(lambda v, x, t: net.apply(v, x), params, toys.schedule(), images[:20], images[20:], rng=rng, **SMALL)
 
 
 @pytest.mark.parametrize(

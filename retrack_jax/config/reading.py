@@ -66,7 +66,7 @@ def unlearn_options(method: str, shared: Mapping, own: Mapping, where: str) -> U
 
 
 def _make(kind: type, values: Mapping, where: str):
-    """Returns the record of `values`; a field that is a record is made of its own mapping."""
+    """Returns a `kind` with the fields `values`; a mapping for a field that is itself a record becomes that record."""
     nested = {one.name: one.type for one in fields(kind) if hasattr(values.get(one.name), "keys")}
     made = {name: _make(of, values[name], f"{where}{name}.") for name, of in nested.items() if dataclasses.is_dataclass(of)}
     try:

@@ -69,13 +69,13 @@ def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule, *, with_vari
     Args:
       apply_fn: a Linen module's `apply`; called as `apply_fn({"params": params}, x_t, t, *cond, **kwargs)`.
       schedule: its `prediction_type` and tables make the conversion.
-      with_variance: of a network that makes more channels than x_t has: whether these follow those of eps, as they are, for the
+      with_variance: of a network that makes twice the channels of x_t: whether these follow those of eps, as they are, for the
         samplers that take the variance from them. Otherwise they are left out, so that no loss depends on them.
     """
 
     def eps_fn(params, x_t, t, *cond, **kwargs):
         output = apply_fn({"params": params}, x_t, schedule.network_time(t), *cond, **kwargs).astype(x_t.dtype)
-        if output.shape[-1] == x_t.shape[-1]:
+        if output.shape[-1] != 2 * x_t.shape[-1]:
             return as_eps(output, x_t, t)
         prediction, variance = jnp.split(output, [x_t.shape[-1]], axis=-1)
         eps = as_eps(prediction, x_t, t)

@@ -1,5 +1,6 @@
 """Prepared sets, in parquet files and as TFDS keeps them: rows in their order, names, labels, and what is damaged."""
 
+import json
 import shutil
 import time
 
@@ -131,6 +132,17 @@ class TestTfds:
         get = f"tfds build {name} --data_dir={tmp_path} --file_format=array_record"
         with pytest.raises(UserError, match=f"cannot read the TFDS data set in {path.parent} .*prepare it again: {get}"):
             load(tmp_path, "tfds", tfds_name=name, dir=str(tmp_path))
+
+    @pytest.mark.parametrize("listed", ["30", "1000000000"])
+    def test_another_number_of_records_than_dataset_info_lists(self, tmp_path, tfds_dir, listed):
+        """With 30 the last ten images would be left out, and the rows of the others wrong."""
+        shutil.copytree(tfds_dir / "mnist", tmp_path / "mnist")
+        (info,) = (tmp_path / "mnist").glob("*/dataset_info.json")
+        content = json.loads(info.read_text())
+        next(split for split in content["splits"] if split["name"] == "train")["shardLengths"] = [listed]
+        info.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"lists {listed} records of train, the files hold 40.*prepare it again: tfds build"):
+            load(tmp_path, "tfds", tfds_name="mnist", dir=str(tmp_path))
 
     def test_records_are_read_only_to_be_decoded(self, tmp_path, tfds_dir, monkeypatch):
         before = load(tmp_path, "tfds", tfds_name="cifar10", dir=str(tfds_dir))

@@ -200,7 +200,7 @@ def test_a_full_cache_disk_is_one_line_and_a_full_tmpdir_does_no_harm(finished, 
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith(f"error: cannot write {full}") and "free some space or set config.data.cache_dir" in line
-    cli.succeed(cli.flags(tmp_path / "first"), cache)  # with another cache the same workdir goes on to the end
+    cli.succeed(cli.flags(tmp_path / "first"), cache)  # the run that failed is continued, with a cache that has room
     cli.succeed(cli.flags(tmp_path / "second"), cache, TMPDIR=full)
     for work in ("first", "second"):
         cli.assert_same(cli.outcome(finished), cli.outcome(tmp_path / work))

@@ -43,7 +43,7 @@ def test_a_new_adapter_leaves_the_network_as_it_is_to_the_bit(unet_params):
     adapter = init(LoraOptions(), unet_params, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, merge(LoraOptions(), unet_params, adapter), unet_params)
     draws = [leaf for path, leaf in jax.tree.leaves_with_path(adapter) if "lora_A" in str(path)]
-    assert len({float(leaf.flat[0]) for leaf in map(np.asarray, draws)}) == len(draws)  # each layer has draws of its own
+    assert len({float(leaf.flat[0]) for leaf in map(np.asarray, draws)}) == len(draws)  # no two layers start with the same A
     wide = init(LoraOptions(rank=16, layers=("one",)), {"one": {"kernel": jnp.zeros((500, 3))}}, jax.random.key(0))
     assert np.std(wide["one"]["lora_A"]["kernel"]) == pytest.approx(1 / 16, rel=0.05)  # as peft's "gaussian"
 

@@ -69,7 +69,7 @@ def load_tfds(name: str, data: Mapping, rows: Sequence[int] | None = None) -> Im
     records = sorted(folder.glob(f"*-{split}.array_record*"))
     if not records:
         raise UserError(f"{folder} has no split {split!r}; set config.data.split")
-    source, features = _open(name, folder, split, data_dir)
+    source, features = _open(name, folder, split, records, data_dir)
     if rows is not None and max(rows) >= len(source):
         raise UserError(f"{folder} has {len(source)} images of {split}; row {max(rows)} is needed")
 
@@ -101,11 +101,23 @@ def load_tfds(name: str, data: Mapping, rows: Sequence[int] | None = None) -> Im
     )
 
 
-def _open(name: str, folder: Path, split: str, data_dir):
+def _open(name: str, folder: Path, split: str, records: Sequence[Path], data_dir):
     import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    def count(path: Path) -> int:
+        reader = ArrayRecordReader(str(path))
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
 
     try:
         builder = tfds.builder_from_directory(folder)
+        # TFDS believes dataset_info.json: with more there it would list records that do not exist, with fewer leave some out.
+        stored, listed = sum(map(count, records)), builder.info.splits[split].num_examples
+        if stored != listed:
+            raise ValueError(f"dataset_info.json lists {listed} records of {split}, the files hold {stored}")
         features = builder.info.features
         if "image" not in features:
             raise UserError(f"the TFDS data set {name!r} has no feature 'image'; it has {', '.join(features)}")
