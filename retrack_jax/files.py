@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from etils import epath
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, check
 
 _CHUNK = 1 << 22
 _DAY_SECONDS = 86_400
@@ -263,6 +263,16 @@ def write_npz(path, *, advice: str = IN_WORKDIR, **arrays) -> None:
 def cache_path(cache_dir, kind: str, key, ending: str) -> epath.Path:
     """Returns `cache_dir/kind/KEY.ending`, the file of what depends on the JSON value `key` and on nothing else."""
     return epath.Path(cache_dir).expanduser() / kind / f"{json_digest(key)[:32]}.{ending}"
+
+
+def check_writable(folder, advice: str) -> None:
+    """Raises `UserError` if this user may not write into a local folder, or not make it; nothing is written to find out."""
+    if "://" in str(folder):
+        return
+    folder = Path(folder).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # False for another user's
+    allowed = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    check(allowed, f"cannot write to {folder}: {there} is {'not writable' if there.is_dir() else 'no folder'}; {advice}")
 
 
 def read_cached(path, read: Callable[..., Value]) -> Value | None:

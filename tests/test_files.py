@@ -120,3 +120,25 @@ def test_a_cached_file_is_read_or_made_again(tmp_path, caplog):
     np.testing.assert_array_equal(files.read_cached(path, files.read_npz)["a"], np.arange(3))
     path.write_bytes(path.read_bytes()[:40])
     assert files.read_cached(path, files.read_npz) is None and "making it again" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_a_folder_that_this_user_may_not_write_is_refused_before_anything_is_written(tmp_path):
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    mine.mkdir(mode=0o777)
+    mine.chmod(0o777)
+    theirs.mkdir(mode=0o755)
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own are root's alone
+        folder.chmod(folder.stat().st_mode | 0o055)
+    (theirs / "file").touch()
+    files.check_writable(theirs / "new" / "cache", "set X")
+    os.setresuid(65534, 65534, 0)
+    try:
+        files.check_writable(mine / "new" / "cache", "set X")
+        for folder, why in ((theirs / "new", "theirs is not writable; set X"), (theirs / "file" / "new", "file is no folder; set X")):
+            with pytest.raises(UserError, match=f"cannot write to {folder}: .*{why}"):
+                files.check_writable(folder, "set X")
+    finally:
+        os.setresuid(0, 0, 0)
+    files.check_writable("gs://bucket/cache", "set X")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "theirs"]

@@ -102,14 +102,18 @@ def set_up_jax(cpu_devices: int = 1, should_stop: Callable[[], bool] = lambda: F
     import_jax()
     import jax
 
-    from retrack_jax import parallel
+    from retrack_jax import files, parallel
 
     parallel.check_precision()
     check_int("config.compute.cpu_devices", cpu_devices, 1)
     split_cpu(cpu_devices)
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser("~/.cache/retrack_jax/xla")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    try:
+        files.check_writable(cache, "set JAX_COMPILATION_CACHE_DIR")
+        jax.config.update("jax_compilation_cache_dir", cache)
+    except UserError as error:
+        logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     join_processes(should_stop)
     check_devices()

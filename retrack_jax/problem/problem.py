@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from retrack_jax import files
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
@@ -125,6 +126,7 @@ class Problem:
 def check_problem(options: Options) -> None:
     """Raises `UserError`, before anything is loaded, for fields that the kind of data of the config cannot use."""
     complete_fields(asdict(options.data), SOURCES)
+    files.check_writable(options.data.cache_dir, files.IN_CACHE)  # neighbors are cached long after training began
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
     kind = _kind(options)
