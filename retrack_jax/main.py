@@ -4,6 +4,7 @@
     python -m retrack_jax.main --config=configs/NAME.py[:METHOD] ...
 """
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -43,7 +44,10 @@ def main(argv: list[str] | None = None, should_stop: Callable[[], bool] = lambda
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(USER_ERROR)
-    except Exception:
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            print(f"error: {str(error.filename)[:80]}... is too long for the name of a file; correct it", file=sys.stderr)
+            return leave(USER_ERROR)
         if not is_one_of_many():
             raise
         sys.excepthook(*sys.exc_info())

@@ -111,7 +111,7 @@ class ClipTextEncoder(nn.Module):
         for name in _FIELDS[:6]:
             most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
             check_int(f"text encoder config: {name}", getattr(module, name), 1, most)
-        check_number("text encoder config: layer_norm_eps", module.layer_norm_eps, 0.0)
+        check_number("text encoder config: layer_norm_eps", module.layer_norm_eps, 0.0, 1.0)
         size, heads = module.hidden_size, module.num_attention_heads
         check(size % heads == 0, f"text encoder config: hidden_size {size} does not split into {heads} heads")
         return module

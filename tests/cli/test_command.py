@@ -224,6 +224,15 @@ def test_a_file_in_the_workdirs_place(tmp_path, capsys):
     assert "--workdir" in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "argv", [["--config=" + "a" * 5000], ["--config=custom", "--config.checkpoint=" + "a" * 5000], [CONFIG, "--workdir=" + "a" * 5000]]
+)
+def test_a_name_too_long_for_a_file_is_one_line(argv, capsys):
+    assert main(["retrack_jax", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1 and "aaa" in error and len(error) < 1300
+
+
 def test_a_workdir_at_an_address_of_an_unknown_kind(capsys):
     assert command("http://host/work") == 2
     assert "--workdir http://host/work is an address of an unknown kind" in error_line(capsys)

@@ -8,6 +8,7 @@ CONCEPT/kmeans_classifier.joblib
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +86,8 @@ def read_labels(folder) -> dict[str, int]:
     labels = read_object(path)
     whole = all(type(label) is int and label in (0, 1) for label in labels.values())
     check(whole, f"{path} must hold a JSON object of file name: 0 or 1")
-    missing = [name for name in labels if not (folder / "images" / name).is_file()]
+    pictures = {path.name for path in (folder / "images").glob("*") if path.is_file()}
+    missing = [name for name in labels if name not in pictures]
     if missing:
         raise UserError(
             f"{path} labels {len(missing)} of {len(labels)} pictures that are not in {folder / 'images'}, such as {missing[0]}; "
@@ -108,7 +110,7 @@ def memorised_name(folder, name: str) -> str:
     check(type(index) is int and index >= 0, f"{path}: mem_idx is {index!r}; it must be the number of the memorised picture")
     picture = f"{name}_{index:03d}.png"
     check(
-        (folder / "images" / picture).is_file(),
+        os.path.isfile(folder / "images" / picture),  # False for a name that is too long
         f"no memorised picture {folder / 'images' / picture}, which mem_idx in {path} names",
     )
     return picture
