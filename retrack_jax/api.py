@@ -138,7 +138,7 @@ def unlearn(
         parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
         on_step=callback,
     )  # fmt: skip
-    return merge(recipe.lora, params, state.params) if recipe.adapter else state.params
+    return merge(recipe.lora, parallel.replicate(params), state.params) if recipe.adapter else state.params
 
 
 def _names(record: type) -> set[str]:

@@ -135,6 +135,8 @@ class UnlearnOptions(TrainingOptions):
         if self.adapter is not None:
             check_choice("adapter", self.adapter, ADAPTERS)
         check(isinstance(self.lora, LoraOptions), f"lora is {self.lora!r}; give a dict such as {{'rank': 8}}")
+        unused = self.adapter is None and self.lora != LoraOptions()
+        check(not unused, "lora is set, but adapter is None, so that every weight would be trained; set adapter to lora")
         _check_calibrate(self.calibrate)
         check_int("t_min", self.t_min, minimum=0)
         if self.t_max is not None:

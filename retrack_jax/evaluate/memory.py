@@ -69,8 +69,7 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
     (`relearning_steps`). A curve that never gets there counts its last step and is marked as censored; one whose fine-tuning
     diverges leaves its metric without a value.
     """
-    # Along a curve a group needs no 256 noises per image: its images average them.
-    num_noises = min(256, max(16, 4096 // len(task.forgotten)))
+    num_noises = enough_noises(len(task.forgotten))
 
     def loss(params) -> float:
         return float(_losses(task, params, num_noises).mean())
@@ -88,6 +87,11 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
         values[name] = found.steps
         note[name] = {"steps": list(curve.steps), "values": list(curve.values), "censored": found.censored}
     return values, note
+
+
+def enough_noises(num_images: int) -> int:
+    """Returns how many noises an image needs along a curve of losses: 256, and fewer in a group, whose images average them."""
+    return min(256, max(16, 4096 // num_images))
 
 
 def _losses(task: Task, params, num_noises: int = 256, desc: str = "") -> np.ndarray:

@@ -1,5 +1,6 @@
 """The images that a verdict is reached from, and a model's losses on them (evaluate/verdict.py)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -51,10 +52,6 @@ def judged(problem: Problem, target: Target) -> Judged:
     if (held_out := problem.data.held_out) is not None:
         chosen.append((held_out, _chosen(held_out, np.arange(len(held_out)), most, target)))
     images = np.concatenate([problem.codec.clean(*part) for part in chosen])
-    if problem.conditioning.of_images(target.images) is None:
-        conditions = problem.conditioning.remembered(target)
-    else:
-        conditions = np.concatenate([problem.conditioning.of_images(images_)(rows) for images_, rows in chosen])
     return Judged(
         names=[str(target.images.ids[row]) for row in forgotten],
         num_forgotten=len(target.unique),
@@ -62,8 +59,15 @@ def judged(problem: Problem, target: Target) -> Judged:
         images=images,
         **dict(zip(("turned", "usable"), turned_copies(images), strict=True)),
         is_random=is_random(target.spec),
-        conditions=conditions,
+        conditions=remembered_conditions(problem, target, chosen),
     )
+
+
+def remembered_conditions(problem: Problem, target: Target, parts: Sequence[tuple[ImageSet, np.ndarray]]) -> np.ndarray | None:
+    """Returns under which conditions the model remembers the images of `parts`, (set, rows) each: `conditions` of `Judged`."""
+    if problem.conditioning.of_images(target.images) is None:
+        return problem.conditioning.remembered(target)
+    return np.concatenate([problem.conditioning.of_images(images)(rows) for images, rows in parts])
 
 
 def losses(
@@ -73,14 +77,15 @@ def losses(
     conditions: np.ndarray | None,
     desc: str,
     num_noises: int | None = None,
+    seed: int = _SEED,
 ) -> np.ndarray:
     """Returns the denoising losses of `images` under `conditions` (both as in `Judged`), float64 `[N, n]`.
 
-    `num_noises` is n; None: as many as a verdict takes.
+    `num_noises` is n; None: as many as a verdict takes. `seed` decides the draws; by default they are the verdict's.
     """
     denoiser = problem.denoiser
     how = {"num_noises": num_noises or _count(problem), "conditions": conditions, "desc": desc}
-    return denoising_losses(denoiser.eps_fn, params, denoiser.schedule, images, jax.random.key(_SEED), **how)
+    return denoising_losses(denoiser.eps_fn, params, denoiser.schedule, images, jax.random.key(seed), **how)
 
 
 def _count(problem: Problem) -> int:

@@ -138,6 +138,8 @@ def check_problem(options: Options) -> None:
         if options.checkpoint:
             check_image_model(options.checkpoint)
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
+        whole = options.export != "pipeline" or autoencoder_folder(options.checkpoint) is not None
+        check(whole, "config.export is pipeline, and a model of pixels has no more parts than its network; choose unet")
     if kind is _concepts:
         _check_concepts(options)
     _check_adapters(options, kind)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from retrack_jax.unlearn.calibration import LARGEST
+
 BEYOND_NOISE = 3.0  # standard errors: a table of 64 files then has a false color in one of six
 _UNCHANGED = {
     True: ("worse", "Not forgotten: the model still remembers."),
@@ -29,6 +31,10 @@ def calibration_in_words(found: Mapping) -> str:
     """Returns a calibration (unlearn/calibration.py) as one line with its curve."""
     where = f"{found['alpha']:.3g} of the way from the pretrained to the unlearned parameters"
     curve = ", ".join(f"{loss:.3g} at {alpha:.3g}" for alpha, loss in found["curve"])
+    if found["alpha"] == 0:
+        where += " (the pretrained model itself, whose loss is no lower)"
+    elif found["alpha"] == LARGEST and found["loss"] < found["reference"]:
+        where += " (as far as the search goes)"
     reference = f"for a loss of {found['reference']:.3g} on the forgotten images, and reached {found['loss']:.3g}"
     return f"Calibrated to {where}, {reference}. Loss along the way: {curve}."
 

@@ -4,14 +4,20 @@ METHOD/seed0-TARGET/calibration.json    what `unlearn.calibration.line_search` r
 """
 
 import dataclasses
+from collections.abc import Callable
 
+import numpy as np
 from etils import epath
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import check
+from retrack_jax.evaluate.memory import enough_noises
 from retrack_jax.evaluate.verdict import memory
-from retrack_jax.problem.judged import judged, losses
+from retrack_jax.log import say
+from retrack_jax.notation import PyTree
+from retrack_jax.problem.judged import judged, losses, remembered_conditions
 from retrack_jax.problem.target import Target
+from retrack_jax.report.verdict import calibration_in_words
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import Model, load, pretrained
 from retrack_jax.run.verdict import losses_before
@@ -21,7 +27,7 @@ from retrack_jax.unlearn.methods import METHODS
 
 _FILE = "calibration.json"
 _SHAPE = {"alpha": (int, float), "loss": (int, float), "reference": (int, float), "curve": list}
-_NOISES = 256  # as the metric forget_loss, which a number of the user's comes from
+_DESC = "calibration"
 
 
 def calibrated(context: RunContext, method: str, target: Target, folder: epath.Path, before: epath.Path, model: Model) -> Model:
@@ -40,17 +46,11 @@ def calibrated(context: RunContext, method: str, target: Target, folder: epath.P
     asked = context.options.recipe(method).calibrate
     if not asked or METHODS[method].from_scratch:
         return model
-    start, problem, path = pretrained(context, load).params, context.problem, folder / _FILE
+    start, path = pretrained(context, load).params, folder / _FILE
     if not parallel.from_main(path.exists):
-        images = judged(problem, target)
-        forgotten, conditions = images.images[: len(images.names)], images.conditions
-        how = {"desc": "calibration"} if asked == UNSEEN else {"desc": "calibration", "num_noises": _NOISES}
-        conditions = None if conditions is None else conditions[: len(images.names)]
-
-        def loss(alpha: float) -> float:
-            return float(losses(problem, between(start, model.params, alpha), forgotten, conditions, **how).mean())
-
-        found = line_search(loss, _unseen(context, target, before) if asked == UNSEEN else float(asked))
+        loss, reference = _as_the_verdict(context, target, before) if asked == UNSEEN else _as_the_metric(context, target, asked)
+        found = line_search(lambda alpha: loss(between(start, model.params, alpha)), reference)
+        say(calibration_in_words(found), is_main=parallel.is_main_process())
         parallel.on_main(lambda: files.write_json(path, found))
     alpha = parallel.from_main(lambda: read(folder))["alpha"]
     adapter = None if model.adapter is None else scaled(model.adapter, alpha)
@@ -63,11 +63,33 @@ def read(folder: epath.Path) -> dict | None:
     return files.read_shaped(path, _SHAPE) if path.exists() else None
 
 
-def _unseen(context: RunContext, target: Target, before: epath.Path) -> float:
+def _as_the_verdict(context: RunContext, target: Target, before: epath.Path) -> tuple[Callable[[PyTree], float], float]:
+    """Returns a model's loss as the verdict compares it, and what it estimates for unseen images.
+
+    Both are geometric means over the images of which it has an estimate. An arithmetic mean of losses that differ is larger, and
+    would reach the estimate too early.
+    """
     known = memory(losses_before(context, target, before))
     check(
-        known.log_unseen is not None,
+        known.log_unseen is not None and not known.why,
         f"config.unlearn.calibrate is {UNSEEN}, but the loss of unseen images cannot be estimated ({known.why}); give a number, "
         "such as the forget_loss of a retrained model, or leave it empty",
     )
-    return known.unseen
+    chosen, count = judged(context.problem, target), len(known.log_unseen)
+    images, conditions = chosen.images[:count], chosen.conditions
+    conditions = None if conditions is None else conditions[:count]
+
+    def loss(params: PyTree) -> float:
+        found = losses(context.problem, params, images, conditions, _DESC).mean(axis=1)
+        return float(np.exp(np.log(found[np.isfinite(known.log_unseen)]).mean()))
+
+    return loss, known.unseen
+
+
+def _as_the_metric(context: RunContext, target: Target, number: str) -> tuple[Callable[[PyTree], float], float]:
+    """Returns a model's loss as the metric forget_loss has it, the mean over every forgotten image, and `number`."""
+    problem = context.problem
+    images = problem.codec.clean(target.images, target.unique)
+    conditions = remembered_conditions(problem, target, [(target.images, target.unique)])
+    how = {"num_noises": enough_noises(len(images)), "seed": context.options.sampling.seed}
+    return lambda params: float(losses(problem, params, images, conditions, _DESC, **how).mean()), float(number)

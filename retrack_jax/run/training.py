@@ -112,7 +112,8 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
         num_neighbors = recipe.num_neighbors if "neighbors" in entry.streams else 0
         # One process decides: an approximate index of each host could find other neighbors, and steps average their gradients.
         data = parallel.from_main(lambda: problem.forget_data(target, recipe, num_neighbors))
-        frozen = recipe.retain_loss == "distillation" or data.anchor is not None or lora is not None
+        distils = recipe.retain_loss == "distillation" and "remain" in entry.streams
+        frozen = distils or data.anchor is not None or lora is not None
         shared = Shared(
             schedule=denoiser.schedule,
             forget=data.forget,
@@ -222,9 +223,9 @@ def train(job: Job, context: RunContext) -> Model:
 
 def _model(job: Job, context: RunContext, trained: PyTree, seconds: float) -> Model:
     """The finished model of what the last step left."""
+    trained = parallel.across_processes(trained)  # as the pretrained parameters are
     if job.lora is None:
         return Model(trained, job.recipe.num_steps, seconds)
-    trained = parallel.across_processes(trained)  # as the pretrained parameters are
     params = merge(job.lora, pretrained(context, load).params, trained)
     return Model(params, job.recipe.num_steps, seconds, trained)
 

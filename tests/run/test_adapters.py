@@ -78,7 +78,7 @@ def test_an_adapter_of_the_same_method_with_two_gradients_and_distillation(done,
         ("retrack", {"unlearn.lora.rank": 3}, "config.unlearn.lora.rank (2 there, 3 now)"),
         ("retrack", {"unlearn.lora.alpha": 9.0}, "config.unlearn.lora.alpha (None there, 9.0 now)"),
         ("retrack", {"unlearn.lora.layers": "conv1"}, "config.unlearn.lora.layers"),
-        ("retrack", {"unlearn.adapter": "None"}, "config.unlearn.adapter ('lora' there, None now)"),
+        ("retrack", {"unlearn.adapter": "None"}, "lora is set, but adapter is None, so that every weight would be trained; set"),
         ("retrack", {"unlearn.lora.layers": "to_q,conv1"}, "the network has no layer 'to_q'; it has conv1, conv2, conv_in,"),
         ("retrack", {"unlearn.lora.export": "adapter"}, "diffusers loads adapters into Stable Diffusion alone; choose merged"),
         ("retrack", {"unlearn.adapter": "dora"}, "config.unlearn.adapter is 'dora'; choose one of lora"),
@@ -91,11 +91,8 @@ def test_what_is_refused_in_one_line(method, more, words, done, capsys):
     assert len(errors) == 1 and words in errors[0]
 
 
-def test_options_of_an_adapter_that_is_not_used_bind_nothing(done, tmp_path):
-    plain = {"unlearn.adapter": "None"}
-    shutil.copytree(done / "pretrained", tmp_path / "pretrained")
-    assert main(arguments(tmp_path, **plain)) == 0
-    assert main(arguments(tmp_path, **plain, **{"unlearn.lora.rank": 7})) == 0
-    config, _ = parse(arguments(tmp_path))
-    with pytest.raises(UserError, match="config.unlearn.adapter"):
-        run(config, tmp_path)
+def test_a_run_without_the_adapter_is_another_run(done):
+    assert main(["retrack_jax", "--config=configs/digits_tshirt.py:retrack", *flags(done)]) == 2
+    config, _ = parse(["retrack_jax", "--config=configs/digits_tshirt.py:retrack", *flags(done)])
+    with pytest.raises(UserError, match="config.unlearn.adapter .'lora' there, None now"):
+        run(config, done)

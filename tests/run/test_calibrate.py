@@ -10,17 +10,26 @@ import pytest
 from retrack_jax.api import unlearn
 from retrack_jax.checkpoints import import_diffusers
 from retrack_jax.checks import UserError
+from retrack_jax.cli.flags import parse
+from retrack_jax.config.reading import read_config
 from retrack_jax.config.recipes import UnlearnOptions
+from retrack_jax.config.rules import complete
 from retrack_jax.diffusion import Schedule
 from retrack_jax.main import main
+from retrack_jax.problem.judged import judged
+from retrack_jax.problem.problem import build_problem
 from tests.tiny import flags
 
 RUN = "seed0-label_10"
-FAST = {"unlearn.learning_rate": 1e-2}  # so that four steps change the loss
+FAST = {"unlearn.neggrad.learning_rate": 3e-3}  # so that four steps change the loss
+
+
+def arguments(workdir, method, **more) -> list[str]:
+    return ["retrack_jax", f"--config=configs/digits_tshirt.py:{method}", *flags(workdir, **FAST, **more)]
 
 
 def command(workdir, method, **more) -> int:
-    return main(["retrack_jax", f"--config=configs/digits_tshirt.py:{method}", *flags(workdir, **FAST, **more)])
+    return main(arguments(workdir, method, **more))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,34 @@ def test_the_reference_may_be_what_unseen_images_have(plain, tmp_path):
     assert f"{metrics['calibration']['reference']:.3g}" in metrics["verdict"]["why"]
     # The verdict's own draws: the model's loss is the one that it was calibrated to.
     assert metrics["verdict"]["files"][0]["after"] == pytest.approx(metrics["calibration"]["loss"], rel=1e-3)
+
+
+def test_a_group_is_calibrated_to_the_mean_that_the_verdict_compares(tmp_path, plain):
+    """The geometric mean over the images of which the verdict has an estimate; arithmetic means are larger."""
+    shutil.copytree(plain / "pretrained", tmp_path / "pretrained")
+    asked = {"unlearn.calibrate": "unseen", "targets": ("random:0.05",)}
+    assert command(tmp_path, "neggrad", **asked) == 0
+    metrics = json.loads(next(tmp_path.glob("neggrad/*/metrics.json")).read_text())
+    config, _ = parse(arguments(tmp_path, "neggrad", **asked))
+    problem = build_problem(complete(read_config(config)))
+    chosen = judged(problem, problem.target("random:0.05"))
+    usable = chosen.usable[: len(chosen.names)]
+    after = np.array([file["after"] for file in metrics["verdict"]["files"]])
+    assert 30 < usable.sum() < len(after)
+    loss = metrics["calibration"]["loss"]
+    assert loss == pytest.approx(np.exp(np.log(after[usable]).mean()), rel=2e-5)
+    for other in (after[usable].mean(), np.exp(np.log(after).mean())):
+        assert loss != pytest.approx(other, rel=5e-5)
+
+
+def test_a_group_is_calibrated_to_a_number_as_the_metric_measures_it(tmp_path, plain):
+    shutil.copytree(plain / "pretrained", tmp_path / "pretrained")
+    asked = {"unlearn.calibrate": "90", "targets": ("random:0.05",), "eval.metrics": ("forget_loss",)}
+    assert command(tmp_path, "neggrad", **asked) == 0
+    metrics = json.loads(next(tmp_path.glob("neggrad/*/metrics.json")).read_text())
+    assert 0 < metrics["calibration"]["alpha"] < 2
+    # 16 draws of each of 95 images, against 256.
+    assert metrics["unlearned"]["forget_loss"] == pytest.approx(90, rel=0.03)
 
 
 @pytest.mark.parametrize("value", ["seen", "-1", "0", "nan", "inf"])
