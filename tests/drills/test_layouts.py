@@ -3,6 +3,7 @@
 float32 sums in another order move AdamW, so trees are compared by norm, not element by element.
 """
 
+import json
 import shutil
 
 import numpy as np
@@ -98,3 +99,19 @@ def test_another_device_count_restores_the_checkpoint(first, second, finished, c
         params(finished / "retrack" / "seed0-label_10"), params(run), params(finished / "pretrained")
     )
     assert len(steps) == 2 and cli.checkpoint_steps(run)[-1] == steps[-1] and whole <= 1e-6
+
+
+def test_calibration_on_two_processes_goes_as_far_as_on_one(finished, cache, tmp_path):
+    """The line runs from parameters that were restored to parameters that were just trained."""
+    asked = {"eval__metrics": "()", "unlearn__neggrad__learning_rate": 3e-3, "unlearn__calibrate": 120, "mode": "unlearn"}
+    launches = {
+        "one": lambda arguments: cli.run(arguments, cache),
+        "two": lambda arguments: cli.run_processes(2, 1, arguments, cache, tmp_path / "logs"),
+    }
+    alphas = []
+    for name, launch in launches.items():
+        shutil.copytree(finished / "pretrained", tmp_path / name / "pretrained")
+        done = launch(cli.flags(tmp_path / name, "neggrad", **asked))
+        assert done.returncode == 0, done.stderr[-4000:] + "".join(path.read_text() for path in tmp_path.glob("logs/*"))[-4000:]
+        alphas.append(json.loads((tmp_path / name / "neggrad" / "seed0-label_10" / "calibration.json").read_text())["alpha"])
+    assert 0 < alphas[0] < 2 and alphas[0] == pytest.approx(alphas[1], rel=0.02)
