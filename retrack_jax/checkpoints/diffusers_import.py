@@ -43,7 +43,7 @@ def _with_label(module) -> tuple[jax.Array, ...]:
 
 
 def _with_prompt(module) -> tuple[jax.Array, ...]:
-    return *_image_and_time(module), jnp.zeros((1, 1, module.cross_attention_dim))
+    return *_image_and_time(module), module.smallest_condition
 
 
 def _patches(module) -> tuple[jax.Array, ...]:

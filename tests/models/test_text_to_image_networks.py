@@ -45,6 +45,21 @@ SD21_UNET = {
     "upcast_attention": True,
     "use_linear_projection": True,
 }
+XL_UNET = {
+    **{name: value for name, value in SD21_UNET.items() if name != "upcast_attention"},
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+}
 SD_VAE = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -108,10 +123,10 @@ def test_vae(pipeline, recorded_sd):
     assert relative(decoded, recorded_sd["decoded"]) < 1e-5
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(SD14_UNET, 859_520_964), (SD21_UNET, 865_910_724)])
+@pytest.mark.parametrize(("config", "parameters"), [(SD14_UNET, 859_520_964), (SD21_UNET, 865_910_724), (XL_UNET, 2_567_463_684)])
 def test_full_size_unet_has_the_published_number_of_parameters(config, parameters):
     unet = UNet2DCondition.from_config(config)
-    inputs = jnp.zeros((1, 64, 64, 4)), jnp.zeros((1,), jnp.int32), jnp.zeros((1, 77, unet.cross_attention_dim))
+    inputs = jnp.zeros((1, 64, 64, 4)), jnp.zeros((1,), jnp.int32), unet.smallest_condition
     output, variables = jax.eval_shape(lambda *inputs: unet.init_with_output(jax.random.key(0), *inputs), *inputs)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
     assert output.shape == (1, 64, 64, 4) and output.dtype == jnp.float32
@@ -159,7 +174,12 @@ def test_remat_reaches_every_block_of_the_unet(pipeline, recorded_sd):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"addition_embed_type": "text_time"}, "Stable Diffusion XL, which is not supported"),
+        ({"addition_embed_type": "image"}, "choose one of None, text_time"),
+        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim"),
+        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 1536},
+         "projection_class_embeddings_input_dim"),
+        ({"transformer_layers_per_block": [1, 1, 2, [1, 2]]}, "transformer_layers_per_block is .*whole number"),
+        ({"reverse_transformer_layers_per_block": [1, 2]}, "reverse_transformer_layers_per_block has 2 entries"),
         ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only null"),
         ({"num_attention_heads": 8}, "num_attention_heads"),
         ({"crossattention_dim": 5}, "did you mean 'cross_attention_dim'"),
@@ -200,6 +220,15 @@ def test_refused_vae_options(change, message):
 def test_refused_text_encoder_options(change, message):
     with pytest.raises(UserError, match=message):
         ClipTextEncoder.from_config({**SD14_TEXT, **change})
+
+
+def test_the_sizes_of_xl_must_fit():
+    unet = UNet2DCondition.from_config(XL_UNET)
+    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32)
+    for name, width in (("text_embeds", 768), ("time_ids", 5)):
+        condition = {**unet.smallest_condition, name: jnp.zeros((1, width))}
+        with pytest.raises(UserError, match="text_embeds and time_ids have shapes"):
+            jax.eval_shape(unet.init, jax.random.key(0), *inputs, condition)
 
 
 def test_shapes_that_do_not_fit(pipeline, recorded_sd):
