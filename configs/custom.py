@@ -17,8 +17,8 @@ of 128 images up to S = 64, else 40 steps of 64 in 16 parts. `--config.unlearn.F
 S is the side of what the network denoises: of a latent pipeline (diffusers' LDMPipeline) that of the latents. Such a pipeline is
 exported whole (docs/guide/your-images.md).
 
-With a Stable Diffusion 1.x or 2.x folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
-(docs/guide/text-to-image.md). The recipe is then the paper's for Stable Diffusion.
+With a Stable Diffusion 1.x, 2.x or XL folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
+(docs/guide/text-to-image.md). The recipe is then the paper's for Stable Diffusion; of XL an adapter is trained.
 
 Hardware: as for the paper's data of the same resolution. Score to expect: unknown, it is your data. Read the report before you
 trust the result.
@@ -40,6 +40,7 @@ def get_config(method=None):
     config.unlearn.learning_rate = config_dict.placeholder(float)
     config.unlearn.retrack.lam = config_dict.placeholder(float)
 
+    config.sampling.sampler = config_dict.placeholder(str)
     config.sampling.num_images = config_dict.placeholder(int)
     config.sampling.batch_size = config_dict.placeholder(int)  # a placeholder of two fields would set both
     config.eval.metrics = config_dict.placeholder(tuple)

@@ -118,7 +118,7 @@ def unlearn(
         warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = distinct_neighbors(rows)
         shared = dataclasses.replace(shared, neighbors={name: remain[distinct]}, neighbor_rows=positions)  # type: ignore[arg-type]
-    if recipe.retain_loss == "distillation" or recipe.adapter:
+    if recipe.retain_loss == "distillation" or recipe.has_adapter:
         shared = dataclasses.replace(shared, reference=params)
     how = recipe.step_options(schedule.t_end, dropout)
     order_rng, step_rng = jax.random.split(rng)
@@ -131,14 +131,14 @@ def unlearn(
         seed=int(jax.random.bits(order_rng, dtype="uint32")),
     )
     # The step donates its state: it works on a copy, and the caller's parameters stay.
-    start = init(recipe.lora, params, rng) if recipe.adapter else parallel.copy(params)
+    start = init(recipe.lora, params, rng) if recipe.has_adapter else parallel.copy(params)
     state = create_state(start, recipe.optimizer())
     state, _ = train(
         parallel.replicate(state), make_train_step(entry, make_eps_fn(apply_fn, schedule), how), batches,
         parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
         on_step=callback,
     )  # fmt: skip
-    return merge(recipe.lora, parallel.replicate(params), state.params) if recipe.adapter else state.params
+    return merge(recipe.lora, parallel.replicate(params), state.params) if recipe.has_adapter else state.params
 
 
 def _names(record: type) -> set[str]:

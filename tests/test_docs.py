@@ -192,7 +192,7 @@ def test_the_sampler_of_the_guide_is_ddim_without_clipping(extending):
 
         return sample(eps_fn, initial_noise(rngs, toys.SHAPE), rngs, make_sampler(name, schedule, 50))
 
-    np.testing.assert_allclose(drawn("euler"), drawn("ddim"), rtol=2e-5, atol=2e-3)
+    np.testing.assert_allclose(drawn("own_euler"), drawn("ddim"), rtol=2e-5, atol=2e-3)
 
 
 def test_the_source_of_the_guide(extending):

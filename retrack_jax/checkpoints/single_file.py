@@ -113,7 +113,7 @@ def _parts_of_folder(pipeline) -> dict[str, np.ndarray]:
     _, text = open_weights(pipeline.path / "text_encoder", TRANSFORMERS_WEIGHTS)
     vae = {new_attention_name(name): vae[name] for name in vae}
     text = {name.removeprefix("text_model."): text[name] for name in text if not name.endswith("position_ids")}
-    second = pipeline.text_encoder.hidden_act == "gelu"  # 2.x; OpenAI's encoder, of 1.x, has quick_gelu
+    second = pipeline.text_encoders[0].module.hidden_act == "gelu"  # 2.x; OpenAI's encoder, of 1.x, has quick_gelu
     return in_file(places("vae", vae), vae) | in_file(places("text_encoder", text, second), text)
 
 

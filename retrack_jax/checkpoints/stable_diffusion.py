@@ -1,12 +1,11 @@
-"""A whole Stable Diffusion folder, read: UNet, VAE, text encoder, tokenizer and noise schedule as diffusers lays them out.
+"""A whole Stable Diffusion folder, read: UNet, VAE, text encoders, tokenizers and noise schedule as diffusers lays them out.
 
-    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     and, carried along unread, safety_checker/
-    feature_extractor/
+    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     of XL also text_encoder_2/  tokenizer_2/
+    safety_checker/  feature_extractor/                                      carried along unread
 
-Stable Diffusion 1.x and 2.x are supported. Weights in float16 are read into float32.
+Stable Diffusion 1.x, 2.x and XL are supported. Weights in float16 are read into float32.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,24 +16,25 @@ import jax.numpy as jnp
 
 from retrack_jax.checkpoints.diffusers_import import FAMILIES, load_params, read_schedule_config
 from retrack_jax.checkpoints.single_file import SingleFile
+from retrack_jax.checkpoints.text_encoders import TEXT_TABLE, TextEncoder, encode_ids, read_modules, token_ids, warn_of_cuts
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import json_digest, read_object
 from retrack_jax.models.clip_text import ClipTextEncoder
-from retrack_jax.models.tokenizer import ClipTokenizer, load_tokenizer
-from retrack_jax.models.unet2d_condition import UNet2DCondition
+from retrack_jax.models.tokenizer import ClipTokenizer
+from retrack_jax.models.unet2d_condition import Condition, UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, weights_digest
 from retrack_jax.weights.hub import local_model
-from retrack_jax.weights.names import DIFFUSERS, RenameTable, from_torch, param_shapes
+from retrack_jax.weights.names import DIFFUSERS, from_torch, param_shapes
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-# Names of transformers' `CLIPTextModel` began with `text_model.` until version 5; old versions saved a buffer of positions.
-_TEXT_TABLE = RenameTable(
-    canonical=lambda name: name.removeprefix("text_model."), ignored=(r"embeddings\.position_ids",)
-)
-_log = logging.getLogger(__name__)
+# diffusers' class of a supported pipeline -> its text encoders; each has a tokenizer of the same number.
+_TEXT_ENCODERS = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+_SUPPORTED = "give a Stable Diffusion 1.x, 2.x or XL folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class Pipeline:
 
     Attributes:
       path: the folder they came from; of a single file, that of its configs.
+      text_encoders: one, or XL's two.
+      zeros_for_empty: whether zeros stand for an empty prompt, as in XL, and not its states.
       vae_digest: SHA-256 over the VAE's config and weights, which keys caches of latents.
       file: the single file that the weights came from, if they did.
     """
@@ -52,12 +54,16 @@ class Pipeline:
     unet_params: PyTree
     vae: AutoencoderKL
     vae_params: PyTree
-    text_encoder: ClipTextEncoder
-    text_params: PyTree
-    tokenizer: ClipTokenizer
+    text_encoders: tuple[TextEncoder, ...]
     schedule: Schedule
     vae_digest: str
+    zeros_for_empty: bool = False
     file: SingleFile | None = None
+
+    @property
+    def tokenizer(self) -> ClipTokenizer:
+        """The first text encoder's."""
+        return self.text_encoders[0].tokenizer
 
     def encode_pixels(self, x_BHWC: Array) -> tuple[Array, Array]:
         """Returns mean and std of the scaled latents of images in [-1, 1]; see `AutoencoderKL.encode`."""
@@ -75,16 +81,18 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
       remat: whether the UNet computes activations again in the backward pass.
 
     Raises:
-      UserError: a part is missing or does not fit the others, or the folder holds another kind of model, such as
-        Stable Diffusion XL.
+      UserError: a part is missing or does not fit the others, or the folder holds another kind of model.
     """
     folder, file = _folder_and_file(path, configs)
-    check_pipeline(folder)
+    parts = check_pipeline(folder)
+    check(file is None or len(parts) == 1, f"config.pipeline {folder} is of Stable Diffusion XL, and {path} is not; give its own")
     unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
-    vae = AutoencoderKL.from_config(read_config(folder / "vae"), dtype=dtype)
-    text_encoder = ClipTextEncoder.from_config(read_config(folder / "text_encoder"), dtype=dtype)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    _check_fit(folder, unet, vae, text_encoder, tokenizer)
+    vae_config = read_config(folder / "vae")
+    # XL's first VAE overflows in half precision, and says so; its fixed one does not.
+    vae_dtype = jnp.float32 if len(parts) > 1 and vae_config.get("force_upcast", True) else dtype
+    vae = AutoencoderKL.from_config(vae_config, dtype=vae_dtype)
+    texts = read_modules(folder, parts, dtype)
+    _check_fit(folder, unet, vae, [module for module, _ in texts])
     schedule = Schedule.from_config(read_schedule_config(folder))
 
     pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
@@ -95,6 +103,12 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         target = param_shapes(module, *inputs)
         return from_torch(file.part(part, target), target, table=table, where=str(file.path), network=f"the {part} of {folder}")
 
+    def text_encoder(part: str, module: ClipTextEncoder, tokenizer: ClipTokenizer) -> TextEncoder:
+        own = params(part, module, ids, names=TRANSFORMERS_WEIGHTS, table=TEXT_TABLE)
+        if len(parts) == 1:  # XL's take 3.3 GB, which training needs: they stay on the host
+            own = jax.device_put(own)
+        return TextEncoder(module, own, tokenizer, partial(_text_digest, folder / part, file, module))
+
     vae_weights = weights_digest(folder / "vae") if file is None else file.digest
     return Pipeline(
         path=folder,
@@ -102,11 +116,10 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         unet_params=params("unet", unet, *FAMILIES["UNet2DConditionModel"].inputs(unet)),
         vae=vae,
         vae_params=jax.device_put(params("vae", vae, pixels)),
-        text_encoder=text_encoder,
-        text_params=jax.device_put(params("text_encoder", text_encoder, ids, names=TRANSFORMERS_WEIGHTS, table=_TEXT_TABLE)),
-        tokenizer=tokenizer,
+        text_encoders=tuple(text_encoder(part, *read) for part, read in zip(parts, texts, strict=True)),
         schedule=schedule,
-        vae_digest=json_digest([read_config(folder / "vae"), vae_weights, str(jnp.dtype(dtype))]),
+        vae_digest=json_digest([vae_config, vae_weights, str(jnp.dtype(vae_dtype))]),
+        zeros_for_empty=len(parts) > 1 and bool(_index(folder).get("force_zeros_for_empty_prompt", True)),
         file=file,
     )
 
@@ -124,58 +137,59 @@ def _folder_and_file(path, configs: str) -> tuple[Path, SingleFile | None]:
     return file.configs(configs), file
 
 
-def check_pipeline(folder) -> None:
-    """Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x or 2.x pipeline; names what it is instead."""
+def check_pipeline(folder) -> tuple[str, ...]:
+    """Returns the names of the text encoders of the pipeline in `folder`, one, or XL's two.
+
+    Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x, 2.x or XL pipeline; names what it is instead.
+    """
     folder = Path(folder).expanduser()
     there = folder.is_dir()
     hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/guide/text-to-image.md)"
     check(there, f"no folder {folder}; {hint}")
-    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    name = str(index.get("_class_name", "StableDiffusionPipeline"))
-    if "XL" in name or (folder / "text_encoder_2").is_dir():
-        raise UserError(
-            f"{folder} holds Stable Diffusion XL, which is not supported; give a Stable Diffusion 1.x or 2.x folder"
-        )
-    check(
-        name == "StableDiffusionPipeline",
-        f"{folder} holds a {name}, which is not supported; give a Stable Diffusion 1.x or 2.x folder",
-    )
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
+    index = _index(folder)
+    classes = list(_TEXT_ENCODERS)
+    name = str(index.get("_class_name", classes[(folder / "text_encoder_2").is_dir()]))
+    if "XL" in name and (index.get("requires_aesthetics_score") or not (folder / "text_encoder").is_dir()):
+        refiner = (folder / "text_encoder_2").is_dir()
+        check(not refiner, f"{folder} holds Stable Diffusion XL's refiner, which is not supported; give the base model's folder")
+    check(name in _TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
+    encoders = _TEXT_ENCODERS[name]
+    parts = ("unet", "vae", *encoders, *(part.replace("text_encoder", "tokenizer") for part in encoders), "scheduler")
+    missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(
             f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/guide/text-to-image.md)"
         )
+    return encoders
 
 
-def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Array:
+def _index(folder: Path) -> dict:
+    """Returns the `model_index.json` in `folder`, or an empty dict: old pipelines have none."""
+    return read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+
+
+def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
     """Returns float32 `[P, N, D]`: the text encoder's hidden states after its final norm, padding included, N = 77 for CLIP.
 
-    A prompt longer than 75 tokens is cut, with a warning that says how long it is.
+    Of XL it is the dict of `text_encoders.encode_ids`; the UNet takes it with `time_ids` added. A prompt longer than 75 tokens
+    is cut, with a warning that says how long it is.
     """
-    for prompt in prompts:
-        if (count := pipeline.tokenizer.count(prompt)) > pipeline.tokenizer.length:
-            _log.warning("a prompt of %d tokens is cut to %d: %.60s", count, pipeline.tokenizer.length, prompt)
-    return encode_ids(pipeline, pipeline.tokenizer(prompts))
+    warn_of_cuts(pipeline.text_encoders, prompts)
+    return encode_ids(pipeline.text_encoders, token_ids(pipeline.text_encoders, prompts))
 
 
-def encode_ids(pipeline: Pipeline, ids_PN) -> Array:
-    """Returns `prompt_embeddings` of token ids, int32 `[P, N]`."""
-    return _encode_ids(pipeline.text_encoder, pipeline.text_params, jnp.asarray(ids_PN))
+def empty_prompt(pipeline: Pipeline) -> Condition:
+    """Returns `prompt_embeddings` of one empty prompt, or the zeros that stand for it."""
+    empty = prompt_embeddings(pipeline, [""])
+    return jax.tree.map(jnp.zeros_like, empty) if pipeline.zeros_for_empty else empty
 
 
-def text_digest(pipeline: Pipeline) -> str:
-    """Returns a SHA-256 over the text encoder's config, weights and precision, which keys caches of its states."""
-    folder, file = pipeline.path / "text_encoder", pipeline.file
+def _text_digest(folder: Path, file: SingleFile | None, module: ClipTextEncoder) -> str:
     weights = weights_digest(folder, TRANSFORMERS_WEIGHTS) if file is None else file.digest
-    return json_digest([read_config(folder), weights, str(jnp.dtype(pipeline.text_encoder.dtype))])
+    return json_digest([read_config(folder), weights, str(jnp.dtype(module.dtype))])
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode_ids(module: ClipTextEncoder, params: PyTree, ids_PN: Array) -> Array:
-    return module.apply({"params": params}, ids_PN).astype(jnp.float32)
-
-
-def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: ClipTextEncoder, tokenizer: ClipTokenizer) -> None:
+def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, texts: Sequence[ClipTextEncoder]) -> None:
     """Raises `UserError` if the parts are not of one model."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     check(scheduler.is_file(), f"no {scheduler}; it is the noise schedule that the model was trained with")
@@ -184,12 +198,20 @@ def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, text: Cl
         f"{folder}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels and the VAE's latents have "
         f"{vae.latent_channels}; inpainting, depth and upscaling models are not supported",
     )
+    encoders, gives = ("text encoders", "give") if len(texts) > 1 else ("text encoder", "gives")
+    width = sum(text.hidden_size for text in texts)
     check(
-        unet.cross_attention_dim == text.hidden_size,
-        f"{folder}: the UNet reads prompts of {unet.cross_attention_dim} features, the text encoder gives {text.hidden_size}",
+        unet.cross_attention_dim == width,
+        f"{folder}: the UNet reads prompts of {unet.cross_attention_dim} features, the {encoders} {gives} {width}",
     )
-    known = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < text.vocab_size
     check(
-        known and tokenizer.length <= text.max_position_embeddings,
-        f"{folder}: the tokenizer's ids or length do not fit the text encoder's {text.vocab_size} tokens",
+        unet.takes_sizes == (len(texts) > 1),
+        f"{folder}: the UNet's addition_embed_type is {unet.addition_embed_type!r} and the pipeline has {len(texts)} "
+        f"{encoders}; a Stable Diffusion XL UNet has text_time and two, others None and one",
     )
+    if unet.takes_sizes:
+        check(
+            unet.pooled_width == texts[-1].projection_dim,
+            f"{folder}: the UNet reads a pooled prompt of {unet.pooled_width} features, text_encoder_2 gives "
+            f"{texts[-1].projection_dim}",
+        )

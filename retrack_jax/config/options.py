@@ -147,7 +147,7 @@ class ScheduleOptions:
 class SamplingOptions:
     """`config.sampling`: image i is the same for every model and any batch size."""
 
-    sampler: str = "ddpm"  # or ddim, dpm_solver, pndm; of flows flow_euler, flow_heun
+    sampler: str | None = "ddpm"  # or ddim, dpm_solver, euler, pndm; of flows flow_euler, flow_heun; None: by the rules
     num_steps: int = 50
     num_images: int | None = 10_000  # of each prompt, where there are prompts; None: left to the rules (config/rules.py)
     num_captions: int = 8  # of captioned images: forgotten captions, and as many kept ones, that samples are drawn of
@@ -159,7 +159,8 @@ class SamplingOptions:
     label_guidance: float = 0.0  # the scale for labels, which needs a null label; at most 1: none
 
     def __post_init__(self):
-        check_choice("sampler", self.sampler, SAMPLERS)
+        if self.sampler is not None:
+            check_choice("sampler", self.sampler, SAMPLERS)
         for name in ("num_steps", "num_images", "num_captions", "batch_size"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
@@ -275,7 +276,7 @@ class Options:
 
     def lora(self, method: str) -> LoraOptions | None:
         """Returns the adapter that `method` trains; None: it trains the whole network, as retraining always does."""
-        if method not in METHODS or METHODS[method].from_scratch or not self.recipe(method).adapter:
+        if method not in METHODS or METHODS[method].from_scratch or not self.recipe(method).has_adapter:
             return None
         return self.recipe(method).lora
 

@@ -9,7 +9,7 @@ import optax
 from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.neighbors.search import BACKENDS
 from retrack_jax.notation import Array
-from retrack_jax.train.lora import ADAPTERS, LoraOptions
+from retrack_jax.train.lora import ADAPTERS, EVERY_WEIGHT, LoraOptions
 from retrack_jax.train.optimizer import LEARNING_RATE_SCHEDULES, make_ema_decay, make_optimizer, make_rate
 from retrack_jax.train.step import StepOptions
 from retrack_jax.unlearn.calibration import UNSEEN
@@ -120,7 +120,7 @@ class UnlearnOptions(TrainingOptions):
     t_min: int = 0  # timesteps are drawn from [t_min, t_max); of a flow, rows of its table of sigmas, rising
     t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
-    adapter: str | None = None  # or lora: freeze the weights and train the matrices of `lora`; None: train every weight
+    adapter: str | None = None  # lora trains the matrices of `lora`, none every weight; None: none, but lora for XL
     lora: LoraOptions = LoraOptions()
     calibrate: str = ""  # afterwards go to where the forgotten loss is: unseen (as the verdict estimates it), or a number
     own: MethodOptions = MethodOptions()
@@ -142,6 +142,11 @@ class UnlearnOptions(TrainingOptions):
         if self.t_max is not None:
             check_int("t_max", self.t_max, minimum=self.t_min + 1)
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not every weight."""
+        return self.adapter not in (None, EVERY_WEIGHT)
+
     def check_window(self, num_timesteps: int, where: str = "config.unlearn.") -> None:
         """Raises `UserError` unless [t_min, t_max) is a part of [0, `num_timesteps`)."""
         check_int(f"{where}t_min", self.t_min, minimum=0, maximum=num_timesteps - 1)
@@ -160,7 +165,7 @@ class UnlearnOptions(TrainingOptions):
             distill=self.retain_loss == "distillation",
             dropout=dropout,
             condition_dropout=condition_dropout,
-            lora=self.lora if self.adapter else None,
+            lora=self.lora if self.has_adapter else None,
         )
 
     def forget_size(self, method: Method) -> int:

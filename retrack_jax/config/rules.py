@@ -12,6 +12,9 @@ A network that takes prompts denoises latents. Its recipe is that of Stable Diff
 
     (5)  rate = 1e-5, lambda = 0.5, 30 steps of 16 images in 16 parts
 
+Stable Diffusion XL trains an adapter unless `config.unlearn.adapter` is none: every weight takes 41 GB of parameters, gradients
+and moments. The matrices of an adapter need a higher rate than weights: 1e-4, as in diffusers' examples.
+
 What is sampled and measured depends on the kind of model too, and so does memory: `_BY_KIND`. What is exported is the whole
 pipeline for a latent model without prompts, whose UNet alone makes no images, else the UNet.
 """
@@ -22,6 +25,7 @@ import math
 
 import numpy as np
 
+from retrack_jax.checkpoints.diffusers_import import read_schedule_config
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
@@ -32,28 +36,40 @@ from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.load import known_names, load_images
+from retrack_jax.train.lora import LORA
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
-from retrack_jax.weights.kinds import autoencoder_folder, takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
 
 log = logging.getLogger(__name__)
-# (group, field) -> its value for images alone, and for captioned ones.
+_ADAPTER_RATE = 1e-4
+_OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
+IMAGES, CAPTIONED, XL = range(3)  # kinds of models
+_TEXT_METRICS = ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
+# (group, field) -> its value for images alone, for captioned ones, and for those of Stable Diffusion XL.
 _BY_KIND = {
-    ("sampling", "num_images"): (1000, 4),  # of each caption
-    ("sampling", "batch_size"): (32, 4),
-    ("compute", "remat"): (False, True),  # 17 GB less with Stable Diffusion
-    ("eval", "metrics"): (
-        ("fid", "sscd", "nll_bits_per_dim"), ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
-    ),
+    ("sampling", "sampler"): ("ddpm", "ddpm", "euler"),  # but dpm_solver if that is XL's own scheduler
+    ("sampling", "num_images"): (1000, 4, 4),  # of each caption
+    ("sampling", "batch_size"): (32, 4, 1),
+    ("compute", "remat"): (False, True, True),  # 17 GB less with Stable Diffusion
+    ("eval", "metrics"): (("fid", "sscd", "nll_bits_per_dim"), _TEXT_METRICS, _TEXT_METRICS),
 }  # fmt: skip
 
 
-def rules(num_remain: int, resolution: int, captioned: bool = False) -> dict[str, float | int]:
-    """Returns the options of unlearning if `num_remain` images of `resolution` pixels a side remain, by (1) to (5)."""
+def kind_of(checkpoint) -> int:
+    """Returns IMAGES, CAPTIONED or XL."""
+    return IMAGES if not takes_prompts(checkpoint) else XL if is_xl(checkpoint) else CAPTIONED
+
+
+def rules(num_remain: int, resolution: int, captioned: bool = False, rate: float = 1e-5) -> dict[str, float | int]:
+    """Returns the options of unlearning if `num_remain` images of `resolution` pixels a side remain, by (1) to (5).
+
+    `rate` is that of captioned images.
+    """
     num_neighbors = max(1, min(10, num_remain))
     if captioned:
         latents = {"num_steps": 30, "batch_size": 16, "accumulation": 16}
-        return {"learning_rate": 1e-5, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
+        return {"learning_rate": rate, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
     small = resolution <= 64
     return {
@@ -109,7 +125,11 @@ def complete(options: Options) -> Options:
         f"config.method is {options.method}, but how {options.checkpoint} was trained is not in this config; "
         "choose another method",
     )
+    kind = kind_of(options.checkpoint) if options.checkpoint else IMAGES
     names = open_fields(options)
+    if kind == XL and options.unlearn.adapter is None:
+        options = _with_adapter(options)
+        names.append("adapter")
     if not names:
         return options
     pixels = _pixels_of_latent(options)
@@ -118,25 +138,49 @@ def complete(options: Options) -> Options:
     if "resolution" in names:  # images of a model that is not square are taken as they are, and must be of its size
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
-    captioned = takes_prompts(options.checkpoint)
-    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, captioned)
-    options = chosen_by_kind(options, captioned)
-    chosen |= {f"{group}.{name}": values[captioned] for (group, name), values in _BY_KIND.items()}
+    rate = _ADAPTER_RATE if kind == XL and options.unlearn.has_adapter else 1e-5
+    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind != IMAGES, rate)
+    options = chosen_by_kind(options, kind)
+    chosen |= {f"{group}.{name}": getattr(getattr(options, group), name) for group, name in _BY_KIND}
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     if options.export is None:
-        options = dataclasses.replace(options, export="unet" if pixels == 1 or captioned else "pipeline")
-    shown = {name: {**chosen, "resolution": options.data.resolution, "export": options.export}[name] for name in names}
+        options = dataclasses.replace(options, export="unet" if pixels == 1 or kind != IMAGES else "pipeline")
+    others = {"resolution": options.data.resolution, "export": options.export, "adapter": options.unlearn.adapter}
+    shown = {name: {**chosen, **others}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
     return dataclasses.replace(options, methods=methods, unlearn=_filled(options.unlearn, chosen))
 
 
-def chosen_by_kind(options: Options, captioned: bool) -> Options:
-    """Returns `options` with the open fields chosen that only depend on whether the images have captions."""
+def chosen_by_kind(options: Options, kind: int) -> Options:
+    """Returns `options` with the open fields chosen that only depend on the kind of model."""
     for (group, name), values in _BY_KIND.items():
         record = getattr(options, group)
         if getattr(record, name) is None:
-            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: values[captioned]})})
+            value = _own_sampler(options.checkpoint) if kind == XL and name == "sampler" else values[kind]
+            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: value})})
     return options
+
+
+def _own_sampler(checkpoint) -> str:
+    """Returns our name of the sampler that an XL pipeline has by default, if it is one of ours, else Euler's."""
+    config = read_schedule_config(checkpoint) or {}
+    distilled = config.get("_class_name") in _OF_DISTILLED or config.get("timestep_spacing") == "trailing"
+    if distilled:
+        log.warning(
+            "%s seems to be distilled (turbo, lightning, LCM): its training and its samples are not those of the base model; set "
+            "config.sampling.num_steps to its few steps and config.sampling.guidance_scale to 1",
+            checkpoint,
+        )
+    return "dpm_solver" if config.get("_class_name") == "DPMSolverMultistepScheduler" else "euler"
+
+
+def _with_adapter(options: Options) -> Options:
+    """Returns `options` with an adapter for each method that does not say otherwise."""
+    methods = {
+        name: dataclasses.replace(recipe, adapter=LORA) if recipe.adapter is None else recipe
+        for name, recipe in options.methods.items()
+    }
+    return dataclasses.replace(options, methods=methods, unlearn=dataclasses.replace(options.unlearn, adapter=LORA))
 
 
 def _filled(recipe: UnlearnOptions, chosen: dict) -> UnlearnOptions:

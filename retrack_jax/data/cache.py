@@ -1,8 +1,8 @@
 """Images decoded once into a file of raw uint8 pixels that training, neighbors and metrics map into memory.
 
-Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, the pixels' SHA-256), which is written last and so commits
-both. The key covers what the pixels depend on: the source files (name, size, time of change), the decoding rules and Pillow's
-version. A set under its key is trusted: gigabytes are not hashed at every start. One that is not whole is decoded again.
+Two files a set: `KEY.pixels`, then `KEY.json` (shape, names, labels, sizes, the pixels' SHA-256), which is written last and so
+commits both. The key covers what the pixels depend on: the source files (name, size, time of change), the decoding rules and
+Pillow's version. A set under its key is trusted: gigabytes are not hashed at every start. One that is not whole is decoded again.
 """
 
 import fcntl
@@ -92,17 +92,18 @@ def _load(name: str, meta_path: Path) -> ImageSet:
     for image_id, reason in meta["skipped"]:
         logger.warning("%s: left out corrupt image %s (%s)", name, image_id, reason)
     labels = None if meta["labels"] is None else np.array(meta["labels"], np.int64)
-    return ImageSet(np.memmap(pixels_path, np.uint8, "r", shape=shape), tuple(meta["ids"]), labels, meta["digest"], name)
+    pixels, sizes = np.memmap(pixels_path, np.uint8, "r", shape=shape), np.array(meta["sizes"], np.int32)
+    return ImageSet(pixels, tuple(meta["ids"]), labels, meta["digest"], name, sizes=sizes)
 
 
 def _decode_to_file(name, encoded, count, options, meta_path, labels) -> None:
     pixels_path = meta_path.with_suffix(".pixels")
-    ids, decoded_rows, skipped, shape = [], [], [], None
+    ids, decoded_rows, skipped, sizes, shape = [], [], [], {}, None
 
     def write(temporary):
         nonlocal shape
         with open(temporary, "wb") as file:
-            decoded = decode_many(encoded(), options)
+            decoded = decode_many(encoded(), options, sizes)
             for row, (image_id, image) in enumerate(progress(decoded, f"decode {name}", total=count, unit="image")):
                 if isinstance(image, str):
                     skipped.append((image_id, image))
@@ -124,6 +125,7 @@ def _decode_to_file(name, encoded, count, options, meta_path, labels) -> None:
         "ids": ids,
         "labels": None if labels is None else [int(label) for label in np.asarray(labels())[decoded_rows]],
         "skipped": skipped,
+        "sizes": [sizes[image_id] for image_id in ids],
     }
     files.write_json(meta_path, meta, advice=files.IN_CACHE)
 

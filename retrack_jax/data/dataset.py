@@ -30,6 +30,7 @@ class ImageSet:
       other_name: a name -> the name of the same image in the source's other numbering, or None if it has none.
       folder: where the files are that `ids` name; None if images are not files.
       captions: N texts, or None if no network here takes any.
+      sizes: int32 `[N, 2]`, height and width of each image before it was scaled, or None if images are not files.
     """
 
     images: np.ndarray | RowView
@@ -40,6 +41,7 @@ class ImageSet:
     other_name: Callable[[str], str | None] | None = None
     folder: Path | None = None
     captions: Sequence[str] | None = None
+    sizes: np.ndarray | None = None
 
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -81,7 +83,8 @@ def part(images: ImageSet, rows: np.ndarray, which: str, *, in_memory: bool = Fa
         pixels = images.images[rows]
         digest = array_digest(pixels)
     captions = None if images.captions is None else [images.captions[row] for row in rows]
-    return replace(images, images=pixels, ids=tuple(ids), labels=labels, digest=digest, name=name, captions=captions)
+    sizes = None if images.sizes is None else images.sizes[rows]
+    return replace(images, images=pixels, ids=tuple(ids), labels=labels, digest=digest, name=name, captions=captions, sizes=sizes)
 
 
 def pixels_to_model(pixels):

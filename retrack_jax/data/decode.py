@@ -60,9 +60,16 @@ class CorruptImage(Exception):
     """An image that cannot be decoded; the message says why, without its name."""
 
 
-def decode(name: str, source: bytes | Path, options: DecodeOptions, animated: list[str] | None = None) -> np.ndarray:
+def decode(
+    name: str,
+    source: bytes | Path,
+    options: DecodeOptions,
+    animated: list[str] | None = None,
+    sizes: dict[str, tuple[int, int]] | None = None,
+) -> np.ndarray:
     """Returns one image, uint8 `[H, W, C]`; a palette image, or one with transparency, has 3 channels only if they are
-    asked for. Its name is appended to `animated` if it has several frames, of which it is the first.
+    asked for. Its name is appended to `animated` if it has several frames, of which it is the first; its height and width
+    before it is scaled go to `sizes`, by name.
 
     Raises:
       CorruptImage: it cannot be decoded.
@@ -85,6 +92,8 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions, animated: li
         raise CorruptImage("not an image of a known kind" if _size(source) else "empty") from error
     except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
         raise CorruptImage(str(error)) from error
+    if sizes is not None:
+        sizes[name] = image.height, image.width
     if image.mode in _NO_RANGE:
         raise UserError(
             f"image {name} has 32-bit values ({image.mode}), of which none is known as white; save it with 8 or 16 bits"
@@ -145,14 +154,23 @@ def _resized(name: str, image, options: DecodeOptions):
         )
     if not side or image.size == (side, side):
         return image
-    width, height = _scaled_size(*image.size, side)
-    left, top = (width - side) // 2, (height - side) // 2
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+    top, left = center_of(*image.size, side)
+    scaled = image.resize(_scaled_size(*image.size, side), Image.Resampling.LANCZOS)
     return scaled.crop((left, top, left + side, top + side))
 
 
-def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOptions) -> Iterator[tuple[str, np.ndarray | str]]:
+def center_of(width: int, height: int, side: int) -> tuple[int, int]:
+    """Returns (top, left) of the center `side` x `side` of an image once its shorter side is scaled to `side`."""
+    width, height = _scaled_size(width, height, side)
+    return (height - side) // 2, (width - side) // 2
+
+
+def decode_many(
+    items: Iterable[tuple[str, bytes | Path]], options: DecodeOptions, sizes: dict[str, tuple[int, int]] | None = None
+) -> Iterator[tuple[str, np.ndarray | str]]:
     """Yields (name, uint8 `[H, W, C]`) in the order of `items`, or (name, what is wrong with it) for a corrupt image.
+
+    `sizes` is filled as by `decode`.
 
     Decoding runs in as many threads as there are processors (Pillow releases the interpreter while it decodes); a bounded
     number of images is in flight, whatever `items` holds.
@@ -163,7 +181,7 @@ def decode_many(items: Iterable[tuple[str, bytes | Path]], options: DecodeOption
 
     def attempt(item):
         try:
-            return item[0], decode(*item, options, animated)
+            return item[0], decode(*item, options, animated, sizes)
         except CorruptImage as error:
             return item[0], str(error)
 

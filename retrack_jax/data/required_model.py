@@ -12,7 +12,7 @@ from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_f
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, UNET_FOLDERS, find_weights, schedule_places
-from retrack_jax.weights.kinds import autoencoder_folder, takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
@@ -51,17 +51,15 @@ def _unet(folder: Path, how: dict) -> Iterator[Requirement]:
 
 
 def _pipeline(folder: Path, how: dict) -> Iterator[Requirement]:
-    if (folder / "text_encoder_2").is_dir():
-        advice = "Stable Diffusion XL is not supported; set config.checkpoint to a Stable Diffusion 1.x or 2.x folder"
-        yield Requirement(description="model of a kind that is supported", path=folder, found=False, advice=advice)
-    for part in ("unet", "vae", "text_encoder"):
-        yield from _network(folder, part, part, TRANSFORMERS_WEIGHTS if part == "text_encoder" else DIFFUSERS_WEIGHTS, how)
-    tokenizer = folder / "tokenizer"
-    pair = [tokenizer / name for name in ("vocab.json", "merges.txt")]
-    if not all(path.is_file() for path in pair) and (tokenizer / "tokenizer.json").is_file():
-        pair = [tokenizer / "tokenizer.json"]
-    for path in pair:
-        yield requirement("tokenizer", path, if_file(path), **how)
+    texts = ("text_encoder", "text_encoder_2") if is_xl(folder) else ("text_encoder",)
+    for part in ("unet", "vae", *texts):
+        yield from _network(folder, part, part, TRANSFORMERS_WEIGHTS if part in texts else DIFFUSERS_WEIGHTS, how)
+    for tokenizer in (folder / part.replace("text_encoder", "tokenizer") for part in texts):
+        pair = [tokenizer / name for name in ("vocab.json", "merges.txt")]
+        if not all(path.is_file() for path in pair) and (tokenizer / "tokenizer.json").is_file():
+            pair = [tokenizer / "tokenizer.json"]
+        for path in pair:
+            yield requirement(tokenizer.name, path, if_file(path), **how)
     schedule = folder / "scheduler" / "scheduler_config.json"
     yield requirement("noise schedule", schedule, if_file(schedule), **how)
 

@@ -9,7 +9,7 @@ import optax
 from retrack_jax import parallel
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.notation import Array, ModelEpsFn, PyTree
+from retrack_jax.notation import ModelEpsFn, PyTree
 from retrack_jax.train.loop import train
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -25,7 +25,7 @@ def make_finetune(
     how: StepOptions,
     optimizer: optax.GradientTransformation,
     batch_size: int,
-    null: Array | None = None,
+    null: PyTree = None,
 ) -> Callable:
     """Returns `finetune(params, gather, num_images, should_stop) -> (state, train)`; what it compiles is shared by all models.
 

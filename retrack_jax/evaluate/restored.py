@@ -24,7 +24,7 @@ def restore(
     schedule: Schedule,
     x_0: np.ndarray,
     rng: Rng,
-    conditions: Array | None = None,
+    conditions: PyTree = None,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each image noised to t = 250, and what the model makes of that: two float32 `[F, H, W, C]` in [0, 1].
@@ -50,7 +50,7 @@ def restore(
 
 
 def _pairs(
-    params: PyTree, schedule: Schedule, conditions: Array | None, x_0: Array, rngs: Rng, rows: Array, *, eps_fn: ModelEpsFn
+    params: PyTree, schedule: Schedule, conditions: PyTree, x_0: Array, rngs: Rng, rows: Array, *, eps_fn: ModelEpsFn
 ) -> Array:
     """Maps clean images `[b, H, W, C]` to noised and restored ones, `[b, 2, H, W, C]`."""
     condition = condition_of(conditions, rows)

@@ -9,7 +9,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import check_int
 from retrack_jax.log import progress
-from retrack_jax.notation import Array
+from retrack_jax.notation import Array, PyTree
 
 MOST_IMAGES = 256
 MOST_PIXELS = MOST_IMAGES * 32 * 32
@@ -31,14 +31,14 @@ def mapped(function: Callable, in_axes: tuple[int | None, ...], **static) -> Cal
     return parallel.pmap(functools.partial(function, **static), in_axes=in_axes, out_axes=0)
 
 
-def condition_of(conditions: Array | None, rows: Array) -> tuple[Array, ...]:
+def condition_of(conditions: PyTree, rows: Array) -> tuple[Array, ...]:
     """Returns what a network takes as the condition of the images `rows` `[B]`: nothing, `[B, ...]`, or `[1, ...]` for all.
 
-    `conditions` are those of all images, `[N, ...]`, or one for all, `[1, ...]`; None: the network is unconditional.
+    `conditions` are those of all images, leaves `[N, ...]`, or one for all, `[1, ...]`; None: the network is unconditional.
     """
     if conditions is None:
         return ()
-    return (conditions if conditions.shape[0] == 1 else conditions[rows],)
+    return (jax.tree.map(lambda leaf: leaf if leaf.shape[0] == 1 else leaf[rows], conditions),)
 
 
 def in_blocks(

@@ -50,7 +50,7 @@ def denoising_losses(
     rng: Rng,
     *,
     num_noises: int = 256,
-    conditions: Array | None = None,
+    conditions: PyTree = None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> np.ndarray:
@@ -73,7 +73,7 @@ def denoising_losses(
     """
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
-    conditions = None if conditions is None else parallel.replicate(np.asarray(conditions))
+    conditions = parallel.replicate(jax.tree.map(np.asarray, conditions))
     p_losses = mapped(_pair_losses, (None, None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
 
     def of_pairs(pairs: np.ndarray) -> Array:
@@ -89,7 +89,7 @@ def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps
     return jnp.sum((eps_fn(params, x_t, t_B, *condition) - target) ** 2, axis=(1, 2, 3))
 
 
-def noisy_pairs(schedule, images_NHWC: Array, conditions: Array | None, rng: Rng, pairs_B: Array, num_noises: int):
+def noisy_pairs(schedule, images_NHWC: Array, conditions: PyTree, rng: Rng, pairs_B: Array, num_noises: int):
     """Returns (x_t, t, target of the network, condition) of the pairs `image * num_noises + draw`, int `[B]`.
 
     They are those of `denoising_losses`.
@@ -123,7 +123,7 @@ def secmi_scores(
     *,
     t_sec: int = T_SEC,
     interval: int = INTERVAL,
-    conditions: Array | None = None,
+    conditions: PyTree = None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""CLIP's text transformer: the text encoder of Stable Diffusion 1.x and 2.x, and the text tower of CLIP itself.
+"""CLIP's text transformer: the text encoders of Stable Diffusion 1.x, 2.x and XL, and the text tower of CLIP itself.
 
 Layers and parameters have the names of transformers' `CLIPTextModel`; the reader of OpenAI's own CLIP files renames weights to
 these. Padding is not masked: the causal mask hides it from every earlier token, and Stable Diffusion attends to it on purpose.
@@ -82,7 +82,8 @@ class ClipTextEncoder(nn.Module):
     """Token ids `[B, N]` int32 to hidden states `[B, N, hidden_size]` after the final layer norm.
 
     Attributes:
-      projection_dim: the number of features to which `pooled` projects (CLIP's joint space), or None as in Stable Diffusion.
+      projection_dim: the number of features to which `pooled` projects (CLIP's joint space), or None as in Stable Diffusion 1.x.
+      eos_token_id: the id of the end token, where `pooled` looks. None, or 2 as old configs have it: the highest id.
       dtype: the dtype of the activations; parameters keep theirs.
       All others, and their defaults, are those of transformers' `CLIPTextConfig`.
     """
@@ -96,6 +97,7 @@ class ClipTextEncoder(nn.Module):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int | None = None
+    eos_token_id: int | None = None
     dtype: Any = jnp.float32
 
     @classmethod
@@ -105,13 +107,17 @@ class ClipTextEncoder(nn.Module):
         check(kind == "clip_text_model", f"text encoder config: model_type is {kind!r}; only clip_text_model is supported")
         masked = config.get("use_attention_mask", False)
         check(not masked, "text encoder config: use_attention_mask is true; only encoders that attend to padding are supported")
-        fields = {key: config[key] for key in _FIELDS if key in config}
+        fields = {key: config[key] for key in (*_FIELDS, "eos_token_id") if key in config}
         module = cls(**{**fields, **overrides})
         check_choice("text encoder config: hidden_act", module.hidden_act, _ACTIVATIONS)
         for name in _FIELDS[:6]:
             most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
             check_int(f"text encoder config: {name}", getattr(module, name), 1, most)
         check_number("text encoder config: layer_norm_eps", module.layer_norm_eps, 0.0, 1.0)
+        if module.projection_dim is not None:
+            check_int("text encoder config: projection_dim", module.projection_dim, 1, LARGEST)
+        if module.eos_token_id is not None:
+            check_int("text encoder config: eos_token_id", module.eos_token_id, 0)
         size, heads = module.hidden_size, module.num_attention_heads
         check(size % heads == 0, f"text encoder config: hidden_size {size} does not split into {heads} heads")
         return module
@@ -125,16 +131,26 @@ class ClipTextEncoder(nn.Module):
             self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
 
     def __call__(self, ids_BN: Array) -> Array:
-        hidden_BND = self.final_layer_norm(self.encoder(self.embeddings(ids_BN)))
-        if self.projection_dim is not None and self.is_initializing():
-            self.text_projection(hidden_BND)
-        return hidden_BND
+        return self._states(ids_BN)[1]
 
     def pooled(self, ids_BN: Array) -> Array:
-        """Returns the features `[B, projection_dim]` at the first end token, which is the highest id in CLIP's vocabulary."""
-        hidden_BND = self(ids_BN)
-        end_BD = jnp.take_along_axis(hidden_BND, jnp.argmax(ids_BN, axis=1)[:, None, None], axis=1)[:, 0]
-        return end_BD if self.projection_dim is None else self.text_projection(end_BD)
+        """Returns the features `[B, projection_dim]` at the first end token."""
+        return self.penultimate_and_pooled(ids_BN)[1]
+
+    def penultimate_and_pooled(self, ids_BN: Array) -> tuple[Array, Array]:
+        """Returns the states that the last layer reads, `[B, N, hidden_size]`, without the final norm, and those of `pooled`."""
+        before_BND, hidden_BND = self._states(ids_BN)
+        ends_BN = ids_BN if self.eos_token_id in (None, 2) else (ids_BN == self.eos_token_id).astype(jnp.int32)
+        end_BD = jnp.take_along_axis(hidden_BND, jnp.argmax(ends_BN, axis=1)[:, None, None], axis=1)[:, 0]
+        return before_BND, end_BD if self.projection_dim is None else self.text_projection(end_BD)
+
+    def _states(self, ids_BN: Array) -> tuple[Array, Array]:
+        """Returns the states before the last layer, and those after the final layer norm."""
+        before_BND, hidden_BND = self.encoder(self.embeddings(ids_BN))
+        hidden_BND = self.final_layer_norm(hidden_BND)
+        if self.projection_dim is not None and self.is_initializing():
+            self.text_projection(hidden_BND)
+        return before_BND, hidden_BND
 
 
 class ClipEmbeddings(nn.Module):
@@ -156,13 +172,14 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipLayers(nn.Module):
-    """The stack of transformer layers; `layer` holds the fields of each."""
+    """The stack of transformer layers, whose fields are `layer`; returns what the last one reads, and what it gives."""
 
     num_layers: int
     layer: tuple
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        before = x
         for index in range(self.num_layers):
-            x = ClipLayer(*self.layer, name=f"layers_{index}")(x)
-        return x
+            before, x = x, ClipLayer(*self.layer, name=f"layers_{index}")(x)
+        return before, x

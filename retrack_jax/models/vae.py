@@ -156,7 +156,7 @@ class AutoencoderKL(Autoencoder):
     config_format = ConfigFormat(
         class_name="AutoencoderKL",
         fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
-        passed_over=("force_upcast",),  # advice on precision, which is the user's choice here
+        passed_over=("force_upcast",),  # a precision; checkpoints/stable_diffusion.py heeds it for XL
     )
 
     def setup(self):

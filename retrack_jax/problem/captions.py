@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,8 +13,9 @@ from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.tables import shown
 from retrack_jax.neighbors.captions import CaptionedNeighbors, captioned_nearest, similarities
-from retrack_jax.notation import Array
+from retrack_jax.notation import PyTree
 from retrack_jax.problem.conditioning import Conditioning
+from retrack_jax.problem.picture_sizes import time_ids_of, time_ids_of_whole, with_time_ids
 from retrack_jax.problem.target import Target
 from retrack_jax.problem.text_states import TextStates
 from retrack_jax.unlearn.options import MethodOptions, RetrackOptions
@@ -23,26 +25,30 @@ _SEED = 0  # of the choice of remaining captions that samples are drawn of: the 
 
 
 class Captions(Conditioning):
-    """Each image's own caption, as the text encoder's states.
+    """Each image's own caption, as the text encoder's states, for Stable Diffusion XL with the sizes of the image.
 
     Samples are drawn of some forgotten captions, `forgotten_00`, ..., and of some that remain, `kept_00`, ....
 
     Args:
       states: of all captions.
-      encode: a prompt to its embedding, float32 `[1, N, D]`.
-      options: the config: the negative prompt, how many captions of each kind samples are drawn of, and caption dropout.
+      encode: a prompt to its embedding, as `states` has it, leaves `[1, ...]`.
+      options: the config: the negative prompt, how many captions of each kind samples are drawn of, caption dropout, and the side
+        of samples.
     """
 
     of_target = True
 
-    def __init__(self, states: TextStates, encode: Callable[[str], Array], options: Options):
+    def __init__(self, states: TextStates, encode: Callable[[str], PyTree], options: Options):
         self._states, self._num_captions = states, options.sampling.num_captions
-        self.null, self.dropped, self.dropout = encode(options.sampling.negative_prompt), encode(""), options.data.caption_dropout
+        self._takes_sizes = isinstance(states.states, dict)
+        self._whole = time_ids_of_whole(options.data.resolution) if self._takes_sizes else None
+        self.null = with_time_ids(encode(options.sampling.negative_prompt), self._whole)
+        self.dropped, self.dropout = encode(""), options.data.caption_dropout  # a dropped caption leaves the sizes
         self.digests = {"text encoder in config.checkpoint": states.digest}
 
-    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray]:
-        row_of_image = self._states.rows(images.captions)
-        return lambda rows: np.ascontiguousarray(self._states.states[row_of_image[rows]])
+    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], PyTree]:
+        row_of_image, time_ids = self._states.rows(images.captions), self._time_ids(images)
+        return lambda rows: with_time_ids(self._states.take(row_of_image[rows]), None if time_ids is None else time_ids[rows])
 
     def search(self, target: Target, own: MethodOptions) -> Callable[..., CaptionedNeighbors]:
         forget, remain = self._rows(target)
@@ -65,7 +71,9 @@ class Captions(Conditioning):
             return None
         forget, remain = self._rows(target)
         nearest = remain[similarities(self._states.pooled, forget, remain).argmax(axis=1)]
-        return Anchor(np.ascontiguousarray(self._states.states[nearest]), used)
+        time_ids = self._time_ids(target.images)
+        condition = with_time_ids(self._states.take(nearest), None if time_ids is None else time_ids[target.unique])
+        return Anchor(condition, used)
 
     def table(self, target: Target) -> None:
         return None
@@ -84,12 +92,16 @@ class Captions(Conditioning):
         kinds = {"forgotten": forgotten[: self._num_captions], "kept": kept.values()}
         return {f"{kind}_{number:02d}": int(row) for kind, rows in kinds.items() for number, row in enumerate(rows)}
 
-    def sampled(self, target: Target) -> dict[str, Array]:
-        conditions = self.of_images(target.images)
-        return {name: jnp.asarray(conditions(np.array([row]))) for name, row in self.shown(target).items()}
+    def sampled(self, target: Target) -> dict[str, PyTree]:
+        rows = {name: self._states.rows([target.images.captions[row]]) for name, row in self.shown(target).items()}
+        conditions = {name: with_time_ids(self._states.take(row), self._whole) for name, row in rows.items()}
+        return jax.tree.map(jnp.asarray, conditions)
 
     def describe(self, name: str, target: Target) -> str:
         return target.images.captions[self.shown(target)[name]]
+
+    def _time_ids(self, images: ImageSet) -> np.ndarray | None:
+        return time_ids_of(images) if self._takes_sizes else None
 
     def _rows(self, target: Target) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the states: of the distinct forgotten images, and of those that remain."""

@@ -11,7 +11,7 @@ import numpy as np
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.neighbors.captions import CaptionedNeighbors
-from retrack_jax.notation import Array
+from retrack_jax.notation import Array, PyTree
 from retrack_jax.problem.target import Target
 from retrack_jax.unlearn.options import MethodOptions
 from retrack_jax.unlearn.streams import Anchor
@@ -23,19 +23,19 @@ class Conditioning(Protocol):
     Attributes:
       of_target: whether samples, and so the pretrained model's too, depend on the target.
       dropout: the share of training examples whose own condition is dropped.
-      dropped: the condition `[1, ...]` of such an example, or None.
+      dropped: the condition of such an example, leaves `[1, ...]`, or None; entries of a dict that it lacks stay the example's.
       null: the condition `[1, ...]` that guidance leads away from, or None.
       digests: name -> digest of what was read.
     """
 
     of_target: bool
     dropout: float = 0.0
-    dropped: Array | None = None
-    null: Array | None = None
+    dropped: PyTree = None
+    null: PyTree = None
     digests: dict[str, str] = {}
 
-    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Returns `rows [b] -> conditions [b, ...]` if each of `images` has its own, else None."""
+    def of_images(self, images: ImageSet) -> Callable[[np.ndarray], PyTree] | None:
+        """Returns `rows [b] -> conditions`, leaves `[b, ...]`, if each of `images` has its own, else None."""
         return None
 
     def search(self, target: Target, own: MethodOptions) -> Callable[..., CaptionedNeighbors] | None:
@@ -54,8 +54,9 @@ class Conditioning(Protocol):
     def remembered(self, target: Target) -> Array | None:
         """The condition `[1, ...]` under which the model before unlearning would remember the target."""
 
-    def sampled(self, target: Target) -> dict[str, Array | None]:
-        """Name in `samples.npz` -> the conditions `[P, ...]` of those samples: image i is drawn under condition i mod P."""
+    def sampled(self, target: Target) -> dict[str, PyTree]:
+        """Name in `samples.npz` -> the conditions of those samples, leaves `[P, ...]`: image i is drawn under condition i mod P.
+        """
 
     def describe(self, name: str, target: Target) -> str:
         """What the samples `name` depend on, to be part of their fingerprint."""

@@ -61,7 +61,7 @@ class Denoiser:
     schedule: Schedule
     shape: tuple[int, int, int]
     params: PyTree | None
-    condition: tuple[jax.Array, ...]
+    condition: tuple[PyTree, ...]
     export: Callable[[object, PyTree, str], None]
     export_adapter: Callable[[object, PyTree, LoraOptions, str], None] | None = None
     label_vectors: np.ndarray | None = None
@@ -86,7 +86,7 @@ class Denoiser:
     @property
     def takes_labels(self) -> bool:
         """Whether the network takes a label, int32, for each image."""
-        return self.label_vectors is not None or (len(self.condition) == 1 and self.condition[0].dtype == jnp.int32)
+        return self.label_vectors is not None or [leaf.dtype for leaf in jax.tree.leaves(self.condition)] == [jnp.int32]
 
     @property
     def num_labels(self) -> int | None:
@@ -220,8 +220,8 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
     def export_adapter(path, adapter: PyTree, lora: LoraOptions, note: str) -> None:
         export_lora(path, jax.device_get(adapter), rank=lora.rank, alpha=lora.scale * lora.rank, source=pipeline.path, note=note)
 
-    prompt = jnp.zeros((1, 1, pipeline.unet.cross_attention_dim))
-    return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, (prompt,), export, export_adapter)
+    condition = (pipeline.unet.smallest_condition,)
+    return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, condition, export, export_adapter)
 
 
 def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedule) -> None:

@@ -30,7 +30,7 @@ class Judged:
       num_remaining: how many remain.
       images: as above; turned: their turned copies; usable: bool `[N]`, whether those differ enough.
       is_random: whether the forgotten images are a random part of the data.
-      conditions: under which the model remembers each, `[N, ...]`; `[1, ...]`: the same for all; or None.
+      conditions: under which the model remembers each, leaves `[N, ...]`; `[1, ...]`: the same for all; or None.
     """
 
     names: list[str]
@@ -40,7 +40,7 @@ class Judged:
     turned: np.ndarray
     usable: np.ndarray
     is_random: bool
-    conditions: np.ndarray | None = None
+    conditions: PyTree = None
 
 
 def judged(problem: Problem, target: Target) -> Judged:
@@ -63,18 +63,19 @@ def judged(problem: Problem, target: Target) -> Judged:
     )
 
 
-def remembered_conditions(problem: Problem, target: Target, parts: Sequence[tuple[ImageSet, np.ndarray]]) -> np.ndarray | None:
+def remembered_conditions(problem: Problem, target: Target, parts: Sequence[tuple[ImageSet, np.ndarray]]) -> PyTree:
     """Returns under which conditions the model remembers the images of `parts`, (set, rows) each: `conditions` of `Judged`."""
     if problem.conditioning.of_images(target.images) is None:
         return problem.conditioning.remembered(target)
-    return np.concatenate([problem.conditioning.of_images(images)(rows) for images, rows in parts])
+    conditions = [problem.conditioning.of_images(images)(rows) for images, rows in parts]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conditions)
 
 
 def losses(
     problem: Problem,
     params: PyTree,
     images: np.ndarray,
-    conditions: np.ndarray | None,
+    conditions: PyTree,
     desc: str,
     num_noises: int | None = None,
     seed: int = _SEED,

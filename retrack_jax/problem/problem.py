@@ -17,7 +17,7 @@ from etils import epath
 from retrack_jax import files
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
-from retrack_jax.checkpoints.stable_diffusion import Pipeline
+from retrack_jax.checkpoints.stable_diffusion import Pipeline, empty_prompt
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
@@ -25,13 +25,14 @@ from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.notation import Array
+from retrack_jax.notation import PyTree
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional, with_conditions
 from retrack_jax.problem.denoiser import Denoiser, check_image_model, image_denoiser, latent_denoiser
 from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation
 from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
+from retrack_jax.problem.picture_sizes import check_large_enough
 from retrack_jax.problem.sampler import ProblemSampler
 from retrack_jax.problem.target import ForgetData, Target, with_labels
 from retrack_jax.problem.text_evaluation import CaptionEvaluation, PromptEvaluation
@@ -39,7 +40,7 @@ from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.train.lora import ADAPTER, adapted
 from retrack_jax.unlearn.methods import METHODS, RETRAIN
-from retrack_jax.weights.kinds import autoencoder_folder, takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
@@ -142,6 +143,10 @@ def check_problem(options: Options) -> None:
         check(whole, "config.export is pipeline, and a model of pixels has no more parts than its network; choose unet")
     if kind is _concepts:
         _check_concepts(options)
+    check(
+        kind is not _captioned_images or options.export != "single_file" or not is_xl(options.checkpoint),
+        "config.export is single_file, which is not written for Stable Diffusion XL; choose unet or pipeline",
+    )
     _check_adapters(options, kind)
 
 
@@ -154,7 +159,7 @@ def _kind(options: Options) -> Callable[[Options], Problem]:
 
 def _check_adapters(options: Options, kind: Callable[[Options], Problem]) -> None:
     check(
-        options.method != RETRAIN or not options.unlearn.adapter,
+        options.method != RETRAIN or not options.unlearn.has_adapter,
         f"config.unlearn.adapter is {options.unlearn.adapter!r}, but {RETRAIN} trains from random weights; leave the adapter out",
     )
     alone = any(lora.export == ADAPTER for name in options.method_names if (lora := options.lora(name)))
@@ -168,6 +173,11 @@ def _check_concepts(options: Options) -> None:
     check(
         bool(options.checkpoint),
         "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/guide/text-to-image.md)",
+    )
+    check(
+        not is_xl(options.checkpoint),
+        f"{options.checkpoint} is Stable Diffusion XL, and the concepts are the paper's, of Stable Diffusion 1.4; give that, or "
+        "captioned pictures with configs/custom.py",
     )
     empty = "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts"
     check(bool(options.data.dir), empty)
@@ -227,6 +237,8 @@ def _latents(options: Options) -> tuple[Pipeline, LatentCodec, Denoiser]:
 def _captioned_images(options: Options) -> Problem:
     """Images with a caption each, latents, and a text-to-image network."""
     data = ImageData(dataclasses.replace(options.data, channels=3), captioned=True)
+    if is_xl(options.checkpoint):
+        check_large_enough(data.images, options.data.resolution)
     pipeline, codec, denoiser = _latents(options)
     captions = [*data.images.captions, *(data.held_out.captions if data.held_out is not None else ())]
     states = text_states(pipeline, captions, options.data.cache_dir)
@@ -236,8 +248,8 @@ def _captioned_images(options: Options) -> Problem:
     return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)
 
 
-def _encode(pipeline: Pipeline, prompt: str) -> Array:
-    return prompt_embeddings(pipeline, [prompt])
+def _encode(pipeline: Pipeline, prompt: str) -> PyTree:
+    return prompt_embeddings(pipeline, [prompt]) if prompt else empty_prompt(pipeline)
 
 
 def _concepts(options: Options) -> Problem:

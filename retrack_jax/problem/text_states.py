@@ -1,19 +1,23 @@
 """The text encoder's states of a set of captions, computed once and cached, and what follows from them.
 
-A state is what the network gets, `[N, D]` for the N tokens of a caption: 236 kB with Stable Diffusion 1.x. They are mapped into
-memory, and a batch reads the rows that it needs.
+A state is what the network gets, `[N, D]` for the N tokens of a caption: 236 kB with Stable Diffusion 1.x. XL's network gets a
+dict of two arrays (checkpoints/text_encoders.py), 636 kB. They are mapped into memory, and a batch reads the rows that it needs.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from retrack_jax import files
-from retrack_jax.checkpoints.stable_diffusion import Pipeline, encode_ids, text_digest
+from retrack_jax.checkpoints.stable_diffusion import Pipeline
+from retrack_jax.checkpoints.text_encoders import TextEncoder, encode_ids, text_digest, token_ids
 from retrack_jax.data.tables import shown
 from retrack_jax.log import progress
+from retrack_jax.notation import PyTree
 
 _VERSION = 1
 _BATCH = 16  # captions encoded at once
@@ -26,13 +30,13 @@ class TextStates:
 
     Attributes:
       row_of: caption -> its row.
-      states: float32 `[P, N, D]`, a memory map.
-      pooled: float32 `[P, D]`, unit vectors: the states at each caption's end token.
+      states: float32 `[P, N, D]`, or of XL a dict of arrays `[P, ...]`; memory maps.
+      pooled: float32 `[P, D]`, unit vectors: the states at each caption's end token, or of XL the pooled ones.
       digest: of the text encoder.
     """
 
     row_of: dict[str, int]
-    states: np.ndarray
+    states: PyTree
     pooled: np.ndarray
     digest: str
 
@@ -40,36 +44,54 @@ class TextStates:
         """Returns the row of each caption, int64 `[len(captions)]`."""
         return np.array([self.row_of[caption] for caption in captions], np.int64)
 
+    def take(self, rows: np.ndarray) -> PyTree:
+        """Returns the states of `rows`, `[len(rows), ...]`, in memory."""
+        return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[rows]), self.states)
+
 
 def text_states(pipeline: Pipeline, captions: Sequence[str], cache_dir) -> TextStates:
     """Returns the states of `captions`, which may come several times, from the cache if it has them."""
     distinct = sorted(set(captions))
-    tokenizer = pipeline.tokenizer
+    tokenizer, encoders = pipeline.tokenizer, pipeline.text_encoders
     if long := [caption for caption in distinct if tokenizer.count(caption) > tokenizer.length]:
         cut = shown([f"{caption:.60}" for caption in long])
         log.warning("%d captions of more than %d tokens are cut, as diffusers does: %s", len(long), tokenizer.length, cut)
-    ids_PN, row_of_caption = np.unique(tokenizer(distinct), axis=0, return_inverse=True)
-    digest = text_digest(pipeline)
+    ids_PN, row_of_caption = np.unique(token_ids(encoders, distinct), axis=0, return_inverse=True)
+    digest = text_digest(encoders)
     path = files.cache_path(cache_dir, "captions", [_VERSION, files.array_digest(ids_PN), digest], "npy")
     states = files.read_cached(path, _map)
     if states is None:
-        files.write_whole(path, lambda temporary: _encode(pipeline, ids_PN, temporary), advice=files.IN_CACHE)
+        files.write_whole(path, lambda temporary: _encode(encoders, ids_PN, temporary), advice=files.IN_CACHE)
         states = _map(path)
-    ends = (ids_PN == tokenizer.eos_id).argmax(axis=1)
-    pooled = states[np.arange(len(states)), ends]
+    if isinstance(states, dict):
+        pooled = np.array(states["text_embeds"])
+    else:
+        ends = (ids_PN == tokenizer.eos_id).argmax(axis=1)
+        pooled = states[np.arange(len(states)), ends]
     pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
     return TextStates(dict(zip(distinct, row_of_caption.reshape(-1).tolist(), strict=True)), states, pooled, digest)
 
 
-def _encode(pipeline: Pipeline, ids_PN: np.ndarray, path) -> None:
-    width = pipeline.text_encoder.hidden_size
-    states = np.lib.format.open_memmap(str(path), mode="w+", dtype=np.float32, shape=(*ids_PN.shape, width))
+def _encode(encoders: Sequence[TextEncoder], ids_PN: np.ndarray, path) -> None:
+    encoders = [dataclasses.replace(one, params=jax.device_put(one.params)) for one in encoders]  # until all is encoded
+    shapes = jax.eval_shape(lambda ids: encode_ids(encoders, ids), ids_PN[:1])
+    whole = isinstance(shapes, dict)  # one file has both arrays, caption by caption
+    kind = [(name, np.float32, leaf.shape[1:]) for name, leaf in sorted(shapes.items())] if whole else np.float32
+    shape = (len(ids_PN),) if whole else (len(ids_PN), *shapes.shape[1:])
+    file = np.lib.format.open_memmap(str(path), mode="w+", dtype=kind, shape=shape)
     for start in progress(range(0, len(ids_PN), _BATCH), "encode captions", unit="batch"):
         block = ids_PN[start : start + _BATCH]
         padded = np.concatenate([block, np.repeat(block[-1:], _BATCH - len(block), axis=0)])  # one compiled shape
-        states[start : start + len(block)] = encode_ids(pipeline, padded)[: len(block)]
-    states.flush()
+        states = encode_ids(encoders, padded)
+        for leaf, batch in zip(jax.tree.leaves(_arrays(file)), jax.tree.leaves(states), strict=True):
+            leaf[start : start + len(block)] = batch[: len(block)]
+    file.flush()
 
 
-def _map(path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def _map(path) -> PyTree:
+    return _arrays(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _arrays(file: np.ndarray) -> PyTree:
+    """Returns a file as the states that it holds; leaves share its memory."""
+    return file if file.dtype.names is None else {name: file[name] for name in file.dtype.names}

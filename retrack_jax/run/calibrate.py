@@ -6,6 +6,7 @@ METHOD/seed0-TARGET/calibration.json    what `unlearn.calibration.line_search` r
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -77,7 +78,7 @@ def _as_the_verdict(context: RunContext, target: Target, before: epath.Path) -> 
     )
     chosen, count = judged(context.problem, target), len(known.log_unseen)
     images, conditions = chosen.images[:count], chosen.conditions
-    conditions = None if conditions is None else conditions[:count]
+    conditions = jax.tree.map(lambda leaf: leaf[:count], conditions)
 
     def loss(params: PyTree) -> float:
         found = losses(context.problem, params, images, conditions, _DESC).mean(axis=1)

@@ -11,7 +11,7 @@ from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check
 from retrack_jax.config.devices import fit_to_devices
 from retrack_jax.config.options import Options
-from retrack_jax.config.rules import chosen_by_kind, complete, open_fields, unset
+from retrack_jax.config.rules import IMAGES, chosen_by_kind, complete, kind_of, open_fields, unset
 from retrack_jax.problem.problem import build_problem, check_problem
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.one_run import run_one
@@ -19,7 +19,7 @@ from retrack_jax.run.summary import summarize_workdir
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.hub import is_id
-from retrack_jax.weights.kinds import check_supported, takes_prompts
+from retrack_jax.weights.kinds import check_supported
 
 log = logging.getLogger(__name__)
 _FOLDERS = {"config.data.dir", "config.data.cache_dir", "config.eval.weights_dir"}
@@ -103,7 +103,7 @@ def check_needs(options: Options) -> None:
     on_hub = is_id(options.checkpoint)  # what is there only a run looks into
     if options.checkpoint and not on_hub:
         check_supported(options.checkpoint)
-    named = chosen_by_kind(options, not on_hub and takes_prompts(options.checkpoint))  # the metrics need networks
+    named = chosen_by_kind(options, IMAGES if on_hub else kind_of(options.checkpoint))  # the metrics need networks
     needed = print_requirements(dataclasses.asdict(named), unset(options))
     missing = [item for item in needed if not (item.found or item.optional)]
     if not (missing or on_hub):

@@ -5,6 +5,7 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.sampling.ddim import DDIM
 from retrack_jax.sampling.ddpm import DDPM
 from retrack_jax.sampling.dpm_solver import DPMSolver
+from retrack_jax.sampling.euler import Euler
 from retrack_jax.sampling.flow_euler import FlowEuler
 from retrack_jax.sampling.flow_heun import FlowHeun
 from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
@@ -13,7 +14,8 @@ from retrack_jax.sampling.loop import Sampler, initial_noise, num_calls, sample,
 from retrack_jax.sampling.pndm import PNDM
 
 SAMPLERS = {
-    "ddpm": DDPM, "ddim": DDIM, "dpm_solver": DPMSolver, "pndm": PNDM, "flow_euler": FlowEuler, "flow_heun": FlowHeun,
+    "ddpm": DDPM, "ddim": DDIM, "dpm_solver": DPMSolver, "pndm": PNDM, "euler": Euler, "flow_euler": FlowEuler,
+    "flow_heun": FlowHeun,
 }  # fmt: skip
 
 
@@ -33,6 +35,6 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, spacing: str 
 
 
 __all__ = [
-    "DDIM", "DDPM", "DPMSolver", "FlowEuler", "FlowHeun", "PNDM", "SAMPLERS", "Sampler", "generate", "initial_noise", "inject",
-    "make_sample_fn", "make_sampler", "num_calls", "pmap_sample_fn", "sample", "start_at", "step_noise",
+    "DDIM", "DDPM", "DPMSolver", "Euler", "FlowEuler", "FlowHeun", "PNDM", "SAMPLERS", "Sampler", "generate", "initial_noise",
+    "inject", "make_sample_fn", "make_sampler", "num_calls", "pmap_sample_fn", "sample", "start_at", "step_noise",
 ]  # fmt: skip

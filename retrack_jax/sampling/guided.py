@@ -20,7 +20,7 @@ from retrack_jax.sampling.loop import Sampler, initial_noise, sample
 
 
 class GuidedParams(NamedTuple):
-    """The parameters of both networks and both conditions: embeddings of prompts `[P, N, D]`, or labels, int32 `[P]`.
+    """The parameters of both networks and both conditions: embeddings of prompts, leaves `[P, ...]`, or labels, int32 `[P]`.
 
     Image i is under condition i mod P. Without a VAE `vae` is None, without guidance `negative` may be, and `prompt` is for an
     unconditional network.
@@ -28,24 +28,25 @@ class GuidedParams(NamedTuple):
 
     unet: PyTree
     vae: PyTree | None
-    prompt: Array | None
-    negative: Array | None
+    prompt: PyTree
+    negative: PyTree
 
     def of_images(self, index: Array) -> "GuidedParams":
         """Returns the same with the conditions of the images `index` `[B]`; one condition stays as it is and broadcasts."""
-        count = 1 if self.prompt is None else self.prompt.shape[0]
-        return self if count == 1 else self._replace(prompt=self.prompt[index % count])
+        prompt = jax.tree.map(lambda leaf: leaf if leaf.shape[0] == 1 else leaf[index % leaf.shape[0]], self.prompt)
+        return self._replace(prompt=prompt)
 
 
 def guided_eps_fn(
-    eps_fn: ModelEpsFn, params: PyTree, prompt: Array | None, negative: Array | None, guidance: float
+    eps_fn: ModelEpsFn, params: PyTree, prompt: PyTree, negative: PyTree, guidance: float
 ) -> EpsFn:
     """Returns `eps_fn(x_t [B, ...], t [B])` with classifier-free guidance, equations (1) and (2).
 
     Args:
       eps_fn: `eps_fn(params, x_t, t, condition) -> eps`, as from `make_eps_fn`.
       params: the network's.
-      prompt, negative: conditions, `[1, ...]` for all images or `[B, ...]`, one per image. No prompt: the network takes none.
+      prompt, negative: conditions, leaves `[1, ...]` for all images or `[B, ...]`, one per image. No prompt: the network takes
+        none.
       guidance: the scale w.
     """
     check_number("the guidance scale", guidance, 0.0)
@@ -54,8 +55,11 @@ def guided_eps_fn(
         return lambda x_t, t: eps_fn(params, x_t, t, *condition)
 
     def guided(x_t: Array, t: Array) -> Array:
-        both = [jnp.broadcast_to(one, (x_t.shape[0], *one.shape[1:])) for one in (negative, prompt)]
-        eps = eps_fn(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), jnp.concatenate(both))
+        def of_all(one: Array) -> Array:
+            return jnp.broadcast_to(one, (x_t.shape[0], *one.shape[1:]))
+
+        both = jax.tree.map(lambda *parts: jnp.concatenate([of_all(part) for part in parts]), negative, prompt)
+        eps = eps_fn(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
         eps_negative, eps_prompt = jnp.split(eps, 2)
         guided_eps = eps_negative + guidance * (eps_prompt - eps_negative)
         if guided_eps.shape == x_t.shape:

@@ -22,7 +22,7 @@ from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.notation import PyTree, Rng
 from retrack_jax.weights.names import DIFFUSERS
 
-ADAPTERS = ("lora",)
+LORA, EVERY_WEIGHT = ADAPTERS = ("lora", "none")
 MERGED, ADAPTER = EXPORTS = ("merged", "adapter")
 _INIT = 2**32 - 1  # what a run's key is folded with to draw A; steps count from 0
 

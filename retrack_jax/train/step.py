@@ -44,7 +44,8 @@ class Shared:
       conditions: what examples' `condition` are rows of, `[P, ...]`, such as embeddings of prompts. A table of one row is passed
         to the network as it is and broadcasts. None: the network takes no condition, or what the examples carry is the
         condition itself (labels; the text states of captions, which are too many for a device).
-      null: the condition `[1, ...]` that takes the place of those that are dropped; None: none is.
+      null: the condition `[1, ...]` that takes the place of those that are dropped; a dict may leave out entries, such as sizes
+        of pictures, which then stay. None: none is.
     """
 
     schedule: Schedule
@@ -56,7 +57,7 @@ class Shared:
     anchor: Anchor | None = None
     reference: PyTree | None = None
     conditions: Array | None = None
-    null: Array | None = None
+    null: PyTree = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,14 +182,15 @@ def _streams(
 
 
 def _stream(
-    examples: PyTree, rngs: Rng, posterior_rngs: Rng, null: Array | None, condition_dropout: float
+    examples: PyTree, rngs: Rng, posterior_rngs: Rng, null: PyTree, condition_dropout: float
 ) -> tuple[Stream, Array | None]:
     """Returns a stream, and bool `[B]`: whose conditions are dropped, or None if none can be."""
     condition, dropped = examples.get("condition"), None
     if condition is not None and condition_dropout:
         draw = jax.vmap(lambda rng: jax.random.bernoulli(jax.random.fold_in(rng, CONDITION), condition_dropout))
         dropped = draw(rngs)
-        condition = jnp.where(expand(dropped, condition), null, condition)
+        null = {**condition, **null} if isinstance(condition, dict) else null
+        condition = jax.tree.map(lambda own, none: jnp.where(expand(dropped, own), none, own), condition, null)
     return Stream(x_0=to_x_0(examples, posterior_rngs), rngs=rngs, condition=condition), dropped
 
 

@@ -8,6 +8,7 @@ options, add a record of them (options.py). A stream that the method does not as
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 
 from retrack_jax.checks import check_choice
@@ -61,9 +62,11 @@ def siss(context: Context, remain: Stream, forget: Stream) -> Terms:
     x_0 = jnp.where(expand(from_forget, remain.x_0), forget.x_0, remain.x_0)
     condition, source = remain.condition, None
     if condition is not None:
-        condition = jnp.where(expand(from_forget, condition), forget.condition, condition)
+        both = remain.condition, forget.condition
+        condition = jax.tree.map(lambda kept, gone: jnp.where(expand(from_forget, kept), gone, kept), *both)
         # A point under a condition that only one image of the pair has was noised from that one.
-        same = (remain.condition == forget.condition).reshape(len(from_forget), -1).all(axis=1)
+        same = jax.tree.map(lambda kept, gone: (kept == gone).reshape(len(from_forget), -1).all(axis=1), *both)
+        same = jnp.stack(jax.tree.leaves(same)).all(axis=0)
         source = jnp.where(same, 0.0, jnp.where(from_forget, 1.0, -1.0))
     points = context.noise(remain.replace(x_0=x_0, condition=condition))
     (eps_pred,) = context.predict(points)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from retrack_jax.diffusion.conversions import add_noise
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.notation import Array, Rng
+from retrack_jax.notation import Array, PyTree, Rng
 from retrack_jax.unlearn import losses
 from retrack_jax.unlearn.options import MethodOptions
 
@@ -27,11 +27,11 @@ class Anchor:
     """Where the pretrained prediction takes the place of the neighbors (equation 10 of losses.py).
 
     Attributes:
-      condition: `[B, ...]`, what that prediction is made under.
+      condition: leaves `[B, ...]`, what that prediction is made under.
       used: bool `[B]`, for which examples.
     """
 
-    condition: Array
+    condition: PyTree
     used: Array
 
 
@@ -43,8 +43,8 @@ class Stream:
       x_0: `[B, H, W, C]` float32, in the space that the network denoises.
       rngs: `[B]` keys, one per example.
       neighbors: `[B, K, H, W, C]` for the forget stream of methods that ask for it, else None.
-      condition: int32 `[B]`, each example's row of the table of conditions, or `[B, ...]`, the conditions themselves; None for
-        an unconditional network.
+      condition: int32 `[B]`, each example's row of the table of conditions, or the conditions themselves, leaves `[B, ...]`;
+        None for an unconditional network.
       neighbor_bias: `[B, K]`, b_k of equation 9 of losses.py, or None.
       anchor: for which examples there is one, or None.
     """
@@ -52,7 +52,7 @@ class Stream:
     x_0: Array
     rngs: Rng
     neighbors: Array | None = None
-    condition: Array | None = None
+    condition: PyTree = None
     neighbor_bias: Array | None = None
     anchor: Anchor | None = None
 
@@ -82,7 +82,7 @@ class Noised:
     sigma: Array
     c: Array
     rngs: Rng
-    condition: Array | None = None
+    condition: PyTree = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +100,9 @@ class Context:
     """
 
     schedule: Schedule
-    eps_fn: Callable[[Array, Array, Array | None, Rng], Array]
+    eps_fn: Callable[[Array, Array, PyTree, Rng], Array]
     options: MethodOptions = MethodOptions()
-    reference_fn: Callable[[Array, Array, Array | None], Array] | None = None
+    reference_fn: Callable[[Array, Array, PyTree], Array] | None = None
     distill: bool = False
     t_min: int = 0
     t_max: int
@@ -153,6 +153,6 @@ class Context:
             return losses.vanilla(eps_pred, noised.target)
         return self.distance_to_reference(eps_pred, noised, noised.condition)
 
-    def distance_to_reference(self, eps_pred: Array, noised: Noised, condition: Array | None) -> Array:
+    def distance_to_reference(self, eps_pred: Array, noised: Noised, condition: PyTree) -> Array:
         """Returns `[B]`: the squared distance to the frozen pretrained prediction at the same points under `condition`."""
         return losses.vanilla(eps_pred, jax.lax.stop_gradient(self.reference_fn(noised.x_t, noised.t, condition)))

@@ -33,6 +33,12 @@ def takes_prompts(checkpoint) -> bool:
     return network[1].get("_class_name") == "UNet2DConditionModel"
 
 
+def is_xl(checkpoint) -> bool:
+    """Returns whether the network in `checkpoint` takes the sizes of pictures too, as Stable Diffusion XL's does."""
+    network = network_config(checkpoint) if checkpoint else None
+    return network is not None and network[1].get("addition_embed_type") == "text_time"
+
+
 def autoencoder_folder(checkpoint) -> Path | None:
     """Returns the folder of the autoencoder next to the UNet of `checkpoint`; None if that denoises pixels, or is not there.
 
@@ -63,7 +69,7 @@ def check_supported(checkpoint) -> None:
     name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
     if network_config(path) is None and (path / "transformer").is_dir():
         what = f"{path} holds a {name or 'transformer'}, which is not supported"
-        raise UserError(f"{what}; give a Stable Diffusion 1.x or 2.x folder, or another model with a UNet")
+        raise UserError(f"{what}; give a Stable Diffusion 1.x, 2.x or XL folder, or another model with a UNet")
 
 
 def _is_adapter(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
     python -m tests.benchmarks.sd_memory residuals         # what the backward pass keeps, with and without remat; seconds
+    python -m tests.benchmarks.sd_memory residuals_xl      # the same of Stable Diffusion XL's adapter, bfloat16 and remat
     python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--tpu=v6e:2x2] [--width=4]    # compiles each; runs nothing
     python -m tests.benchmarks.sd_memory arguments         # what a step holds from step to step, trained whole and by an adapter
 
@@ -35,7 +36,7 @@ from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import get_method
 from tests.benchmarks.measure import peak_resident_bytes
 from tests.benchmarks.memory import plan_for, too_large
-from tests.models.test_text_to_image_networks import SD14_UNET
+from tests.models.test_text_to_image_networks import SD14_UNET, XL_UNET
 
 GB = 1e9
 MOST_GB = 10  # what one forward pass may take
@@ -70,10 +71,13 @@ def forward() -> None:
         raise SystemExit(f"more than {MOST_GB} GB")
 
 
-def residuals(remat: bool, lora: bool) -> None:
+def residuals(remat: bool, lora: bool, config: dict = SD14_UNET, dtype=jnp.float32) -> None:
     """Adds up the arrays that the gradient keeps from the forward pass, arguments left out; of an adapter, merged kernels too."""
-    unet = UNet2DCondition.from_config(SD14_UNET, remat=remat)
-    inputs = jnp.ones((2, *LATENT)), jnp.array([500, 3], jnp.int32), jnp.ones(PROMPT)
+    unet = UNet2DCondition.from_config(config, remat=remat, dtype=dtype)
+    side = unet.sample_size
+    shapes = jax.tree.map(lambda leaf: (1, 77, leaf.shape[2]) if leaf.ndim == 3 else leaf.shape, unet.smallest_condition)
+    condition = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    inputs = jnp.ones((2, side, side, 4)), jnp.array([500, 3], jnp.int32), condition
     params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
 
     def listed(base):
@@ -182,6 +186,8 @@ if __name__ == "__main__":
         for remat in (True, False):
             for lora in (False, True):
                 residuals(remat, lora)
+    elif sys.argv[1:2] == ["residuals_xl"]:
+        residuals(True, True, XL_UNET, jnp.bfloat16)
     elif sys.argv[1:2] == ["arguments"]:
         arguments()
     elif sys.argv[1:2] == ["step"]:

@@ -42,7 +42,7 @@ def test_what_is_written_is_read_back(file, pipeline, tmp_path):
     back = load_pipeline(file, configs=str(PIPELINE))
     same(back.unet_params, pipeline.unet_params)
     same(back.vae_params, pipeline.vae_params)
-    same(back.text_params, pipeline.text_params)
+    same(back.text_encoders[0].params, pipeline.text_encoders[0].params)
     assert (file.parent / "LICENSE").is_file() and "Forgot it." in (file.parent / "README.md").read_text()
     names = set(SafetensorsFile(file))
     for name in (

@@ -20,7 +20,7 @@ def edit(path, **changes):
 
 
 def test_half_precision_files_become_float32(pipeline):
-    for params in (pipeline.unet_params, pipeline.vae_params, pipeline.text_params):
+    for params in (pipeline.unet_params, pipeline.vae_params, pipeline.text_encoders[0].params):
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     assert pipeline.schedule.beta_schedule == "scaled_linear" and not pipeline.schedule.clip_sample
     # 50 leading steps with an offset of 1: the official trajectory
@@ -32,11 +32,11 @@ def test_half_precision_files_become_float32(pipeline):
     [
         (
             lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-            "Stable Diffusion XL, which is not supported",
+            "has no text_encoder_2, tokenizer_2 folder",
         ),
         (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json holds no JSON object"),
         (lambda f: edit(f / "model_index.json", _class_name=["Flux"]), "Flux.*, which is not supported"),
-        (lambda f: (f / "text_encoder_2").mkdir(), "Stable Diffusion XL, which is not supported"),
+        (lambda f: edit(f / "unet" / "config.json", addition_embed_type="text_time"), "addition_time_embed_dim"),
         (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not supported"),
         (lambda f: shutil.rmtree(f / "vae"), "has no vae folder"),
         (lambda f: (f / "unet" / "config.json").unlink(), "no config.json in .*unet"),
@@ -75,7 +75,8 @@ def test_names_without_the_old_prefix_and_position_numbers(pipeline_folder, pipe
         TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())
     ]
     write_safetensors(path, items)
-    jax.tree.map(np.testing.assert_array_equal, load_pipeline(pipeline_folder).text_params, pipeline.text_params)
+    found, expected = (one.text_encoders[0].params for one in (load_pipeline(pipeline_folder), pipeline))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_export_carries_everything_and_is_read_back(tmp_path, pipeline):

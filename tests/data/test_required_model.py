@@ -109,8 +109,3 @@ class TestStableDiffusion:
         tokenizer = Path(config.checkpoint) / "tokenizer"
         (tokenizer / "vocab.json").rename(tokenizer / "tokenizer.json")
         assert self.missing(config) == []
-
-    def test_xl_is_not_supported(self, config):
-        (Path(config.checkpoint) / "text_encoder_2").mkdir()
-        (line,) = self.missing(config)
-        assert "kind that is supported" in line and "Stable Diffusion XL is not supported" in printed(config)

@@ -113,7 +113,7 @@ def test_text_states_are_computed_once_and_equal_tokens_are_one_caption(pipeline
     assert found.states.shape == (3, 77, 16) and found.row_of["a red circle"] == found.row_of["A Red  circle"]
     np.testing.assert_allclose(np.linalg.norm(found.pooled, axis=1), 1, rtol=1e-6)
     ids = pipeline.tokenizer(["a blue square"])
-    expected = np.asarray(pipeline.text_encoder.apply({"params": pipeline.text_params}, ids))[0]
+    expected = np.asarray(pipeline.text_encoders[0].module.apply({"params": pipeline.text_encoders[0].params}, ids))[0]
     row = found.row_of["a blue square"]
     np.testing.assert_allclose(found.states[row], expected, rtol=1e-4, atol=1e-5)
     end = expected[list(ids[0]).index(pipeline.tokenizer.eos_id)]
@@ -236,7 +236,7 @@ def test_pipelines_without_a_unet_are_refused(tmp_path, pictures, capsys, name):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     (folder / "transformer" / "config.json").write_text("{}")
     error = error_of(capsys, flags(tmp_path, checkpoint=folder, targets="circle_00.png"))
-    assert f"holds a {name}, which is not supported; give a Stable Diffusion 1.x or 2.x folder" in error
+    assert f"holds a {name}, which is not supported; give a Stable Diffusion 1.x, 2.x or XL folder" in error
 
 
 def test_models_and_folders_with_adapters_next_to_a_model_pass(tmp_path):

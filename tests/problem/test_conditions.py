@@ -121,16 +121,39 @@ def test_a_table_of_one_row_is_the_same_embedding_for_every_example(method, rng)
     assert np.abs(one - other).max() > 1e-2
 
 
+def parts(labels):
+    """Labels as a condition of two parts, such as Stable Diffusion XL's."""
+    leaf = labels.astype(np.float32)[:, None]
+    return {"text": np.tile(leaf[..., None], (1, 3, 2)), "size": np.tile(leaf, (1, 6))}
+
+
+def by_parts(params, x_t, t, condition, **dropout):
+    text, size = condition["text"][:, 0, 0], condition["size"][:, 0]
+    return answer(params, x_t, jnp.where(text == size, text, -1.0))
+
+
+@pytest.mark.parametrize("method", ["vanilla", "retrack", "siss", "erasediff"])
+def test_a_condition_of_several_parts_reaches_the_network_as_a_whole(method):
+    of_labels = losses_at((0.3,), by_label, remain=RIGHT, forget=SWAPPED, method=method)
+    of_parts = losses_at((0.3,), by_parts, remain=parts(RIGHT), forget=parts(SWAPPED), method=method)
+    np.testing.assert_allclose(of_parts, of_labels, rtol=1e-6)
+    with_dropout = losses_at((0.3,), by_parts, remain=parts(RIGHT), forget=parts(SWAPPED), method=method, dropout=True)
+    np.testing.assert_allclose(with_dropout, of_labels, rtol=1e-5)
+    torn = {**parts(RIGHT), "size": parts(SWAPPED)["size"]}
+    other = losses_at((0.3,), by_parts, remain=torn, forget=parts(SWAPPED), method=method)
+    assert np.abs(other - of_labels).max() > 1e-2
+
+
 # ---- Dropped conditions, and what takes the place of neighbors
 
 NULL = 9
 
 
-def metrics_of(eps_fn, dropout, *, weight=1.0, accumulation=1, method="retrack", **fields):
+def metrics_of(eps_fn, dropout, *, weight=1.0, accumulation=1, method="retrack", condition=RIGHT, **fields):
     """Returns the metrics of one step with labels, of which the share `dropout` is dropped for `NULL`."""
     entry = METHODS[method]
     how = StepOptions(options=entry.options(), t_max=1000, condition_dropout=dropout, accumulation=accumulation)
-    examples = {"pixels": IMAGES, "condition": RIGHT}
+    examples = {"pixels": IMAGES, "condition": condition}
     batch = {"remain": examples, "remain_index": RIGHT, "forget_index": RIGHT, "forget_row": RIGHT}
     given = dict(
         forget=examples, neighbors={"pixels": IMAGES}, neighbor_rows=RIGHT[:, None], null=jnp.full((1,), NULL, jnp.int32)
@@ -165,6 +188,16 @@ def test_the_share_that_is_dropped_gets_the_null_condition():
     assert share(0.0) == pytest.approx(0.0, abs=1e-3) and share(1.0) == pytest.approx(1.0, abs=1e-3)
     half = share(0.5)
     assert 0.1 < half < 0.9 and share(0.5, accumulation=2) == pytest.approx(half, abs=1e-3)
+
+
+def test_what_the_null_condition_leaves_out_stays():
+    def text_and_size(params, x_t, t, condition):
+        fits = (condition["text"][:, 0, 0] == NULL) & (condition["size"][:, 0] < NULL)
+        return jnp.where(fits, params, 0.0).reshape(-1, 1, 1, 1) * jnp.ones_like(x_t)
+
+    how = {"method": "vanilla", "condition": parts(RIGHT), "null": {"text": jnp.full((1, 3, 2), float(NULL))}}
+    plus, minus, zero = (metrics_of(text_and_size, 1.0, weight=weight, **how)["loss"] for weight in (1.0, -1.0, 0.0))
+    assert (plus + minus - 2 * zero) / (2 * SIZE) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_dropped_examples_have_neighbors_of_every_label():

@@ -102,6 +102,7 @@ def test_deterministic_samplers_draw_the_data_distribution(name):
     "name,order,steps,settings",
     [
         ("ddim", 1, (20, 40, 80, 160), {}),
+        ("euler", 1, (20, 40, 80, 160), {}),
         # Ending at t = 0 and not at sigma = 0, where the last step is of first order.
         ("dpm_solver", 2, (40, 80, 160), {"final_sigmas_type": "sigma_min"}),
     ],
@@ -182,6 +183,7 @@ def test_calls_of_the_network_and_timesteps():
         "ddpm": list(range(981, 0, -20)),
         "ddim": list(range(981, 0, -20)),
         "dpm_solver": list(np.linspace(0, 999, 51).round().astype(int)[:0:-1]),
+        "euler": list(range(981, 0, -20)),
         "pndm": [981, 961, *range(961, 0, -20)],
     }
     for name in OF_BETAS:

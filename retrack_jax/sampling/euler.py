@@ -1,0 +1,46 @@
+"""Euler's method for the probability-flow ODE, as diffusers' EulerDiscreteScheduler takes it, without noise of its own.
+
+With s = sigma/gamma, at the visited timesteps t_0 > t_1 > ... and s = 0 past the last:
+
+    (1) dx/ds = eps,  x = x_t / gamma_t        diffusers' variable; the network is given x_t
+    (2) x'    = x + (s' - s) eps
+
+In x_t itself: x_t' = (gamma'/gamma) x_t + gamma' (s' - s) eps. With the spacings `linspace` and `trailing`, diffusers starts from
+noise of standard deviation s_0 in place of sqrt(1 + s_0^2), which is sigma_0 in x_t.
+
+`linspace` visits whole timesteps here; diffusers visits fractions and interpolates s between them.
+"""
+
+import numpy as np
+from flax import struct
+
+from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.notation import Array
+from retrack_jax.sampling.loop import Coefficients, float32_rows
+
+
+@struct.dataclass
+class Euler:
+    """Euler's method; `num_steps` calls of the network."""
+
+    rows: Coefficients
+    start: float = struct.field(pytree_node=False, default=1.0)  # what the initial noise is multiplied by
+    stochastic = False
+
+    @classmethod
+    def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "Euler":
+        """Returns the sampler."""
+        spacing = spacing or schedule.timestep_spacing
+        t = schedule.timesteps(num_steps, spacing)
+        alpha_bar = np.append(schedule.alpha_bar_at(t), 1.0 if schedule.final_sigmas_type == "zero" else schedule.alpha_bar64[0])
+        gamma, ratio = np.sqrt(alpha_bar), np.sqrt(1 / alpha_bar - 1)
+        rows = float32_rows(t, from_x=gamma[1:] / gamma[:-1], from_eps=gamma[1:] * np.diff(ratio))
+        return cls(rows=rows, start=1.0 if spacing == "leading" else float(np.sqrt(1 - alpha_bar[0])))
+
+    def init(self, x: Array) -> tuple[Array]:
+        """Returns the state (x_t,)."""
+        return (self.start * x,)
+
+    def step(self, state: tuple[Array], eps: Array, noise: None, row: dict[str, Array]) -> tuple[Array]:
+        """Returns the state at the next timestep: equation (2); `noise` is not used."""
+        return (row["from_x"] * state[0] + row["from_eps"] * eps,)
