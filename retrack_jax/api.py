@@ -105,6 +105,7 @@ def unlearn(
     unused = recipe.own.only_for("captions") + recipe.own.only_for("labels")
     check(not unused, f"{', '.join(unused)}: only networks with captions or labels have a use for it; leave it out")
     recipe.check_window(schedule.num_train_timesteps, where="")
+    recipe.check_adapter(where="")
 
     remain, forget = np.asarray(remain), np.asarray(forget)
     check(remain.shape[1:] == forget.shape[1:], f"remain {remain.shape} and forget {forget.shape} must be images of one shape")

@@ -86,6 +86,7 @@ def test_pixels_and_floats_are_the_same_images(rng):
         ({"lam_schedule": "linear"}, "^lam_end is not set"),
         ({"learning_rate": -1.0}, "^learning_rate is -1.0"),
         ({"adapter": "lora", "lora": {"rank": 0}}, "^lora.rank is 0"),
+        ({"lora": {"rank": 2}}, "^lora is set, but adapter is None"),
         ({"adapter": "lora", "lora": 8}, "^lora is 8; give a dict"),
         ({"adapter": "lora"}, "^lora.layers: the network has no layer 'to_q'; it has Dense_0, Dense_1"),
         ({"forget_batch_size": -8}, "^forget_batch_size is -8"),

@@ -135,8 +135,6 @@ class UnlearnOptions(TrainingOptions):
         if self.adapter is not None:
             check_choice("adapter", self.adapter, ADAPTERS)
         check(isinstance(self.lora, LoraOptions), f"lora is {self.lora!r}; give a dict such as {{'rank': 8}}")
-        unused = self.adapter is None and self.lora != LoraOptions()
-        check(not unused, "lora is set, but adapter is None, so that every weight would be trained; set adapter to lora")
         _check_calibrate(self.calibrate)
         check_int("t_min", self.t_min, minimum=0)
         if self.t_max is not None:
@@ -146,6 +144,12 @@ class UnlearnOptions(TrainingOptions):
     def has_adapter(self) -> bool:
         """Whether an adapter is trained, and not every weight."""
         return self.adapter not in (None, EVERY_WEIGHT)
+
+    def check_adapter(self, where: str = "config.unlearn.") -> None:
+        """Raises `UserError` if `lora` is set and no adapter is trained."""
+        unused = not self.has_adapter and self.lora != LoraOptions()
+        trained = f"{where}adapter is {self.adapter}, which trains every weight"
+        check(not unused, f"{where}lora is set, but {trained}; set it to lora")
 
     def check_window(self, num_timesteps: int, where: str = "config.unlearn.") -> None:
         """Raises `UserError` unless [t_min, t_max) is a part of [0, `num_timesteps`)."""

@@ -45,6 +45,8 @@ class Captions(Conditioning):
         self.null = with_time_ids(encode(options.sampling.negative_prompt), self._whole)
         self.dropped, self.dropout = encode(""), options.data.caption_dropout  # a dropped caption leaves the sizes
         self.digests = {"text encoder in config.checkpoint": states.digest}
+        if self._takes_sizes:  # force_zeros_for_empty_prompt of model_index.json
+            self.digests["empty prompt in config.checkpoint"] = "states" if np.any(self.dropped["text_embeds"]) else "zeros"
 
     def of_images(self, images: ImageSet) -> Callable[[np.ndarray], PyTree]:
         row_of_image, time_ids = self._states.rows(images.captions), self._time_ids(images)

@@ -162,6 +162,8 @@ def _check_adapters(options: Options, kind: Callable[[Options], Problem]) -> Non
         options.method != RETRAIN or not options.unlearn.has_adapter,
         f"config.unlearn.adapter is {options.unlearn.adapter!r}, but {RETRAIN} trains from random weights; leave the adapter out",
     )
+    for name in options.method_names:
+        options.recipe(name).check_adapter()
     alone = any(lora.export == ADAPTER for name in options.method_names if (lora := options.lora(name)))
     check(
         kind is not _images or not alone,

@@ -121,7 +121,7 @@ def error_line(capsys) -> str:
         ({"unlearn__num_neighbors": 5000}, "only 1797 images remain"),
         ({"targets": "label:11"}, "label"),
         ({"targets": "*"}, "whole set"),
-        ({"sampling__sampler": "euler"}, "euler"),
+        ({"sampling__sampler": "eular"}, "did you mean 'euler'"),
         ({"compute__dtype": "float16"}, "float16"),
         ({"checkpoint": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"config": CONFIG + ":all", "unlearn__forget_batch_size": 4}, "config.unlearn.forget_batch_size is 4"),
