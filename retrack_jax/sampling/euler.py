@@ -1,4 +1,4 @@
-"""Euler's method for the probability-flow ODE, as diffusers' EulerDiscreteScheduler takes it, without noise of its own.
+"""Euler's method for the probability-flow ODE, as diffusers' EulerDiscreteScheduler takes it with its default of no added noise.
 
 With s = sigma/gamma, at the visited timesteps t_0 > t_1 > ... and s = 0 past the last:
 
