@@ -7,6 +7,7 @@ Hardware: any CPU; two cores are enough. Scores: docs/flows.md, measured.
 """
 
 from retrack_jax.config.base import config_beside, with_method
+from retrack_jax.config.reading import default_config
 
 
 def get_config(method=None):
@@ -14,7 +15,7 @@ def get_config(method=None):
     config.unlock()
     config.name = "digits_flow"
     config.schedule.prediction_type = "flow_prediction"
-    config.network = "dit"
+    config.network, config.model = "dit", default_config().model  # the UNet's fields, which nothing reads
     config.dit.update(
         sample_size=8, in_channels=1, patch_size=2, num_layers=4, num_attention_heads=4, attention_head_dim=24
     )

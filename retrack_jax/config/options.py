@@ -6,9 +6,9 @@ A message of a check starts with the field's name; whoever makes the record puts
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
-from retrack_jax.checks import check, check_choice, check_int, check_number
+from retrack_jax.checks import check, check_choice, check_int, check_number, check_unread
 from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
 from retrack_jax.diffusion.flow import EULER, VELOCITY
@@ -134,6 +134,9 @@ class ScheduleOptions:
     def __post_init__(self):
         check_int("num_train_timesteps", self.num_train_timesteps, minimum=2)
         check_number("shift", self.shift, 0.0, above=True)
+        read = {"num_train_timesteps", "prediction_type"}
+        read |= {"shift"} if self.prediction_type == VELOCITY else {one.name for one in fields(self)} - {"shift"}
+        check_unread(self, read, f"prediction_type is {self.prediction_type}")
 
     def to_config(self) -> dict:
         """Returns the `scheduler_config.json` that these options stand for."""
@@ -261,6 +264,8 @@ class Options:
         check_choice("method", self.method, (*METHODS, PRETRAINED, ALL))
         check_choice("mode", self.mode, MODES)
         check_choice("network", self.network, NETWORK_KINDS)
+        name, unused = ("dit", self.dit) if self.network == "unet" else ("model", self.model)
+        check_unread(unused, set(), f"config.network is {self.network}", f"{name}.")
         check(len(self.seeds) > 0, "seeds is empty; give at least one, such as --config.seeds=0")
         for seed in self.seeds:
             check_int("seeds", seed, minimum=0, maximum=MAX_SEED)

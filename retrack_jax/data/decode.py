@@ -22,7 +22,7 @@ import numpy as np
 from retrack_jax.checks import UserError, check_choice, check_int
 
 CROPS = ("center", "none")
-VERSION = 2  # of these rules; it keys the cache
+VERSION = 3  # of these rules, and of what the cache keeps of an image; it keys the cache
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # Pillow's own bound, beyond which it warns: 256 MB of RGB
 _AHEAD = 16  # images in flight for each worker
 _MODES = {"L": 1, "RGB": 3}

@@ -52,7 +52,8 @@ def cached_nearest_of_targets(
     neighbors = [files.read_cached(path, _read) for path in paths]
     missing = [i for i, known in enumerate(neighbors) if known is None]
     if len(missing) < len(targets):
-        logger.info("neighbors: of %d targets, %d are read from %s", len(targets), len(targets) - len(missing), paths[0].parent)
+        known = len(targets) - len(missing)
+        logger.info("neighbors of %d of %d targets are read from %s", known, len(targets), paths[0].parent)
     if missing:
         queries = np.concatenate([images.images[targets[i][0]] for i in missing])
         excluded = [targets[i][1] for i in missing for _ in targets[i][0]]

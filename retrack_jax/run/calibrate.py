@@ -13,7 +13,7 @@ from etils import epath
 from retrack_jax import files, parallel
 from retrack_jax.checks import check
 from retrack_jax.evaluate.memory import enough_noises
-from retrack_jax.evaluate.verdict import memory
+from retrack_jax.evaluate.verdict import Memory, memory
 from retrack_jax.log import say
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.judged import judged, losses, remembered_conditions
@@ -58,6 +58,12 @@ def calibrated(context: RunContext, method: str, target: Target, folder: epath.P
     return dataclasses.replace(model, params=between(start, model.params, alpha), adapter=adapter)
 
 
+def check_reference(context: RunContext, method: str, target: Target, before: epath.Path) -> None:
+    """Raises `UserError`, before training, if `config.unlearn.calibrate` asks for an estimate that the verdict does not have."""
+    if context.options.recipe(method).calibrate == UNSEEN and not METHODS[method].from_scratch:
+        _unseen(context, target, before)
+
+
 def read(folder: epath.Path) -> dict | None:
     """Returns the calibration of a run, or None if it has none. Raises `UserError` if the file is damaged."""
     path = folder / _FILE
@@ -70,12 +76,7 @@ def _as_the_verdict(context: RunContext, target: Target, before: epath.Path) -> 
     Both are geometric means over the images of which it has an estimate. An arithmetic mean of losses that differ is larger, and
     would reach the estimate too early.
     """
-    known = memory(losses_before(context, target, before))
-    check(
-        known.log_unseen is not None and not known.why,
-        f"config.unlearn.calibrate is {UNSEEN}, but the loss of unseen images cannot be estimated ({known.why}); give a number, "
-        "such as the forget_loss of a retrained model, or leave it empty",
-    )
+    known = _unseen(context, target, before)
     chosen, count = judged(context.problem, target), len(known.log_unseen)
     images, conditions = chosen.images[:count], chosen.conditions
     conditions = jax.tree.map(lambda leaf: leaf[:count], conditions)
@@ -85,6 +86,17 @@ def _as_the_verdict(context: RunContext, target: Target, before: epath.Path) -> 
         return float(np.exp(np.log(found[np.isfinite(known.log_unseen)]).mean()))
 
     return loss, known.unseen
+
+
+def _unseen(context: RunContext, target: Target, before: epath.Path) -> Memory:
+    """Returns what the verdict knows of the model before unlearning. Raises `UserError` if that is no estimate."""
+    known = memory(losses_before(context, target, before))
+    check(
+        known.log_unseen is not None and not known.why,
+        f"config.unlearn.calibrate is {UNSEEN}, but the loss of unseen images cannot be estimated ({known.why}); give a number, "
+        "such as the forget_loss of a retrained model, or leave it empty",
+    )
+    return known
 
 
 def _as_the_metric(context: RunContext, target: Target, number: str) -> tuple[Callable[[PyTree], float], float]:

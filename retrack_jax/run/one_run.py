@@ -94,6 +94,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
         _record(run, "model", "inputs")
         if not parallel.from_main((run.folder / "losses.npz").exists):
             announce(context, run.target, run.before)
+        calibrate.check_reference(context, method, run.target, run.before)
         model = run.calibrated(train(unlearning(context, method, run.target, seed), context))
         _stop_if_asked(context, "the verdict")
         verdict = _judge(run, model)

@@ -11,6 +11,9 @@ import json
 from retrack_jax.config.options import Options
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
+# Of config.pretrain, what fine-tuning for the relearning curves reads: a checkpoint's model does not depend on it.
+_FINETUNING = ("b1", "b2", "eps", "weight_decay", "clip_norm", "logit_normal")
+
 # Metrics can be added at any time, each result names its own classifier, and the rest is only shown.
 _NOT_BINDING = {"metrics", "classifier", "weights_dir", "mark_name", "grid_images"}
 
@@ -47,7 +50,10 @@ def sample_reads(options: Options) -> dict:
 
 def evaluation_reads(options: Options) -> dict:
     """Returns the fields that metrics depend on, in addition to the model and its samples."""
-    return json.loads(json.dumps({"eval": _fields(options.eval, _NOT_BINDING)}))
+    fields = {"eval": _fields(options.eval, _NOT_BINDING)}
+    if options.checkpoint:
+        fields["pretrain"] = {name: getattr(options.pretrain, name) for name in _FINETUNING}
+    return json.loads(json.dumps(fields))
 
 
 def _fields(record, leave_out: set[str] = frozenset()) -> dict:

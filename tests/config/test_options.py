@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits_tshirt, stable_diffusion
+from configs import digits_flow, digits_tshirt, stable_diffusion
 from retrack_jax.checks import UserError
 from retrack_jax.config.options import Options
 from retrack_jax.config.reading import default_config, read_config
@@ -47,12 +47,27 @@ def test_retracks_weight_and_sisss_mixture_are_two_options():
         ("method", "retrak", "config.method is 'retrak'; .*did you mean 'retrack'"),
         ("seeds", (), "config.seeds is empty"),
         ("sampling.sampler", "dppm", "did you mean 'ddpm'"),
+        ("schedule.shift", 3.0, "config.schedule.shift is 3.0, but prediction_type is epsilon, which does not read it"),
+        ("dit.num_layers", 8, "config.dit.num_layers is 8, but config.network is unet, which does not read it"),
     ],
 )
 def test_a_wrong_value_names_its_field(field, value, message):
     config = default_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
+        read_config(config)
+
+
+def test_a_field_that_a_flow_or_a_transformer_does_not_read_is_refused():
+    config = digits_flow.get_config()
+    config.schedule.shift = 3.0
+    read_config(config)
+    config.schedule.beta_end = 0.03
+    with pytest.raises(UserError, match="config.schedule.beta_end is 0.03, but prediction_type is flow_prediction, which"):
+        read_config(config)
+    config = digits_flow.get_config()
+    config.model.layers_per_block = 3
+    with pytest.raises(UserError, match="config.model.layers_per_block is 3, but config.network is dit, which does not read it"):
         read_config(config)
 
 

@@ -120,6 +120,15 @@ def test_a_group_is_calibrated_to_a_number_as_the_metric_measures_it(tmp_path, p
     assert metrics["unlearned"]["forget_loss"] == pytest.approx(90, rel=0.03)
 
 
+def test_an_estimate_that_cannot_be_had_is_refused_before_training(plain, tmp_path, capsys):
+    """Too few images are left to compare with: all but six images are forgotten."""
+    shutil.copytree(plain / "pretrained", tmp_path / "pretrained")
+    asked = {"unlearn.calibrate": "unseen", "targets": ("random:0.997",), "unlearn.num_neighbors": 3}
+    assert command(tmp_path, "neggrad", **asked) == 2
+    assert "cannot be estimated (only " in capsys.readouterr().err
+    assert not list(tmp_path.glob("neggrad/*/checkpoints"))
+
+
 @pytest.mark.parametrize("value", ["seen", "-1", "0", "nan", "inf"])
 def test_a_mistyped_reference_is_refused(value):
     with pytest.raises(UserError, match="calibrate is"):

@@ -80,6 +80,10 @@ def test_a_run_is_compared_on_what_it_reads():
     assert sample_reads(parsed("all", "--config.sampling.num_steps=8")) != sample_reads(plain)
     assert evaluation_reads(parsed("all", "--config.eval.metrics=fid")) == evaluation_reads(plain)
     assert evaluation_reads(parsed("all", "--config.eval.nll_probes=2")) != evaluation_reads(plain)
+    # Relearning trains by the pretraining recipe, which is not part of the model if that is a checkpoint.
+    moment, checkpoint = "--config.pretrain.b1=0.5", "--config.checkpoint=model"
+    assert evaluation_reads(parsed("all", moment)) == evaluation_reads(plain)
+    assert evaluation_reads(parsed("all", checkpoint, moment)) != evaluation_reads(parsed("all", checkpoint))
 
 
 def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path, capsys):
