@@ -1,15 +1,18 @@
-"""An unconditional latent pipeline at toy size, written by ours: diffusers' LDMPipeline as a user brings it to configs/custom.py.
+"""Latent pipelines without prompts at toy size, written by ours: diffusers' LDMPipeline and DiTPipeline as a user brings them.
 
 Pictures are 16 x 16, latents 8 x 8.
 """
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from retrack_jax.checkpoints import export_diffusers
+from retrack_jax.checkpoints.diffusers_import import example_inputs
+from retrack_jax.models.dit import DiT
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.models.vqvae import VQModel
 from tests.make_tiny_sd import random_params
@@ -38,6 +41,22 @@ def write_pipeline(folder, coder="vqvae", **unet):
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE))
     index = {"_class_name": "LDMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     index[coder] = ["diffusers", type(module).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_dit_pipeline(folder, **fields):
+    """Writes a DiTPipeline of three labels and a null label, with a learned variance, into `folder`; returns `folder`."""
+    write_pipeline(folder, "vae")
+    shutil.rmtree(folder / "unet")
+    small = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_embeds_ada_norm": 3, "sample_size": 8}
+    channels = CODERS["vae"].latent_width
+    module = DiT.from_config({"in_channels": channels, "out_channels": 2 * channels, **small, **fields})
+    export_diffusers(folder / "transformer", module, random_params(module, 5, *example_inputs(module)))
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["unet"]
+    labels = {"id2label": {"0": "none", "1": "bright", "2": "dark"}}
+    index |= {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], **labels}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

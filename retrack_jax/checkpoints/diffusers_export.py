@@ -11,7 +11,7 @@ from etils import epath
 from retrack_jax.checks import UserError
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.notation import PyTree
-from retrack_jax.weights.folder import UNET_FOLDERS
+from retrack_jax.weights.folder import NETWORK_FOLDERS
 from retrack_jax.weights.hub import id_of, local_model
 from retrack_jax.weights.names import DIFFUSERS, RenameTable, to_torch
 from retrack_jax.weights.safetensors_io import write_safetensors
@@ -19,6 +19,7 @@ from retrack_jax.weights.safetensors_io import write_safetensors
 # In the model card of every export: it marks a folder as ours to replace. Any other folder with content is left alone.
 _HEADING = "## Exported by retrack_jax"
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_CONFIGS = ("config.json", *(f"{folder}/config.json" for folder in NETWORK_FOLDERS))
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # lora_export.py
 
@@ -92,7 +93,7 @@ def replacing(path, source) -> Iterator[epath.Path]:
 
 def is_whole(path) -> bool:
     """Whether the folder `path` holds all of an export, of any kind: on an object store one may be cut short."""
-    return any((path / name).exists() for name in ("config.json", "unet/config.json", "model.safetensors", LORA_WEIGHTS))
+    return any((path / name).exists() for name in (*_CONFIGS, "model.safetensors", LORA_WEIGHTS))
 
 
 def write_files(folder: epath.Path, files: dict[str, Any]) -> None:
@@ -139,8 +140,8 @@ def _source_folders(source) -> list[Path]:
         return []
     source = Path(source)
     name, parent = source.resolve().name, source.resolve().parent
-    # Old pipelines have no index: there, a folder with a UNet's name and another part next to it tell one.
-    unindexed = name in UNET_FOLDERS and any((parent / part).is_dir() for part in ("vae", "scheduler"))
+    # Old pipelines have no index: there, a folder with a network's name and another part next to it tell one.
+    unindexed = name in NETWORK_FOLDERS and any((parent / part).is_dir() for part in ("vae", "scheduler"))
     return [source, parent] if (parent / "model_index.json").is_file() or unindexed else [source]
 
 

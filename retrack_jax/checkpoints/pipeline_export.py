@@ -1,4 +1,4 @@
-"""A pipeline's folder with an unlearned UNet, written for diffusers' `from_pretrained` of the pipeline's class."""
+"""A pipeline's folder with an unlearned network, written for diffusers' `from_pretrained` of the pipeline's class."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import check
 from retrack_jax.files import read_object, write_bytes, write_json, write_text
 from retrack_jax.notation import PyTree
-from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, UNET_FOLDERS, model_folder, read_config
+from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, NETWORK_FOLDERS, model_folder, read_config
 
 # Weights of one precision among several: `model.fp16.safetensors`.
 _VARIANT = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\.\w+(\.safetensors|\.bin)")
@@ -20,8 +20,8 @@ def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str 
     export_folder(path, pipeline.path, pipeline.unet, unet_params, note=note)
 
 
-def export_folder(path, source: Path, unet, unet_params: PyTree, *, note: str | None = None) -> None:
-    """Writes the pipeline in the folder `source` with another UNet, as diffusers reads it: all other parts as they are there.
+def export_folder(path, source: Path, module, params: PyTree, *, note: str | None = None) -> None:
+    """Writes the pipeline in the folder `source` as diffusers reads it, with other parameters of the network that denoises.
 
     The source's license files and model card are carried along, the card with `note` below: a model unlearned from Stable
     Diffusion is a derivative, and its license asks for that. The folder appears whole or not at all.
@@ -32,21 +32,24 @@ def export_folder(path, source: Path, unet, unet_params: PyTree, *, note: str | 
     check("://" not in str(path), f"{path} is no local folder; a pipeline is exported to one (config.export=unet goes anywhere)")
     with replacing(path, source) as folder:
         folder.mkdir(parents=True)
-        export_diffusers(folder / "unet", unet, unet_params, source=model_folder(source), note=note)
+        network = model_folder(source)
+        name = "transformer" if network.name == "transformer" else "unet"
+        export_diffusers(folder / name, module, params, source=network, note=note)
         folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir()]
-        parts = [part for part in folders if part.name not in UNET_FOLDERS and not part.name.startswith(".")]
+        parts = [part for part in folders if part.name not in NETWORK_FOLDERS and not part.name.startswith(".")]
         for part in parts:
             shutil.copytree(part, folder / part.name, symlinks=False)
             _name_plainly(folder / part.name)
-        write_json(folder / "model_index.json", _model_index(source, {"unet", *(part.name for part in parts)}))
+        index = _model_index(source, {name, *(part.name for part in parts)})
+        write_json(folder / "model_index.json", index | {name: ["diffusers", module.config_format.class_name]})
         write_text(folder / "README.md", model_card(source, note))
-        for name, content in licenses(source).items():
-            write_bytes(folder / name, content)
+        for license_name, content in licenses(source).items():
+            write_bytes(folder / license_name, content)
 
 
 def _name_plainly(folder: Path) -> None:
-    """Renames a variant's weights if there are no others of their kind: our UNet is exported as no variant, and diffusers reads
-    all parts of one pipeline under one variant."""
+    """Renames a variant's weights if there are no others of their kind: our network is exported as no variant, and diffusers
+    reads all parts of one pipeline under one variant."""
     variants: dict[str, list[Path]] = {}
     for file in folder.iterdir():
         if match := _VARIANT.fullmatch(file.name):
@@ -66,14 +69,13 @@ def _model_index(source: Path, parts: set[str]) -> dict:
         "scheduler": ["diffusers", "PNDMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if "text_encoder" not in parts:
         coder = next(name for name in AUTOENCODER_FOLDERS if name in parts)
         kind = read_config(source / coder)["_class_name"]
-        default = {"_class_name": "LDMPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
-        default |= {"unet": ["diffusers", "UNet2DModel"], coder: ["diffusers", kind]}
+        name = "DiTPipeline" if "transformer" in parts else "LDMPipeline"
+        default = {"_class_name": name, "scheduler": ["diffusers", "DDIMScheduler"], coder: ["diffusers", kind]}
     if (source / "model_index.json").is_file():
         default = read_object(source / "model_index.json")
     else:

@@ -16,7 +16,7 @@ Stable Diffusion XL trains an adapter unless `config.unlearn.adapter` is none: e
 and moments. The matrices of an adapter need a higher rate than weights: 1e-4, as in diffusers' examples.
 
 What is sampled and measured depends on the kind of model too, and so does memory: `_BY_KIND`. What is exported is the whole
-pipeline for a latent model without prompts, whose UNet alone makes no images, else the UNet.
+pipeline for a latent model without prompts, whose network alone makes no images, else the network.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from retrack_jax.data.commands import ALSO, KAGGLE, NETWORKS, curl, unzip_file
 from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_file, matching, requirement
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
-from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, UNET_FOLDERS, find_weights, schedule_places
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, NETWORK_FOLDERS, TRANSFORMERS_WEIGHTS, find_weights, schedule_places
 from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
@@ -36,7 +36,7 @@ def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
 
 
 def _unet(folder: Path, how: dict) -> Iterator[Requirement]:
-    present = [part for part in (*UNET_FOLDERS, ".") if (folder / part / "config.json").is_file()]
+    present = [part for part in (*NETWORK_FOLDERS, ".") if (folder / part / "config.json").is_file()]
     part = present[0] if present else "."
     yield from _network(folder, part, "model" if part == "." else part, DIFFUSERS_WEIGHTS, how)
     if not present:

@@ -15,9 +15,12 @@ from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import Model
 from retrack_jax.train.lora import ADAPTER
 from retrack_jax.unlearn.methods import PRETRAINED
+from retrack_jax.weights.folder import NETWORK_FOLDERS
 
 # What each value of config.export, and an adapter, leaves that those after it do not.
-_MARKS = {"pipeline": "unet", "single_file": "model.safetensors", "unet": "config.json", ADAPTER: LORA_WEIGHTS}
+_MARKS = {
+    "pipeline": NETWORK_FOLDERS, "single_file": ["model.safetensors"], "unet": ["config.json"], ADAPTER: [LORA_WEIGHTS],
+}  # fmt: skip
 
 
 def export(context: RunContext, method: str, target: Target, folder: epath.Path, model: Model, verdict: Mapping) -> None:
@@ -57,7 +60,7 @@ def needs_export(options: Options, method: str, folder: epath.Path) -> bool:
     path, kind = folder / "diffusers", _kind(options, method)
     if kind == "none" or method == PRETRAINED:
         return False
-    there = next((name for name in _MARKS if (path / _MARKS[name]).exists()), None)
+    there = next((name for name in _MARKS if any((path / mark).exists() for mark in _MARKS[name])), None)
     return not is_whole(path) or there != kind
 
 

@@ -18,7 +18,7 @@ from retrack_jax.weights.hub import local_model
 from retrack_jax.weights.safetensors_io import SafetensorsFile
 from retrack_jax.weights.torch_reader import TorchFile
 
-UNET_FOLDERS = ("unet", "unet_ema")
+NETWORK_FOLDERS = ("unet", "unet_ema", "transformer")  # of the network that denoises
 AUTOENCODER_FOLDERS = ("vqvae", "vae", "vqgan", "movq")
 # In the order in which the libraries look for them.
 _STEM = "diffusion_pytorch_model"
@@ -95,15 +95,15 @@ def weights_digest(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> str | 
 
 
 def model_folder(path) -> Path:
-    """Returns the folder of a network's `config.json`: `path`/unet, `path`/unet_ema or `path`; else raises `UserError`.
+    """Returns the folder of a network's `config.json`: one of `NETWORK_FOLDERS` in `path`, or `path`; else raises `UserError`.
 
-    `path` may also be an id of the hub, whose files are then downloaded. If both folders are there, the first is taken and a
-    warning says so.
+    `path` may also be an id of the hub, whose files are then downloaded. If several are there, the first is taken and a warning
+    says so.
     """
     given, path = path, local_model(path)
-    folders = [path / name for name in UNET_FOLDERS if present(path / name, ["config.json"])]
+    folders = [path / name for name in NETWORK_FOLDERS if present(path / name, ["config.json"])]
     if len(folders) > 1:
-        _log.warning("%s holds %s; reading the first (give the other's path to read that)", path, " and ".join(map(str, folders)))
+        _log.warning("%s holds %s; reading the first (give another's path to read that)", path, " and ".join(map(str, folders)))
     if not folders and not present(path, ["config.json"]):
         raise UserError(_no_model(str(given), path))
     return folders[0] if folders else path
@@ -115,7 +115,7 @@ def _no_model(given: str, path: Path) -> str:
     if "://" in given:
         return f"{given} is an address; give its name on the hub (org/name), or download it and give the folder"
     where = "there" if path.is_dir() else "because there is no such folder"
-    return f"no config.json in {path}, its unet/ or its unet_ema/ ({where}); give a folder that diffusers saved"
+    return f"no config.json in {path}, its unet/, unet_ema/ or transformer/ ({where}); give a folder that diffusers saved"
 
 
 def read_config(folder) -> dict[str, Any]:
@@ -134,10 +134,10 @@ def schedule_places(path) -> list[Path]:
     path = local_model(path)
     places = [path / "scheduler" / _SCHEDULE, path / _SCHEDULE]
     folder = path.resolve()
-    if (folder / "config.json").is_file() and folder.name in UNET_FOLDERS and not (folder / "model_index.json").is_file():
+    if (folder / "config.json").is_file() and folder.name in NETWORK_FOLDERS and not (folder / "model_index.json").is_file():
         folder = folder.parent
         places += [folder / "scheduler" / _SCHEDULE, folder / _SCHEDULE]
-    holds_one = any((folder / name / "config.json").is_file() for name in UNET_FOLDERS)
+    holds_one = any((folder / name / "config.json").is_file() for name in NETWORK_FOLDERS)
     if holds_one and not (folder / "model_index.json").is_file():
         places.append(folder.parent / "scheduler" / _SCHEDULE)
     return places

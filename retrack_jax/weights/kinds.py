@@ -3,22 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import check
 from retrack_jax.files import read_object
-from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, UNET_FOLDERS, read_config
+from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, NETWORK_FOLDERS, read_config
 from retrack_jax.weights.hub import local_model
 
 # Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.
 _ADAPTERS = ("*lora*.safetensors", "*lora*.bin", "adapter_config.json", "adapter_model.*")
+_DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name before diffusers 0.29
 _LORA_TENSORS = (".lora_", "lora_unet_", "lora_te")
 
 
 def network_config(checkpoint) -> tuple[Path, dict[str, Any]] | None:
-    """Returns (folder, its `config.json`) of the UNet in `checkpoint`: in its unet/ or unet_ema/, or itself; None if it is not
-    there.
+    """Returns (folder, its `config.json`) of the network in `checkpoint`: in one of `NETWORK_FOLDERS`, or itself; None if it
+    is not there.
     """
     folder = local_model(checkpoint)
-    places = [folder / name for name in (*UNET_FOLDERS, "")]
+    places = [folder / name for name in (*NETWORK_FOLDERS, "")]
     place = next((place for place in places if (place / "config.json").is_file()), None)
     return None if place is None else (place, read_config(place))
 
@@ -40,7 +41,7 @@ def is_xl(checkpoint) -> bool:
 
 
 def autoencoder_folder(checkpoint) -> Path | None:
-    """Returns the folder of the autoencoder next to the UNet of `checkpoint`; None if that denoises pixels, or is not there.
+    """Returns the folder of the autoencoder next to the network of `checkpoint`; None if that denoises pixels, or is not there.
 
     Raises `UserError` if the pipeline's model_index.json lists an autoencoder that is not there.
     """
@@ -48,7 +49,7 @@ def autoencoder_folder(checkpoint) -> Path | None:
     if network is None:
         return None
     folder = network[0].resolve()
-    folder = folder.parent if folder.name in UNET_FOLDERS else folder
+    folder = folder.parent if folder.name in NETWORK_FOLDERS else folder
     index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     for name in AUTOENCODER_FOLDERS:
         if (folder / name / "config.json").is_file():
@@ -58,18 +59,21 @@ def autoencoder_folder(checkpoint) -> Path | None:
 
 
 def check_supported(checkpoint) -> None:
-    """Raises `UserError` if `checkpoint` holds an adapter, or a pipeline whose network is no UNet (SD3, FLUX)."""
+    """Raises `UserError` if `checkpoint` holds an adapter, or a pipeline of another transformer than DiT (SD3, FLUX)."""
     path = local_model(checkpoint)
     check(
         not _is_adapter(path),
         f"{path} is an adapter (LoRA), which changes a model and is none; merge it into its model (in diffusers: "
         "load_lora_weights, fuse_lora, save_pretrained) and give that folder",
     )
-    index = path / "model_index.json"
-    name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
-    if network_config(path) is None and (path / "transformer").is_dir():
-        what = f"{path} holds a {name or 'transformer'}, which is not supported"
-        raise UserError(f"{what}; give a Stable Diffusion 1.x, 2.x or XL folder, or another model with a UNet")
+    network, index = network_config(path), path / "model_index.json"
+    if network is not None and network[0].name == "transformer":
+        name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
+        check(
+            network[1].get("_class_name") in _DIT,
+            f"{path} holds a {name or 'transformer'}, which is not supported; give a Stable Diffusion 1.x, 2.x or XL folder, "
+            "another model with a UNet, or a DiT",
+        )
 
 
 def _is_adapter(path: Path) -> bool:

@@ -21,7 +21,7 @@ from retrack_jax.sampling import guided, make_sampler  # noqa: E402
 from retrack_jax.weights.kinds import autoencoder_folder  # noqa: E402
 from retrack_jax.weights.names import from_torch, to_torch  # noqa: E402
 from tests.parity.test_sd_parity import nchw, nhwc, plain, relative, shaken, vae_options, weights  # noqa: E402
-from tests.tiny_latent import write_pipeline  # noqa: E402
+from tests.tiny_latent import write_dit_pipeline, write_pipeline  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -141,3 +141,29 @@ def test_ddim_samples_are_those_of_ldm_pipeline(source, monkeypatch, steps):
     images = jax.jit(sample_fn)(guided.GuidedParams(params, vae_params, None, None), rngs)
     np.testing.assert_allclose(np.clip(np.asarray(images) / 2 + 0.5, 0, 1), expected, atol=1e-3)
     assert expected.std() > 0.02
+
+
+def test_guided_samples_of_a_transformer_are_those_of_dit_pipeline(tmp_path, monkeypatch):
+    """Ten steps under labels from the same noise, and once more from our export: decoded images within 1e-3."""
+    source = write_dit_pipeline(tmp_path / "source", num_embeds_ada_norm=1000)  # DiTPipeline's null label is always 1000
+    theirs = diffusers.DiTPipeline.from_pretrained(source)
+    channels, labels = theirs.transformer.config.in_channels, [5, 0, 999]
+    noise = np.random.default_rng(0).normal(size=(3, 8, 8, channels)).astype(np.float32)
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "randn_tensor", lambda *args, **kwargs: nchw(noise))
+    expected = theirs(labels, guidance_scale=4.0, num_inference_steps=10, output_type="np").images
+
+    module, params = import_diffusers(source)
+    vae, vae_params, _ = load_autoencoder(autoencoder_folder(source))
+    schedule = Schedule.from_config(read_schedule_config(source))
+    monkeypatch.setattr(guided, "initial_noise", lambda rngs, shape: jnp.asarray(noise))
+    given = make_eps_fn(module.apply, schedule), decode_fn(vae), make_sampler("ddim", schedule, 10), noise.shape[1:]
+    conditions = jnp.array(labels), jnp.array([1000])
+    rngs = jax.random.split(jax.random.key(0), 3)
+    sample_fn = jax.jit(guided.make_guided_sample_fn(*given, guidance=4.0))
+    images = sample_fn(guided.GuidedParams(params, vae_params, *conditions), rngs)
+    np.testing.assert_allclose(np.clip(np.asarray(images) / 2 + 0.5, 0, 1), expected, atol=1e-3)
+    assert expected.std() > 0.02
+
+    export_folder(tmp_path / "out", source, module, params, note="Nothing was forgotten.")
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(again(labels, guidance_scale=4.0, num_inference_steps=10, output_type="np").images, expected)

@@ -22,7 +22,7 @@ from retrack_jax.problem.problem import build_problem
 from retrack_jax.train.loop import Preempted
 from tests.metrics.feature_weights import random_state, sscd_shapes
 from tests.tiny_checkpoint import write_model
-from tests.tiny_latent import flags, write_pictures, write_pipeline
+from tests.tiny_latent import flags, write_dit_pipeline, write_pictures, write_pipeline
 from tests.tiny_sd import hasty_compiler
 from tests.torch_files import save_state
 
@@ -136,14 +136,19 @@ def test_another_method_unlearns_in_the_latents_of_a_posterior(tmp_path):
     assert 0 <= metrics["unlearned"]["membership_auc"] <= 1
 
 
-def test_a_unet_that_takes_labels_has_neighbors_with_the_label(tmp_path):
-    write_pipeline(tmp_path / "model", num_class_embeds=3)
+@pytest.mark.parametrize("network", ["unet", "transformer"])
+def test_a_network_that_takes_labels_has_neighbors_with_the_label(tmp_path, network):
+    if network == "unet":
+        write_pipeline(tmp_path / "model", num_class_embeds=3)
+    else:
+        write_dit_pipeline(tmp_path / "model")
     for i in range(2):
         write_pictures(tmp_path / "pictures" / f"kind{i}", 8)
         for path in (tmp_path / "pictures" / f"kind{i}").iterdir():
             picture = np.asarray(Image.open(path)) // (i + 1)
             Image.fromarray(picture).save(path)
-    fields = {"targets": "kind1/3.png", "data__labels": "folders", "data__null_label": 2, "unlearn__num_steps": 1}
+    fields = {"targets": "kind1/3.png", "data__labels": "folders", "unlearn__num_steps": 1}
+    fields["data__null_label"] = 2 if network == "unet" else 3
     argv = flags(tmp_path, eval__metrics=("forget_loss", "label_frequency"), sampling__label_guidance=1.5, **fields)
     assert main(argv) == 0
     problem = problem_of(tmp_path, **fields)
@@ -152,6 +157,15 @@ def test_a_unet_that_takes_labels_has_neighbors_with_the_label(tmp_path):
     assert all(name.startswith("kind1/") for name in names) and data.null_neighbor_rows.shape == (1, 3)
     with np.load(folder_of(tmp_path) / "samples.npz") as archive:
         assert archive["samples"].shape == (6, 16, 16, 3) and set(archive["labels"]) <= {0, 1}
+    # The export is the whole pipeline, and a checkpoint for the next command.
+    source, folder = tmp_path / "model", folder_of(tmp_path) / "diffusers"
+    assert json.loads((folder / "model_index.json").read_text()) == json.loads((source / "model_index.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {path.name for path in source.iterdir()} | {"README.md"}
+    before, after = (import_diffusers(place)[1] for place in (source, folder))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    argv = flags(tmp_path, checkpoint=folder, mode="check", **fields)
+    assert main(argv) == 0
 
 
 def test_what_the_rules_leave_open(root):

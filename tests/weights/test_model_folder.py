@@ -12,7 +12,7 @@ from retrack_jax.weights.folder import model_folder
         ("https://huggingface.co/google/ddpm-cifar10-32", "co/google/ddpm-cifar10-32 is an address; give its name on the hub"),
         ("gs://bucket/model", "gs://bucket/model is an address; give its name on the hub .org/name., or download it"),
         ("weights.safetensors", "weights.safetensors is a file; give the folder that holds it"),
-        ("empty", "its unet_ema/ .there.; give a folder that diffusers saved$"),
+        ("empty", "its unet/, unet_ema/ or transformer/ .there.; give a folder that diffusers saved$"),
         ("a/b/c", "because there is no such folder.; give a folder that diffusers saved$"),
     ],
 )
