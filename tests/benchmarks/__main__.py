@@ -1,10 +1,10 @@
 """All benchmarks in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--device cuda] [--out
 results/...]`.
 
-Prints tables, which replace those in docs/measurements/speed.md, and one line of JSON, which is also written to
-FOLDER/benchmarks_cpu.json, and writes plots to docs/images. On a CPU it takes some twenty minutes. Run it on a machine that
-does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and
-sampling, on one GPU; `.venv-parity` must then hold builds for it, for `make parity` installs those for the CPU:
+Prints tables and writes them to docs/results, from which `make docs` puts them into docs/measurements/speed.md; writes plots to
+docs/images, and all numbers as one line of JSON to FOLDER/benchmarks_cpu.json. On a CPU it takes some twenty minutes. Run it on
+a machine that does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against
+`torch.compile`, and sampling, on one GPU; `.venv-parity` must then hold builds for it, for `make parity` installs those for the CPU:
 `.venv-parity/bin/pip install "jax[cuda12]" torch==2.13.0` from indexes that have them.
 """
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from tests.benchmarks import neighbors, operations, scaling, startup, training
-from tests.benchmarks.measure import compare
+from tests.benchmarks.measure import Table, compare
 
 # Network, method, rounds, CPU devices of ours.
 CPU_STEPS = (
@@ -33,8 +33,6 @@ CPU_STEPS = (
 # Network, images, calls of the network.
 CPU_SAMPLING = (("digits", 128, 50), ("cifar10", 8, 3))
 NEIGHBOR_QUERIES = (1, 100, 1000)
-# The document has a place for each device.
-MARKS = {device: (f"<!-- measured on {device} -->", f"<!-- end of measured on {device} -->") for device in ("cpu", "cuda")}
 GPU_BATCH = {"digits": (64, 64), "cifar10": (64, 64), "celebahq": (4, 4)}
 
 
@@ -54,76 +52,60 @@ def machine(device: str) -> dict:
     }
 
 
-def say(lines: list[str], *more: str) -> None:
-    """Prints lines of a table as they are made, and keeps them for the document."""
-    for text in more:
-        print(text, flush=True)
-        lines.append(text)
-
-
-def write_document(document: Path, lines: list[str], found: dict, device: str) -> None:
-    """Puts the tables between the device's two marks of `document`."""
-    begin, end = MARKS[device]
-    before, rest = document.read_text().split(begin)
-    after = rest.split(end)[1]
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if name != "load")
-    load = f"Measured on {about}; load average {found['machine']['load'][0]:.1f} at the start, {found['minutes']:.0f} minutes."
-    document.write_text("\n".join([before + begin, load, "", *lines, end + after]))
-
-
-def on_cpu(images: Path, lines: list[str]) -> dict:
-    """Measures everything on CPU; adds to `lines` each table as it is made."""
+def on_cpu(images: Path) -> tuple[dict, list[Table]]:
+    """Measures everything on CPU; returns all numbers, and the tables that the documents show."""
     rate = training.matmul_rate()
-    say(lines, f"Matrix product: {rate['limit'] / 1e9:.0f} GFLOP/s.", "", training.HEADER)
+    limit = rate["limit"]
+    print(f"Matrix product: {limit / 1e9:.0f} GFLOP/s.", flush=True)
+    tables = [Table("speed_steps", *training.COLUMNS)]
     steps = []
     for network, method, rounds, devices in CPU_STEPS:
         steps.append(training.training(network, method, rounds, rate=rate, devices=devices))
-        say(lines, training.line(steps[-1]))
-    say(lines, "", "| sampling, ours on 2 CPU devices | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit |")
-    say(lines, "|---|---|---|---|---|---|")
+        tables[0].add(*training.cells(steps[-1]))
+    columns = "ours, s", "PyTorch, s", "ratio", "ours of limit", "PyTorch of limit"
+    tables.append(Table("speed_sampling", "sampling, ours on 2 CPU devices", *columns))
     sampling = []
     for network, count, calls in CPU_SAMPLING:
         row = compare("sampling", 5, {"num_devices": 2}, network=network, num_images=count, num_steps=calls)
         sampling.append({"network": network, "images": count, "calls": calls} | row)
         seconds = [row[side]["seconds"] for side in ("ours", "pytorch")]
-        shares = [count * calls * training.forward_flops(network) / each / rate["limit"] for each in seconds]
-        numbers = f"{seconds[0]:.2f} | {seconds[1]:.2f} | {row['ratio']:.2f} | {shares[0]:.0%} | {shares[1]:.0%}"
-        say(lines, f"| {network}, {count} images, {calls} calls | {numbers} |")
-    say(lines, "", "| neighbors of Q among 60,000 x 784 | ours, s | scikit-learn, s | ratio | ours of limit |")
-    say(lines, "|---|---|---|---|---|")
+        shares = [count * calls * training.forward_flops(network) / each / limit for each in seconds]
+        numbers = *(f"{each:.2f}" for each in (*seconds, row["ratio"])), *(f"{share:.0%}" for share in shares)
+        tables[-1].add(f"{network}, {count} images, {calls} calls", *numbers)
+    columns = "ours, s", "scikit-learn, s", "ratio", "ours of limit"
+    tables.append(Table("speed_neighbors", "neighbors of Q among 60,000 x 784", *columns))
     searches = neighbors.searches(NEIGHBOR_QUERIES)
     for row in searches:
-        share = row["flops"] / row["ours"] / rate["limit"]
-        say(lines, f"| Q = {row['queries']} | {row['ours']:.3f} | {row['sklearn']:.3f} | {row['ratio']:.1f} | {share:.0%} |")
+        numbers = f"{row['ours']:.3f}", f"{row['sklearn']:.3f}", f"{row['ratio']:.1f}"
+        tables[-1].add(f"Q = {row['queries']}", *numbers, f"{row['flops'] / row['ours'] / limit:.0%}")
     start = startup.startup(["digits", "cifar10"], rounds=2)
-    say(lines, "", startup.table(start), "")
     counted = operations.operations()
-    say(lines, operations.table(counted))
+    tables += [startup.table(start), operations.table(counted)]
     grown = scaling.scaling(images, list(scaling.PARTS))
-    found = {"steps": steps, "sampling": sampling, "neighbors": searches, "startup": start}
-    return found | {"operations": counted, "scaling": grown}
+    found = {"matrix_product": limit, "steps": steps, "sampling": sampling, "neighbors": searches, "startup": start}
+    return found | {"operations": counted, "scaling": grown}, tables
 
 
-def on_gpu(lines: list[str]) -> dict:
+def on_gpu() -> tuple[dict, list[Table]]:
     """Measures training steps in every precision, and sampling, on one GPU."""
-    steps = []
-    say(lines, training.HEADER)
+    steps, table = [], Table("speed_steps_gpu", *training.COLUMNS)
     for variant in training.VARIANTS:
         rate = training.matmul_rate("cuda", variant)
         for network, batch in GPU_BATCH.items():
             steps.append(training.training(network, "retrack", 5, "cuda", variant, batch, rate))
-            say(lines, training.line(steps[-1]))
+            table.add(*training.cells(steps[-1]))
     jobs = {
         "float32": ({"precision": "highest"}, {}),
         "bf16": ({"dtype": "bfloat16"}, {"bf16": True}),
         "compile": ({"dtype": "bfloat16"}, {"bf16": True, "compiled": True}),
     }
     same = {"network": "cifar10", "num_images": 256, "num_steps": 50, "device": "cuda"}
-    sampling = {name: compare("sampling", 3, *sides, **same) for name, sides in jobs.items()}
-    for name, row in sampling.items():
-        ours, theirs = (256 / row[side]["seconds"] for side in ("ours", "pytorch"))
-        say(lines, "", f"Sampling {name}: ours {ours:.1f} images/s, PyTorch {theirs:.1f}.")
-    return {"steps": steps, "sampling": sampling}
+    shown = Table("speed_sampling_gpu", "sampling of CIFAR-10, 256 images, 50 calls", "ours, images/s", "PyTorch, images/s")
+    sampling = {}
+    for name, sides in jobs.items():
+        sampling[name] = compare("sampling", 3, *sides, **same)
+        shown.add(name, *(f"{256 / sampling[name][side]['seconds']:.1f}" for side in ("ours", "pytorch")))
+    return {"steps": steps, "sampling": sampling}, [table, shown]
 
 
 def main() -> None:
@@ -131,18 +113,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", default="runs/benchmarks", metavar="FOLDER")
     parser.add_argument("--images", default="docs/images", metavar="FOLDER")
-    parser.add_argument("--document", default="docs/measurements/speed.md", help="whose tables are replaced; empty: none")
+    parser.add_argument("--results", default="docs/results", metavar="FOLDER")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    start = time.perf_counter()
-    lines: list[str] = []
-    about = {"machine": machine(arguments.device)}
-    found = about | (on_cpu(Path(arguments.images), lines) if arguments.device == "cpu" else on_gpu(lines))
-    found["minutes"] = (time.perf_counter() - start) / 60
-    if arguments.document:
-        write_document(Path(arguments.document), lines, found, arguments.device)
+    start, about = time.perf_counter(), machine(arguments.device)
+    found, tables = on_cpu(Path(arguments.images)) if arguments.device == "cpu" else on_gpu()
+    found = {"machine": about, **found, "minutes": (time.perf_counter() - start) / 60}
+    described = ", ".join(f"{name} {value}" for name, value in about.items() if name != "load")
+    for table in tables:
+        table.write(Path(arguments.results), "make bench", f"{described}; load average {about['load'][0]:.1f} at the start")
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found)

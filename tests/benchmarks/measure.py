@@ -4,12 +4,35 @@ A machine's speed drifts by tens of percent within minutes, so two numbers are c
 processes of their own keep one library's spinning threads, caches and allocator out of the other's time.
 """
 
+import datetime
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+
+class Table:
+    """A table that is printed in Markdown as its rows come, and kept as docs/generate.py reads it."""
+
+    def __init__(self, name: str, *columns: str):
+        self._name, self._columns, self._rows = name, columns, []
+        print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+    def add(self, *cells: str) -> None:
+        """Adds a row."""
+        self._rows.append(cells)
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    def write(self, folder: Path, command: str, machine: str) -> None:
+        """Writes `folder`/NAME.json."""
+        from retrack_jax import __version__
+
+        about = {"command": command, "version": __version__, "machine": machine, "date": f"{datetime.date.today()}"}
+        lines = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in self._rows)
+        head = json.dumps({**about, "columns": self._columns}, indent=2, ensure_ascii=False).removesuffix("\n}")
+        (folder / f"{self._name}.json").write_text(f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n')
 
 
 def peak_resident_bytes() -> int:

@@ -36,6 +36,7 @@ from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, make_train_step
 from retrack_jax.unlearn.methods import get_method
 from tests.benchmarks.full_size import NETWORKS
+from tests.benchmarks.measure import Table
 
 GIB = 2**30
 TABLE = {
@@ -44,8 +45,6 @@ TABLE = {
     "cifar10": ("float32", "bfloat16", "remat", "float32+a4"),
     "celebahq": ("float32", "bfloat16", "remat", "bfloat16+remat"),
 }
-HEADER = """| config | option | images per microbatch | arguments, GiB | temporaries, GiB | in all, GiB |
-|---|---|---|---|---|---|"""
 
 
 def options_of(name: str) -> Options:
@@ -126,16 +125,17 @@ def main(cells: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     if cells and cells[0].startswith("--tpu="):
         plan_for(cells.pop(0).removeprefix("--tpu="))
-    print(HEADER, flush=True)
+    sizes = "arguments, GiB", "temporaries, GiB", "in all, GiB"
+    shown = Table("memory_plans", "config", "option", "images per microbatch", *sizes)
     for cell in cells or [f"{name}:{option}" for name, options in TABLE.items() for option in options]:
         name, _, option = cell.partition(":")
         for each in [option] if option else TABLE[name]:
             row = plan(name, each)
             if "too_large" in row:
-                sizes = f"| does not fit | {row['too_large']}"
+                planned = ["", "does not fit", row["too_large"]]
             else:
-                sizes = " | ".join(f"{row[part] / GIB:.2f}" for part in ("arguments", "temporaries", "all"))
-            print(f"| {name} | {each} | {row['images']} | {sizes} |", flush=True)
+                planned = [f"{row[part] / GIB:.2f}" for part in ("arguments", "temporaries", "all")]
+            shown.add(name, each, str(row["images"]), *planned)
 
 
 if __name__ == "__main__":

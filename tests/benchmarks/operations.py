@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from retrack_jax.diffusion.conversions import expand
 from retrack_jax.unlearn import losses
+from tests.benchmarks.measure import Table
 from tests.benchmarks.ours import make_data, make_module, make_state, make_step
 
 
@@ -53,14 +54,14 @@ def operations() -> dict:
     return {"flops": flops, "times_vanilla": relative, "loss_bytes": memory}
 
 
-def table(found: dict) -> str:
-    """Returns the counts as Markdown."""
-    lines = ["| 16 images of a step | GFLOP | times vanilla |", "|---|---|---|"]
-    lines += [f"| {name} | {value / 1e9:.2f} | {found['times_vanilla'][name]:.2f} |" for name, value in found["flops"].items()]
-    memory = {name: value / 2**20 for name, value in found["loss_bytes"].items()}
-    one, all_ = memory["single_target"], memory["published"]
-    loss = f"Loss and gradient: {one:.0f} MiB of buffers with one target, {all_:.0f} MiB with K."
-    return "\n".join([*lines, "", loss])
+def table(found: dict) -> Table:
+    """Returns the counts, printed."""
+    shown = Table("speed_operations", "16 images of a step", "GFLOP", "times vanilla")
+    for name, value in found["flops"].items():
+        shown.add(name, f"{value / 1e9:.2f}", f"{found['times_vanilla'][name]:.2f}")
+    one, all_ = (found["loss_bytes"][name] / 2**20 for name in ("single_target", "published"))
+    print(f"Loss and gradient: {one:.0f} MiB of buffers with one target, {all_:.0f} MiB with K.")
+    return shown
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out")
     arguments = parser.parse_args()
     found = operations()
-    print(table(found))
+    table(found)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n")
 

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks.measure import Table
+
 STEP = """
 if "{side}" == "ours":  # as the command does
     from retrack_jax.cli.huge_pages import restart_with_huge_pages
@@ -64,13 +66,14 @@ def startup(networks: list[str], rounds: int = 3) -> dict:
     return found | {"first_step": {network: first_step(network, rounds) for network in networks}}
 
 
-def table(found: dict) -> str:
-    """Returns the seconds as a Markdown table."""
-    lines = ["| from command to | ours, s | ours with a cold cache, s | PyTorch, s |", "|---|---|---|---|"]
-    lines += [f"| {name} | {found[name]:.2f} | | |" for name in ("import", "help")]
+def table(found: dict) -> Table:
+    """Returns the seconds, printed."""
+    shown = Table("speed_startup", "from command to", "ours, s", "ours with a cold cache, s", "PyTorch, s")
+    for name in ("import", "help"):
+        shown.add(name, f"{found[name]:.2f}", "", "")
     for network, row in found["first_step"].items():
-        lines.append(f"| first step, {network} | {row['warm_cache']:.1f} | {row['cold_cache']:.1f} | {row['pytorch']:.1f} |")
-    return "\n".join(lines)
+        shown.add(f"first step, {network}", *(f"{row[kind]:.1f}" for kind in ("warm_cache", "cold_cache", "pytorch")))
+    return shown
 
 
 def main() -> None:
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out")
     arguments = parser.parse_args()
     found = startup(arguments.networks)
-    print(table(found))
+    table(found)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n")
 

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import Worker, compare, in_turns
+from tests.benchmarks.measure import Table, Worker, compare, in_turns
 from tests.benchmarks.networks import BATCH, NETWORKS
 
 METHODS = ("retrack", "siss", "vanilla")
@@ -74,21 +74,21 @@ def training(
     return about | {"flops": flops, "matmul": rate} | result
 
 
-def line(row: dict[str, Any]) -> str:
-    """Returns the row as one line of a Markdown table."""
-    ours, theirs = row["ours"], row["pytorch"]
-    return (
-        f"| {row['network']} {row['method']} {row['variant']}, {row['images']} images, ours on {row['devices']} "
-        f"| {ours['seconds']:.3f} | {theirs['seconds']:.3f} | {row['ratio']:.2f} "
-        f"| {ours['share_of_limit']:.0%} | {theirs['share_of_limit']:.0%} |"
-        f" {ours['peak_bytes'] / 2**30:.2f} | {theirs['peak_bytes'] / 2**30:.2f} |"
-    )
+COLUMNS = (
+    "step, and CPU devices", "ours, s", "PyTorch, s", "ratio", "ours of limit", "PyTorch of limit", "ours, GiB", "PyTorch, GiB"
+)  # fmt: skip
 
 
-HEADER = (
-    "| step, and CPU devices | ours, s | PyTorch, s | ratio | ours of limit | PyTorch of limit | ours, GiB | PyTorch, GiB |\n"
-    "|---|---|---|---|---|---|---|---|"
-)
+def cells(row: dict[str, Any]) -> list[str]:
+    """Returns the cells of `COLUMNS`."""
+    sides = row["ours"], row["pytorch"]
+    return [
+        f"{row['network']} {row['method']} {row['variant']}, {row['images']} images, ours on {row['devices']}",
+        *(f"{side['seconds']:.3f}" for side in sides),
+        f"{row['ratio']:.2f}",
+        *(f"{side['share_of_limit']:.0%}" for side in sides),
+        *(f"{side['peak_bytes'] / 2**30:.2f}" for side in sides),
+    ]
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
     batch = (arguments.images, arguments.images) if arguments.images else None
     names = ("network", "method", "rounds", "device", "variant", "devices")
     row = training(**{name: getattr(arguments, name) for name in names}, batch=batch)
-    print(HEADER, line(row), sep="\n")
+    Table("speed_steps", *COLUMNS).add(*cells(row))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(row, indent=2) + "\n")
 
