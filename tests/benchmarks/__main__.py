@@ -1,10 +1,11 @@
-"""All benchmarks in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--device cuda] [--out
-results/...]`.
+"""All benchmarks in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--device cuda] [--out FOLDER]`.
 
 Prints tables and writes them to docs/results, from which `make docs` puts them into docs/measurements/speed.md; writes plots to
 docs/images, and all numbers as one line of JSON to FOLDER/benchmarks_cpu.json. On a CPU it takes some twenty minutes. Run it on
-a machine that does nothing else. `--device cuda` measures the training step in float32, TF32, bf16 and against
-`torch.compile`, and sampling, on one GPU; `.venv-parity` must then hold builds for it, for `make parity` installs those for the CPU:
+a machine that does nothing else.
+
+`--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and sampling, on one GPU. Then
+`.venv-parity` must hold builds for it, because `make parity` installs those for the CPU:
 `.venv-parity/bin/pip install "jax[cuda12]" torch==2.13.0` from indexes that have them.
 """
 
