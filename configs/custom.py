@@ -11,11 +11,11 @@ the center is cut out.
 Numbers that you do not set are chosen from the size and resolution S of the data (retrack_jax/config/rules.py), in line with
 the official recipes: K = 10, or as many as remain if there are fewer; lambda = 0.02 f and rate = 2e-5 f with
 f = (32/S)^(2/3) for S from 32 to 256, which gives the official values of CIFAR-10 (S = 32) and CelebA-HQ (S = 256); 60 steps
-of 128 images up to S = 64, else 40 steps of 64 in 16 parts. `--config.unlearn.FIELD=VALUE` wins over its rule, and for lambda
-`--config.unlearn.retrack.lam=VALUE`.
+of 128 images up to S = 64, else 40 steps of 64 in 16 parts, of latents always in 16. `--config.unlearn.FIELD=VALUE` wins over
+its rule, and for lambda `--config.unlearn.retrack.lam=VALUE`.
 
-S is the side of what the network denoises: of a latent pipeline (diffusers' LDMPipeline) that of the latents. Such a pipeline is
-exported whole (docs/guide/your-images.md).
+S is the side of what the network denoises: of a latent pipeline (diffusers' LDMPipeline, DiTPipeline) that of the latents. Such
+a pipeline is exported whole (docs/guide/your-images.md).
 
 With a Stable Diffusion 1.x, 2.x or XL folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
 (docs/guide/text-to-image.md). The recipe is then the paper's for Stable Diffusion; of XL an adapter is trained.

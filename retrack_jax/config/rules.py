@@ -6,7 +6,8 @@ remain, the fewest of any target:
     (1)  f = (32 / S)^(2/3)
     (2)  rate = 2e-5 f, lambda = 0.02 f      the official values at S = 32 (CIFAR-10) and at S = 256 (CelebA-HQ)
     (3)  K = min(10, N)                      10 in every official recipe; N of one label if the network takes labels
-    (4)  60 steps of 128 images up to S = 64, else 40 steps of 64 in 16 parts
+    (4)  60 steps of 128 images up to S = 64, else 40 steps of 64 in 16 parts; of latents always in 16 parts, because their
+         networks are large for their S
 
 A network that takes prompts denoises latents. Its recipe is that of Stable Diffusion, whatever the size:
 
@@ -44,30 +45,33 @@ from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
 log = logging.getLogger(__name__)
 _ADAPTER_RATE = 1e-4
 _OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
-IMAGES, CAPTIONED, XL = range(3)  # kinds of models
+IMAGES, LATENTS, CAPTIONED, XL = range(4)  # kinds of models; the first two take no prompts
+_IMAGE_METRICS = ("fid", "sscd", "nll_bits_per_dim")
 _TEXT_METRICS = ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
-# (group, field) -> its value for images alone, for captioned ones, and for those of Stable Diffusion XL.
+# (group, field) -> its value for each kind.
 _BY_KIND = {
-    ("sampling", "sampler"): ("ddpm", "ddpm", "euler"),  # but dpm_solver if that is XL's own scheduler
-    ("sampling", "num_images"): (1000, 4, 4),  # of each caption
-    ("sampling", "batch_size"): (32, 4, 1),
-    ("compute", "remat"): (False, True, True),  # 17 GB less with Stable Diffusion
-    ("eval", "metrics"): (("fid", "sscd", "nll_bits_per_dim"), _TEXT_METRICS, _TEXT_METRICS),
+    ("sampling", "sampler"): ("ddpm", "ddpm", "ddpm", "euler"),  # but dpm_solver if that is XL's own scheduler
+    ("sampling", "num_images"): (1000, 1000, 4, 4),  # with captions, of each
+    ("sampling", "batch_size"): (32, 32, 4, 1),
+    ("compute", "remat"): (False, True, True, True),  # 17 GB less with Stable Diffusion
+    ("eval", "metrics"): (_IMAGE_METRICS, _IMAGE_METRICS, _TEXT_METRICS, _TEXT_METRICS),
 }  # fmt: skip
 
 
 def kind_of(checkpoint) -> int:
-    """Returns IMAGES, CAPTIONED or XL."""
-    return IMAGES if not takes_prompts(checkpoint) else XL if is_xl(checkpoint) else CAPTIONED
+    """Returns IMAGES, LATENTS, CAPTIONED or XL."""
+    if takes_prompts(checkpoint):
+        return XL if is_xl(checkpoint) else CAPTIONED
+    return IMAGES if autoencoder_folder(checkpoint) is None else LATENTS
 
 
-def rules(num_remain: int, resolution: int, captioned: bool = False, rate: float = 1e-5) -> dict[str, float | int]:
-    """Returns the options of unlearning if `num_remain` images of `resolution` pixels a side remain, by (1) to (5).
+def rules(num_remain: int, resolution: int, kind: int = IMAGES, rate: float = 1e-5) -> dict[str, float | int]:
+    """Returns the options of unlearning if `num_remain` images remain, of which a side has `resolution` values, by (1) to (5).
 
     `rate` is that of captioned images.
     """
     num_neighbors = max(1, min(10, num_remain))
-    if captioned:
+    if kind in (CAPTIONED, XL):
         latents = {"num_steps": 30, "batch_size": 16, "accumulation": 16}
         return {"learning_rate": rate, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
@@ -78,7 +82,7 @@ def rules(num_remain: int, resolution: int, captioned: bool = False, rate: float
         "num_neighbors": num_neighbors,
         "num_steps": 60 if small else 40,
         "batch_size": 128 if small else 64,
-        "accumulation": 1 if small else 16,
+        "accumulation": 1 if small and kind == IMAGES else 16,
     }
 
 
@@ -139,12 +143,12 @@ def complete(options: Options) -> Options:
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
     rate = _ADAPTER_RATE if kind == XL and options.unlearn.has_adapter else 1e-5
-    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind != IMAGES, rate)
+    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind, rate)
     options = chosen_by_kind(options, kind)
     chosen |= {f"{group}.{name}": getattr(getattr(options, group), name) for group, name in _BY_KIND}
     methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     if options.export is None:
-        options = dataclasses.replace(options, export="unet" if pixels == 1 or kind != IMAGES else "pipeline")
+        options = dataclasses.replace(options, export="pipeline" if kind == LATENTS else "unet")
     others = {"resolution": options.data.resolution, "export": options.export, "adapter": options.unlearn.adapter}
     shown = {name: {**chosen, **others}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)

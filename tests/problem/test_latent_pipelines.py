@@ -173,6 +173,8 @@ def test_what_the_rules_leave_open(root):
     options = complete(read_config(parse(flags(root))[0]))
     assert options.data.resolution == 16 and options.export == "pipeline"
     assert options.recipe("retrack").learning_rate == 2e-5
+    given = [flag for flag in flags(root) if "accumulation" not in flag]
+    assert complete(read_config(parse(given)[0])).recipe("retrack").accumulation == 16 and options.compute.remat
     assert complete(read_config(parse(flags(root, export="unet"))[0])).export == "unet"
     write_model(root / "pixels")
     assert complete(read_config(parse(flags(root, checkpoint=root / "pixels"))[0])).export == "unet"
