@@ -20,7 +20,7 @@ def save_state(path, state) -> None:
     body = [b"\x80\x02}("]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for key, (name, value) in enumerate(state.items()):
-            value = np.ascontiguousarray(value)
+            value = np.asarray(value, order="C")
             strides = tuple(stride // value.itemsize for stride in value.strides)
             kind = _global("torch", _STORAGES[value.dtype])
             storage = _tuple(_plain("storage"), kind, _plain(str(key)), _plain("cpu"), _plain(value.size)) + b"Q"

@@ -1,10 +1,11 @@
-"""Stable Diffusion 1.x and 2.x in one file of weights, as webui, ComfyUI and kohya's scripts use it: read, and written.
+"""Stable Diffusion 1.x, 2.x and XL in one file of weights, as webui, ComfyUI and kohya's scripts use it: read, and written.
 
-Such a file has no configs and no tokenizer. They come from a folder that diffusers saved, or from the hub: as for diffusers'
-`from_single_file`, those of Stable Diffusion 1.5 by default. A file of 2.x does not say what its network predicts, so its folder
-must be given.
+Such a file has no configs and no tokenizers. They come from a folder that diffusers saved, or from the hub: as for diffusers'
+`from_single_file`, those of Stable Diffusion 1.5 and of XL's base model by default. A file of 2.x does not say what its network
+predicts, so its folder must be given.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,44 +13,42 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax.checkpoints.diffusers_export import licenses, model_card, replacing
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import check
+from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import file_digest, write_bytes, write_text, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.file_tensors import FileTensors
-from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS, open_file, open_weights
+from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, open_weights
 from retrack_jax.weights.hub import is_id, local_model, snapshot, text_files
-from retrack_jax.weights.ldm_names import OPEN_CLIP, PREFIXES, PartOfFile, in_file, places
+from retrack_jax.weights.ldm_names import SD1, SD2, XL, Layout, PartOfFile, in_file, places
+from retrack_jax.weights.model_file import open_model_file
 from retrack_jax.weights.names import TorchTensor, new_attention_name, to_torch, torch_shapes
 from retrack_jax.weights.safetensors_io import write_safetensors
 
 NAME = "model.safetensors"  # of the file in an export
-_STABLE_DIFFUSION_1 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Of averaged weights, which an unlearned network must not be accompanied by: programs may take them in its place.
 _AVERAGED = "model_ema."
+# Empty tensors that tell programs how the network was trained -> what scheduler_config.json says then.
+_MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+# Tables of noise levels, of ldm and of sgm -> alpha_bar in falling order.
+_TABLES = {"alphas_cumprod": lambda table: table, "denoiser.sigmas": lambda table: np.sort(1 / (1 + table**2))[::-1]}
+_log = logging.getLogger(__name__)
 
 
 class SingleFile:
     """The tensors of one file, by part.
 
+    Attributes:
+      path: of the file.
+      layout: which model it is, and how it names things.
+
     Raises:
-      UserError: the file is damaged, or holds something else, such as Stable Diffusion XL or a LoRA.
+      UserError: the file is damaged, or holds something else, such as a LoRA.
     """
 
     def __init__(self, path: Path):
-        self.path, self._tensors = path, open_file(path)
-        wrapped = any(name.startswith("state_dict.") for name in self._tensors)
-        self._wrapper = "state_dict." if wrapped else ""  # of training scripts, next to what else they save
-        held = [name for name in self._tensors if name.startswith(self._wrapper)]
-        names = self._names = [name.removeprefix(self._wrapper) for name in held]
-        if any(name.startswith("conditioner.embedders.") for name in names):
-            raise UserError(f"{path} holds Stable Diffusion XL, which is not supported; give Stable Diffusion 1.x or 2.x")
-        if any("lora_" in name or ".lora." in name for name in names):
-            raise UserError(f"{path} holds a LoRA, which changes a model and is none; merge it into its model, and give that")
-        lacking = [part for part, prefix in PREFIXES.items() if not any(name.startswith(prefix) for name in names)]
-        if lacking:
-            wanted = " and ".join(f"{PREFIXES[part]}*" for part in lacking)
-            raise UserError(f"{path} is no whole Stable Diffusion in one file: it has no {wanted}; give one that has all parts")
-        self.open_clip = any(name.startswith(OPEN_CLIP) for name in names)
+        self.path = path
+        self._tensors, self.layout = open_model_file(path)
 
     @cached_property
     def digest(self) -> str:
@@ -58,63 +57,96 @@ class SingleFile:
 
     def part(self, part: str, target: PyTree) -> FileTensors:
         """Returns the tensors of a part under the names of diffusers and transformers; `target` has its network's shapes."""
-        where = places(part, torch_shapes(target), self.open_clip)
-        where = {name: place._replace(name=self._wrapper + place.name) for name, place in where.items()}
-        return PartOfFile(self._tensors, where, self._wrapper + PREFIXES[part])
+        return PartOfFile(self._tensors, self.layout.parts[part], torch_shapes(target))
 
     def besides_unet(self) -> dict[str, np.ndarray]:
         """Returns everything but the UNet and averages of it, as the file has it."""
-        others = [name for name in self._names if not name.startswith((PREFIXES["unet"], _AVERAGED))]
-        return {name: self._tensors[self._wrapper + name] for name in others}
+        left_out = (self.layout.parts["unet"].prefix, _AVERAGED)
+        return {name: self._tensors[name] for name in self._tensors if not name.startswith(left_out)}
 
     def configs(self, given: str) -> Path:
-        """Returns the folder with the configs and the tokenizer: `given`, a folder or an id, or what goes with the file.
+        """Returns the folder with the configs and the tokenizers: `given`, a folder or an id, or what goes with the file.
 
         Raises `UserError` if nothing is given and the file does not tell, or the hub does not give it.
         """
         check(
-            bool(given) or not self.open_clip,
-            f"{self.path} is of Stable Diffusion 2.x, and does not say what its network predicts; set config.pipeline to the "
+            bool(given or self.layout.configs),
+            f"{self.path} is of {self.layout.name}, and does not say what its network predicts; set config.pipeline to the "
             "folder or the hub's name of the model that it was made from",
         )
-        name = given or _STABLE_DIFFUSION_1
+        name = given or self.layout.configs
         return snapshot(name, text_files) if is_id(name) else local_model(name)
+
+    def schedule(self, config: dict, folder: Path) -> Schedule:
+        """Returns the noise schedule that `config`, from `folder`, and the file's markers describe together.
+
+        Raises `UserError` if the file has a table of noise levels, and it is that of another schedule.
+        """
+        told = dict(marker for name, marker in _MARKERS.items() if name in self._tensors)
+        if told:
+            _log.info("%s says %s by its tensors %s", self.path, told, ", ".join(set(_MARKERS) & set(self._tensors)))
+        schedule = Schedule.from_config(config | told)
+        # A table may be older than the training that gave the last step no signal.
+        possible = [schedule] + [schedule.replace(rescale_betas_zero_snr=False)] * schedule.rescale_betas_zero_snr
+        for name, to_alpha_bar in _TABLES.items():
+            if name not in self._tensors:
+                continue
+            fits = self._tensors.shape(name) == (schedule.num_train_timesteps,)
+            table = to_alpha_bar(np.asarray(self._tensors[name], np.float64)) if fits else None
+            check(
+                fits and any(np.allclose(table, one.alpha_bar64, rtol=0.01, atol=1e-4) for one in possible),
+                f"{self.path} was made with another noise schedule, {name}, than {folder / 'scheduler'} has; set config.pipeline "
+                "to the folder of the model that it was made from",
+            )
+        return schedule
 
 
 def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
     """Writes the folder `path` with one file of the pipeline and the UNet `unet_params`, licenses and a model card.
 
-    The other parts are as in the source, bit for bit. diffusers' `from_single_file` reads the file.
+    The other parts are as in the source, bit for bit. diffusers' `from_single_file` reads the file. If the network predicts v or
+    its last step has no signal, the file says so as ComfyUI and webui expect it.
 
     Raises:
       UserError: as `export_diffusers`; or `path` is not local.
     """
     check("://" not in str(path), f"{path} is no local folder; one file is exported to one (config.export=unet goes anywhere)")
-    source = pipeline.path
+    source, file = pipeline.path, pipeline.file
+    layout = file.layout if file else _layout_of_folder(pipeline)
+    markers = {name: np.zeros(0, np.float32) for name, (field, value) in _MARKERS.items()
+               if getattr(pipeline.schedule, field) == value}  # fmt: skip
     with replacing(path, source) as folder:
         folder.mkdir(parents=True)
-        others = pipeline.file.besides_unet() if pipeline.file else _parts_of_folder(pipeline)
-        tensors = [*_unet_tensors(unet_params), *_as_tensors(others)]
+        others = markers | (file.besides_unet() if file else _parts_of_folder(source, layout))
+        tensors = [*_unet_tensors(unet_params, layout), *_as_tensors(others)]
         write_whole(folder / NAME, lambda temporary: write_safetensors(temporary, tensors))
         for name, content in licenses(source).items():
             write_bytes(folder / name, content)
         write_text(folder / "README.md", model_card(source, note))
 
 
-def _unet_tensors(params: PyTree) -> list[TorchTensor]:
+def _layout_of_folder(pipeline) -> Layout:
+    first, *others = pipeline.text_encoders
+    if others:
+        return XL
+    return SD2 if first.module.hidden_act == "gelu" else SD1  # OpenAI's encoder, of 1.x, has quick_gelu
+
+
+def _unet_tensors(params: PyTree, layout: Layout) -> list[TorchTensor]:
     tensors = list(to_torch(params))
-    where = places("unet", [tensor.name for tensor in tensors])
+    where = places(layout.parts["unet"], [tensor.name for tensor in tensors])
     return [tensor._replace(name=where[tensor.name].name) for tensor in tensors]
 
 
-def _parts_of_folder(pipeline) -> dict[str, np.ndarray]:
-    """The VAE and the text encoder of a folder, as a single file keeps them."""
-    _, vae = open_weights(pipeline.path / "vae")
-    _, text = open_weights(pipeline.path / "text_encoder", TRANSFORMERS_WEIGHTS)
-    vae = {new_attention_name(name): vae[name] for name in vae}
-    text = {name.removeprefix("text_model."): text[name] for name in text if not name.endswith("position_ids")}
-    second = pipeline.text_encoders[0].module.hidden_act == "gelu"  # 2.x; OpenAI's encoder, of 1.x, has quick_gelu
-    return in_file(places("vae", vae), vae) | in_file(places("text_encoder", text, second), text)
+def _parts_of_folder(folder: Path, layout: Layout) -> dict[str, np.ndarray]:
+    """Returns the VAE and the text encoders in `folder` as a single file keeps them."""
+    _, vae = open_weights(folder / "vae", DIFFUSERS_WEIGHTS)
+    arrays = in_file(layout.parts["vae"], {new_attention_name(name): vae[name] for name in vae})
+    for part in layout.text_encoders:
+        _, text = open_weights(folder / part, TRANSFORMERS_WEIGHTS)
+        own = {name.removeprefix("text_model."): text[name] for name in text if not name.endswith("position_ids")}
+        arrays |= in_file(layout.parts[part], own)
+    return arrays
 
 
 def _as_tensors(arrays: Mapping[str, np.ndarray]) -> Iterator[TorchTensor]:

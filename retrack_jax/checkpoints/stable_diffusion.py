@@ -76,7 +76,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     Args:
       path: a folder, as diffusers saves it; weights as safetensors or `.bin`, float32 or float16; or its id on the hub; or one
         file of weights (single_file.py).
-      configs: the folder or id with the configs and the tokenizer of a single file; empty: those that go with it.
+      configs: the folder or id with the configs and the tokenizers of a single file; empty: those that go with it.
       dtype: what the networks compute in.
       remat: whether the UNet computes activations again in the backward pass.
 
@@ -85,7 +85,11 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     """
     folder, file = _folder_and_file(path, configs)
     parts = check_pipeline(folder)
-    check(file is None or len(parts) == 1, f"config.pipeline {folder} is of Stable Diffusion XL, and {path} is not; give its own")
+    check(
+        file is None or file.layout.text_encoders == parts,
+        f"{path} holds {file and file.layout.name}, and the configs in {folder} are for {' and '.join(parts)}; set "
+        "config.pipeline to the folder of the model that it was made from",
+    )
     unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
     vae_config = read_config(folder / "vae")
     # XL's first VAE overflows in half precision, and says so; its fixed one does not.
@@ -93,7 +97,8 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     vae = AutoencoderKL.from_config(vae_config, dtype=vae_dtype)
     texts = read_modules(folder, parts, dtype)
     _check_fit(folder, unet, vae, [module for module, _ in texts])
-    schedule = Schedule.from_config(read_schedule_config(folder))
+    scheduler = read_schedule_config(folder)
+    schedule = Schedule.from_config(scheduler) if file is None else file.schedule(scheduler, folder)
 
     pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
 

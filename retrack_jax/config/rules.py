@@ -160,20 +160,21 @@ def chosen_by_kind(options: Options, kind: int) -> Options:
     for (group, name), values in _BY_KIND.items():
         record = getattr(options, group)
         if getattr(record, name) is None:
-            value = _own_sampler(options.checkpoint) if kind == XL and name == "sampler" else values[kind]
+            value = _own_sampler(options) if kind == XL and name == "sampler" else values[kind]
             options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: value})})
     return options
 
 
-def _own_sampler(checkpoint) -> str:
+def _own_sampler(options: Options) -> str:
     """Returns our name of the sampler that an XL pipeline has by default, if it is one of ours, else Euler's."""
-    config = read_schedule_config(checkpoint) or {}
+    given = pipeline_folder(options.checkpoint, options.pipeline) if options.pipeline else options.checkpoint
+    config = read_schedule_config(given) or {}
     distilled = config.get("_class_name") in _OF_DISTILLED or config.get("timestep_spacing") == "trailing"
     if distilled:
         log.warning(
             "%s seems to be distilled (turbo, lightning, LCM): its training and its samples are not those of the base model; set "
             "config.sampling.num_steps to its few steps and config.sampling.guidance_scale to 1",
-            checkpoint,
+            options.checkpoint,
         )
     return "dpm_solver" if config.get("_class_name") == "DPMSolverMultistepScheduler" else "euler"
 

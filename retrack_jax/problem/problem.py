@@ -143,10 +143,6 @@ def check_problem(options: Options) -> None:
         check(whole, "config.export is pipeline, and a model of pixels has no more parts than its network; choose unet")
     if kind is _concepts:
         _check_concepts(options)
-    check(
-        kind is not _captioned_images or options.export != "single_file" or not is_xl(options.checkpoint),
-        "config.export is single_file, which is not written for Stable Diffusion XL; choose unet or pipeline",
-    )
     _check_adapters(options, kind)
 
 

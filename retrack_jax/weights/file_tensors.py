@@ -20,3 +20,15 @@ class FileTensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+class Unwrapped(FileTensors):
+    """The tensors of `file` whose names begin with `wrapper`, without it; all tensors, as they are named, if none does."""
+
+    def __init__(self, file: FileTensors, wrapper: str):
+        wrapped = {name.removeprefix(wrapper): name for name in file if name.startswith(wrapper)}
+        self._file, self._names = file, wrapped or {name: name for name in file}
+        super().__init__({name: file.shape(held) for name, held in self._names.items()})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file[self._names[name]]

@@ -7,11 +7,12 @@ from retrack_jax.checks import check
 from retrack_jax.files import read_object
 from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, NETWORK_FOLDERS, read_config
 from retrack_jax.weights.hub import local_model
+from retrack_jax.weights.ldm_names import XL
+from retrack_jax.weights.model_file import IS_AN_ADAPTER, open_model_file
 
 # Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.
 _ADAPTERS = ("*lora*.safetensors", "*lora*.bin", "adapter_config.json", "adapter_model.*")
 _DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name before diffusers 0.29
-_LORA_TENSORS = (".lora_", "lora_unet_", "lora_te")
 
 
 def network_config(checkpoint) -> tuple[Path, dict[str, Any]] | None:
@@ -35,8 +36,15 @@ def takes_prompts(checkpoint) -> bool:
 
 
 def is_xl(checkpoint) -> bool:
-    """Returns whether the network in `checkpoint` takes the sizes of pictures too, as Stable Diffusion XL's does."""
-    network = network_config(checkpoint) if checkpoint else None
+    """Returns whether the network in `checkpoint` takes the sizes of pictures too, as Stable Diffusion XL's does.
+
+    Raises `UserError` for a file that is damaged or holds something else than Stable Diffusion.
+    """
+    if not checkpoint:
+        return False
+    if (path := local_model(checkpoint)).is_file():
+        return open_model_file(path)[1] is XL
+    network = network_config(checkpoint)
     return network is not None and network[1].get("addition_embed_type") == "text_time"
 
 
@@ -61,11 +69,10 @@ def autoencoder_folder(checkpoint) -> Path | None:
 def check_supported(checkpoint) -> None:
     """Raises `UserError` if `checkpoint` holds an adapter, or a pipeline of another transformer than DiT (SD3, FLUX)."""
     path = local_model(checkpoint)
-    check(
-        not _is_adapter(path),
-        f"{path} is an adapter (LoRA), which changes a model and is none; merge it into its model (in diffusers: "
-        "load_lora_weights, fuse_lora, save_pretrained) and give that folder",
-    )
+    if path.is_file():
+        open_model_file(path)
+        return
+    check(not _is_adapter(path), f"{path} {IS_AN_ADAPTER}")
     network, index = network_config(path), path / "model_index.json"
     if network is not None and network[0].name == "transformer":
         name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
@@ -77,9 +84,5 @@ def check_supported(checkpoint) -> None:
 
 
 def _is_adapter(path: Path) -> bool:
-    if path.is_file() and path.suffix == ".safetensors":
-        from retrack_jax.weights.safetensors_io import SafetensorsFile
-
-        return "lora" in path.name.lower() or any(part in name for name in SafetensorsFile(path) for part in _LORA_TENSORS)
     whole = (path / "config.json").is_file() or (path / "model_index.json").is_file() or network_config(path) is not None
     return path.is_dir() and not whole and any(found for pattern in _ADAPTERS for found in path.glob(pattern))

@@ -1,26 +1,24 @@
-"""The names that CompVis' ldm gives the tensors of Stable Diffusion 1.x and 2.x, which single files of weights keep.
+"""The names that single files of weights give the tensors of Stable Diffusion: CompVis' ldm for 1.x and 2.x, sgm for XL.
 
-One file holds the UNet, the VAE and the text encoder, each behind its prefix. `places` says where the file keeps each tensor that
-diffusers and transformers name; layouts differ in two cases, which `Place` describes.
+One file holds the UNet, the VAE and the text encoders, each behind its prefix: the layouts `SD1`, `SD2` and `XL`. `places` says
+where the file keeps each tensor that diffusers and transformers name; some have another shape there, which `Place` describes.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from retrack_jax.weights.file_tensors import FileTensors
 
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-OPEN_CLIP = "cond_stage_model.model."  # Stable Diffusion 2.x has OpenCLIP's text encoder, 1.x that of transformers
-_CLIP = "cond_stage_model.transformer.text_model."
-# Not read: buffers, the projection behind the text encoder, and OpenCLIP's last layer, which Stable Diffusion 2.x leaves out.
-_UNREAD = re.compile(r"(state_dict\.)?cond_stage_model\..*(position_ids|logit_scale|text_projection|attn_mask|resblocks\.23\..*)")
+# Tensors of text encoders that are not read: buffers, and what Stable Diffusion does not use. XL uses the projection: it is read.
+_UNREAD = r".*(position_ids|attn_mask|logit_scale|text_projection)"
 
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0", "conv_out": "out.2",
+    "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 _UNET_RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -36,7 +34,7 @@ _VAE = {
 _TEXT = {
     r"embeddings\.token_embedding": "token_embedding", r"embeddings\.position_embedding\.weight": "positional_embedding",
     r"final_layer_norm": "ln_final", r"encoder\.layers": "transformer.resblocks", r"layer_norm([12])": r"ln_\1",
-    r"mlp\.fc1": "mlp.c_fc", r"mlp\.fc2": "mlp.c_proj", r"self_attn": "attn",
+    r"mlp\.fc1": "mlp.c_fc", r"mlp\.fc2": "mlp.c_proj", r"self_attn": "attn", r"text_projection\.weight": "text_projection",
 }  # fmt: skip
 
 
@@ -47,30 +45,26 @@ class Place(NamedTuple):
       name: of the tensor in the file.
       convolution: whether the file has a linear layer `[out, in]` as a convolution `[out, in, 1, 1]`: the VAE's attention.
       third: which third of the rows it is, if query, key and value are one tensor: OpenCLIP's attention.
+      transposed: whether the file has a linear layer `[out, in]` as `[in, out]`: OpenCLIP's projection.
     """
 
     name: str
     convolution: bool = False
     third: int | None = None
+    transposed: bool = False
 
 
-def places(part: str, names: Iterable[str], open_clip: bool = False) -> dict[str, Place]:
-    """Returns where a file keeps the tensors `names` of a part, a key of `PREFIXES`, as diffusers or transformers name them.
-
-    Args:
-      names: all tensors of the part, without transformers' leading `text_model.`.
-      open_clip: whether the text encoder is Stable Diffusion 2.x's.
-    """
-    names = list(names)
-    place = {"unet": _unet, "vae": _vae, "text_encoder": _open_clip if open_clip else _clip}[part]
-    return {name: place(name, names) for name in names}
-
-
-def _unet(name: str, names: list[str]) -> Place:
-    prefix, (module, _, leaf) = PREFIXES["unet"], name.rpartition(".")
-    if module in _UNET_ENDS:
-        return Place(f"{prefix}{_UNET_ENDS[module]}.{leaf}")
+def _unet(names: list[str]) -> dict[str, Place]:
     layers = _count(names, r"down_blocks\.0\.resnets\.(\d+)\.")
+    attending = {found[1] for name in names if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+    return {name: Place(_unet_name(name, layers, attending)) for name in names}
+
+
+def _unet_name(name: str, layers: int, attending: set[str]) -> str:
+    """Returns ldm's name; blocks have `layers` layers each, and the up blocks `attending` have attention."""
+    module, _, leaf = name.rpartition(".")
+    if module in _UNET_ENDS:
+        return f"{_UNET_ENDS[module]}.{leaf}"
     if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
         kind, index, rest = found.groups()
         block = f"middle_block.{2 * int(index) + (kind == 'attentions')}"
@@ -78,7 +72,7 @@ def _unet(name: str, names: list[str]) -> Place:
         side, number, kind, index, rest = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name).groups()
         slot = int(kind == "attentions")
         if kind == "upsamplers":
-            index, slot = layers, 1 + any(other.startswith(f"up_blocks.{number}.attentions.") for other in names)
+            index, slot = layers, 1 + (number in attending)
         elif kind == "downsamplers":
             index, rest = layers, rest.replace("conv", "op")
         start = int(number) * (layers + 1) + int(index)
@@ -86,25 +80,32 @@ def _unet(name: str, names: list[str]) -> Place:
     if kind == "resnets":
         layer, _, rest = rest.rpartition(".")
         rest = f"{_UNET_RESNET[layer]}.{rest}"
-    return Place(f"{prefix}{block}.{rest}")
+    return f"{block}.{rest}"
 
 
-def _vae(name: str, names: list[str]) -> Place:
+def _vae(names: list[str]) -> dict[str, Place]:
     last = _count(names, r"decoder\.up_blocks\.(\d+)\.") - 1
-    renamed = re.sub(r"\bup_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", _renamed(name, _VAE))
-    linear = "attentions" in name and "norm" not in name and name.endswith("weight")
-    return Place(PREFIXES["vae"] + renamed, convolution=linear)
+
+    def place(name: str) -> Place:
+        renamed = re.sub(r"\bup_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", _renamed(name, _VAE))
+        return Place(renamed, convolution="attentions" in name and "norm" not in name and name.endswith("weight"))
+
+    return {name: place(name) for name in names}
 
 
-def _clip(name: str, names: list[str]) -> Place:
-    return Place(_CLIP + name)
+def _clip(names: list[str]) -> dict[str, Place]:
+    return {name: Place(f"transformer.text_model.{name}") for name in names}
 
 
-def _open_clip(name: str, names: list[str]) -> Place:
-    renamed = OPEN_CLIP + _renamed(name, _TEXT)
+def _open_clip(names: list[str]) -> dict[str, Place]:
+    return {name: _open_clip_place(name) for name in names}
+
+
+def _open_clip_place(name: str) -> Place:
+    renamed = "model." + _renamed(name, _TEXT)
     if found := re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", renamed):
         return Place(f"{found[1]}in_proj_{found[3]}", third="qkv".index(found[2]))
-    return Place(renamed)
+    return Place(renamed, transposed=name == "text_projection.weight")
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
@@ -118,6 +119,74 @@ def _count(names: list[str], pattern: str) -> int:
     return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=0)
 
 
+class Part(NamedTuple):
+    """How a file keeps one part of a model.
+
+    Attributes:
+      prefix: what the names of all its tensors begin with.
+      places: from all names that diffusers or transformers give the tensors of the part to the `Place` of each, whose name lacks
+        the prefix.
+      unread: a regular expression of the names, without the prefix, that no network needs.
+    """
+
+    prefix: str
+    places: Callable[[list[str]], dict[str, Place]]
+    unread: str = "(?!)"  # none
+
+
+class Layout(NamedTuple):
+    """One kind of single file.
+
+    Attributes:
+      name: of the model.
+      parts: by the names of diffusers' folders; the text encoders are last.
+      configs: the model on the hub whose configs fit any such file; empty: there are several with different ones.
+    """
+
+    name: str
+    parts: Mapping[str, Part]
+    configs: str
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders."""
+        return tuple(self.parts)[2:]
+
+
+_IMAGE = {"unet": Part("model.diffusion_model.", _unet), "vae": Part("first_stage_model.", _vae)}
+_OF_CLIP = rf"{_UNREAD}(\.weight)?"
+# Stable Diffusion 2.x uses the states before OpenCLIP's last layer, and folders of it do not have that layer.
+_OF_OPEN_CLIP_2 = rf"{_UNREAD}|.*resblocks\.23\..*"
+SD1 = Layout(
+    "Stable Diffusion 1.x",
+    {**_IMAGE, "text_encoder": Part("cond_stage_model.", _clip, _OF_CLIP)},
+    configs="stable-diffusion-v1-5/stable-diffusion-v1-5",
+)
+SD2 = Layout(
+    "Stable Diffusion 2.x",
+    {**_IMAGE, "text_encoder": Part("cond_stage_model.", _open_clip, _OF_OPEN_CLIP_2)},
+    configs="",
+)
+XL = Layout(
+    "Stable Diffusion XL",
+    {
+        **_IMAGE,
+        "text_encoder": Part("conditioner.embedders.0.", _clip, _OF_CLIP),
+        "text_encoder_2": Part("conditioner.embedders.1.", _open_clip, _UNREAD),
+    },
+    configs="stabilityai/stable-diffusion-xl-base-1.0",
+)
+
+
+def places(part: Part, names: Iterable[str]) -> dict[str, Place]:
+    """Returns where a file keeps the tensors `names`, all of a part, as diffusers or transformers name them.
+
+    Names of text encoders are without transformers' leading `text_model.`.
+    """
+    where = part.places(list(names))
+    return {name: place._replace(name=part.prefix + place.name) for name, place in where.items()}
+
+
 class PartOfFile(FileTensors):
     """The tensors of one part of a single file, under the names of diffusers and transformers.
 
@@ -125,40 +194,46 @@ class PartOfFile(FileTensors):
 
     Args:
       file: the whole file.
-      where: name -> `Place` of each tensor that the network has.
-      prefix: of the part in the file.
+      part: which part.
+      names: the tensors that the network has.
     """
 
-    def __init__(self, file: FileTensors, where: Mapping[str, Place], prefix: str):
+    def __init__(self, file: FileTensors, part: Part, names: Iterable[str]):
+        where = places(part, names)
+        used = {place.name for place in where.values()}
+        behind = [name for name in file if name.startswith(part.prefix) and name not in used]
+        unknown = [name for name in behind if not re.fullmatch(part.unread, name.removeprefix(part.prefix))]
         self._file = file
         self._where = {name: place for name, place in where.items() if place.name in file}
-        used = {place.name for place in where.values()}
-        unknown = [name for name in file if name.startswith(prefix) and name not in used and not _UNREAD.fullmatch(name)]
         self._where |= {name: Place(name) for name in unknown}
         super().__init__({name: self._shape(place) for name, place in self._where.items()})
 
     def _shape(self, place: Place) -> tuple[int, ...]:
         shape = self._file.shape(place.name)
         if place.convolution and shape[2:] == (1, 1):
-            shape = shape[:2]
-        return shape if place.third is None else (shape[0] // 3, *shape[1:])
+            return shape[:2]
+        if place.third is not None and shape and shape[0] % 3 == 0:
+            return shape[0] // 3, *shape[1:]
+        return shape[::-1] if place.transposed else shape
 
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._where[name]
         array = self._file[place.name]
         if place.third is not None:
             array = np.split(array, 3)[place.third]
-        return array.reshape(self.shape(name))
+        return array.T if place.transposed else array.reshape(self.shape(name))
 
 
-def in_file(where: Mapping[str, Place], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def in_file(part: Part, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns a part's `tensors` as a file keeps them: the inverse of `PartOfFile`."""
     thirds: dict[str, dict[int, np.ndarray]] = {}
     arrays = {}
-    for name, place in where.items():
+    for name, place in places(part, tensors).items():
         array = tensors[name]
         if place.third is not None:
             thirds.setdefault(place.name, {})[place.third] = array
+        elif place.transposed:
+            arrays[place.name] = array.T
         else:
             arrays[place.name] = array[:, :, None, None] if place.convolution and array.ndim == 2 else array
     return arrays | {name: np.concatenate([parts[third] for third in range(3)]) for name, parts in thirds.items()}

@@ -14,7 +14,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.config.options import DataOptions, Options
 from retrack_jax.problem.denoiser import latent_denoiser
 from retrack_jax.problem.problem import check_problem
-from retrack_jax.weights.ldm_names import PartOfFile, in_file, places
+from retrack_jax.weights.ldm_names import SD2, PartOfFile, in_file
 from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
 from tests.tiny_sd import PIPELINE
@@ -94,14 +94,14 @@ def test_the_text_encoder_of_stable_diffusion_2(pipeline):
             names |= {f"{at}.self_attn.{part}_proj.weight": (width, width), f"{at}.self_attn.{part}_proj.bias": (width,)}
         names |= {f"{at}.mlp.fc1.weight": (8, width), f"{at}.layer_norm2.bias": (width,)}
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
-    where = places("text_encoder", tensors, open_clip=True)
-    stored = in_file(where, tensors)
+    part = SD2.parts["text_encoder"]
+    stored = in_file(part, tensors)
     block = "cond_stage_model.model.transformer.resblocks.1"
     parts = [tensors[f"encoder.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
     np.testing.assert_array_equal(stored[f"{block}.attn.in_proj_weight"], np.concatenate(parts))
     assert {f"{block}.ln_2.bias", f"{block}.mlp.c_fc.weight", "cond_stage_model.model.positional_embedding"} <= set(stored)
     last = {"cond_stage_model.model.transformer.resblocks.23.ln_1.bias": parts[0], "cond_stage_model.model.logit_scale": parts[0]}
-    back = PartOfFile(_Held(stored | last), where, "cond_stage_model.")
+    back = PartOfFile(_Held(stored | last), part, tensors)
     assert set(back) == set(tensors)
     for name, tensor in tensors.items():
         assert back.shape(name) == tensor.shape
@@ -116,9 +116,8 @@ class _Held(dict):
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["conditioner.embedders.0.x", "model.diffusion_model.x"], "holds Stable Diffusion XL, which is not supported"),
-        (["lora_unet_down_blocks_0.lora_down.weight"], "holds a LoRA, which changes a model and is none"),
-        (["unet.down_blocks.0.attn1.to_q.lora.up.weight"], "holds a LoRA"),
+        (["lora_unet_down_blocks_0.lora_down.weight"], "is an adapter (LoRA), which changes a model and is none"),
+        (["unet.down_blocks.0.attn1.to_q.lora.up.weight"], "is an adapter (LoRA)"),
         (["model.diffusion_model.x", "first_stage_model.x"], "it has no cond_stage_model.*; give one that has all parts"),
         (["conv_in.weight"], "no whole Stable Diffusion in one file: it has no model.diffusion_model.* and first_stage"),
     ],

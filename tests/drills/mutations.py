@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, check
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TINY = FIXTURES / "tiny_sd"
@@ -35,10 +35,10 @@ VALUES = (
     "a" * 5000, [], {}, [1], [[]], {"a": 1}, [1.5], [10**9], ["x"], [None], [10**9] * 4, [8] * 200, {"x": [{}] * 3},
 )  # fmt: skip
 NAMES = (
-    "safetensors", "torch zip", "torch sequence", "torchscript", "joblib", "joblib gz", "png", "jpeg", "webp", "gif", "tiff",
-    "bmp", "npz", "npy", "parquet", "array_record", "dataset_info.json", "config.json", "scheduler_config.json", "index.json",
-    "unet's config.json", "vae's config.json", "text encoder's config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-    "special_tokens_map.json", "prompts", "labels", "clustering_info.json", "our JSON",
+    "safetensors", "one file of XL", "torch zip", "torch sequence", "torchscript", "joblib", "joblib gz", "png", "jpeg", "webp",
+    "gif", "tiff", "bmp", "npz", "npy", "parquet", "array_record", "dataset_info.json", "config.json", "scheduler_config.json",
+    "index.json", "unet's config.json", "vae's config.json", "text encoder's config.json", "vocab.json", "merges.txt",
+    "tokenizer_config.json", "special_tokens_map.json", "prompts", "labels", "clustering_info.json", "our JSON",
 )  # fmt: skip
 
 
@@ -109,6 +109,30 @@ def _safetensors_header(content: bytes, chance: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     header = _json(content[8 : 8 + length], chance)
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def _tensors(content: bytes, chance: random.Random) -> bytes:
+    """Changes names, shapes and dtypes of a few tensors of a safetensors file, each of which its bytes still fill."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    for _ in range(chance.choice((1, 1, 3, 30))):
+        name = chance.choice([name for name in header if name != "__metadata__"])
+        tensor, shape = header[name], header[name]["shape"]
+        match chance.randrange(4):
+            case 0:
+                parts = chance.choice(list(header)).split(".")
+                other = ".".join([*name.split(".")[: chance.randrange(5)], *parts[chance.randrange(len(parts)) :]])
+                header[other if other not in header else f"{name}x"] = header.pop(name)
+            case 1:
+                shapes = shape[::-1], [1, *shape], [*shape, 1, 1], [int(np.prod(shape))], [1] * 60 + shape
+                tensor["shape"] = chance.choice(shapes)
+            case 2:
+                same = {"F16": "BF16", "F32": "I32", "I32": "F32", "BF16": "I16"}
+                tensor["dtype"] = same.get(tensor["dtype"], tensor["dtype"])
+            case 3 if len(shape) > 1 and shape[0] % 2 == 0:
+                tensor["shape"] = [shape[0] // 2, shape[1] * 2, *shape[2:]]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def _zip_member(content: bytes, chance: random.Random) -> bytes:
@@ -182,14 +206,19 @@ def formats(folder: Path) -> dict[str, Format]:
     from sklearn.cluster import KMeans
 
     from retrack_jax import files
+    from retrack_jax.checkpoints import export_single_file
     from retrack_jax.checkpoints.diffusers_import import import_diffusers, read_schedule_config
+    from retrack_jax.checkpoints.single_file import SingleFile
     from retrack_jax.checkpoints.stable_diffusion import load_pipeline
+    from retrack_jax.checkpoints.text_encoders import TEXT_TABLE
     from retrack_jax.data.sources.concepts import INFO, LABELS, memorised_name, read_labels
     from retrack_jax.data.sources.prompts import prompts_of
     from retrack_jax.diffusion.schedule import Schedule
     from retrack_jax.metrics.kmeans import read_centers
     from retrack_jax.models.tokenizer import load_tokenizer
+    from retrack_jax.weights.names import DIFFUSERS, from_torch
     from tests.tiny_checkpoint import write_model
+    from tests.tiny_xl import write_xl
 
     model = write_model(folder / "model")
     torch = FIXTURES / "diffusers" / "torch"
@@ -224,6 +253,18 @@ def formats(folder: Path) -> dict[str, Format]:
         read = pipeline_with if part != "tokenizer" else lambda path: load_tokenizer(path.parent)
         return Format(f"{place.name}/{part}/{name}", content, read, _json if name.endswith("json") else None)
 
+    xl = load_pipeline(write_xl(folder / "xl"))
+    export_single_file(folder / "xl_file", xl, xl.unet_params)
+    targets = {"unet": xl.unet_params, "vae": xl.vae_params}
+    targets |= {"text_encoder": xl.text_encoders[0].params, "text_encoder_2": xl.text_encoders[1].params}
+
+    def one_file(path: Path) -> None:
+        file = SingleFile(path)
+        check(file.layout.text_encoders == ("text_encoder", "text_encoder_2"), "of another model")
+        for part, target in targets.items():
+            from_torch(file.part(part, target), target, table=TEXT_TABLE if "text" in part else DIFFUSERS, where=str(path))
+        file.schedule(xl.schedule.to_config(), xl.path)
+
     config, schedule = model / "unet" / "config.json", TINY / "pipeline" / "scheduler" / "scheduler_config.json"
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}, "metadata": {"total_size": 8}}
     shape = {"seconds": float, "steps": int, "inner": {"a": str}, "metrics": files.NUMBERS}
@@ -233,6 +274,9 @@ def formats(folder: Path) -> dict[str, Format]:
     labels, about = (concept / LABELS).read_bytes(), (concept / INFO).read_bytes()
     return {
         "safetensors": Format("st/diffusion_pytorch_model.safetensors", safetensors, _read_all, _safetensors_header),
+        "one file of XL": Format(
+            "one/model.safetensors", (folder / "xl_file" / "model.safetensors").read_bytes(), one_file, _tensors
+        ),
         "torch zip": Format("zip/diffusion_pytorch_model.bin", (torch / "zip.bin").read_bytes(), _read_all, _zip_member),
         "torch sequence": Format("seq/diffusion_pytorch_model.bin", (torch / "sequence.bin").read_bytes(), _read_all),
         "torchscript": Format("script/diffusion_pytorch_model.bin", (torch / "script.pt").read_bytes(), _read_all, _zip_member),

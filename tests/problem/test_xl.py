@@ -175,7 +175,6 @@ def test_small_pictures_are_refused_by_name(tmp_path, xl_folder, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"export": "single_file"}, "single_file, which is not written for Stable Diffusion XL"),
         ({"data__source": "concepts"}, "is Stable Diffusion XL, and the concepts are the paper's"),
         ({"unlearn__adapter": "dora"}, "choose one of lora, none"),
     ],

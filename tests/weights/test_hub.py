@@ -14,9 +14,12 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
+from retrack_jax.checkpoints.stable_diffusion import pipeline_folder
 from retrack_jax.checks import UserError
 from retrack_jax.data.sources.load import load_captioned_images, load_images
 from retrack_jax.weights import hub as ours
+from retrack_jax.weights.names import TorchTensor
+from retrack_jax.weights.safetensors_io import write_safetensors
 from tests.hub_server import COMMIT, serving
 from tests.tiny_checkpoint import write_model
 
@@ -109,6 +112,23 @@ def test_half_a_download_is_refused_and_continued(hub, monkeypatch):
     again(monkeypatch, HF_HUB_OFFLINE=False)
     hub.cut.clear()
     same(import_diffusers("org/tiny")[1], import_diffusers(hub.repositories["models/org/tiny"])[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "encoders"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", ["cond_stage_model.transformer.x"]),
+        ("stabilityai/stable-diffusion-xl-base-1.0", ["conditioner.embedders.0.x", "conditioner.embedders.1.model.x"]),
+    ],
+)
+def test_the_configs_that_go_with_a_single_file_are_downloaded_and_no_weights(name, encoders, hub, tmp_path):
+    hub.repositories[f"models/{name}"] = hub.repositories["models/org/tiny"]
+    sizes = ["model.diffusion_model.label_emb.0.0.weight"] * (len(encoders) > 1)
+    held = ["model.diffusion_model.x", "first_stage_model.x", *encoders, *sizes]
+    value = np.zeros(2, np.float32)
+    write_safetensors(tmp_path / "one.safetensors", [TorchTensor(one, value.dtype, value.shape, lambda: value) for one in held])
+    assert ours.id_of(pipeline_folder(tmp_path / "one.safetensors")) == name
+    assert set(hub.asked) == {"README.md", "scheduler/scheduler_config.json", "unet/README.md", "unet/config.json"}
 
 
 def test_one_format_of_the_weights_is_downloaded():
