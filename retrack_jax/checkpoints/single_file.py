@@ -74,6 +74,12 @@ class SingleFile:
             f"{self.path} is of {self.layout.name}, and does not say what its network predicts; set config.pipeline to the "
             "folder or the hub's name of the model that it was made from",
         )
+        predicts_v = self._tensors.metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+        check(
+            bool(given) or not predicts_v or "v_pred" in self._tensors,
+            f"{self.path} says in its metadata that its network predicts v, and the configs that usually go with it do not; set "
+            "config.pipeline to the folder or the hub's name of a model that does",
+        )
         name = given or self.layout.configs
         return snapshot(name, text_files) if is_id(name) else local_model(name)
 

@@ -1,12 +1,19 @@
 """What every reader of a weights file gives: its tensors by name, each read when asked for."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 
 class FileTensors(Mapping[str, np.ndarray]):
-    """Tensors by name; `file[name]`, which subclasses define, reads one, and `file.shape(name)` reads nothing."""
+    """Tensors by name; `file[name]`, which subclasses define, reads one, and `file.shape(name)` reads nothing.
+
+    Attributes:
+      metadata: what the file says in addition to its tensors.
+    """
+
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self._shapes = shapes
@@ -28,6 +35,7 @@ class Unwrapped(FileTensors):
     def __init__(self, file: FileTensors, wrapper: str):
         wrapped = {name.removeprefix(wrapper): name for name in file if name.startswith(wrapper)}
         self._file, self._names = file, wrapped or {name: name for name in file}
+        self.metadata = file.metadata
         super().__init__({name: file.shape(held) for name, held in self._names.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -49,6 +49,7 @@ class SafetensorsFile(FileTensors):
         try:
             self._file = safe_open(path, framework="numpy", backend="pread")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+            self.metadata = self._file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(error) from error
         super().__init__({name: tuple(part.get_shape()) for name, part in slices.items()})

@@ -21,9 +21,9 @@ from tests.tiny_sd import PIPELINE
 from tests.torch_files import save_state
 
 
-def write(path, tensors):
-    items = tensors.items()
-    write_safetensors(path, [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in items])
+def write(path, tensors, metadata=None):
+    items = [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in tensors.items()]
+    write_safetensors(path, items, metadata)
     return path
 
 

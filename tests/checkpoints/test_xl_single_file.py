@@ -13,6 +13,7 @@ import pytest
 
 from retrack_jax.checkpoints import export_single_file, load_pipeline, read_schedule_config
 from retrack_jax.checkpoints.single_file import SingleFile
+from retrack_jax.checkpoints.stable_diffusion import pipeline_folder
 from retrack_jax.checks import UserError
 from retrack_jax.cli.flags import parse
 from retrack_jax.config.reading import read_config
@@ -150,6 +151,15 @@ def test_tables_of_noise_levels_must_be_those_of_the_schedule(dtype, tensors, fo
         for table in (right, zero.alpha_bar64):  # training without signal at the last step leaves the old table in many a file
             path = with_tensors(tmp_path, tensors, v_pred=EMPTY, ztsnr=EMPTY, **{name: of(table).astype(dtype)})
             assert SingleFile(path).schedule(config, folder).rescale_betas_zero_snr
+
+
+def test_metadata_of_v_prediction_need_configs(tensors, folder, tmp_path):
+    """kohya's scripts say it there."""
+    path, says = tmp_path / "other.safetensors", {"modelspec.prediction_type": "v"}
+    write(path, tensors, says)
+    with pytest.raises(UserError, match="says in its metadata that its network predicts v, .*; set config.pipeline"):
+        pipeline_folder(path)
+    assert pipeline_folder(path, str(folder)) == folder
 
 
 # ---- What is refused, in one line

@@ -1,4 +1,4 @@
-"""Names and layouts of single files against diffusers' own conversion: XL's parts of random shapes, and of full size."""
+"""Names and layouts of single files against diffusers' own conversion: parts of random shapes, and XL's of full size."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from retrack_jax.checkpoints import export_pipeline, export_single_file, load_pi
 from retrack_jax.models.clip_text import ClipTextEncoder  # noqa: E402
 from retrack_jax.models.unet2d_condition import UNet2DCondition  # noqa: E402
 from retrack_jax.models.vae import AutoencoderKL  # noqa: E402
-from retrack_jax.weights.ldm_names import XL, in_file  # noqa: E402
+from retrack_jax.weights.ldm_names import SD1, SD2, XL, in_file  # noqa: E402
 from retrack_jax.weights.names import param_shapes, torch_shapes  # noqa: E402
 from retrack_jax.weights.safetensors_io import SafetensorsFile  # noqa: E402
 from tests.models.test_text_to_image_networks import SD14_TEXT, SD_VAE, XL_UNET  # noqa: E402
@@ -34,15 +34,15 @@ def clip(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def converted(part: str, stored: dict, theirs) -> dict:
+def converted(layout, part: str, stored: dict, theirs) -> dict:
     """Returns what diffusers makes of the file `stored` for its network `theirs`."""
     if part == "unet":
         return single_file_utils.convert_ldm_unet_checkpoint(stored, theirs.config)
     if part == "vae":
         return single_file_utils.convert_ldm_vae_checkpoint(stored, theirs.config)
-    if part == "text_encoder":
+    if part == "text_encoder" and layout is not SD2:
         return single_file_utils.convert_ldm_clip_checkpoint(stored)
-    return single_file_utils.convert_open_clip_checkpoint(theirs, stored, prefix="conditioner.embedders.1.model.")
+    return single_file_utils.convert_open_clip_checkpoint(theirs, stored, prefix=f"{layout.parts[part].prefix}model.")
 
 
 def random_network(part: str, seed: int):
@@ -59,14 +59,17 @@ def random_network(part: str, seed: int):
     return (transformers.CLIPTextModel if part == "text_encoder" else transformers.CLIPTextModelWithProjection)(config)
 
 
-@pytest.mark.parametrize("part", XL.parts)
+PARTS = [(XL, part) for part in XL.parts] + [(SD1, "text_encoder"), (SD2, "text_encoder")]  # the others are the same in all
+
+
+@pytest.mark.parametrize(("layout", "part"), PARTS)
 @pytest.mark.parametrize("seed", range(6))
-def test_diffusers_converts_what_we_write(part, seed):
+def test_diffusers_converts_what_we_write(layout, part, seed):
     torch.manual_seed(seed)
     theirs = shaken(random_network(part, seed))
     expected = {clip(name): value for name, value in weights(theirs).items()}
-    stored = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in in_file(XL.parts[part], expected).items()}
-    found = {clip(name): value.numpy() for name, value in converted(part, stored, theirs).items()}
+    stored = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in in_file(layout.parts[part], expected).items()}
+    found = {clip(name): value.numpy() for name, value in converted(layout, part, stored, theirs).items()}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -95,7 +98,7 @@ def test_the_published_base_model_tensor_by_tensor():
         stored = in_file(XL.parts[part], {name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()})
         assert len(stored) == counts[part]
         stored = {name: torch.empty(value.shape, device="meta") for name, value in stored.items()}
-        found = {clip(name): tuple(value.shape) for name, value in converted(part, stored, theirs).items()}
+        found = {clip(name): tuple(value.shape) for name, value in converted(XL, part, stored, theirs).items()}
         expected = {clip(name): tuple(value.shape) for name, value in theirs.state_dict().items()}
         assert found == expected == shapes
     assert sum(counts.values()) + 2 == 2515
