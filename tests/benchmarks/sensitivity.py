@@ -49,7 +49,8 @@ def measured(config, folder: Path, source: Path, seeds: tuple[int, ...]) -> np.n
     """Returns of each seed the values of `METRICS`, and by which share the remaining images' losses rose."""
     for part in ("pretrained", "features"):
         if (source / part).exists() and not (folder / part).exists():
-            shutil.copytree(source / part, folder / part)
+            fewer = shutil.ignore_patterns("samples.*", "metrics-*") if source.parent != folder.parent else None
+            shutil.copytree(source / part, folder / part, ignore=fewer)
     config.seeds = seeds
     run(config, folder)
     with np.load(next((folder / "pretrained").glob("losses-*.npz"))) as archive:
