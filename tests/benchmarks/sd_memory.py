@@ -1,17 +1,17 @@
-"""Stable Diffusion v1.4 at full size: the memory of one forward pass, and of a training step as the compiler plans it.
+"""Networks of latents at full size: the memory of one forward pass, and of a training step as the compiler plans it.
 
     python -m tests.benchmarks.sd_memory forward           # initialises 860 M parameters and runs the UNet once, on the CPU
     python -m tests.benchmarks.sd_memory residuals         # what the backward pass keeps, with and without remat; seconds
     python -m tests.benchmarks.sd_memory residuals_xl      # the same of Stable Diffusion XL's adapter, bfloat16 and remat
-    python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--tpu=v6e:2x2] [--width=4]    # compiles each; runs nothing
+    python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--network=sd14] [--tpu=v6e:2x2]   # compiles; runs nothing
     python -m tests.benchmarks.sd_memory arguments         # what a step holds from step to step, trained whole and by an adapter
 
+They are of Stable Diffusion v1.4 but where it says otherwise; `--network` is one of sd14, xl, dit_xl (DiT-XL/2 of 256 pixels).
 `forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the backward pass
 for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for this backend:
 arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place; with `--tpu`
 for one chip of a TPU, which need not be there (memory.py says what to install). OPTION: float32, bfloat16, remat,
 bfloat16+remat; all four where none is named; and any of them with +lora for an adapter of rank 4 to the attention's projections.
-`--width=4` takes a UNet with a quarter of the channels, which compiles in a minute.
 """
 
 import contextlib
@@ -20,14 +20,18 @@ import math
 import re
 import sys
 import time
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import ad_checkpoint
 
+from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.train.lora import LoraOptions, adapted, init, merge
 from retrack_jax.train.optimizer import make_optimizer
@@ -43,6 +47,16 @@ MOST_GB = 10  # what one forward pass may take
 LATENT, PROMPT = (64, 64, 4), (1, 77, 768)
 OPTIONS = ("remat", "bfloat16+remat", "float32", "bfloat16")
 LORA = LoraOptions()
+DIT_XL = {
+    "sample_size": 32, "patch_size": 2, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
+    "out_channels": 8, "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+# Name -> config, and images of a microbatch in each stream.
+NETWORKS = {"sd14": (SD14_UNET, 1), "xl": (XL_UNET, 1), "dit_xl": (DIT_XL, 8)}
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
 
 
 def forward() -> None:
@@ -76,7 +90,7 @@ def residuals(remat: bool, lora: bool, config: dict = SD14_UNET, dtype=jnp.float
     unet = UNet2DCondition.from_config(config, remat=remat, dtype=dtype)
     side = unet.sample_size
     shapes = jax.tree.map(lambda leaf: (1, 77, leaf.shape[2]) if leaf.ndim == 3 else leaf.shape, unet.smallest_condition)
-    condition = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    condition = jax.tree.map(jnp.ones, shapes, is_leaf=_is_shape)
     inputs = jnp.ones((2, side, side, 4)), jnp.array([500, 3], jnp.int32), condition
     params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
 
@@ -123,44 +137,54 @@ def arguments() -> None:
     print(f"are {adapter / GB:.4f} GB of that; the merged kernels of its {len(layers)} layers have {merged / GB:.2f} GB")
 
 
-def step(method_name: str, option: str, width: int) -> None:
-    """Compiles a training step: one image a microbatch and stream, 16 microbatches."""
-    dtype = jnp.bfloat16 if "bfloat16" in option else jnp.float32
-    narrow = {"block_out_channels": [channels // width for channels in SD14_UNET["block_out_channels"]]}
-    config = SD14_UNET if width == 1 else {**SD14_UNET, **narrow, "norm_num_groups": 16}
-    unet = UNet2DCondition.from_config(config, dtype=dtype, remat="remat" in option)
+def network(name: str, **own: Any) -> tuple[nn.Module, tuple[int, int, int], int]:
+    """Returns a network of full size, the shape of its latents, and the images of a microbatch in each stream."""
+    config, size = NETWORKS[name]
+    family = DiT if name == "dit_xl" else UNet2DCondition
+    return family.from_config(config, **own), (config["sample_size"], config["sample_size"], 4), size
+
+
+def step(name: str, method_name: str, option: str) -> None:
+    """Compiles a training step of 16 microbatches."""
+    own = {"dtype": jnp.bfloat16 if "bfloat16" in option else jnp.float32, "remat": "remat" in option}
+    module, latent, size = network(name, **own)
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    inputs = jnp.ones((1, *LATENT)), jnp.array([500], jnp.int32), jnp.ones(PROMPT)
-    params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+    inputs = example_inputs(module)
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     optimizer = make_optimizer(
         learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0
     )
     state = trained_state(option, params, optimizer)
-    method = get_method(method_name)
+    method, accumulation = get_method(method_name), 16
+    count = accumulation * size
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    batch, accumulation = {}, 16
+    def examples(*lead: int, **latents) -> dict:
+        """Latents with a condition each, as batches and `Shared` hold them; prompts have 77 tokens."""
+        sides = jax.tree.map(lambda leaf: (77, leaf.shape[2]) if leaf.ndim == 3 else leaf.shape[1:], inputs[2])
+        leaves = jax.tree.map(lambda side, leaf: array(*lead, *side, dtype=leaf.dtype), sides, inputs[2], is_leaf=_is_shape)
+        return {**latents, "condition": leaves}
+
+    batch = {}
     if "remain" in method.streams:
-        batch |= {
-            name: {"mean": array(1, accumulation, *LATENT), "std": array(1, accumulation, *LATENT)} for name in ("remain",)
-        }
-        batch["remain_index"] = array(1, accumulation, dtype=jnp.int32)
+        batch["remain"] = examples(1, count, mean=array(1, count, *latent), std=array(1, count, *latent))
+        batch["remain_index"] = array(1, count, dtype=jnp.int32)
     if "forget" in method.streams:
-        batch |= {name: array(1, accumulation, dtype=jnp.int32) for name in ("forget_row", "forget_index")}
-    shared = Shared(schedule=schedule, conditions=array(*PROMPT), reference=params if "lora" in option else None)
+        batch |= {row: array(1, count, dtype=jnp.int32) for row in ("forget_row", "forget_index")}
+    shared = Shared(schedule=schedule, reference=params if "lora" in option else None)
     if "neighbors" in method.streams:
         shared = shared.replace(
-            forget={"x_0": array(50, *LATENT)},
-            neighbors={"x_0": array(200, *LATENT)},
+            forget=examples(50, x_0=array(50, *latent)),
+            neighbors={"x_0": array(200, *latent)},
             neighbor_rows=array(50, 10, dtype=jnp.int32),
         )
     elif "forget" in method.streams:
-        shared = shared.replace(forget={"mean": array(50, *LATENT), "std": array(50, *LATENT)})
+        shared = shared.replace(forget=examples(50, mean=array(50, *latent), std=array(50, *latent)))
     lora = LORA if "lora" in option else None
     how = StepOptions(options=method.options(), accumulation=accumulation, t_max=1000, lora=lora)
-    p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
+    p_step = make_train_step(method, make_eps_fn(module.apply, schedule), how)
     began = time.perf_counter()
     lowered = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0)))
     try:
@@ -168,12 +192,12 @@ def step(method_name: str, option: str, width: int) -> None:
     except jax.errors.JaxRuntimeError as error:
         if not (used := too_large(error)):
             raise
-        print(f"{method_name}, {option}: does not fit: {used}", flush=True)
+        print(f"{name}, {method_name}, {option}: does not fit: {used}", flush=True)
         return
     arguments, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
     total = arguments + temporaries + plan.output_size_in_bytes - plan.alias_size_in_bytes
     print(
-        f"{method_name}, {option}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, "
+        f"{name}, {method_name}, {option}: arguments {arguments / GB:.2f} GB, temporaries {temporaries / GB:.2f} GB, "
         f"total {total / GB:.2f} GB (compiled in {time.perf_counter() - began:.0f} s)",
         flush=True,
     )
@@ -191,14 +215,13 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["arguments"]:
         arguments()
     elif sys.argv[1:2] == ["step"]:
-        topology = next((word.removeprefix("--tpu=") for word in sys.argv[2:] if word.startswith("--tpu=")), None)
-        if topology:
-            plan_for(topology)
+        flags = dict(word.removeprefix("--").split("=") for word in sys.argv[2:] if word.startswith("--"))
+        if "tpu" in flags:
+            plan_for(flags["tpu"])
         words = [word for word in sys.argv[2:] if not word.startswith("--")]
-        width = next((int(word.removeprefix("--width=")) for word in sys.argv[2:] if word.startswith("--width=")), 1)
         named = [word for word in words if word.removesuffix("+lora") in OPTIONS]
-        method = next((word for word in words if word not in named), "retrack")
-        for option in named or OPTIONS:
-            step(method, option, width)
+        chosen = next((word for word in words if word not in named), "retrack")
+        for each in named or OPTIONS:
+            step(flags.get("network", "sd14"), chosen, each)
     else:
         sys.exit(__doc__)
