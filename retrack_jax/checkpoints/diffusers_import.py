@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from retrack_jax.checks import UserError
 from retrack_jax.files import read_object
 from retrack_jax.models.dit import DiT
+from retrack_jax.models.mmdit import MMDiT
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.notation import PyTree
@@ -51,12 +52,18 @@ def _patches(module) -> tuple[jax.Array, ...]:
     return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32), *module.smallest_label
 
 
+def _patches_with_prompt(module) -> tuple[jax.Array, ...]:
+    size = module.patch_size
+    return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32), module.smallest_condition
+
+
 # By diffusers' `_class_name`. A new family is one record here and one module.
 FAMILIES = {
     "UNet2DModel": Family(UNet2D, _with_label),
     "UNet2DConditionModel": Family(UNet2DCondition, _with_prompt),
     "DiTTransformer2DModel": Family(DiT, _patches),
     "Transformer2DModel": Family(DiT, _patches),  # its former name
+    "SD3Transformer2DModel": Family(MMDiT, _patches_with_prompt),
 }
 
 
@@ -65,11 +72,11 @@ def example_inputs(module) -> tuple[jax.Array, ...]:
     return next(family.inputs(module) for family in FAMILIES.values() if type(module) is family.module)
 
 
-def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tuple[UNet2D | UNet2DCondition | DiT, PyTree]:
+def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tuple[UNet2D | UNet2DCondition | DiT | MMDiT, PyTree]:
     """Returns the module and the parameters (float32 NumPy arrays) of a network that diffusers saved, one of `FAMILIES`.
 
-    A UNet2DCondition also takes the embedding of a prompt: `module.apply(variables, x_t, t, prompt)`; `load_pipeline` reads a
-    whole Stable Diffusion folder.
+    A UNet2DCondition or an MMDiT also takes the embedding of a prompt: `module.apply(variables, x_t, t, prompt)`; `load_pipeline`
+    reads a whole Stable Diffusion folder.
 
     Args:
       path: the model's folder (`config.json` and weights), or a folder that holds it as `unet` or `unet_ema`; or its id on the

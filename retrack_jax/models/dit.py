@@ -26,7 +26,7 @@ from retrack_jax.models.config_format import ConfigFormat, Configured
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
 from retrack_jax.notation import Array
 
-_TIME_WIDTH = 256
+TIME_WIDTH = 256
 # The class that diffusers wrote such configs of before version 0.29, and its options that must be off.
 _FORMER_CLASS = "Transformer2DModel"
 _FORMER_OPTIONS = ("cross_attention_dim", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
@@ -193,7 +193,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array, label: Array) -> Array:
-        frequencies = timestep_embedding(t, _TIME_WIDTH, freq_shift=1).astype(self.dtype)
+        frequencies = timestep_embedding(t, TIME_WIDTH, freq_shift=1).astype(self.dtype)
         time = TimestepEmbedding(self.width, dtype=self.dtype, name="timestep_embedder")(frequencies)
         return time + ClassEmbedding(self.num_labels, self.width, self.dtype, name="class_embedder")(label)
 

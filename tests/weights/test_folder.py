@@ -12,9 +12,9 @@ import pytest
 import safetensors.numpy
 
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
-from retrack_jax.checkpoints.diffusers_import import FAMILIES
+from retrack_jax.checkpoints.diffusers_import import FAMILIES, example_inputs
 from retrack_jax.checks import UserError
-from retrack_jax.models.dit import DiT
+from retrack_jax.models.mmdit import MMDiT
 from retrack_jax.weights.folder import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
@@ -24,6 +24,7 @@ from retrack_jax.weights.folder import (
     weights_digest,
 )
 from retrack_jax.weights.names import RenameTable, from_torch
+from tests.tiny_xl import random_params
 from tests.weights.test_torch_reader import dict_of, tensor, zip_file
 
 DATA = Path(__file__).parents[1] / "fixtures" / "diffusers"
@@ -213,8 +214,11 @@ def test_a_pipelines_schedule_is_never_sought_outside_it(tmp_path):
 def saved_transformer(folder, name):
     """A diffusion transformer as diffusers saves one, under the class `name`."""
     fields = {"sample_size": 4, "in_channels": 1, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
-    module = DiT.from_config({**fields, "num_embeds_ada_norm": 1})
-    params = module.init(jax.random.key(0), np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.int32))["params"]
+    own = {"num_embeds_ada_norm": 1}
+    if FAMILIES[name].module is MMDiT:
+        own = {"joint_attention_dim": 4, "pooled_projection_dim": 4, "caption_projection_dim": 8, "pos_embed_max_size": 2}
+    module = FAMILIES[name].module.from_config({**fields, **own})
+    params = random_params(module, 0, *example_inputs(module))
     export_diffusers(folder, module, params)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": name}))
