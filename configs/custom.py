@@ -17,8 +17,8 @@ its rule, and for lambda `--config.unlearn.retrack.lam=VALUE`.
 S is the side of what the network denoises: of a latent pipeline (diffusers' LDMPipeline, DiTPipeline) that of the latents. Such
 a pipeline is exported whole (docs/guide/your-images.md).
 
-With a Stable Diffusion 1.x, 2.x or XL folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
-(docs/guide/text-to-image.md). The recipe is then the paper's for Stable Diffusion; of XL an adapter is trained.
+With a Stable Diffusion 1.x, 2.x, XL or 3 folder, images need captions: metadata.jsonl, metadata.csv or a .txt next to each
+(docs/guide/text-to-image.md). The recipe is then the paper's for Stable Diffusion; of XL and 3 an adapter is trained.
 
 Hardware: as for the paper's data of the same resolution. Score to expect: unknown, it is your data. Read the report before you
 trust the result.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from retrack_jax.checkpoints.diffusers_import import load_params
-from retrack_jax.checks import check_choice
+from retrack_jax.checks import check, check_choice
 from retrack_jax.files import json_digest
 from retrack_jax.models.vae import Autoencoder, AutoencoderKL
 from retrack_jax.models.vqvae import VQModel
@@ -37,6 +37,8 @@ def load_autoencoder(folder: Path, dtype=jnp.float32) -> tuple[Autoencoder, PyTr
       UserError: as `read_autoencoder`, or the weights are missing or do not fit.
     """
     module, config = read_autoencoder(folder, dtype), read_config(folder)
+    shift = getattr(module, "shift_factor", None)
+    check(shift is None, f"{folder} has a shift_factor, {shift}, which diffusers heeds with Stable Diffusion 3 alone; remove it")
     if "scaling_factor" not in config:
         factor = module.scaling_factor
         _log.info("%s has no scaling_factor; the factor of its latents is taken to be %s", folder / "config.json", factor)

@@ -3,7 +3,8 @@
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     of XL also text_encoder_2/  tokenizer_2/
     safety_checker/  feature_extractor/                                      carried along unread
 
-Stable Diffusion 1.x, 2.x and XL are supported. Weights in float16 are read into float32.
+Stable Diffusion 1.x, 2.x, XL and 3 are supported; 3 has XL's parts, but transformer/ in place of unet/. Its third text encoder,
+T5, is optional, and is refused: diffusers' samples with it and without are different. Weights in float16 are read into float32.
 """
 
 from collections.abc import Sequence
@@ -14,27 +15,38 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.checkpoints.diffusers_import import FAMILIES, load_params, read_schedule_config
+from retrack_jax.checkpoints.diffusers_import import example_inputs, load_params, read_schedule_config
 from retrack_jax.checkpoints.single_file import SingleFile
-from retrack_jax.checkpoints.text_encoders import TEXT_TABLE, TextEncoder, encode_ids, read_modules, token_ids, warn_of_cuts
+from retrack_jax.checkpoints.text_encoders import (
+    TEXT_TABLE,
+    TextEncoder,
+    encode_ids,
+    padded,
+    read_modules,
+    token_ids,
+    warn_of_cuts,
+)
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.files import json_digest, read_object
 from retrack_jax.models.clip_text import ClipTextEncoder
+from retrack_jax.models.mmdit import MMDiT
 from retrack_jax.models.tokenizer import ClipTokenizer
 from retrack_jax.models.unet2d_condition import Condition, UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, weights_digest
 from retrack_jax.weights.hub import local_model
+from retrack_jax.weights.kinds import is_sd3
 from retrack_jax.weights.names import DIFFUSERS, from_torch, param_shapes
 
 # diffusers' class of a supported pipeline -> its text encoders; each has a tokenizer of the same number.
 _TEXT_ENCODERS = {
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+    "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2"),
 }
-_SUPPORTED = "give a Stable Diffusion 1.x, 2.x or XL folder"
+_SUPPORTED = "give a Stable Diffusion 1.x, 2.x, XL or 3 folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +55,15 @@ class Pipeline:
 
     Attributes:
       path: the folder they came from; of a single file, that of its configs.
-      text_encoders: one, or XL's two.
+      unet: the network that denoises, of Stable Diffusion 3 a transformer.
+      text_encoders: one, or the two of XL and 3.
       zeros_for_empty: whether zeros stand for an empty prompt, as in XL, and not its states.
       vae_digest: SHA-256 over the VAE's config and weights, which keys caches of latents.
       file: the single file that the weights came from, if they did.
     """
 
     path: Path
-    unet: UNet2DCondition
+    unet: UNet2DCondition | MMDiT
     unet_params: PyTree
     vae: AutoencoderKL
     vae_params: PyTree
@@ -59,6 +72,16 @@ class Pipeline:
     vae_digest: str
     zeros_for_empty: bool = False
     file: SingleFile | None = None
+
+    @property
+    def network(self) -> str:
+        """The name of the folder of the network that denoises."""
+        return "transformer" if isinstance(self.unet, MMDiT) else "unet"
+
+    @property
+    def padded_width(self) -> int | None:
+        """How many features `text_encoders.padded` gives the states of prompts; None: they stay as they are."""
+        return self.unet.joint_attention_dim if isinstance(self.unet, MMDiT) else None
 
     @property
     def tokenizer(self) -> ClipTokenizer:
@@ -90,15 +113,19 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         f"{path} holds {file and file.layout.name}, and the configs in {folder} are for {' and '.join(parts)}; set "
         "config.pipeline to the folder of the model that it was made from",
     )
-    unet = UNet2DCondition.from_config(read_config(folder / "unet"), dtype=dtype, remat=remat)
+    sd3 = is_sd3(folder)
+    check(file is None or not sd3, f"{folder} is of Stable Diffusion 3, which is not read from one file; give the folder alone")
+    family, network = (MMDiT, "transformer") if sd3 else (UNet2DCondition, "unet")
+    unet = family.from_config(read_config(folder / network), dtype=dtype, remat=remat)
     vae_config = read_config(folder / "vae")
     # XL's first VAE overflows in half precision, and says so; its fixed one does not.
     vae_dtype = jnp.float32 if len(parts) > 1 and vae_config.get("force_upcast", True) else dtype
     vae = AutoencoderKL.from_config(vae_config, dtype=vae_dtype)
-    texts = read_modules(folder, parts, dtype)
+    texts = read_modules(folder, parts, dtype, all_project=sd3)
     _check_fit(folder, unet, vae, [module for module, _ in texts])
     scheduler = read_schedule_config(folder)
     schedule = Schedule.from_config(scheduler) if file is None else file.schedule(scheduler, folder)
+    check(schedule.is_flow or not sd3, f"{folder}: the scheduler is no flow's, and Stable Diffusion 3 is one; give its own")
 
     pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
 
@@ -110,7 +137,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
 
     def text_encoder(part: str, module: ClipTextEncoder, tokenizer: ClipTokenizer) -> TextEncoder:
         own = params(part, module, ids, names=TRANSFORMERS_WEIGHTS, table=TEXT_TABLE)
-        if len(parts) == 1:  # XL's take 3.3 GB, which training needs: they stay on the host
+        if len(parts) == 1:  # two take 3.3 GB, which training needs: they stay on the host
             own = jax.device_put(own)
         return TextEncoder(module, own, tokenizer, partial(_text_digest, folder / part, file, module))
 
@@ -118,13 +145,13 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     return Pipeline(
         path=folder,
         unet=unet,
-        unet_params=params("unet", unet, *FAMILIES["UNet2DConditionModel"].inputs(unet)),
+        unet_params=params(network, unet, *example_inputs(unet)),
         vae=vae,
         vae_params=jax.device_put(params("vae", vae, pixels)),
         text_encoders=tuple(text_encoder(part, *read) for part, read in zip(parts, texts, strict=True)),
         schedule=schedule,
         vae_digest=json_digest([vae_config, vae_weights, str(jnp.dtype(vae_dtype))]),
-        zeros_for_empty=len(parts) > 1 and bool(_index(folder).get("force_zeros_for_empty_prompt", True)),
+        zeros_for_empty=len(parts) > 1 and not sd3 and bool(_index(folder).get("force_zeros_for_empty_prompt", True)),
         file=file,
     )
 
@@ -143,9 +170,9 @@ def _folder_and_file(path, configs: str) -> tuple[Path, SingleFile | None]:
 
 
 def check_pipeline(folder) -> tuple[str, ...]:
-    """Returns the names of the text encoders of the pipeline in `folder`, one, or XL's two.
+    """Returns the names of the text encoders of the pipeline in `folder`, one, or the two of XL and 3.
 
-    Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x, 2.x or XL pipeline; names what it is instead.
+    Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x, 2.x, XL or 3 pipeline; names what it is instead.
     """
     folder = Path(folder).expanduser()
     there = folder.is_dir()
@@ -158,8 +185,15 @@ def check_pipeline(folder) -> tuple[str, ...]:
         refiner = (folder / "text_encoder_2").is_dir()
         check(not refiner, f"{folder} holds Stable Diffusion XL's refiner, which is not supported; give the base model's folder")
     check(name in _TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
+    t5 = index.get("text_encoder_3") not in (None, [None, None])
+    check(
+        not t5,
+        f"{folder} has T5 (text_encoder_3), which is not supported; save it without, in diffusers: StableDiffusion3Pipeline."
+        "from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None).save_pretrained(OTHER), and give OTHER",
+    )
     encoders = _TEXT_ENCODERS[name]
-    parts = ("unet", "vae", *encoders, *(part.replace("text_encoder", "tokenizer") for part in encoders), "scheduler")
+    network = "transformer" if name == "StableDiffusion3Pipeline" else "unet"
+    parts = (network, "vae", *encoders, *(part.replace("text_encoder", "tokenizer") for part in encoders), "scheduler")
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise UserError(
@@ -176,11 +210,11 @@ def _index(folder: Path) -> dict:
 def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
     """Returns float32 `[P, N, D]`: the text encoder's hidden states after its final norm, padding included, N = 77 for CLIP.
 
-    Of XL it is the dict of `text_encoders.encode_ids`; the UNet takes it with `time_ids` added. A prompt longer than 75 tokens
-    is cut, with a warning that says how long it is.
+    Of XL and 3 it is the dict of `text_encoders.encode_ids`; XL's UNet takes it with `time_ids` added. A prompt longer than 75
+    tokens is cut, with a warning that says how long it is.
     """
     warn_of_cuts(pipeline.text_encoders, prompts)
-    return encode_ids(pipeline.text_encoders, token_ids(pipeline.text_encoders, prompts))
+    return padded(encode_ids(pipeline.text_encoders, token_ids(pipeline.text_encoders, prompts)), pipeline.padded_width)
 
 
 def empty_prompt(pipeline: Pipeline) -> Condition:
@@ -194,15 +228,22 @@ def _text_digest(folder: Path, file: SingleFile | None, module: ClipTextEncoder)
     return json_digest([read_config(folder), weights, str(jnp.dtype(module.dtype))])
 
 
-def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, texts: Sequence[ClipTextEncoder]) -> None:
+def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, texts: Sequence[ClipTextEncoder]) -> None:
     """Raises `UserError` if the parts are not of one model."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     check(scheduler.is_file(), f"no {scheduler}; it is the noise schedule that the model was trained with")
+    sd3 = isinstance(unet, MMDiT)
+    what, makes = "transformer" if sd3 else "UNet", unet.out_channels or unet.in_channels
     check(
-        unet.in_channels == unet.out_channels == vae.latent_channels,
-        f"{folder}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels and the VAE's latents have "
+        unet.in_channels == makes == vae.latent_channels,
+        f"{folder}: the {what} takes {unet.in_channels} and gives {makes} channels and the VAE's latents have "
         f"{vae.latent_channels}; inpainting, depth and upscaling models are not supported",
     )
+    shift = vae.shift_factor
+    check((shift is not None) == sd3, f"{folder}: the VAE's shift_factor is {shift}; Stable Diffusion 3 has one, and it alone")
+    if sd3:
+        _check_texts(folder, unet, texts)
+        return
     encoders, gives = ("text encoders", "give") if len(texts) > 1 else ("text encoder", "gives")
     width = sum(text.hidden_size for text in texts)
     check(
@@ -220,3 +261,12 @@ def _check_fit(folder: Path, unet: UNet2DCondition, vae: AutoencoderKL, texts: S
             f"{folder}: the UNet reads a pooled prompt of {unet.pooled_width} features, text_encoder_2 gives "
             f"{texts[-1].projection_dim}",
         )
+
+
+def _check_texts(folder: Path, transformer: MMDiT, texts: Sequence[ClipTextEncoder]) -> None:
+    """Raises `UserError` unless Stable Diffusion 3's transformer takes what its text encoders give."""
+    width, most = sum(text.hidden_size for text in texts), transformer.joint_attention_dim
+    check(width <= most, f"{folder}: the transformer reads prompts of {most} features, the text encoders give {width}")
+    pooled, takes = sum(text.projection_dim for text in texts), transformer.pooled_projection_dim
+    what = f"the transformer reads a pooled prompt of {takes} features, the text encoders give {pooled}"
+    check(pooled == takes, f"{folder}: {what}")

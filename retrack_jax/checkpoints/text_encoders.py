@@ -1,9 +1,11 @@
-"""The text encoders of a pipeline and their tokenizers, read; and prompts as what the UNet gets of them.
+"""The text encoders of a pipeline and their tokenizers, read; and prompts as what the network gets of them.
 
     Stable Diffusion 1.x, 2.x   text_encoder/  tokenizer/                                     states after the final norm
     Stable Diffusion XL         the same, and text_encoder_2/  tokenizer_2/ with projection   states before the last layer
+    Stable Diffusion 3          as XL, and the first has a projection too                     the same
 
-XL's UNet gets the states of both encoders side by side, and the second encoder's pooled state.
+The networks of XL and 3 get the states of both encoders side by side, and the pooled states of those with a projection. Stable
+Diffusion 3's also gets T5's states. T5 is not read here, and zeros stand for its states, as in diffusers: `padded`.
 """
 
 import logging
@@ -24,6 +26,8 @@ from retrack_jax.models.unet2d_condition import Condition
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import read_config
 from retrack_jax.weights.names import RenameTable
+
+T5_TOKENS = 256  # of a prompt in diffusers' pipeline
 
 # Names of transformers' `CLIPTextModel` began with `text_model.` until version 5; old versions saved a buffer of positions.
 TEXT_TABLE = RenameTable(
@@ -48,15 +52,18 @@ class TextEncoder:
     digest: Callable[[], str]
 
 
-def read_modules(folder: Path, parts: Sequence[str], dtype) -> list[tuple[ClipTextEncoder, ClipTokenizer]]:
+def read_modules(
+    folder: Path, parts: Sequence[str], dtype, all_project: bool = False
+) -> list[tuple[ClipTextEncoder, ClipTokenizer]]:
     """Returns the modules and the tokenizers of the text encoders `parts` in `folder`, without weights.
 
-    The second of two has a projection. Raises `UserError` if a tokenizer does not fit its encoder, or one the other.
+    The second of two has a projection, and with `all_project` the first too. Raises `UserError` if a tokenizer does not fit its
+    encoder, or one the other.
     """
     read = []
     for part in parts:
         config, own = read_config(folder / part), {}
-        if part != parts[0]:
+        if all_project or part != parts[0]:
             check("projection_dim" in config, f"{folder / part}: the config has no projection_dim; give the folder of one model")
             own["projection_dim"] = config["projection_dim"]
         module = ClipTextEncoder.from_config(config, dtype=dtype, **own)
@@ -86,10 +93,10 @@ def warn_of_cuts(encoders: Sequence[TextEncoder], prompts: Sequence[str]) -> Non
 
 
 def encode_ids(encoders: Sequence[TextEncoder], ids: np.ndarray) -> Condition:
-    """Returns what the UNet gets of the text of `token_ids`: float32 `[P, N, D]`, the states of N tokens.
+    """Returns what the network gets of the text of `token_ids`: float32 `[P, N, D]`, the states of N tokens.
 
     Of two encoders it is a dict: `encoder_hidden_states` `[P, N, D + D']`, the states of both, and `text_embeds` `[P, E]`, the
-    second's pooled state.
+    pooled states of those that have a projection. Stable Diffusion 3's are still to be `padded`.
     """
     modules, params = (tuple(getattr(one, name) for one in encoders) for name in ("module", "params"))
     return _encode(modules, params, jnp.asarray(ids))
@@ -102,7 +109,19 @@ def _encode(modules: tuple[ClipTextEncoder, ...], params: tuple[PyTree, ...], id
     parts = zip(modules, params, jnp.split(ids, len(modules), axis=1), strict=True)
     both = [module.apply({"params": own}, part, method="penultimate_and_pooled") for module, own, part in parts]
     states = jnp.concatenate([states.astype(jnp.float32) for states, _ in both], axis=-1)
-    return {"encoder_hidden_states": states, "text_embeds": both[-1][1].astype(jnp.float32)}
+    pooled = [pooled for module, (_, pooled) in zip(modules, both, strict=True) if module.projection_dim is not None]
+    return {"encoder_hidden_states": states, "text_embeds": jnp.concatenate(pooled, axis=-1).astype(jnp.float32)}
+
+
+def padded(condition: Condition, width: int | None) -> Condition:
+    """Returns what `encode_ids` gives as Stable Diffusion 3's network takes it: the states with zeros up to `width` features, and
+    after them 256 tokens of zeros in place of T5's. With None, which stands for any other network, it stays as it is.
+    """
+    if width is None:
+        return condition
+    states = np.asarray(condition["encoder_hidden_states"])
+    zeros = ((0, 0), (0, T5_TOKENS), (0, width - states.shape[2]))
+    return {**condition, "encoder_hidden_states": np.pad(states, zeros)}
 
 
 def text_digest(encoders: Sequence[TextEncoder]) -> str:

@@ -38,7 +38,7 @@ class TrainingOptions:
     eps: float = 1e-8
     weight_decay: float = 1e-6
     clip_norm: float = 0.0  # of the gradient of a sum over pixels; 0: none
-    logit_normal: tuple | None = None  # (m, s): timesteps lie at sigmoid(m + s z) of their range, z normal; None: uniform
+    logit_normal: tuple | None = None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), SD3 (0, 1)
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "accumulation"):
@@ -54,7 +54,7 @@ class TrainingOptions:
             check(value < 1.0, f"{name} is {value}; it must be below 1: an average of nothing divides by zero")
         for name in ("eps", "weight_decay", "clip_norm"):
             check_number(name, getattr(self, name), 0.0)
-        if self.logit_normal is not None:
+        if self.logit_normal:
             pair = isinstance(self.logit_normal, (tuple, list)) and len(self.logit_normal) == 2
             check(pair, f"logit_normal is {self.logit_normal!r}; give two numbers, the mean and the deviation of the logit")
             check_number("the first of logit_normal", self.logit_normal[0])
@@ -120,7 +120,7 @@ class UnlearnOptions(TrainingOptions):
     t_min: int = 0  # timesteps are drawn from [t_min, t_max); of a flow, rows of its table of sigmas, rising
     t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
-    adapter: str | None = None  # lora trains the matrices of `lora`, none every weight; None: none, but lora for XL
+    adapter: str | None = None  # lora trains the matrices of `lora`, none every weight; None: none, but lora for XL and SD3
     lora: LoraOptions = LoraOptions()
     calibrate: str = ""  # afterwards go to where the forgotten loss is: unseen (as the verdict estimates it), or a number
     own: MethodOptions = MethodOptions()

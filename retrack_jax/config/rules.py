@@ -13,8 +13,9 @@ A network that takes prompts denoises latents. Its recipe is that of Stable Diff
 
     (5)  rate = 1e-5, lambda = 0.5, 30 steps of 16 images in 16 parts
 
-Stable Diffusion XL trains an adapter unless `config.unlearn.adapter` is none: every weight takes 41 GB of parameters, gradients
-and moments. The matrices of an adapter need a higher rate than weights: 1e-4, as in diffusers' examples.
+Stable Diffusion XL and 3 train an adapter unless `config.unlearn.adapter` is none: XL's every weight takes 41 GB of parameters,
+gradients and moments. The matrices of an adapter need a higher rate than weights: 1e-4, as in diffusers' examples. Stable
+Diffusion 3 was trained with logit-normal timesteps, (0, 1), and so is what is unlearned from it.
 
 What is sampled and measured depends on the kind of model too, and so does memory: `_BY_KIND`. What is exported is the whole
 pipeline for a latent model without prompts, whose network alone makes no images, else the network.
@@ -40,28 +41,28 @@ from retrack_jax.data.sources.load import known_names, load_images
 from retrack_jax.train.lora import LORA
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
-from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_prompts
 
 log = logging.getLogger(__name__)
 _ADAPTER_RATE = 1e-4
 _OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
-IMAGES, LATENTS, CAPTIONED, XL = range(4)  # kinds of models; the first two take no prompts
+IMAGES, LATENTS, CAPTIONED, XL, SD3 = range(5)  # kinds of models; the first two take no prompts
 _IMAGE_METRICS = ("fid", "sscd", "nll_bits_per_dim")
 _TEXT_METRICS = ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
 # (group, field) -> its value for each kind.
 _BY_KIND = {
-    ("sampling", "sampler"): ("ddpm", "ddpm", "ddpm", "euler"),  # but dpm_solver if that is XL's own scheduler
-    ("sampling", "num_images"): (1000, 1000, 4, 4),  # with captions, of each
-    ("sampling", "batch_size"): (32, 32, 4, 1),
-    ("compute", "remat"): (False, True, True, True),  # 17 GB less with Stable Diffusion
-    ("eval", "metrics"): (_IMAGE_METRICS, _IMAGE_METRICS, _TEXT_METRICS, _TEXT_METRICS),
+    ("sampling", "sampler"): ("ddpm", "ddpm", "ddpm", "euler", "flow_euler"),  # but dpm_solver if that is XL's own scheduler
+    ("sampling", "num_images"): (1000, 1000, 4, 4, 4),  # with captions, of each
+    ("sampling", "batch_size"): (32, 32, 4, 1, 1),
+    ("compute", "remat"): (False, True, True, True, True),  # 17 GB less with Stable Diffusion
+    ("eval", "metrics"): (*(_IMAGE_METRICS,) * 2, *(_TEXT_METRICS,) * 3),
 }  # fmt: skip
 
 
 def kind_of(checkpoint) -> int:
-    """Returns IMAGES, LATENTS, CAPTIONED or XL."""
+    """Returns IMAGES, LATENTS, CAPTIONED, XL or SD3."""
     if takes_prompts(checkpoint):
-        return XL if is_xl(checkpoint) else CAPTIONED
+        return XL if is_xl(checkpoint) else SD3 if is_sd3(checkpoint) else CAPTIONED
     return IMAGES if autoencoder_folder(checkpoint) is None else LATENTS
 
 
@@ -71,7 +72,7 @@ def rules(num_remain: int, resolution: int, kind: int = IMAGES, rate: float = 1e
     `rate` is that of captioned images.
     """
     num_neighbors = max(1, min(10, num_remain))
-    if kind in (CAPTIONED, XL):
+    if kind in (CAPTIONED, XL, SD3):
         latents = {"num_steps": 30, "batch_size": 16, "accumulation": 16}
         return {"learning_rate": rate, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
@@ -131,9 +132,10 @@ def complete(options: Options) -> Options:
     )
     kind = kind_of(options.checkpoint) if options.checkpoint else IMAGES
     names = open_fields(options)
-    if kind == XL and options.unlearn.adapter is None:
-        options = _with_adapter(options)
-        names.append("adapter")
+    for name, value, of_kinds in (("adapter", LORA, (XL, SD3)), ("logit_normal", (0.0, 1.0), (SD3,))):
+        if kind in of_kinds and getattr(options.unlearn, name) is None:
+            options = _where_open(options, name, value)
+            names.append(name)
     if not names:
         return options
     pixels = _pixels_of_latent(options)
@@ -142,7 +144,7 @@ def complete(options: Options) -> Options:
     if "resolution" in names:  # images of a model that is not square are taken as they are, and must be of its size
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
-    rate = _ADAPTER_RATE if kind == XL and options.unlearn.has_adapter else 1e-5
+    rate = _ADAPTER_RATE if kind in (XL, SD3) and options.unlearn.has_adapter else 1e-5
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind, rate)
     options = chosen_by_kind(options, kind)
     chosen |= {f"{group}.{name}": getattr(getattr(options, group), name) for group, name in _BY_KIND}
@@ -150,6 +152,7 @@ def complete(options: Options) -> Options:
     if options.export is None:
         options = dataclasses.replace(options, export="pipeline" if kind == LATENTS else "unet")
     others = {"resolution": options.data.resolution, "export": options.export, "adapter": options.unlearn.adapter}
+    others["logit_normal"] = options.unlearn.logit_normal
     shown = {name: {**chosen, **others}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
     return dataclasses.replace(options, methods=methods, unlearn=_filled(options.unlearn, chosen))
@@ -179,13 +182,13 @@ def _own_sampler(options: Options) -> str:
     return "dpm_solver" if config.get("_class_name") == "DPMSolverMultistepScheduler" else "euler"
 
 
-def _with_adapter(options: Options) -> Options:
-    """Returns `options` with an adapter for each method that does not say otherwise."""
+def _where_open(options: Options, field: str, value) -> Options:
+    """Returns `options` with a field of config.unlearn set for each method that does not say otherwise."""
     methods = {
-        name: dataclasses.replace(recipe, adapter=LORA) if recipe.adapter is None else recipe
+        name: dataclasses.replace(recipe, **{field: value}) if getattr(recipe, field) is None else recipe
         for name, recipe in options.methods.items()
     }
-    return dataclasses.replace(options, methods=methods, unlearn=dataclasses.replace(options.unlearn, adapter=LORA))
+    return dataclasses.replace(options, methods=methods, unlearn=dataclasses.replace(options.unlearn, **{field: value}))
 
 
 def _filled(recipe: UnlearnOptions, chosen: dict) -> UnlearnOptions:

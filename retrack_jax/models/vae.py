@@ -5,8 +5,10 @@ What it shares with VQModel (vqvae.py) is in `Autoencoder`.
     (1) z ~ N(mean, std²)                               the posterior of an image x
         [mean, logvar] = quant_conv(encoder(x))
         std = exp(clip(logvar, -30, 20) / 2)
-    (2) latent = scaling_factor * z                     all that the UNet sees; z may also be the mean
-    (3) x = decoder(post_quant_conv(latent / scaling_factor))
+    (2) latent = scaling_factor * (z - shift_factor)    all that the network sees; z may also be the mean
+    (3) x = decoder(post_quant_conv(latent / scaling_factor + shift_factor))
+
+The shift is Stable Diffusion 3's alone; None stands for 0.
 """
 
 from typing import Any
@@ -152,10 +154,11 @@ class AutoencoderKL(Autoencoder):
 
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    shift_factor: float | None = None
 
     config_format = ConfigFormat(
         class_name="AutoencoderKL",
-        fixed={"latents_mean": None, "latents_std": None, "shift_factor": None},
+        fixed={"latents_mean": None, "latents_std": None},
         passed_over=("force_upcast",),  # a precision; checkpoints/stable_diffusion.py heeds it for XL
     )
 
@@ -173,10 +176,12 @@ class AutoencoderKL(Autoencoder):
         moments = self.quant_conv(moments) if self.use_quant_conv else moments
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+        mean = mean if self.shift_factor is None else mean - self.shift_factor
         return mean * self.scaling_factor, std * self.scaling_factor
 
     def decode(self, latent_BHWC: Array) -> Array:
         """Returns images from the UNet's latents (equation 3), as `Autoencoder.decode`."""
         z = latent_BHWC / self.scaling_factor
+        z = z if self.shift_factor is None else z + self.shift_factor
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)

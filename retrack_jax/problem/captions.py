@@ -34,13 +34,14 @@ class Captions(Conditioning):
       encode: a prompt to its embedding, as `states` has it, leaves `[1, ...]`.
       options: the config: the negative prompt, how many captions of each kind samples are drawn of, caption dropout, and the side
         of samples.
+      takes_sizes: whether the network is given the sizes of images, as Stable Diffusion XL's is.
     """
 
     of_target = True
 
-    def __init__(self, states: TextStates, encode: Callable[[str], PyTree], options: Options):
+    def __init__(self, states: TextStates, encode: Callable[[str], PyTree], options: Options, takes_sizes: bool = False):
         self._states, self._num_captions = states, options.sampling.num_captions
-        self._takes_sizes = isinstance(states.states, dict)
+        self._takes_sizes = takes_sizes
         self._whole = time_ids_of_whole(options.data.resolution) if self._takes_sizes else None
         self.null = with_time_ids(encode(options.sampling.negative_prompt), self._whole)
         self.dropped, self.dropout = encode(""), options.data.caption_dropout  # a dropped caption leaves the sizes

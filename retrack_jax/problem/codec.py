@@ -196,8 +196,8 @@ def decode_fn(vae: Autoencoder) -> Callable:
     return lambda params, latents: vae.apply({"params": params}, latents, method="decode")
 
 
-def check_resolution(codec: LatentCodec, resolution: int, levels: int, where) -> None:
-    """Raises `UserError` unless the VAE and a UNet of `levels` levels take images of `resolution` pixels a side."""
-    factor = codec.vae.downscale * 2 ** (levels - 1)
-    wrong = f"config.data.resolution is {resolution}; the VAE and the UNet of {where} need a multiple of {factor}"
+def check_resolution(codec: LatentCodec, resolution: int, smallest: int, where) -> None:
+    """Raises `UserError` unless images of `resolution` pixels a side fit the VAE, and latents a multiple of `smallest`."""
+    factor = codec.vae.downscale * smallest
+    wrong = f"config.data.resolution is {resolution}; the VAE and the network of {where} need a multiple of {factor}"
     check(resolution > 0 and resolution % factor == 0, wrong)

@@ -200,7 +200,7 @@ def check_image_model(checkpoint) -> None:
 
 
 def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
-    """Returns the UNet of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
+    """Returns the network of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
 
     check(
         kind != "pipeline" or pipeline.file is None,
@@ -214,11 +214,12 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
         elif kind == "single_file":
             export_single_file(path, pipeline, params, note=note)
         else:
-            source = pipeline.path / "unet"
+            source = pipeline.path / pipeline.network
             export_diffusers(path, pipeline.unet, params, schedule=pipeline.schedule, source=source, note=note)
 
     def export_adapter(path, adapter: PyTree, lora: LoraOptions, note: str) -> None:
-        export_lora(path, jax.device_get(adapter), rank=lora.rank, alpha=lora.scale * lora.rank, source=pipeline.path, note=note)
+        how = {"rank": lora.rank, "alpha": lora.scale * lora.rank, "network": pipeline.network}
+        export_lora(path, jax.device_get(adapter), source=pipeline.path, note=note, **how)
 
     condition = (pipeline.unet.smallest_condition,)
     return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, condition, export, export_adapter)

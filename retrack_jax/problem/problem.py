@@ -16,6 +16,7 @@ from etils import epath
 
 from retrack_jax import files
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline, empty_prompt
 from retrack_jax.checks import check, check_int
@@ -40,7 +41,7 @@ from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from retrack_jax.train.lora import ADAPTER, adapted
 from retrack_jax.unlearn.methods import METHODS, RETRAIN
-from retrack_jax.weights.kinds import autoencoder_folder, is_xl, takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_prompts
 
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
@@ -143,6 +144,10 @@ def check_problem(options: Options) -> None:
         check(whole, "config.export is pipeline, and a model of pixels has no more parts than its network; choose unet")
     if kind is _concepts:
         _check_concepts(options)
+    check(
+        kind is not _captioned_images or options.export != "single_file" or not is_sd3(options.checkpoint),
+        "config.export is single_file, which is not written for Stable Diffusion 3; choose unet or pipeline",
+    )
     _check_adapters(options, kind)
 
 
@@ -172,10 +177,11 @@ def _check_concepts(options: Options) -> None:
         bool(options.checkpoint),
         "config.checkpoint is empty; set it to a Stable Diffusion folder (see docs/guide/text-to-image.md)",
     )
+    newer = "XL" if is_xl(options.checkpoint) else "3" if is_sd3(options.checkpoint) else ""
     check(
-        not is_xl(options.checkpoint),
-        f"{options.checkpoint} is Stable Diffusion XL, and the concepts are the paper's, of Stable Diffusion 1.4; give that, or "
-        "captioned pictures with configs/custom.py",
+        not newer,
+        f"{options.checkpoint} is Stable Diffusion {newer}, and the concepts are the paper's, of Stable Diffusion 1.4; give "
+        "that, or captioned pictures with configs/custom.py",
     )
     empty = "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts"
     check(bool(options.data.dir), empty)
@@ -228,7 +234,7 @@ def _latents(options: Options) -> tuple[Pipeline, LatentCodec, Denoiser]:
     own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
     pipeline = load_pipeline(options.checkpoint, configs=options.pipeline, **own)
     codec = LatentCodec(pipeline.vae, pipeline.vae_params, pipeline.vae_digest, options.data)
-    check_resolution(codec, options.data.resolution, len(pipeline.unet.block_out_channels), pipeline.path)
+    check_resolution(codec, options.data.resolution, example_inputs(pipeline.unet)[0].shape[1], pipeline.path)
     return pipeline, codec, latent_denoiser(pipeline, codec.latent_shape, options.export)
 
 
@@ -240,7 +246,7 @@ def _captioned_images(options: Options) -> Problem:
     pipeline, codec, denoiser = _latents(options)
     captions = [*data.images.captions, *(data.held_out.captions if data.held_out is not None else ())]
     states = text_states(pipeline, captions, options.data.cache_dir)
-    conditioning = Captions(states, partial(_encode, pipeline), options)
+    conditioning = Captions(states, partial(_encode, pipeline), options, is_xl(options.checkpoint))
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
     evaluation = CaptionEvaluation(options, pipeline.tokenizer, codec, conditioning)
     return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)

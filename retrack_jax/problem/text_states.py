@@ -1,7 +1,8 @@
 """The text encoder's states of a set of captions, computed once and cached, and what follows from them.
 
 A state is what the network gets, `[N, D]` for the N tokens of a caption: 236 kB with Stable Diffusion 1.x. XL's network gets a
-dict of two arrays (checkpoints/text_encoders.py), 636 kB. They are mapped into memory, and a batch reads the rows that it needs.
+dict of two arrays (checkpoints/text_encoders.py), 636 kB, and so does Stable Diffusion 3's, whose zeros, another 4.8 MB, are
+added when a row is read. They are mapped into memory, and a batch reads the rows that it needs.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 
 from retrack_jax import files
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
-from retrack_jax.checkpoints.text_encoders import TextEncoder, encode_ids, text_digest, token_ids
+from retrack_jax.checkpoints.text_encoders import TextEncoder, encode_ids, padded, text_digest, token_ids
 from retrack_jax.data.tables import shown
 from retrack_jax.log import progress
 from retrack_jax.notation import PyTree
@@ -30,15 +31,17 @@ class TextStates:
 
     Attributes:
       row_of: caption -> its row.
-      states: float32 `[P, N, D]`, or of XL a dict of arrays `[P, ...]`; memory maps.
-      pooled: float32 `[P, D]`, unit vectors: the states at each caption's end token, or of XL the pooled ones.
+      states: float32 `[P, N, D]`, or of XL and 3 a dict of arrays `[P, ...]`; memory maps.
+      pooled: float32 `[P, D]`, unit vectors: the states at each caption's end token, or of XL and 3 the pooled ones.
       digest: of the text encoder.
+      padded_width: as `Pipeline.padded_width`.
     """
 
     row_of: dict[str, int]
     states: PyTree
     pooled: np.ndarray
     digest: str
+    padded_width: int | None = None
 
     def rows(self, captions: Sequence[str]) -> np.ndarray:
         """Returns the row of each caption, int64 `[len(captions)]`."""
@@ -46,7 +49,7 @@ class TextStates:
 
     def take(self, rows: np.ndarray) -> PyTree:
         """Returns the states of `rows`, `[len(rows), ...]`, in memory."""
-        return jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[rows]), self.states)
+        return padded(jax.tree.map(lambda leaf: np.ascontiguousarray(leaf[rows]), self.states), self.padded_width)
 
 
 def text_states(pipeline: Pipeline, captions: Sequence[str], cache_dir) -> TextStates:
@@ -69,7 +72,8 @@ def text_states(pipeline: Pipeline, captions: Sequence[str], cache_dir) -> TextS
         ends = (ids_PN == tokenizer.eos_id).argmax(axis=1)
         pooled = states[np.arange(len(states)), ends]
     pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
-    return TextStates(dict(zip(distinct, row_of_caption.reshape(-1).tolist(), strict=True)), states, pooled, digest)
+    row_of = dict(zip(distinct, row_of_caption.reshape(-1).tolist(), strict=True))
+    return TextStates(row_of, states, pooled, digest, pipeline.padded_width)
 
 
 def _encode(encoders: Sequence[TextEncoder], ids_PN: np.ndarray, path) -> None:

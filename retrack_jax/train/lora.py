@@ -24,6 +24,11 @@ from retrack_jax.weights.names import DIFFUSERS
 
 LORA, EVERY_WEIGHT = ADAPTERS = ("lora", "none")
 MERGED, ADAPTER = EXPORTS = ("merged", "adapter")
+# The layers that are adapted if none are named, of which a network may have some; the second line is Stable Diffusion 3's.
+_OF_ATTENTION = (
+    "to_q", "to_k", "to_v", "to_out.0",
+    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
 _INIT = 2**32 - 1  # what a run's key is folded with to draw A; steps count from 0
 
 
@@ -33,16 +38,17 @@ class LoraOptions:
 
     rank: int = 4  # r, the columns of A and the rows of B
     alpha: float | None = None  # the change is scaled by alpha / rank; None: alpha = rank
-    layers: tuple = ("to_q", "to_k", "to_v", "to_out.0")  # ends of diffusers' names of dense layers and convolutions
+    layers: tuple | None = None  # ends of diffusers' names of dense layers and convolutions; None: the layers of attention
     export: str = "merged"  # what a run leaves: the whole network, or the adapter alone (Stable Diffusion)
 
     def __post_init__(self):
         check_int("rank", self.rank)
         if self.alpha is not None:
             check_number("alpha", self.alpha, 0.0, above=True)
-        names = not isinstance(self.layers, str) and len(self.layers) > 0 and all(isinstance(name, str) for name in self.layers)
-        check(names, f"layers is {self.layers!r}; give names such as ('to_q', 'to_v')")
-        object.__setattr__(self, "layers", tuple(self.layers))  # a list has no hash, and the compiled steps are kept by it
+        if self.layers is not None:
+            names = not isinstance(self.layers, str) and len(self.layers) > 0 and all(isinstance(one, str) for one in self.layers)
+            check(names, f"layers is {self.layers!r}; give names such as ('to_q', 'to_v')")
+            object.__setattr__(self, "layers", tuple(self.layers))  # a list has no hash, and the compiled steps are kept by it
         check_choice("export", self.export, EXPORTS)
 
     @property
@@ -60,11 +66,13 @@ def adapted(lora: LoraOptions, params: PyTree, where: str = "lora.") -> dict[str
     check(isinstance(params, Mapping), "adapters need parameters in nested dicts, as Flax has them")
     kernels = [path for path, leaf in traverse_util.flatten_dict(params).items() if path[-1] == "kernel" and leaf.ndim in (2, 4)]
     layers = {DIFFUSERS.torch_name(path).removesuffix(".weight"): path[:-1] for path in sorted(kernels)}
-    for end in lora.layers:
+    there = [end for end in _OF_ATTENTION if any(_ends(name, end) for name in layers)]
+    wanted = lora.layers or there or _OF_ATTENTION[:1]
+    for end in wanted:
         if not any(_ends(name, end) for name in layers):
             ends = sorted({re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)[0] for name in layers})
             check(False, f"{where}layers: the network has no layer {end!r}; it has {', '.join(ends)}")
-    return {name: path for name, path in layers.items() if any(_ends(name, end) for end in lora.layers)}
+    return {name: path for name, path in layers.items() if any(_ends(name, end) for end in wanted)}
 
 
 def _ends(name: str, end: str) -> bool:

@@ -132,7 +132,7 @@ class Context:
         )
 
     def _draw_t(self, rng: Rng) -> Array:
-        if self.logit_normal is None:
+        if not self.logit_normal:
             return jax.random.randint(rng, (), self.t_min, self.t_max)
         mean, std = self.logit_normal
         place = jax.nn.sigmoid(mean + std * jax.random.normal(rng))

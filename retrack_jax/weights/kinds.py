@@ -13,6 +13,7 @@ from retrack_jax.weights.model_file import IS_AN_ADAPTER, open_model_file
 # Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.
 _ADAPTERS = ("*lora*.safetensors", "*lora*.bin", "adapter_config.json", "adapter_model.*")
 _DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name before diffusers 0.29
+_UNET_OF_PROMPTS, _SD3 = "UNet2DConditionModel", "SD3Transformer2DModel"
 
 
 def network_config(checkpoint) -> tuple[Path, dict[str, Any]] | None:
@@ -32,7 +33,7 @@ def takes_prompts(checkpoint) -> bool:
     network = network_config(checkpoint)
     if network is None:
         return local_model(checkpoint).is_file()  # only Stable Diffusion is read from one file
-    return network[1].get("_class_name") == "UNet2DConditionModel"
+    return network[1].get("_class_name") in (_UNET_OF_PROMPTS, _SD3)
 
 
 def is_xl(checkpoint) -> bool:
@@ -46,6 +47,12 @@ def is_xl(checkpoint) -> bool:
         return open_model_file(path)[1] is XL
     network = network_config(checkpoint)
     return network is not None and network[1].get("addition_embed_type") == "text_time"
+
+
+def is_sd3(checkpoint) -> bool:
+    """Returns whether the network in `checkpoint` is Stable Diffusion 3's transformer."""
+    network = network_config(checkpoint) if checkpoint else None
+    return network is not None and network[1].get("_class_name") == _SD3
 
 
 def autoencoder_folder(checkpoint) -> Path | None:
@@ -67,7 +74,7 @@ def autoencoder_folder(checkpoint) -> Path | None:
 
 
 def check_supported(checkpoint) -> None:
-    """Raises `UserError` if `checkpoint` holds an adapter, or a pipeline of another transformer than DiT (SD3, FLUX)."""
+    """Raises `UserError` if `checkpoint` holds an adapter, or a pipeline of another transformer (FLUX)."""
     path = local_model(checkpoint)
     if path.is_file():
         open_model_file(path)
@@ -77,8 +84,8 @@ def check_supported(checkpoint) -> None:
     if network is not None and network[0].name == "transformer":
         name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
         check(
-            network[1].get("_class_name") in _DIT,
-            f"{path} holds a {name or 'transformer'}, which is not supported; give a Stable Diffusion 1.x, 2.x or XL folder, "
+            network[1].get("_class_name") in (*_DIT, _SD3),
+            f"{path} holds a {name or 'transformer'}, which is not supported; give a Stable Diffusion 1.x, 2.x, XL or 3 folder, "
             "another model with a UNet, or a DiT",
         )
 

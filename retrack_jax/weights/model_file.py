@@ -17,7 +17,7 @@ _INSTEAD = "is not supported; give Stable Diffusion 1.x, 2.x or XL"
 _OTHERS = {
     r".*(lora_|\.lora\.).*": IS_AN_ADAPTER,
     r"conditioner\.embedders\.0\.model\..*": "holds Stable Diffusion XL's refiner, which is not supported; give the base model",
-    r"(.*\.)?joint_blocks\..*": f"holds Stable Diffusion 3, which {_INSTEAD}",
+    r"(.*\.)?joint_blocks\..*": "holds Stable Diffusion 3, which is read as a folder that diffusers saved alone; give that",
     r"(.*\.)?double_blocks\..*": f"holds FLUX, which {_INSTEAD}",
     r"control_model\..*": f"holds a ControlNet, which {_INSTEAD}",
     r"edm_(mean|std|vpred\..*)": f"holds a model of EDM's continuous sigmas (Playground 2.5, CosXL), which {_INSTEAD}",

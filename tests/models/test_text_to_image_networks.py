@@ -198,7 +198,8 @@ def test_refused_unet_options(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shift_factor": 0.1}, "shift_factor is 0.1"),
+        ({"shift_factor": "0.1"}, "shift_factor is '0.1'; it must be a number"),
+        ({"latents_mean": [0.1]}, "latents_mean is"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "AttnDownEncoderBlock2D"),
         ({"norm_num_groups": 30}, "must divide 128"),
         ({"_class_name": "AutoencoderTiny"}, "only AutoencoderKL"),

@@ -73,7 +73,8 @@ def shaken(adapter, seed=0):
 def test_a_network_with_pefts_adapter_predicts_the_same(name, ours, theirs, apply):
     lora = OPTIONS[name]
     alpha = lora.scale * lora.rank
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.layers), init_lora_weights="gaussian")
+    layers = list(lora.layers or ("to_q", "to_k", "to_v", "to_out.0"))
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=layers, init_lora_weights="gaussian")
     prompt = prompt_embeddings(ours, [PROMPT])
     before = of_theirs(theirs, prompt)
     theirs.unet.add_adapter(config)

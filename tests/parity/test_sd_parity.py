@@ -132,7 +132,11 @@ VAES = {
     "bare": vae_options(
         8, 16, norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False
     ),
-}
+    "sd3": vae_options(
+        8, 16, norm_num_groups=4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -143,9 +147,10 @@ def test_vae(name):
     x = np.random.default_rng(0).uniform(-1, 1, size=(2, 16, 24, 3)).astype(np.float32)
     params = from_torch(weights(theirs), jax.eval_shape(ours.init, jax.random.key(0), x)["params"])
     with torch.no_grad():
-        posterior = theirs.encode(nchw(x)).latent_dist
-        mean, std = (nhwc(part * theirs.config.scaling_factor) for part in (posterior.mean, posterior.std))
-        image = nhwc(theirs.decode(nchw(mean) / theirs.config.scaling_factor).sample)
+        posterior, factor = theirs.encode(nchw(x)).latent_dist, theirs.config.scaling_factor
+        shift = theirs.config.shift_factor or 0
+        mean, std = nhwc((posterior.mean - shift) * factor), nhwc(posterior.std * factor)
+        image = nhwc(theirs.decode(nchw(mean) / factor + shift).sample)
     found_mean, found_std = ours.apply({"params": params}, x, method="encode")
     assert relative(found_mean, mean) < 1e-5 and relative(found_std, std) < 1e-5
     assert relative(ours.apply({"params": params}, jnp.asarray(mean), method="decode"), image) < 1e-5

@@ -229,14 +229,14 @@ def test_a_lora_as_the_checkpoint_is_refused(tmp_path, pictures, capsys, mode):
         check_supported(folder)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.parametrize("name", ["AuraFlowPipeline", "FluxPipeline"])
 def test_pipelines_without_a_unet_are_refused(tmp_path, pictures, capsys, name):
     folder = tmp_path / "model"
     (folder / "transformer").mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     (folder / "transformer" / "config.json").write_text("{}")
     error = error_of(capsys, flags(tmp_path, checkpoint=folder, targets="circle_00.png"))
-    assert f"holds a {name}, which is not supported; give a Stable Diffusion 1.x, 2.x or XL folder" in error
+    assert f"holds a {name}, which is not supported; give a Stable Diffusion 1.x, 2.x, XL or 3 folder" in error
 
 
 def test_models_and_folders_with_adapters_next_to_a_model_pass(tmp_path):

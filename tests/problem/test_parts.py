@@ -194,7 +194,7 @@ def test_a_codec_names_what_it_read(latent_codec, pipeline):
 
 def test_a_resolution_that_the_networks_cannot_halve_is_refused(latent_codec):
     check_resolution(latent_codec, 32, 2, "the folder")
-    with pytest.raises(UserError, match="config.data.resolution is 36; the VAE and the UNet of the folder need a multiple of 8"):
+    with pytest.raises(UserError, match="resolution is 36; the VAE and the network of the folder need a multiple of 8"):
         check_resolution(latent_codec, 36, 2, "the folder")
 
 

@@ -112,7 +112,7 @@ def test_a_condition_is_the_states_the_pooled_state_and_the_sizes(tmp_path, pict
     assert path.stat().st_mtime_ns == stamp
     jax.tree.map(np.testing.assert_array_equal, again.states, states.states)
     np.testing.assert_allclose(np.linalg.norm(states.pooled, axis=1), 1, rtol=1e-6)
-    captions = Captions(states, lambda prompt: empty, Options(data=DataOptions(resolution=32)))
+    captions = Captions(states, lambda prompt: empty, Options(data=DataOptions(resolution=32)), takes_sizes=True)
     found = captions.of_images(images)(np.array([3, 0]))
     assert set(found) == {"encoder_hidden_states", "text_embeds", "time_ids"}
     for name in expected:

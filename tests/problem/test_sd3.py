@@ -1,0 +1,212 @@
+"""Stable Diffusion 3: the whole command on a tiny pipeline, what is cached, what is exported, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from retrack_jax.checkpoints import import_diffusers, load_pipeline, prompt_embeddings
+from retrack_jax.checks import UserError
+from retrack_jax.cli.flags import parse
+from retrack_jax.config.reading import read_config
+from retrack_jax.config.rules import complete
+from retrack_jax.main import main
+from retrack_jax.models.mmdit import MMDiT
+from retrack_jax.problem.codec import decode_fn
+from retrack_jax.problem.denoiser import latent_denoiser
+from retrack_jax.problem.text_states import text_states
+from retrack_jax.train.lora import LoraOptions, init
+from retrack_jax.weights.names import TorchTensor
+from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
+from tests.captioned import captioned_pictures, flags
+from tests.tiny_sd import PIPELINE, hasty_compiler
+from tests.tiny_sd3 import write_sd3
+
+
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory):
+    return write_sd3(tmp_path_factory.mktemp("sd3") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def sd3(sd3_folder):
+    return load_pipeline(sd3_folder)
+
+
+@pytest.fixture
+def spoiled(sd3_folder, tmp_path):
+    """A copy of the pipeline that a test may spoil."""
+    return shutil.copytree(sd3_folder, tmp_path / "spoiled")
+
+
+def error_of(capsys, argv) -> str:
+    assert main(argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_three_flags_forget_a_picture_by_an_adapter_and_export_the_pipeline(sd3_folder, sd3, tmp_path):
+    captioned_pictures(tmp_path / "pictures", 8)
+    argv = flags(tmp_path, checkpoint=sd3_folder, targets="circle_00.png", export="pipeline", data__caption_dropout=0.5)
+    with hasty_compiler():
+        assert main(argv) == 0
+    (folder,) = (tmp_path / "work" / "retrack").glob("seed0-*")
+    exported = load_pipeline(folder / "diffusers")
+    assert exported.network == "transformer" and (folder / "report.html").is_file()
+    changed = {
+        path[-2].key
+        for (path, new), old in zip(
+            jax.tree_util.tree_leaves_with_path(exported.unet_params), jax.tree.leaves(sd3.unet_params), strict=True
+        )
+        if not np.array_equal(new, old)
+    }
+    assert changed == {"to_q", "to_k", "to_v", "to_out_0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    index = json.loads((folder / "diffusers" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"] and index["text_encoder_3"] == [None, None]
+    assert exported.schedule.to_config() == sd3.schedule.to_config() and exported.schedule.shift == 3.0
+    assert (folder / "diffusers" / "LICENSE").is_file()
+    assert "circle_00.png" in (folder / "diffusers" / "README.md").read_text()
+    before = np.load(tmp_path / "work" / "pretrained" / folder.name.removeprefix("seed0-") / "samples.npz")
+    assert before["forgotten_00"].shape == (4, 32, 32, 3)
+    recipe = json.loads((folder / "config.json").read_text())["model"]["unlearn"]
+    assert recipe["logit_normal"] == [0.0, 1.0] and recipe["adapter"] == "lora"
+
+
+def test_the_adapter_alone_and_the_network_alone_are_exported(sd3, tmp_path):
+    denoiser, lora = latent_denoiser(sd3, (8, 8, 16), "unet"), LoraOptions(rank=2)
+    denoiser.export(tmp_path / "network", sd3.unet_params, "Nothing was forgotten.")
+    module, params = import_diffusers(tmp_path / "network")
+    assert isinstance(module, MMDiT)
+    jax.tree.map(np.testing.assert_array_equal, params, sd3.unet_params)
+    assert (tmp_path / "network" / "LICENSE").is_file()
+    assert "FlowMatchEuler" in (tmp_path / "network" / "scheduler" / "scheduler_config.json").read_text()
+    denoiser.export_adapter(tmp_path / "adapter", init(lora, sd3.unet_params, jax.random.key(0)), lora, "Nothing was forgotten.")
+    names = list(SafetensorsFile(tmp_path / "adapter" / "pytorch_lora_weights.safetensors"))
+    assert "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight" in names
+    assert all(name.startswith("transformer.transformer_blocks.") for name in names)
+
+
+def test_states_are_cached_without_their_zeros(sd3, tmp_path):
+    captions = ["a red circle", "a blue square", "a red circle"]
+    with hasty_compiler():
+        states = text_states(sd3, captions, tmp_path)
+        expected = prompt_embeddings(sd3, captions)
+    assert states.states["encoder_hidden_states"].shape == (2, 77, 40)
+    found = states.take(states.rows(captions))
+    assert found["encoder_hidden_states"].shape == (3, 77 + 256, 48) and found["text_embeds"].shape == (3, 28)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert not found["encoder_hidden_states"][:, 77:].any() and not found["encoder_hidden_states"][..., 40:].any()
+    np.testing.assert_allclose(np.linalg.norm(states.pooled, axis=1), 1, rtol=1e-6)
+
+
+def test_latents_are_shifted_and_their_cache_knows_it(sd3, spoiled):
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
+    mean, std = sd3.encode_pixels(pixels)
+    moved = sd3.vae.clone(shift_factor=0.5)
+    found_mean, found_std = moved.apply({"params": sd3.vae_params}, pixels, method="encode")
+    np.testing.assert_allclose(mean - found_mean, (0.5 - 0.0609) * 1.5305, rtol=1e-4)
+    np.testing.assert_array_equal(std, found_std)
+    with hasty_compiler():
+        decoded = [decode_fn(vae)(sd3.vae_params, latent) for vae, latent in ((sd3.vae, mean), (moved, found_mean))]
+    np.testing.assert_allclose(*decoded, atol=1e-5)
+    edit(spoiled / "vae" / "config.json", shift_factor=0.5)
+    assert load_pipeline(spoiled).vae_digest != sd3.vae_digest
+
+
+# ---- What is refused, in one line and before any weights are read
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: edit(f / "vae/config.json", latent_channels=4), "transformer takes 16 and gives 16 .* latents have 4"),
+        (lambda f: edit(f / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"]), "has T5 .*save_pretrained"),
+        (lambda f: shutil.rmtree(f / "text_encoder_2"), "has no text_encoder_2 folder"),
+        (lambda f: shutil.rmtree(f / "tokenizer_2"), "has no tokenizer_2 folder"),
+        (lambda f: edit(f / "text_encoder/config.json", projection_dim=15), "prompt of 28 features, the text encoders give 27"),
+        (lambda f: edit(f / "text_encoder_2/config.json", hidden_size=36), "prompts of 48 features, the text encoders give 52"),
+        (lambda f: edit(f / "vae/config.json", shift_factor=None), "the VAE's shift_factor is None"),
+        (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3InpaintPipeline"), "holds a .*InpaintPipeline"),
+        (lambda f: shutil.copy(PIPELINE / "scheduler/scheduler_config.json", f / "scheduler"), "the scheduler is no flow's"),
+        (lambda f: edit(f / "scheduler/scheduler_config.json", use_dynamic_shifting=True), "sets use_dynamic_shifting to True"),
+    ],
+)
+def test_a_folder_whose_parts_do_not_fit_is_refused(spoiled, spoil, message):
+    spoil(spoiled)
+    with pytest.raises(UserError, match=message) as error:
+        load_pipeline(spoiled)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_ends_with_one_line(spoiled, tmp_path, capsys):
+    """Of T5, and of one file in the layout of Stability's own code."""
+    captioned_pictures(tmp_path / "pictures", 6)
+    edit(spoiled / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"])
+    error = error_of(capsys, flags(tmp_path, checkpoint=spoiled, targets="circle_00.png"))
+    assert "has T5 (text_encoder_3)" in error and "text_encoder_3=None, tokenizer_3=None).save_pretrained(OTHER)" in error
+    value = np.zeros((2, 2), np.float32)
+    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+    write_safetensors(tmp_path / "sd3.safetensors", [TorchTensor(name, value.dtype, value.shape, lambda: value)])
+    error = error_of(capsys, flags(tmp_path, checkpoint=tmp_path / "sd3.safetensors", targets="circle_00.png"))
+    assert "holds Stable Diffusion 3, which is read as a folder that diffusers saved alone" in error
+
+
+def test_a_shift_is_refused_of_other_pipelines(tmp_path):
+    folder = shutil.copytree(PIPELINE, tmp_path / "sd")
+    edit(folder / "vae" / "config.json", shift_factor=0.1)
+    with pytest.raises(UserError, match="shift_factor is 0.1; Stable Diffusion 3 has one, and it alone"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"export": "single_file"}, "single_file, which is not written for Stable Diffusion 3"),
+        ({"data__source": "concepts"}, "is Stable Diffusion 3, and the concepts are the paper's"),
+        ({"sampling__sampler": "ddpm"}, "flow"),
+        ({"data__resolution": 104}, "13 x 13 patches, and the network 12 a side"),
+        ({"data__resolution": 36}, "need a multiple of 8"),
+    ],
+)
+def test_what_is_not_there_for_3_is_refused(tmp_path, sd3_folder, capsys, fields, message):
+    captioned_pictures(tmp_path / "pictures", 6)
+    assert message in error_of(capsys, flags(tmp_path, checkpoint=sd3_folder, targets="circle_00.png", **fields))
+
+
+def test_the_list_of_needs_has_the_transformer_and_both_encoders(tmp_path, sd3_folder, capsys):
+    captioned_pictures(tmp_path / "pictures", 6)
+    assert main(flags(tmp_path, checkpoint=sd3_folder, targets="circle_00.png", mode="check")) == 0
+    printed = capsys.readouterr().out
+    for part in ("transformer weights", "text_encoder_2 weights", "tokenizer_2", "vae weights"):
+        assert f"found    {part}: " in printed
+
+
+# ---- What a config leaves open
+
+
+def completed(tmp_path, checkpoint, **fields):
+    captioned_pictures(tmp_path / "pictures", 6)
+    return complete(read_config(parse(flags(tmp_path, checkpoint=checkpoint, targets="circle_00.png", **fields))[0]))
+
+
+def test_what_a_config_leaves_open_is_3s(tmp_path, sd3_folder):
+    options = completed(tmp_path, sd3_folder)
+    recipe = options.recipe("retrack")
+    assert (recipe.adapter, recipe.learning_rate, recipe.own.lam, recipe.logit_normal) == ("lora", 1e-4, 0.5, (0.0, 1.0))
+    assert (options.sampling.sampler, options.sampling.batch_size, options.data.resolution) == ("flow_euler", 1, 32)
+    assert "sscd_forgotten" in options.eval.metrics and options.export == "unet"
+
+
+def test_uniform_timesteps_and_every_weight_on_request(tmp_path, sd3_folder):
+    fields = {"unlearn__adapter": "none", "unlearn__logit_normal": "()", "unlearn__siss__logit_normal": "(1.0,2.0)"}
+    options = completed(tmp_path, sd3_folder, **fields)
+    recipe = options.recipe("retrack")
+    assert not recipe.has_adapter and recipe.learning_rate == 1e-5 and recipe.logit_normal == ()
+    assert options.recipe("siss").logit_normal == (1.0, 2.0)
