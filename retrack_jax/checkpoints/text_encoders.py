@@ -4,8 +4,8 @@
     Stable Diffusion XL         the same, and text_encoder_2/  tokenizer_2/ with projection   states before the last layer
     Stable Diffusion 3          as XL, and the first has a projection too                     the same
 
-The networks of XL and 3 get the states of both encoders side by side, and the pooled states of those with a projection. Stable
-Diffusion 3's also gets T5's states. T5 is not read here, and zeros stand for its states, as in diffusers: `padded`.
+The networks of XL and 3 get the states of both encoders side by side, and the pooled states of those with a projection. That of
+3 also gets T5's states. T5 is not read here, and zeros stand for its states, as in diffusers: `padded`.
 """
 
 import logging
@@ -114,8 +114,8 @@ def _encode(modules: tuple[ClipTextEncoder, ...], params: tuple[PyTree, ...], id
 
 
 def padded(condition: Condition, width: int | None) -> Condition:
-    """Returns what `encode_ids` gives as Stable Diffusion 3's network takes it: the states with zeros up to `width` features, and
-    after them 256 tokens of zeros in place of T5's. With None, which stands for any other network, it stays as it is.
+    """Returns what `encode_ids` gives as Stable Diffusion 3's network takes it: states with zeros up to `width` features, then
+    256 tokens of zeros in place of T5's. If `width` is None, as with other networks, `condition` is returned unchanged.
     """
     if width is None:
         return condition

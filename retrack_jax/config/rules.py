@@ -13,7 +13,7 @@ A network that takes prompts denoises latents. Its recipe is that of Stable Diff
 
     (5)  rate = 1e-5, lambda = 0.5, 30 steps of 16 images in 16 parts
 
-Stable Diffusion XL and 3 train an adapter unless `config.unlearn.adapter` is none: XL's every weight takes 41 GB of parameters,
+Stable Diffusion XL and 3 train an adapter unless `config.unlearn.adapter` is none: all weights of XL take 41 GB of parameters,
 gradients and moments. The matrices of an adapter need a higher rate than weights: 1e-4, as in diffusers' examples. Stable
 Diffusion 3 was trained with logit-normal timesteps, (0, 1), and so is what is unlearned from it.
 
