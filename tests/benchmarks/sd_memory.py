@@ -6,11 +6,11 @@
     python -m tests.benchmarks.sd_memory step [METHOD] [OPTION ...] [--network=sd14] [--tpu=v6e:2x2]   # compiles; runs nothing
     python -m tests.benchmarks.sd_memory arguments         # what a step holds from step to step, trained whole and by an adapter
 
-They are of Stable Diffusion v1.4 but where it says otherwise; `--network` is one of sd14, xl, dit_xl (DiT-XL/2 of 256 pixels).
-`forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the backward pass
-for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for this backend:
-arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place; with `--tpu`
-for one chip of a TPU, which need not be there (memory.py says what to install). OPTION: float32, bfloat16, remat,
+They are of Stable Diffusion v1.4 but where it says otherwise; `--network` is one of sd14, xl, sd3 (3-medium) and dit_xl (DiT-XL/2
+of 256 pixels). `forward` reports the peak resident memory of the process. `residuals` adds up what lives from the forward to the
+backward pass for the two latents of a microbatch; it is the same on every backend. `step` reports XLA's buffer assignment for
+this backend: arguments (state and batch), temporaries (gradients and activations), and what of the arguments is updated in place;
+with `--tpu` for one chip of a TPU, which need not be there (memory.py says what to install). OPTION: float32, bfloat16, remat,
 bfloat16+remat; all four where none is named; and any of them with +lora for an adapter of rank 4 to the attention's projections.
 """
 
@@ -22,7 +22,6 @@ import sys
 import time
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
@@ -32,6 +31,7 @@ from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.dit import DiT
+from retrack_jax.models.mmdit import MMDiT
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.train.lora import LoraOptions, adapted, init, merge
 from retrack_jax.train.optimizer import make_optimizer
@@ -51,8 +51,15 @@ DIT_XL = {
     "sample_size": 32, "patch_size": 2, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
     "out_channels": 8, "num_embeds_ada_norm": 1000,
 }  # fmt: skip
-# Name -> config, and images of a microbatch in each stream.
-NETWORKS = {"sd14": (SD14_UNET, 1), "xl": (XL_UNET, 1), "dit_xl": (DIT_XL, 8)}
+SD3_MEDIUM = {
+    "sample_size": 128, "in_channels": 16, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+}  # fmt: skip
+# Name -> family, config, tokens of a prompt, and images of a microbatch in each stream.
+NETWORKS = {
+    "sd14": (UNet2DCondition, SD14_UNET, 77, 1), "xl": (UNet2DCondition, XL_UNET, 77, 1), "dit_xl": (DiT, DIT_XL, 0, 8),
+    "sd3": (MMDiT, SD3_MEDIUM, 77 + 256, 1),
+}  # fmt: skip
 
 
 def _is_shape(leaf: Any) -> bool:
@@ -137,17 +144,12 @@ def arguments() -> None:
     print(f"are {adapter / GB:.4f} GB of that; the merged kernels of its {len(layers)} layers have {merged / GB:.2f} GB")
 
 
-def network(name: str, **own: Any) -> tuple[nn.Module, tuple[int, int, int], int]:
-    """Returns a network of full size, the shape of its latents, and the images of a microbatch in each stream."""
-    config, size = NETWORKS[name]
-    family = DiT if name == "dit_xl" else UNet2DCondition
-    return family.from_config(config, **own), (config["sample_size"], config["sample_size"], 4), size
-
-
 def step(name: str, method_name: str, option: str) -> None:
     """Compiles a training step of 16 microbatches."""
     own = {"dtype": jnp.bfloat16 if "bfloat16" in option else jnp.float32, "remat": "remat" in option}
-    module, latent, size = network(name, **own)
+    family, config, tokens, size = NETWORKS[name]
+    module, side = family.from_config(config, **own), config["sample_size"]
+    latent = side, side, config.get("in_channels", 4)
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     inputs = example_inputs(module)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
@@ -162,8 +164,8 @@ def step(name: str, method_name: str, option: str) -> None:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def examples(*lead: int, **latents) -> dict:
-        """Latents with a condition each, as batches and `Shared` hold them; prompts have 77 tokens."""
-        sides = jax.tree.map(lambda leaf: (77, leaf.shape[2]) if leaf.ndim == 3 else leaf.shape[1:], inputs[2])
+        """Latents with a condition each, as batches and `Shared` hold them."""
+        sides = jax.tree.map(lambda leaf: (tokens, leaf.shape[2]) if leaf.ndim == 3 else leaf.shape[1:], inputs[2])
         leaves = jax.tree.map(lambda side, leaf: array(*lead, *side, dtype=leaf.dtype), sides, inputs[2], is_leaf=_is_shape)
         return {**latents, "condition": leaves}
 
