@@ -3,6 +3,8 @@
     from retrack_jax.api import run, unlearn
     summary = run(config, "runs/mine")
     params = unlearn(module.apply, params, schedule, remain, forget, method="retrack", rng=jax.random.key(0), num_steps=50)
+
+Both raise `UserError` for what the user can fix.
 """
 
 import dataclasses

@@ -2,6 +2,8 @@
 
     retrack --config=NAME[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
     python -m retrack_jax.main --config=configs/NAME.py[:METHOD] ...
+
+Both are the same command.
 """
 
 import errno

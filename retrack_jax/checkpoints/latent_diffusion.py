@@ -1,6 +1,8 @@
-"""The autoencoder of an unconditional latent model: diffusers' `LDMPipeline`, a UNet2D next to a VQModel or an AutoencoderKL.
+"""The autoencoder of a latent model without prompts: diffusers' `LDMPipeline` and `DiTPipeline`.
 
-    model_index.json  unet/  vqvae/ (or vae/)  scheduler/
+    model_index.json  unet/ (or transformer/)  vqvae/ (or vae/)  scheduler/
+
+It is a VQModel or an AutoencoderKL. A network without one next to it is taken for a model of pixels.
 """
 
 import logging

@@ -2,6 +2,8 @@
 
     (1) GroupNorm: y = (x - mean_g) / sqrt(var_g + eps) * scale + bias, over the pixels and channels of group g
     (2) attention: softmax(q k^T / sqrt(dim_head)) v, for each head; the softmax in float32
+
+The pixels of an image are its tokens.
 """
 
 from functools import partial

@@ -3,6 +3,8 @@
     (1) f_i = exp(-log(10000) i / (D/2 - freq_shift)),  i = 0 .. D/2 - 1
     (2) e(t) = [sin(t f), cos(t f)], or [cos(t f), sin(t f)] with flip_sin_to_cos
     (3) e(t) = [sin(2 pi W log t), cos(2 pi W log t)]      W ~ N(0, 16^2), fixed: the "fourier" kind, undefined at t = 0
+
+All of it is in float32, whatever the network's dtype.
 """
 
 import math

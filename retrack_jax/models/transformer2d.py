@@ -5,6 +5,8 @@
         h_2      = h_1 + cross_attention(norm2(h_1), prompt)
         h_3      = h_2 + geglu(norm3(h_2))
     (3) geglu(h) = W_2 (a * gelu(g)),   [a, g] = W_1 h                   gelu exact
+
+The functions are submodules under diffusers' names.
 """
 
 import flax.linen as nn

@@ -4,6 +4,8 @@
     (2) latent = scaling_factor * z                     all that the UNet sees; it is not quantized
     (3) q = the vector e_k of the codebook with the least |z - e_k|, at each place
     (4) x = decoder(post_quant_conv(q)),  z = latent / scaling_factor
+
+Its own training is not here.
 """
 
 import flax.linen as nn

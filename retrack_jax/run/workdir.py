@@ -5,6 +5,8 @@
     METHOD/seed0-TARGET/        config.json metrics.json log.jsonl losses.npz samples.npz samples.png checkpoints/ report.html
                                 diffusers/
     summary.json report.html
+
+TARGET is `Target.slug`. What is not there yet is made by the stage that needs it.
 """
 
 import contextlib

@@ -3,6 +3,8 @@
     python -m tests.benchmarks.parts gradients            # of kernels: XLA's direct form and Winograd's in strips
     python -m tests.benchmarks.parts update [DEVICES]     # averaging and applying gradients, whatever the batch
     python -m tests.benchmarks.parts start                # from a new process to the first step; run it twice for a warm cache
+
+Each prints seconds.
 """
 
 import statistics

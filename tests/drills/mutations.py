@@ -1,6 +1,8 @@
 """Whole files of every format that users bring, and damage to them: by bytes, and by values of their JSON or of what they wrap.
 
     python -m tests.drills.mutations 3000 [FORMAT ...]     prints what each format's reader makes of that many mutations
+
+Without FORMAT it tries every one.
 """
 
 import gzip

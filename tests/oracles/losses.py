@@ -344,6 +344,8 @@ def retrack_constant(x_t, neighbors, gamma, sigma):
     """What `retrack` has beyond the single target's loss, `[B]`, never negative and free of eps_pred.
 
         sum_k p_k |e - v_k|^2 = |e - v|^2 + constant,  v = sum_k p_k v_k,  constant = sum_k p_k |v_k - v|^2
+
+    The loss with one target per neighbor is the one with their mean, and this.
     """
     constants = []
     for noises, p in _noises_and_posterior(x_t, neighbors, gamma, sigma):
