@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from retrack_jax.models.flash_attention import attend
 from retrack_jax.notation import Array
 
 
@@ -115,10 +116,8 @@ class Attention(nn.Module):
             return y.reshape(batch, y.shape[1], self.heads, self.dim_head)
 
         query, key, value = project("to_q", hidden_BNC), project("to_k", context), project("to_v", context)
-        # JAX's function promotes bfloat16 logits to float32 implicitly, which strict promotion refuses, in the gradient too.
-        with jax.numpy_dtype_promotion("standard"):
-            hidden = jax.nn.dot_product_attention(query, key, value)
-        hidden = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(hidden.reshape(batch, -1, inner))
+        hidden = attend(query, key, value).reshape(batch, -1, inner)
+        hidden = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(hidden)
         hidden = hidden.reshape(x.shape)
         if self.residual_connection:
             hidden = hidden + x.astype(hidden.dtype)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from retrack_jax.checks import check_choice
-from retrack_jax.models.cpu.packing import pack
 from retrack_jax.notation import Array, PyTree
+from retrack_jax.train.packing import pack
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 
@@ -45,7 +45,7 @@ def make_optimizer(
 
 
 def _packed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `optimizer` with its state and updates on packed trees (models/cpu/packing.py); it must treat all values alike."""
+    """Returns `optimizer` with its state and updates on packed trees (packing.py); it must treat all values alike."""
 
     def init(params: PyTree) -> PyTree:
         return optimizer.init(pack(params)[0])

@@ -16,9 +16,9 @@ from retrack_jax import parallel
 from retrack_jax.data.dataset import to_x_0
 from retrack_jax.diffusion.conversions import expand
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.models.cpu.packing import pack
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 from retrack_jax.train.lora import LoraOptions, merge
+from retrack_jax.train.packing import pack
 from retrack_jax.train.state import TrainState
 from retrack_jax.unlearn.methods import Method
 from retrack_jax.unlearn.options import MethodOptions
@@ -133,7 +133,7 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
                 return main_grad, None, logs
             return main_grad, jax.grad(lambda params: terms(params, microbatch).correction)(state.params), logs
 
-        # Small leaves are averaged as one vector (models/cpu/packing.py); accelerators' compilers do the same by themselves.
+        # Small leaves are averaged as one vector (packing.py); accelerators' compilers do the same by themselves.
         packed, unpack = pack(_accumulate(gradients, batch, how.accumulation))
         main_grad, correction_grad, logs = unpack(parallel.pmean(packed))
         grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)

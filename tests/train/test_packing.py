@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from retrack_jax.models.cpu import packing
-from retrack_jax.models.cpu.packing import pack
+from retrack_jax.train import packing
 from retrack_jax.train.optimizer import make_optimizer
+from retrack_jax.train.packing import pack
 
 ADAMW = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 

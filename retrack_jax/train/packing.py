@@ -1,7 +1,8 @@
 """A tree of arrays as a few arrays: large leaves by themselves, all small ones in one vector.
 
-A UNet has hundreds of biases and scales. On CPU each leaf has a fixed cost in every operation over the whole tree: a meeting of
-all devices in a collective, a separate instruction to compile and run in an update.
+A UNet has hundreds of biases and scales, and each leaf has a fixed cost in every operation over the whole tree. On CPU it is a
+meeting of all devices in a collective, and a separate instruction to compile and run in an update. Programs for accelerators
+have the same vector, because checkpoints hold the optimizer's state as it is packed, and a run may continue on another platform.
 """
 
 from collections.abc import Callable
