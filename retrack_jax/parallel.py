@@ -55,6 +55,12 @@ def shard_batch(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape((devices, leaf.shape[0] // devices) + leaf.shape[1:]), batch)
 
 
+def to_devices(batch: PyTree) -> PyTree:
+    """Puts each leaf `[local devices, ...]` on this process's devices, as `pmap` would when it is called, but ahead of that."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
+
+
 def unshard_batch(batch: PyTree) -> PyTree:
     """Undoes `shard_batch`: `[local devices, b, ...]` to `[B, ...]`, as NumPy arrays on the host."""
     return jax.tree.map(lambda leaf: np.asarray(leaf).reshape((-1,) + leaf.shape[2:]), batch)

@@ -224,11 +224,13 @@ class ComputeOptions:
     param_dtype: str = "float32"  # of a latent model's UNet while it samples; bfloat16 is half. Training is in float32 always
     remat: bool | None = False  # compute activations again in the backward pass, to save memory
     cpu_devices: int = 1  # where jax runs on the CPU: devices that share each batch; with 2, digits use two cores fully
+    steps_per_call: int = 1  # training steps in one call of the device's program; fewer before a checkpoint
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("param_dtype", self.param_dtype, DTYPES)
         check_int("cpu_devices", self.cpu_devices)
+        check_int("steps_per_call", self.steps_per_call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +248,7 @@ class Options:
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; unlearning and pretraining also save at their end
     tensorboard: bool = False  # event files as well, with what log.jsonl, the report and the verdict say
-    profile: int = 0  # steps of each training run that jax's profiler records into profile/
+    profile: int = 0  # steps, or calls of several, of each training run that jax's profiler records into profile/
     save_float: bool = False  # keep float samples in samples.npz as well as the uint8 ones
     data: DataOptions = DataOptions()
     network: str = "unet"  # of a model that is pretrained here: unet, whose fields are config.model, or dit, config.dit

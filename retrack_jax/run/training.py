@@ -38,11 +38,12 @@ class Model:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """An optimizer and the step that is compiled with it."""
+    """An optimizer, and the programs that are compiled with it when they are first called: of one step, and of several."""
 
     optimizer: optax.GradientTransformation
     ema_decay: Callable | None
     p_step: Callable
+    p_steps: Callable
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
 def _compiled(method: Method, eps_fn: ModelEpsFn, how: StepOptions, recipe: TrainingOptions) -> CompiledStep:
     """Runs with the same arguments share one step, in later commands of the process too: it is traced and compiled once."""
     ema_decay = recipe.ema_decay() if isinstance(recipe, PretrainOptions) else None
-    return CompiledStep(recipe.optimizer(), ema_decay, make_train_step(method, eps_fn, how))
+    programs = (make_train_step(method, eps_fn, how, several=several) for several in (False, True))
+    return CompiledStep(recipe.optimizer(), ema_decay, *programs)
 
 
 def load(job: Job, context: RunContext) -> Model:
@@ -217,6 +219,8 @@ def train(job: Job, context: RunContext) -> Model:
                 seconds_before=seconds,
                 rate_field=f"config.{stage}.learning_rate",
                 profile=(job.folder / "profile", context.options.profile),
+                p_steps=job.step.p_steps,
+                steps_per_call=context.options.compute.steps_per_call,
             )
         return _model(job, context, state.eval_params, seconds)
 

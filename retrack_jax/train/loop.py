@@ -1,5 +1,7 @@
 """The training loop: it decides when to step, log, save and stop; the mathematics is in step.py.
 
+One call of the compiled program takes one step, or several (calls.py).
+
 Metrics are read back only when they are logged or saved, or every 10th step without a log, so that the host does not wait for
 the device in between. A value that is not finite still names the step at which it appeared, and never reaches a checkpoint.
 """
@@ -18,6 +20,7 @@ from retrack_jax.checks import Diverged, Preempted
 from retrack_jax.data.batches import prefetch
 from retrack_jax.log import Writer, progress
 from retrack_jax.notation import PyTree, Rng
+from retrack_jax.train.calls import batch_of, by_step, calls_of
 from retrack_jax.train.profile import profiled
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
@@ -44,6 +47,8 @@ def train(
     rate_field: str | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     profile: tuple[object, int] = ("", 0),
+    p_steps: Callable | None = None,
+    steps_per_call: int = 1,
 ) -> tuple[TrainState, float]:
     """Trains from `state.step` to `num_steps`; returns the last state and the seconds that the whole run took.
 
@@ -57,12 +62,14 @@ def train(
       name: `pretrain`, `unlearn`... for the log and the progress line.
       store: where to save, every `checkpoint_every` steps (0: only at the end) and at the end.
       writer: where scalars go, as `NAME_loss` and so on.
-      should_stop: called after every step, with several processes at least after every 10th; if true, saves and raises
-        `Preempted`.
+      should_stop: called after every call of the program, with several processes at least after every 10th step; if true, saves
+        and raises `Preempted`.
       seconds_before: duration of the steps before `state.step`; checkpoints carry the sum, so that a resumed run reports it all.
       on_step: called as `on_step(steps done, metrics)` after every step, which makes the host wait for each.
-      profile: a folder, and how many steps jax's profiler records there.
+      profile: a folder, and how many calls of the program jax's profiler records there.
       rate_field: where the user sets the learning rate, for an error's advice; `config.NAME.learning_rate` by default.
+      p_steps: the mapped program of several steps (`make_train_step`), if `steps_per_call` is above 1.
+      steps_per_call: how many steps it takes. Where fewer are left before a save or the end, `p_step` takes them one by one.
 
     Raises:
       Diverged: a metric is not finite; names the metric and the step. Earlier checkpoints stay.
@@ -71,16 +78,19 @@ def train(
     start = saved = int(state.step)
     began = time.perf_counter()
     advised_field = rate_field or f"config.{name}.learning_rate"
-    unread: list[tuple[int, PyTree]] = []
+    unread: list[tuple[range, PyTree]] = []
+    due = writer.due if writer is not None else lambda done: done % _ASK_EVERY == 0
 
     def read_metrics() -> None:
-        scalars = {}
-        for step, metrics in jax.device_get(unread):
-            _check_finite(name, step, metrics, store, advised_field)
-            scalars[step] = {f"{name}_{key}": value for key, value in metrics.items()}
+        scalars = {done: values for call, metrics in jax.device_get(unread) for done, values in by_step(call, metrics)}
         unread.clear()
+        for done, values in scalars.items():
+            _check_finite(name, done, values, store, advised_field)
         if writer is not None:  # on a full disk process 0 alone fails
-            parallel.on_main(lambda: [writer.scalars(step, values) for step, values in scalars.items()])
+            named = {done: {f"{name}_{key}": value for key, value in values.items()} for done, values in scalars.items()}
+            parallel.on_main(lambda: [writer.scalars(done, values) for done, values in named.items()])
+        for done, values in scalars.items() if on_step is not None else ():
+            on_step(done, {key: float(value) for key, value in values.items()})
 
     def save(step: int) -> None:
         nonlocal saved
@@ -98,28 +108,29 @@ def train(
             saved = step
 
     main = parallel.is_main_process()
-    prefetched = prefetch(batches, start, num_steps)
-    options = dict(total=num_steps, initial=start, is_main=main, unit="step", compiles=True)
-    with progress(range(start, num_steps), name, **options) as shown, closing(profiled(shown, *profile)) as steps:
+    calls = list(calls_of(start, num_steps, steps_per_call, checkpoint_every))
+    prefetched = prefetch(lambda index: parallel.to_devices(batch_of(calls[index], batches)), 0, len(calls))
+    shown = progress(num_steps, name, initial=start, is_main=main, unit="step", compiles=True)
+    with shown, closing(profiled(calls, *profile)) as profiled_calls:
         try:
-            for step in steps:
-                state, metrics = p_step(state, next(prefetched), shared, rng)
+            for call in profiled_calls:
+                take = p_step if len(call) == 1 else p_steps
+                state, metrics = take(state, next(prefetched), shared, rng)
                 parallel.block_on_cpu(metrics)
-                done = step + 1
-                unread.append((done, metrics))
-                due = done % _ASK_EVERY == 0 if writer is None else writer.due(done)
-                if due or on_step is not None:
+                done = call.stop
+                unread.append((call, metrics))
+                logs = any(due(step + 1) for step in call)
+                if logs or on_step is not None:
                     read_metrics()
-                if on_step is not None:
-                    on_step(done, {key: float(value) for key, value in jax.device_get(metrics).items()})
                 if done == num_steps or (checkpoint_every and done % checkpoint_every == 0):
                     save(done)
                 # One process may learn of the preemption first, but all must save the same step, so all ask at the same steps.
                 # Asking costs a round trip: several processes ask when metrics are read anyway, and rarely in between.
-                asks = jax.process_count() == 1 or due or done % _ASK_EVERY == 0
+                asks = jax.process_count() == 1 or logs or any((step + 1) % _ASK_EVERY == 0 for step in call)
                 if asks and done < num_steps and parallel.any_process(should_stop()):
                     save(done)
                     raise Preempted(f"{name} stopped at step {done} of {num_steps}")
+                shown.update(len(call))
         finally:
             prefetched.close()
     jax.block_until_ready(state.params)

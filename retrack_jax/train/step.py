@@ -87,13 +87,15 @@ class StepOptions:
     lora: LoraOptions | None = None
 
 
-def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Callable:
+def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions, *, several: bool = False) -> Callable:
     """Returns the step, mapped over devices: `(state, batch, shared, rng) -> (state, metrics)`.
 
     Args:
       method: an entry of the table of methods.
       eps_fn: `(params, x_t, t, *condition, **kwargs) -> eps_pred`; it is given a condition if the examples have one.
       how: how the step runs.
+      several: whether one call takes several steps. Leaves of the batch are then `[D, steps, b, ...]` and metrics `[steps]`. The
+        host starts one program and not one a step, which small networks on an accelerator may otherwise wait for.
 
     The step takes a batch with a device axis: `remain`, examples as `to_x_0` takes them, with their `condition` if they have
     one, and `remain_index` `[D, b]`, their global indices in the batch; `forget_row` `[D, b']`, rows of `shared.forget`, and
@@ -141,7 +143,10 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions) -> Cal
         metrics = {**logs, "grad_norm": optax.tree.norm(pack(grad)[0])}
         return state.apply_gradients(grad), metrics
 
-    return parallel.pmap(step, in_axes=(None, 0, None, None), donate_argnums=(0,))
+    def steps(state: TrainState, batches: PyTree, shared: Shared, rng: Rng):
+        return jax.lax.scan(lambda state, batch: step(state, batch, shared, rng), state, batches)
+
+    return parallel.pmap(steps if several else step, in_axes=(None, 0, None, None), donate_argnums=(0,))
 
 
 def _close(eps_fn: ModelEpsFn, params: PyTree, conditions: Array | None, dropout: bool = False) -> Callable:
