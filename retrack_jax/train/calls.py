@@ -1,7 +1,8 @@
 """Calls of the compiled program: which steps each takes, its batch, and its metrics step by step.
 
-The number of steps in a call changes neither results nor the log, because a call returns the metrics of each of its steps. No
-call reaches past a save, so the same steps are saved. A run that is asked to stop does so after a call.
+A call returns the metrics of each of its steps, so the log has the same lines for any number of them. No call reaches past a
+save, so the same steps are saved. A run that is asked to stop does so after a call. Results are those of single steps up to
+rounding: often to the bit, but the compiler may order the sums of a loop's body in another way.
 """
 
 from collections.abc import Callable, Iterator

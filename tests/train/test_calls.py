@@ -1,4 +1,7 @@
-"""Several steps in one call give what as many calls give, to the bit: parameters, average, optimizer, log and checkpoints."""
+"""Several steps in one call give what as many calls give: parameters, average, optimizer, log and checkpoints.
+
+With this toy network to the bit; tests/run/test_same_command_again.py has one in which the compiler rounds differently.
+"""
 
 import dataclasses
 
