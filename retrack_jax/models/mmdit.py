@@ -24,6 +24,7 @@ from retrack_jax.models.attention import KeyProjection
 from retrack_jax.models.config_format import ConfigFormat, Configured
 from retrack_jax.models.dit import TIME_WIDTH, FeedForward, Projection, modulated
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
+from retrack_jax.models.flash_attention import attend
 from retrack_jax.notation import Array
 
 _EPS = 1e-6  # of every norm
@@ -222,8 +223,7 @@ class JointAttention(nn.Module):
             q = jnp.concatenate([q, project("add_q_proj", e, "norm_added_q")], axis=1)
             k = jnp.concatenate([k, project("add_k_proj", e, "norm_added_k")], axis=1)
             v = jnp.concatenate([v, project("add_v_proj", e)], axis=1)
-        with jax.numpy_dtype_promotion("standard"):  # as in models/attention.py
-            both = jax.nn.dot_product_attention(q, k, v)
+        both = attend(q, k, v)
         both = both.reshape(*both.shape[:2], width)
         out = nn.Dense(width, dtype=self.dtype, name="to_out_0")(both[:, :tokens])
         if e is None or drops_e:
