@@ -16,9 +16,7 @@ def get_config(method=None):
     config.name = "digits_flow"
     config.schedule.prediction_type = "flow_prediction"
     config.network, config.model = "dit", default_config().model  # the UNet's fields, which nothing reads
-    config.dit.update(
-        sample_size=8, in_channels=1, patch_size=2, num_layers=4, num_attention_heads=4, attention_head_dim=24
-    )
+    config.dit.update(sample_size=8, in_channels=1, patch_size=2, num_layers=4, num_attention_heads=4, attention_head_dim=24)
     config.sampling.sampler, config.sampling.num_steps = "flow_euler", 20
     config.pretrain.num_steps = 3000
     config.pretrain.logit_normal = config.unlearn.logit_normal = (0.0, 1.0)

@@ -31,6 +31,7 @@ def room_for_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
 
+
 @pytest.fixture
 def rng():
     """The key that tests start from."""

@@ -112,9 +112,7 @@ def make(folder: Path = FOLDER) -> None:
         "vocab_size": vocabulary,
     }
     text = ClipTextEncoder.from_config(text_config)
-    save(
-        pipeline / "text_encoder", text_config, random_params(text, 3, jnp.zeros((1, 77), jnp.int32)), "model", "text_model."
-    )
+    save(pipeline / "text_encoder", text_config, random_params(text, 3, jnp.zeros((1, 77), jnp.int32)), "model", "text_model.")
 
     for index, name in enumerate(PROMPTS):
         make_concept(folder / "concepts" / name, name, np.random.default_rng(index))
@@ -129,9 +127,7 @@ def make_tokenizer(folder: Path) -> int:
     from retrack_jax.models.tokenizer import _WORDS
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    text = (Path(__file__).parents[1] / "retrack_jax" / "sampling" / "pndm.py").read_text() + " ".join(
-        sum(PROMPTS.values(), ())
-    )
+    text = (Path(__file__).parents[1] / "retrack_jax" / "sampling" / "pndm.py").read_text() + " ".join(sum(PROMPTS.values(), ()))
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
@@ -153,9 +149,7 @@ def make_tokenizer(folder: Path) -> int:
     start, end = token("<|startoftext|>"), token("<|endoftext|>")
     special = {"bos_token": start, "eos_token": end, "pad_token": "<|endoftext|>", "unk_token": end}
     write_json(folder / "special_tokens_map.json", special)
-    tagged = {
-        role: {"__type": "AddedToken", **value} if isinstance(value, dict) else value for role, value in special.items()
-    }
+    tagged = {role: {"__type": "AddedToken", **value} if isinstance(value, dict) else value for role, value in special.items()}
     config = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77, **tagged}
     write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "CLIPTokenizer"})
     return len(words)

@@ -85,5 +85,3 @@ def flags(tmp_path, **fields) -> list[str]:
         "retrack_jax", "--config=configs/custom.py", f"--workdir={tmp_path / 'work'}",
         *(f"--config.{name}={value}" for name, value in sizes.items()),
     ]  # fmt: skip
-
-

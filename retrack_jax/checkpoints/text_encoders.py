@@ -30,9 +30,7 @@ from retrack_jax.weights.names import RenameTable
 T5_TOKENS = 256  # of a prompt in diffusers' pipeline
 
 # Names of transformers' `CLIPTextModel` began with `text_model.` until version 5; old versions saved a buffer of positions.
-TEXT_TABLE = RenameTable(
-    canonical=lambda name: name.removeprefix("text_model."), ignored=(r"embeddings\.position_ids",)
-)
+TEXT_TABLE = RenameTable(canonical=lambda name: name.removeprefix("text_model."), ignored=(r"embeddings\.position_ids",))
 _log = logging.getLogger(__name__)
 
 

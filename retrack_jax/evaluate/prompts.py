@@ -103,9 +103,7 @@ def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> Cli
 
     def load(tensors: Mapping[str, np.ndarray], digest: str) -> ClipIqa:
         towers, known = towers_from_openai(dict(tensors)), tokenizer.eos_id + 1
-        check(
-            towers.text.vocab_size == known, f"it knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {known}"
-        )
+        check(towers.text.vocab_size == known, f"it knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {known}")
         return make_clip_iqa(towers, tokenizer, digest, batch_size)
 
     return from_file(weights_dir, CLIP_FILES, load)

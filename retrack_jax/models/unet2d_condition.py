@@ -9,7 +9,6 @@ The UNet of Stable Diffusion XL also takes the prompt's pooled embedding p and s
     (1) temb = time_embedding(e(t)) + add_embedding([p, e(s_1), ..., e(s_6)])
 """
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 

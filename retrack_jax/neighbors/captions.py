@@ -68,9 +68,7 @@ def captioned_nearest(
         else:
             rows, distances = nearest(forget, remain, k, backend)
         bias = np.float32(beta) * np.take_along_axis(similarity, rows, axis=1) if beta else None
-    return CaptionedNeighbors(
-        rows=rows, distances=distances, similarity=np.take_along_axis(similarity, rows, axis=1), bias=bias
-    )
+    return CaptionedNeighbors(rows=rows, distances=distances, similarity=np.take_along_axis(similarity, rows, axis=1), bias=bias)
 
 
 def similarities(text: np.ndarray, forget_caption: np.ndarray, remain_caption: np.ndarray) -> np.ndarray:

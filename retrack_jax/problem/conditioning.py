@@ -55,8 +55,7 @@ class Conditioning(Protocol):
         """The condition `[1, ...]` under which the model before unlearning would remember the target."""
 
     def sampled(self, target: Target) -> dict[str, PyTree]:
-        """Name in `samples.npz` -> the conditions of those samples, leaves `[P, ...]`: image i is drawn under condition i mod P.
-        """
+        """Name in `samples.npz` -> the conditions of those samples, leaves `[P, ...]`: image i has the one at i mod P."""
 
     def describe(self, name: str, target: Target) -> str:
         """What the samples `name` depend on, to be part of their fingerprint."""

@@ -236,8 +236,7 @@ def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedu
     smallest, takes = inputs[0].shape[1], inputs[0].shape[3]
     check(
         channels == takes,
-        f"{what} have {channels} channels and the network takes {takes}; "
-        "choose the data and the checkpoint that belong together",
+        f"{what} have {channels} channels and the network takes {takes}; choose the data and the checkpoint that belong together",
     )
     check(
         not schedule.is_flow or getattr(module, "time_embedding_type", "") != "learned",
@@ -269,6 +268,5 @@ def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedu
     )
     check(
         height % smallest == 0 and width % smallest == 0,
-        f"{what} are {height}x{width}; the network needs sides that {smallest} divides; set "
-        "config.data.resolution",
+        f"{what} are {height}x{width}; the network needs sides that {smallest} divides; set config.data.resolution",
     )

@@ -65,9 +65,7 @@ class ForgetData:
     anchor: Anchor | None = None
 
 
-def make_target(
-    spec: str, images: ImageSet, forget: np.ndarray, remain: np.ndarray, concept: Concept | None = None
-) -> Target:
+def make_target(spec: str, images: ImageSet, forget: np.ndarray, remain: np.ndarray, concept: Concept | None = None) -> Target:
     """Returns the target of the rows `forget` of `images`.
 
     Copies share one row of `unique`: images that are equal in every pixel, and in their caption if they have any.

@@ -36,6 +36,7 @@ _METRICS = {
     "provenance": {"metrics": dict, "absent": dict, "final": list, "num_samples": int},
 }  # fmt: skip
 
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One (method, target, seed).

@@ -65,7 +65,7 @@ def _writer(options: Options, folder, **how):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise UserError('config.tensorboard needs tensorboardX; install it with `pip install tensorboardX`') from error
+        raise UserError("config.tensorboard needs tensorboardX; install it with `pip install tensorboardX`") from error
     path = folder / "tensorboard"
     try:
         events = SummaryWriter(str(path), **how)

@@ -37,9 +37,7 @@ class GuidedParams(NamedTuple):
         return self._replace(prompt=prompt)
 
 
-def guided_eps_fn(
-    eps_fn: ModelEpsFn, params: PyTree, prompt: PyTree, negative: PyTree, guidance: float
-) -> EpsFn:
+def guided_eps_fn(eps_fn: ModelEpsFn, params: PyTree, prompt: PyTree, negative: PyTree, guidance: float) -> EpsFn:
     """Returns `eps_fn(x_t [B, ...], t [B])` with classifier-free guidance, equations (1) and (2).
 
     Args:

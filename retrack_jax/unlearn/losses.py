@@ -178,9 +178,7 @@ def retrack_target(
     return jax.lax.stop_gradient(target), jax.lax.stop_gradient(spread_B)
 
 
-def retrack_posterior(
-    x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None
-) -> Array:
+def retrack_posterior(x_t: Array, neighbors: Array, gamma: Array, sigma: Array, bias: Array | None = None) -> Array:
     """Returns `p_k` of (9), `[B, K]`, by (6); no gradient passes through it, because it holds no parameter."""
     if neighbors.ndim != x_t.ndim + 1 or neighbors.shape[0] != x_t.shape[0] or neighbors.shape[2:] != x_t.shape[1:]:
         raise ValueError(f"neighbors {neighbors.shape} must be [B, K, ...] for x_t {x_t.shape}")

@@ -48,9 +48,11 @@ def machine(device: str) -> dict:
     if device == "cuda":
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         gpu = {"gpu": subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]}
-    return gpu | {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()} | {
-        name: metadata.version(name) for name in packages
-    }
+    return (
+        gpu
+        | {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages}
+    )
 
 
 def on_cpu(images: Path) -> tuple[dict, list[Table]]:

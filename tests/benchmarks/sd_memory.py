@@ -77,10 +77,7 @@ def forward() -> None:
     # Leaf by leaf: one compiled `init` would hold every draw at once.
     params = tree.unflatten([0.02 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / GB
-    print(
-        f"parameters: {sum(leaf.size for leaf in leaves):,} = {size:.2f} GB, "
-        f"made in {time.perf_counter() - began:.0f} s"
-    )
+    print(f"parameters: {sum(leaf.size for leaf in leaves):,} = {size:.2f} GB, made in {time.perf_counter() - began:.0f} s")
     began = time.perf_counter()
     y = jax.jit(unet.apply)({"params": params}, x, t, prompt).block_until_ready()
     print(
@@ -153,9 +150,7 @@ def step(name: str, method_name: str, option: str) -> None:
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     inputs = example_inputs(module)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    optimizer = make_optimizer(
-        learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0
-    )
+    optimizer = make_optimizer(learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
     state = trained_state(option, params, optimizer)
     method, accumulation = get_method(method_name), 16
     count = accumulation * size

@@ -71,9 +71,7 @@ def test_names_without_the_old_prefix_and_position_numbers(pipeline_folder, pipe
     path = pipeline_folder / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): np.array(value) for name, value in SafetensorsFile(path).items()}
     tensors["embeddings.position_ids"] = np.arange(77)[None]
-    items = [
-        TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())
-    ]
+    items = [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())]
     write_safetensors(path, items)
     found, expected = (one.text_encoders[0].params for one in (load_pipeline(pipeline_folder), pipeline))
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -53,11 +53,7 @@ def environment(cache, **more) -> dict[str, str]:
 
     The compiler is told to hurry: the drills are about runs, not about quick programs, and most of their time is compilation.
     """
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))
-    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))}
     return {
         **clean, "HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"), "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -87,7 +83,11 @@ def command(arguments) -> list[str]:
 def run(arguments, cache, *, timeout=400, **more) -> subprocess.CompletedProcess:
     """Runs the command to its end."""
     return subprocess.run(
-        command(arguments), cwd=ROOT, env=environment(cache, **more), capture_output=True, text=True,
+        command(arguments),
+        cwd=ROOT,
+        env=environment(cache, **more),
+        capture_output=True,
+        text=True,
         timeout=patience(timeout),
     )
 
@@ -153,9 +153,7 @@ def last_state(folder) -> dict[str, np.ndarray]:
 
     path = Path(folder) / "checkpoints" / str(checkpoint_steps(folder)[-1]) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        restore = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(path).item_metadata.tree
-        )
+        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(path).item_metadata.tree)
         tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

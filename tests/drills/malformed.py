@@ -110,9 +110,7 @@ def field_values(workdir):
         st.tuples(st.sampled_from(AMOUNTS), negative),
         st.tuples(st.sampled_from(CHOICES), words.map(lambda word: f"{word}_x")),
         st.sampled_from(sorted(RANGES)).flatmap(lambda name: st.tuples(st.just(name), RANGES[name])),
-        st.tuples(
-            st.sampled_from([name for name, _ in kinds]), words | st.just("") | st.just("1.2.3") | st.just("(1,2)")
-        ),
+        st.tuples(st.sampled_from([name for name, _ in kinds]), words | st.just("") | st.just("1.2.3") | st.just("(1,2)")),
     ).map(lambda pair: _set(workdir, *pair))
 
 
@@ -120,9 +118,7 @@ def flag_mistakes(workdir):
     """Flags, fields, files and methods that do not exist."""
     base = cli.flags(workdir, **cli.ATTENTION)
     letters = st.sampled_from("qxz7")
-    typos = st.builds(_typo, st.sampled_from(sorted(FIELDS)), st.integers(0, 99), letters).filter(
-        lambda name: name not in FIELDS
-    )
+    typos = st.builds(_typo, st.sampled_from(sorted(FIELDS)), st.integers(0, 99), letters).filter(lambda name: name not in FIELDS)
     config = base[0].removeprefix("--config=").partition(":")[0]
     return st.one_of(
         typos.map(lambda name: (f"field {name}", [*base, f"--config.{name}=1"])),
@@ -179,9 +175,7 @@ def data_files(workdir, folder: Path):
         (place / name).write_bytes(data)
         at = place / name if point_at_file else place
         cache = {"data.cache_dir": folder / "cache"}
-        return f"{source} from {name}, {len(data)} bytes", _with(
-            workdir, **{"data.source": source, "data.dir": at, **cache}
-        )
+        return f"{source} from {name}, {len(data)} bytes", _with(workdir, **{"data.source": source, "data.dir": at, **cache})
 
     missing = sources.map(
         lambda s: (f"{s} from nowhere", _with(workdir, **{"data.source": s, "data.dir": folder / "no" / "such"}))

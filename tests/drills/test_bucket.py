@@ -123,9 +123,9 @@ def test_sampling_goes_on_from_parts_in_the_bucket(bucket):
 
     def p_sample(params, rng, index):
         calls.append(index.size)
-        return np.broadcast_to(index[..., None, None, None] / 100, (*index.shape, 2, 2, 1)).astype(
-            np.float32
-        ), np.ones(index.shape, bool)
+        return np.broadcast_to(index[..., None, None, None] / 100, (*index.shape, 2, 2, 1)).astype(np.float32), np.ones(
+            index.shape, bool
+        )
 
     def make(count):
         return generate(

@@ -182,9 +182,7 @@ def test_full_disk_is_one_line_and_leaves_what_was_there(share, finished, cache,
     before = {path: path.read_bytes() for path in (work / "pretrained").rglob("*") if path.is_file()}
     done = cli.run(cli.flags(work), cache, TMPDIR=cache)
     assert done.returncode == 2, (done.returncode, done.stderr[-4000:])
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr, done.stderr[
-        -4000:
-    ]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr, done.stderr[-4000:]
     after = {path: path.read_bytes() for path in before}
     assert after == before
     whole_json_files(work)

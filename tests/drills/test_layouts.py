@@ -95,9 +95,7 @@ def test_another_device_count_restores_the_checkpoint(first, second, finished, c
     steps = cli.checkpoint_steps(run)
     shutil.rmtree(run / "checkpoints" / str(steps[-1]))
     unlearn(*second)
-    whole, _ = distances(
-        params(finished / "retrack" / "seed0-label_10"), params(run), params(finished / "pretrained")
-    )
+    whole, _ = distances(params(finished / "retrack" / "seed0-label_10"), params(run), params(finished / "pretrained"))
     assert len(steps) == 2 and cli.checkpoint_steps(run)[-1] == steps[-1] and whole <= 1e-6
 
 

@@ -49,9 +49,7 @@ def test_two_hundred_in_process(place, capsys):
     @given(malformed.cases(place))
     def check(case):
         what, flags = case
-        work = str(
-            place / f"work{next(number)}"
-        )  # each its own: a run of another config there would hide the mistake
+        work = str(place / f"work{next(number)}")  # each its own: a run of another config there would hide the mistake
         flags = [str(flag).replace(malformed.WORK, work) for flag in flags]
         capsys.readouterr()
         began = time.monotonic()
@@ -61,9 +59,7 @@ def test_two_hundred_in_process(place, capsys):
         assert status == 2, f"{what}: status {status}; {errors[-1500:]}"
         check_one_line(errors, what)
         field, is_value, value = what.partition("=")
-        if (
-            is_value and field in malformed.FIELDS and field != "data.copies"
-        ):  # without copies it is the target that is missing
+        if is_value and field in malformed.FIELDS and field != "data.copies":  # without copies it is the target that is missing
             parts = [part for part in field.split(".")[-1].split("_") if len(part) > 1]
             assert any(part.rstrip("s") in errors for part in [*parts, value]), (
                 f"{what}: the message does not name the field: {errors[-500:]}"

@@ -97,9 +97,7 @@ def on_two_hosts(arguments, cache, tmp_path):
     stand_in.chmod(0o755)
     script = ["bash", str(cli.ROOT / "launch" / "cpu_processes.sh"), "--logs", str(tmp_path / "logs"), "2"]
     env = cli.environment(cache, PYTHON=stand_in, GRACE_SECONDS=10)
-    done = subprocess.run(
-        [*script, *arguments], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=cli.patience(120)
-    )
+    done = subprocess.run([*script, *arguments], cwd=cli.ROOT, env=env, capture_output=True, text=True, timeout=cli.patience(120))
     return done.returncode, done.stderr + (tmp_path / "logs" / "process1.log").read_text()
 
 
@@ -124,9 +122,7 @@ def test_four_devices_on_two_cores_never_deadlock(finished, cache, tmp_path):
     """200 steps of each method that takes steps, four forced devices."""
     shutil.copytree(finished / "pretrained", tmp_path / "work" / "pretrained")
     began = time.monotonic()
-    arguments = cli.flags(
-        tmp_path / "work", "all", mode="unlearn", unlearn__num_steps=200, checkpoint_every=0, log_every=50
-    )
+    arguments = cli.flags(tmp_path / "work", "all", mode="unlearn", unlearn__num_steps=200, checkpoint_every=0, log_every=50)
     done = cli.run_processes(1, 4, arguments, cache, tmp_path / "logs", timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     for method in ("vanilla", "neggrad", "erasediff", "siss", "siss_no_is", "retrack"):

@@ -46,9 +46,7 @@ def test_hostile_files_run_nothing(tmp_path, place):
     hostile = Hostile(tmp_path / "ran")
     model = KMeans(2, n_init=1).fit(PIXELS)
     model.extra = hostile
-    joblib.dump(
-        {"root": hostile, "attribute": model, "array": np.array([hostile], dtype=object)}[place], tmp_path / "k.joblib"
-    )
+    joblib.dump({"root": hostile, "attribute": model, "array": np.array([hostile], dtype=object)}[place], tmp_path / "k.joblib")
     with pytest.raises(UserError, match="refused, and nothing of it was run"):
         read_centers(tmp_path / "k.joblib")
     assert not (tmp_path / "ran").exists()
@@ -167,9 +165,7 @@ def test_success_needs_every_sample_in_cluster_0():
 
 def test_centers_from_labels_are_where_k_means_converges():
     numbers = np.random.default_rng(1)
-    images = np.concatenate([numbers.integers(0, 60, (6, 4, 4, 3)), numbers.integers(200, 256, (5, 4, 4, 3))]).astype(
-        np.uint8
-    )
+    images = np.concatenate([numbers.integers(0, 60, (6, 4, 4, 3)), numbers.integers(200, 256, (5, 4, 4, 3))]).astype(np.uint8)
     labels = np.array([0] * 6 + [1] * 5)
     centers = centers_from_labels(images, labels)
     flat = images.reshape(11, -1).astype(np.float64)

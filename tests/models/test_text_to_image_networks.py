@@ -176,8 +176,10 @@ def test_remat_reaches_every_block_of_the_unet(pipeline, recorded_sd):
     [
         ({"addition_embed_type": "image"}, "choose one of None, text_time"),
         ({"addition_embed_type": "text_time"}, "addition_time_embed_dim"),
-        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 1536},
-         "projection_class_embeddings_input_dim"),
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 1536},
+            "projection_class_embeddings_input_dim",
+        ),
         ({"transformer_layers_per_block": [1, 1, 2, [1, 2]]}, "transformer_layers_per_block is .*whole number"),
         ({"reverse_transformer_layers_per_block": [1, 2]}, "reverse_transformer_layers_per_block has 2 entries"),
         ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only null"),

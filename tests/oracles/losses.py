@@ -406,9 +406,7 @@ def clip_global_norm(gradient, max_norm, epsilon=0.0):
     return np.array([factor * g for g in values])
 
 
-def adamw_step(
-    params, gradient, first, second, step, *, lr, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6
-):
+def adamw_step(params, gradient, first, second, step, *, lr, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6):
     """One AdamW step with decoupled decay, as torch.optim.AdamW -> (params, first, second), `[P]` each.
 
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2

@@ -78,9 +78,7 @@ def trajectory(method: str, create_loss, train_step) -> np.ndarray:
         with contextlib.ExitStack() as stack:
             for name, values in draws.items():
                 stack.enter_context(patch(f"torch.{name}", side_effect=values))
-            train_step(
-                types.SimpleNamespace(device="cpu", algorithm=scalars), accelerator, runtime, batches, loss, gradients
-            )
+            train_step(types.SimpleNamespace(device="cpu", algorithm=scalars), accelerator, runtime, batches, loss, gradients)
         if step + 1 in official.MEASURED_AT:
             rows.append(official.measured(tree_of(model), first))
     return np.stack(rows)

@@ -30,9 +30,7 @@ def main(folder) -> None:
     t = np.array([1, 981], np.int32)
     picture = np.asarray(Image.open(next((CONCEPTS / "red_circle" / "images").glob("*_004.png"))).convert("RGB"))
 
-    tokens = pipe.tokenizer(
-        list(PROMPTS), max_length=77, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    tokens = pipe.tokenizer(list(PROMPTS), max_length=77, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         chosen = [0, 7, 12]
         text = pipe.text_encoder(tokens[chosen]).last_hidden_state

@@ -192,8 +192,13 @@ def test_a_network_with_labels_and_images_without_are_refused():
 
 @pytest.mark.parametrize(
     ("sampling", "data"),
-    [({}, {"null_label": 3}), ({}, {"label_dropout": 0.1}), ({}, {"label_vectors": "x.npy"}), ({"labels": (1,)}, {}),
-     ({"label_guidance": 2.0}, {})],  # fmt: skip
+    [
+        ({}, {"null_label": 3}),
+        ({}, {"label_dropout": 0.1}),
+        ({}, {"label_vectors": "x.npy"}),
+        ({"labels": (1,)}, {}),
+        ({"label_guidance": 2.0}, {}),
+    ],  # fmt: skip
 )
 def test_fields_of_labels_are_refused_for_an_unconditional_network(sampling, data):
     labels.check_no_labels(options())

@@ -12,9 +12,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import image_set, to_x_0
 from retrack_jax.problem.latents import encode_set
 
-IMAGES = image_set(
-    "toy", np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8), [f"{i}.png" for i in range(5)]
-)
+IMAGES = image_set("toy", np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8), [f"{i}.png" for i in range(5)])
 
 
 class Encoder:

@@ -27,9 +27,7 @@ def finished(tmp_path_factory, pipeline):
     tmp_path = tmp_path_factory.mktemp("sd")
     tensors = openai_tensors(pipeline.tokenizer.eos_id + 1)
     (tmp_path / "weights").mkdir()
-    items = [
-        TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())
-    ]
+    items = [TorchTensor(name, value.dtype, value.shape, lambda value=value: value) for name, value in sorted(tensors.items())]
     write_safetensors(tmp_path / "weights" / "RN50.safetensors", items)
     save_state(tmp_path / "weights" / "sscd_disc_mixup.torchvision.pt", random_state(sscd_shapes()))  # the real layout
 

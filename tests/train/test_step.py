@@ -215,9 +215,7 @@ def test_an_epoch_sees_every_image_once():
 
 def test_the_window_of_t_reaches_the_draws(monkeypatch):
     """At t = 0 the noise is all but invisible and cannot be predicted; at t = 999 it is the image itself."""
-    losses = [
-        float(run("vanilla", monkeypatch, steps=1, how=StepOptions(t_min=t, t_max=t + 1))[1]["loss"]) for t in (0, 999)
-    ]
+    losses = [float(run("vanilla", monkeypatch, steps=1, how=StepOptions(t_min=t, t_max=t + 1))[1]["loss"]) for t in (0, 999)]
     mixed = float(run("vanilla", monkeypatch, steps=1, how=StepOptions(t_max=1000))[1]["loss"])
     assert len({round(loss, 4) for loss in (*losses, mixed)}) == 3
 
