@@ -1,9 +1,9 @@
 """Writes what the runs of configs/mnist5k_tshirt.py measured to docs/results/mnist5k.json; `make docs` makes the table of it.
 
-    python -m tests.benchmarks.mnist_results --workdir=runs/mnist5k --machine="two cores of ..."
+    python -m tests.benchmarks.mnist_results --workdir=runs/mnist5k --machine="two cores of ..." [--also "NAME=DIR" ...]
 
-Reads every finished run of the workdir. `shares` says which digits the samples are, in percent of those that are no T-shirt, as
-the classifier behind FID sees them.
+Reads every finished run of the workdir, and of ReTrack in other workdirs: each is a row NAME after ReTrack's. `shares` says which
+digits the samples are, in percent of those that are no T-shirt, as the classifier behind FID sees them.
 """
 
 import argparse
@@ -31,13 +31,21 @@ def main() -> None:
     parser.add_argument(
         "--command", default="python -m retrack_jax.main --config=configs/mnist5k_tshirt.py:METHOD --config.seeds=SEED"
     )
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=DIR")
     options = parser.parse_args()
     paths = [
         path for method in ("pretrained", *METHODS) for path in sorted((options.workdir / method).glob("seed*/metrics.json"))
     ]
     runs = [read_json(path) for path in paths]
-    lines = [line.strip("|").split("|") for line in comparison_text(summarize(runs), markdown=True).splitlines()]
-    cells = [[cell.strip() for cell in line] for line in lines]
+    columns, rows = _table(runs)
+    after = 1 + next(place for place, row in enumerate(rows) if row[0] == "ReTrack")
+    others = {}
+    for one in options.also:
+        name, _, folder = one.partition("=")
+        others[name] = sorted(Path(folder).glob("retrack/seed*/metrics.json"))
+        (row,) = [row for row in _table([read_json(path) for path in others[name]])[1] if row[0] == "ReTrack"]
+        rows.insert(after, [name, *row[1:]])
+        after += 1
     first = runs[0]
     results = {
         "command": options.command,
@@ -45,15 +53,23 @@ def main() -> None:
         "machine": options.machine,
         "date": date.today().isoformat(),
         "pretraining_steps": first["config"]["pretrain"]["num_steps"],
-        "columns": cells[0],
-        "rows": cells[2:],
+        "columns": columns,
+        "rows": rows,
         "pretrained": {"num_samples": _samples(options.workdir / "pretrained"), **first["pretrained"]},
         "runs": [_run(path, run) for path, run in zip(paths, runs, strict=True) if run["method"] != "pretrained"],
+        "others": {name: [_run(path, read_json(path)) for path in found] for name, found in others.items()},
         "shares": {
             str(folder.relative_to(options.workdir)): _shares(options.workdir, folder) for folder in _folders(options, paths)
         },
     }
     OUT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def _table(runs: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns and the rows of the comparison of `runs`."""
+    lines = [line.strip("|").split("|") for line in comparison_text(summarize(runs), markdown=True).splitlines()]
+    columns, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return columns, rows
 
 
 def _folders(options, paths: list[Path]) -> list[Path]:
