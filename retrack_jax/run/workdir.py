@@ -194,8 +194,8 @@ def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str
     differing = []
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            differing += _differences(before, now, f"{prefix}{name}.")
+        if isinstance(old.get(name, {}), Mapping) and isinstance(now, Mapping):
+            differing += _differences(old.get(name, {}), now, f"{prefix}{name}.")
         elif before != now and (name in old or now != _default(prefix + name)):
             differing.append((prefix + name, before, now))
     return differing

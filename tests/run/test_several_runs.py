@@ -68,6 +68,16 @@ def test_what_was_read_is_compared_section_by_section(tmp_path):
         workdir.check(folder, {"model": model, "samples": {"sampling": {"num_steps": 5}}})
 
 
+def test_what_an_earlier_version_did_not_record_had_its_default(tmp_path):
+    workdir, options = Workdir(tmp_path), parsed("all", "--config.checkpoint=model")
+    now = evaluation_reads(options)
+    workdir.record(tmp_path, {"evaluation": {name: value for name, value in now.items() if name != "pretrain"}})
+    workdir.check(tmp_path, {"evaluation": now})
+    other = evaluation_reads(parsed("all", "--config.checkpoint=model", "--config.pretrain.b1=0.5"))
+    with pytest.raises(UserError, match=r"holds evaluation of another config: config.pretrain.b1 \(None there, 0.5 now\)"):
+        workdir.check(tmp_path, {"evaluation": other})
+
+
 def test_a_run_is_compared_on_what_it_reads():
     """Another method's option binds nothing, nor do fields that only samples or metrics read, nor what only costs memory."""
     plain = parsed("all")
