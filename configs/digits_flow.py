@@ -7,7 +7,6 @@ Hardware: any CPU; two cores are enough. Scores: docs/flows.md, measured.
 """
 
 from retrack_jax.config.base import config_beside, with_method
-from retrack_jax.config.reading import default_config
 
 
 def get_config(method=None):
@@ -15,7 +14,7 @@ def get_config(method=None):
     config.unlock()
     config.name = "digits_flow"
     config.schedule.prediction_type = "flow_prediction"
-    config.network, config.model = "dit", default_config().model  # the UNet's fields, which nothing reads
+    config.network = "dit"
     config.dit.update(sample_size=8, in_channels=1, patch_size=2, num_layers=4, num_attention_heads=4, attention_head_dim=24)
     config.sampling.sampler, config.sampling.num_steps = "flow_euler", 20
     config.pretrain.num_steps = 3000

@@ -70,9 +70,9 @@ def check_number(field: str, value, minimum: float = -math.inf, maximum: float =
         raise UserError(f"{field} is {value!r}; it must be a number in {'(' if above else '['}{minimum}, {maximum}]")
 
 
-def check_unread(record, read: Collection[str], because: str, where: str = "") -> None:
+def check_unread(record, read: Collection[str], because: str) -> None:
     """Raises `UserError` if a field of the dataclass `record` is set that is not in `read`: it would change nothing."""
     for one in fields(record):
         value = getattr(record, one.name)
         if one.name not in read and value != one.default:
-            raise UserError(f"{where}{one.name} is {value!r}, but {because}, which does not read it; leave it out")
+            raise UserError(f"{one.name} is {value!r}, but {because}, which does not read it; leave it out")

@@ -91,6 +91,8 @@ class SingleFile:
         told = dict(marker for name, marker in _MARKERS.items() if name in self._tensors)
         if told:
             _log.info("%s says %s by its tensors %s", self.path, told, ", ".join(set(_MARKERS) & set(self._tensors)))
+        if told.get("rescale_betas_zero_snr") and config.get("_class_name") == "PNDMScheduler":
+            told["_class_name"] = "DDIMScheduler"  # with the same keys, and this one, which PNDM's does not have
         schedule = Schedule.from_config(config | told)
         # A table may be older than the training that gave the last step no signal.
         possible = [schedule] + [schedule.replace(rescale_betas_zero_snr=False)] * schedule.rescale_betas_zero_snr
@@ -111,7 +113,7 @@ def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None 
     """Writes the folder `path` with one file of the pipeline and the UNet `unet_params`, licenses and a model card.
 
     The other parts are as in the source, bit for bit. diffusers' `from_single_file` reads the file. If the network predicts v or
-    its last step has no signal, the file says so as ComfyUI and webui expect it.
+    its last step has no signal, the file says so as ComfyUI and webui expect it; diffusers must be told by `config`.
 
     Raises:
       UserError: as `export_diffusers`; or `path` is not local.
@@ -132,6 +134,7 @@ def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None 
 
 
 def _layout_of_folder(pipeline) -> Layout:
+    check(pipeline.network == "unet", "one file is written of Stable Diffusion 1.x, 2.x and XL alone; export a pipeline")
     first, *others = pipeline.text_encoders
     if others:
         return XL

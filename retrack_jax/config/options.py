@@ -266,8 +266,6 @@ class Options:
         check_choice("method", self.method, (*METHODS, PRETRAINED, ALL))
         check_choice("mode", self.mode, MODES)
         check_choice("network", self.network, NETWORK_KINDS)
-        name, unused = ("dit", self.dit) if self.network == "unet" else ("model", self.model)
-        check_unread(unused, set(), f"config.network is {self.network}", f"{name}.")
         check(len(self.seeds) > 0, "seeds is empty; give at least one, such as --config.seeds=0")
         for seed in self.seeds:
             check_int("seeds", seed, minimum=0, maximum=MAX_SEED)

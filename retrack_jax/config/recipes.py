@@ -38,7 +38,9 @@ class TrainingOptions:
     eps: float = 1e-8
     weight_decay: float = 1e-6
     clip_norm: float = 0.0  # of the gradient of a sum over pixels; 0: none
-    logit_normal: tuple | None = None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), SD3 (0, 1)
+    logit_normal: tuple | None = (
+        None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), to unlearn SD3 (0, 1)
+    )
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "accumulation"):

@@ -104,6 +104,11 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
             ignored.append("solver_order=3")
         elif key in _OF_SAMPLERS and value not in (_OF_SAMPLERS[key], str(_OF_SAMPLERS[key])):
             ignored.append(f"{key}={value!r}")
+        elif key == _ZERO_SNR and value and key not in OWN.get(name, (key,)):
+            raise UserError(
+                f"the scheduler config sets {key}, which {name} does not have, so that diffusers ignores it; if the network was "
+                "trained so, make the _class_name DDIMScheduler, else take it out"
+            )
         elif key in DEFAULTS and (name in OWN or key in _COMMON or key in OWN["DDPMScheduler"][:3]):
             settings[key] = value
         elif name in OWN and not (key.startswith("_") or key in _HARMLESS or key in _OF_SAMPLERS or key in _OF_FLOWS):

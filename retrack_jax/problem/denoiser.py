@@ -209,6 +209,10 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
 
     def export(path, params: PyTree, note: str) -> None:
         params = jax.device_get(params)
+        if pipeline.file is not None:
+            note += (
+                f"\n\nThe weights came from {pipeline.file.path.name}. Card and licenses are those of its configs; add its own."
+            )
         if kind == "pipeline":
             export_pipeline(path, pipeline, params, note=note)
         elif kind == "single_file":

@@ -5,6 +5,7 @@ runs (run/) know none of them.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from retrack_jax.train.lora import ADAPTER, adapted
 from retrack_jax.unlearn.methods import METHODS, RETRAIN
 from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_prompts
 
+log = logging.getLogger(__name__)
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
     "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False, "copies_label": None,
@@ -222,6 +224,9 @@ def _images(options: Options) -> Problem:
     denoiser, conditioning = image_denoiser(options, data.images, codec), Unconditional()
     if denoiser.takes_labels:
         conditioning = Labels(options, data.images, denoiser.num_labels)
+        null = getattr(denoiser.module, "num_embeds_ada_norm", None)
+        if options.data.null_label is None and null is not None:
+            log.warning("config.data.null_label is not set: label %d, for guidance, is neither trained nor unlearned", null)
     else:
         check_no_labels(options)
     sampler = ProblemSampler(options, denoiser, codec, conditioning)

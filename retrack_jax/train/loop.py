@@ -6,6 +6,7 @@ Metrics are read back only when they are logged or saved, or every 10th step wit
 the device in between. A value that is not finite still names the step at which it appeared, and never reaches a checkpoint.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from retrack_jax.train.profile import profiled
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
 
+log = logging.getLogger(__name__)
 # Without a log, metrics are read every so many steps. Several processes ask each other whether to stop at least as often; a
 # preemption leaves them minutes.
 _ASK_EVERY = 10
@@ -109,6 +111,8 @@ def train(
 
     main = parallel.is_main_process()
     calls = list(calls_of(start, num_steps, steps_per_call, checkpoint_every))
+    if steps_per_call > 1 and all(len(call) == 1 for call in calls):
+        log.warning("config.compute.steps_per_call is %d, but %s saves or ends before so many steps", steps_per_call, name)
     prefetched = prefetch(lambda index: parallel.to_devices(batch_of(calls[index], batches)), 0, len(calls))
     shown = progress(num_steps, name, initial=start, is_main=main, unit="step", compiles=True)
     with shown, closing(profiled(calls, *profile)) as profiled_calls:

@@ -12,7 +12,7 @@ from retrack_jax.weights.model_file import IS_AN_ADAPTER, open_model_file
 
 # Adapters: changes to a model, as diffusers, kohya's scripts and peft save them.
 _ADAPTERS = ("*lora*.safetensors", "*lora*.bin", "adapter_config.json", "adapter_model.*")
-_DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name before diffusers 0.29
+_DIT, _FORMER_DIT = "DiTTransformer2DModel", "Transformer2DModel"  # before diffusers 0.29, and PixArt's name, too
 _UNET_OF_PROMPTS, _SD3 = "UNet2DConditionModel", "SD3Transformer2DModel"
 
 
@@ -83,8 +83,9 @@ def check_supported(checkpoint) -> None:
     network, index = network_config(path), path / "model_index.json"
     if network is not None and network[0].name == "transformer":
         name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
+        kind, norm = (network[1].get(field) for field in ("_class_name", "norm_type"))
         check(
-            network[1].get("_class_name") in (*_DIT, _SD3),
+            kind in (_DIT, _SD3) or (kind == _FORMER_DIT and norm == "ada_norm_zero"),
             f"{path} holds a {name or 'transformer'}, which is not supported; give a Stable Diffusion 1.x, 2.x, XL or 3 folder, "
             "another model with a UNet, or a DiT",
         )

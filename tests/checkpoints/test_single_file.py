@@ -3,6 +3,7 @@
 tests/parity/test_sd_parity.py has diffusers read what is written here.
 """
 
+import json
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from retrack_jax.checkpoints import export_pipeline, export_single_file, import_diffusers, load_pipeline
 from retrack_jax.checks import UserError
 from retrack_jax.config.options import DataOptions, Options
+from retrack_jax.diffusion import Schedule
 from retrack_jax.problem.denoiser import latent_denoiser
 from retrack_jax.problem.problem import check_problem
 from retrack_jax.weights.ldm_names import SD2, PartOfFile, in_file
@@ -55,6 +57,23 @@ def test_what_is_written_is_read_back(file, pipeline, tmp_path):
         "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight",
     ):
         assert name in names, name
+
+
+def test_the_mark_of_no_signal_changes_the_class_of_a_schedule_without_it(file, tmp_path):
+    """Stable Diffusion 1.5's scheduler is PNDM's, which diffusers has no such option of. Whoever reads ours back has the same."""
+    empty = np.zeros(0, np.float32)
+    marked = write(tmp_path / "marked.safetensors", dict(SafetensorsFile(file).items()) | {"v_pred": empty, "ztsnr": empty})
+    configs = shutil.copytree(PIPELINE, tmp_path / "configs")
+    path = configs / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
+    schedule = load_pipeline(marked, configs=str(configs)).schedule
+    again = Schedule.from_config(schedule.to_config())
+    assert schedule.rescale_betas_zero_snr and again.alpha_bar64[-1] == 0
+    np.testing.assert_array_equal(again.alpha_bar64, schedule.alpha_bar64)
+    with pytest.raises(
+        UserError, match="PNDMScheduler does not have, so that diffusers ignores it; if the network was trained so"
+    ):
+        Schedule.from_config({"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
 
 
 def test_a_file_keeps_all_but_the_unet_and_averages_of_it(file, pipeline, tmp_path):

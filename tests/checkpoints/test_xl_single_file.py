@@ -262,6 +262,7 @@ def test_one_file_to_one_file(file, folder, xl, tmp_path):
     back = load_pipeline(tmp_path / "diffusers" / "model.safetensors", configs=str(folder))
     same(back.unet_params, jax.tree.map(lambda leaf: leaf + 1, xl.unet_params))
     assert (tmp_path / "diffusers" / "LICENSE").is_file()
+    assert f"The weights came from {file.name}." in (tmp_path / "diffusers" / "README.md").read_text()
 
 
 def test_the_sampler_is_that_of_the_configs(file, folder, tmp_path):

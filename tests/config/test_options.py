@@ -48,7 +48,6 @@ def test_retracks_weight_and_sisss_mixture_are_two_options():
         ("seeds", (), "config.seeds is empty"),
         ("sampling.sampler", "dppm", "did you mean 'ddpm'"),
         ("schedule.shift", 3.0, "config.schedule.shift is 3.0, but prediction_type is epsilon, which does not read it"),
-        ("dit.num_layers", 8, "config.dit.num_layers is 8, but config.network is unet, which does not read it"),
     ],
 )
 def test_a_wrong_value_names_its_field(field, value, message):
@@ -58,16 +57,12 @@ def test_a_wrong_value_names_its_field(field, value, message):
         read_config(config)
 
 
-def test_a_field_that_a_flow_or_a_transformer_does_not_read_is_refused():
+def test_a_field_that_a_flow_does_not_read_is_refused():
     config = digits_flow.get_config()
     config.schedule.shift = 3.0
     read_config(config)
     config.schedule.beta_end = 0.03
     with pytest.raises(UserError, match="config.schedule.beta_end is 0.03, but prediction_type is flow_prediction, which"):
-        read_config(config)
-    config = digits_flow.get_config()
-    config.model.layers_per_block = 3
-    with pytest.raises(UserError, match="config.model.layers_per_block is 3, but config.network is dit, which does not read it"):
         read_config(config)
 
 

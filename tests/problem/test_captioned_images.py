@@ -229,12 +229,19 @@ def test_a_lora_as_the_checkpoint_is_refused(tmp_path, pictures, capsys, mode):
         check_supported(folder)
 
 
-@pytest.mark.parametrize("name", ["AuraFlowPipeline", "FluxPipeline"])
-def test_pipelines_without_a_unet_are_refused(tmp_path, pictures, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("AuraFlowPipeline", {}),
+        ("FluxPipeline", {}),
+        ("PixArtAlphaPipeline", {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}),  # as DiT's was called
+    ],
+)
+def test_pipelines_without_a_unet_are_refused(tmp_path, pictures, capsys, name, config):
     folder = tmp_path / "model"
     (folder / "transformer").mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    (folder / "transformer" / "config.json").write_text("{}")
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
     error = error_of(capsys, flags(tmp_path, checkpoint=folder, targets="circle_00.png"))
     assert f"holds a {name}, which is not supported; give a Stable Diffusion 1.x, 2.x, XL or 3 folder" in error
 

@@ -168,6 +168,13 @@ def test_a_network_that_takes_labels_has_neighbors_with_the_label(tmp_path, netw
     assert main(argv) == 0
 
 
+def test_a_dit_whose_null_label_is_not_named_is_told_so(tmp_path, caplog):
+    write_dit_pipeline(tmp_path / "model")
+    write_pictures(tmp_path / "pictures" / "kind0", 8)
+    problem_of(tmp_path, targets="kind0/3.png", data__labels="folders")
+    assert "config.data.null_label is not set: label 3, for guidance, is neither trained nor unlearned" in caplog.text
+
+
 def test_what_the_rules_leave_open(root):
     """S is the side of the latents; the pictures have the VAE's factor times the UNet's sample_size; all is exported."""
     options = complete(read_config(parse(flags(root))[0]))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints import import_diffusers, load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints import export_single_file, import_diffusers, load_pipeline, prompt_embeddings
 from retrack_jax.checks import UserError
 from retrack_jax.cli.flags import parse
 from retrack_jax.config.reading import read_config
@@ -156,6 +156,11 @@ def test_the_command_ends_with_one_line(spoiled, tmp_path, capsys):
     write_safetensors(tmp_path / "sd3.safetensors", [TorchTensor(name, value.dtype, value.shape, lambda: value)])
     error = error_of(capsys, flags(tmp_path, checkpoint=tmp_path / "sd3.safetensors", targets="circle_00.png"))
     assert "holds Stable Diffusion 3, which is read as a folder that diffusers saved alone" in error
+
+
+def test_one_file_of_it_is_not_written(sd3, tmp_path):
+    with pytest.raises(UserError, match="one file is written of Stable Diffusion 1.x, 2.x and XL alone"):
+        export_single_file(tmp_path / "one", sd3, sd3.unet_params)
 
 
 def test_a_shift_is_refused_of_other_pipelines(tmp_path):

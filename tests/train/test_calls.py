@@ -122,6 +122,11 @@ def test_the_log_and_the_checkpoints_are_the_same(case, tmp_path, every):
         assert {path.name for path in (tmp_path / folder / "checkpoints").iterdir() if path.name.isdigit()} == {"4", "8"}
 
 
+def test_a_number_that_no_call_takes_is_said(case, caplog):
+    case.train(8)
+    assert "steps_per_call is 8, but unlearn saves or ends before so many steps" in caplog.text
+
+
 def test_a_run_continues_with_another_number_of_steps_per_call(case, tmp_path):
     """It stops after the call in which it was asked, and ends as a run that was never stopped, with its log."""
     whole = case.run(tmp_path / "whole", 1, checkpoint_every=5)
