@@ -80,10 +80,10 @@ def check_supported(checkpoint) -> None:
         open_model_file(path)
         return
     check(not _is_adapter(path), f"{path} {IS_AN_ADAPTER}")
-    network, index = network_config(path), path / "model_index.json"
-    if network is not None and network[0].name == "transformer":
+    (folder, config), index = network_config(path) or (path / "transformer", {}), path / "model_index.json"
+    if folder.name == "transformer" and folder.is_dir():
         name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
-        kind, norm = (network[1].get(field) for field in ("_class_name", "norm_type"))
+        kind, norm = config.get("_class_name"), config.get("norm_type")
         check(
             kind in (_DIT, _SD3) or (kind == _FORMER_DIT and norm == "ada_norm_zero"),
             f"{path} holds a {name or 'transformer'}, which is not supported; give a Stable Diffusion 1.x, 2.x, XL or 3 folder, "
