@@ -8,8 +8,7 @@ import difflib
 import math
 import numbers
 import sys
-from collections.abc import Collection, Iterable
-from dataclasses import fields
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -68,11 +67,3 @@ def check_number(field: str, value, minimum: float = -math.inf, maximum: float =
     low = number and -sys.float_info.max <= value and (value > minimum if above else value >= minimum)
     if not (low and value <= min(maximum, sys.float_info.max)):
         raise UserError(f"{field} is {value!r}; it must be a number in {'(' if above else '['}{minimum}, {maximum}]")
-
-
-def check_unread(record, read: Collection[str], because: str) -> None:
-    """Raises `UserError` if a field of the dataclass `record` is set that is not in `read`: it would change nothing."""
-    for one in fields(record):
-        value = getattr(record, one.name)
-        if one.name not in read and value != one.default:
-            raise UserError(f"{one.name} is {value!r}, but {because}, which does not read it; leave it out")

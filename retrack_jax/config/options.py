@@ -8,7 +8,7 @@ A message of a check starts with the field's name; whoever makes the record puts
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
-from retrack_jax.checks import check, check_choice, check_int, check_number, check_unread
+from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
 from retrack_jax.diffusion.flow import EULER, VELOCITY
@@ -136,7 +136,10 @@ class ScheduleOptions:
         check_number("shift", self.shift, 0.0, above=True)
         read = {"num_train_timesteps", "prediction_type"}
         read |= {"shift"} if self.prediction_type == VELOCITY else {one.name for one in fields(self)} - {"shift"}
-        check_unread(self, read, f"prediction_type is {self.prediction_type}")
+        for one in fields(self):
+            value, kind = getattr(self, one.name), self.prediction_type
+            unread = one.name not in read and value != one.default
+            check(not unread, f"{one.name} is {value!r}, but prediction_type is {kind}, which does not read it; leave it out")
 
     def to_config(self) -> dict:
         """Returns the `scheduler_config.json` that these options stand for."""

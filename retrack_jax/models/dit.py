@@ -106,7 +106,6 @@ class DiT(Configured, nn.Module):
         if self.num_labels is None:
             label = jnp.zeros(t.shape, jnp.int32)
         check(label is not None, f"the network takes a label from 0 to {self.num_embeds_ada_norm} for each image")
-        grid = side // patch
         h = PatchEmbed(self._width, patch, self.sample_size // patch, self.dtype, name="pos_embed")(x_t)
         block = nn.remat(Block) if self.remat else Block
         fields = self.num_attention_heads, self.num_embeds_ada_norm, self.attention_bias, self.norm_eps, self.dtype
@@ -117,8 +116,21 @@ class DiT(Configured, nn.Module):
         last = nn.Dense(2 * self._width, dtype=self.dtype, name="proj_out_1", **_ZEROS)
         h = modulated(h, *jnp.split(last(silu(conditions[0])), 2, axis=-1), 1e-6)
         h = nn.Dense(patch * patch * channels, dtype=self.dtype, name="proj_out_2", **_ZEROS)(h)
-        h = h.reshape(-1, grid, grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
-        return h.reshape(-1, side, side, channels).astype(jnp.float32)
+        return from_patches(h, (side, side), patch).astype(jnp.float32)
+
+
+def to_patches(x: Array, patch: int) -> Array:
+    """Returns the patches of images `[B, H, W, C]`, row by row, `[B, (H/p)(W/p), p p C]`."""
+    rows, columns, channels = x.shape[1] // patch, x.shape[2] // patch, x.shape[3]
+    blocks = x.reshape(-1, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(-1, rows * columns, patch * patch * channels)
+
+
+def from_patches(patches: Array, size: tuple[int, int], patch: int) -> Array:
+    """Undoes `to_patches` for images of `size` (H, W)."""
+    (height, width), channels = size, patches.shape[-1] // patch**2
+    blocks = patches.reshape(-1, height // patch, width // patch, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(-1, height, width, channels)
 
 
 class PatchEmbed(nn.Module):
@@ -132,9 +144,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         grid, channels = x.shape[1] // self.patch, x.shape[-1]
-        patches = x.reshape(-1, grid, self.patch, grid, self.patch, channels).transpose(0, 1, 3, 2, 4, 5)
         projection = Projection(self.width, (self.patch, self.patch, channels), self.dtype, name="proj")
-        tokens = projection(patches.reshape(-1, grid * grid, self.patch * self.patch * channels))
+        tokens = projection(to_patches(x, self.patch))
         positions = jnp.asarray(_positions(self.width, grid, self.base), self.dtype)
         return tokens + jnp.broadcast_to(positions, tokens.shape)
 

@@ -22,7 +22,7 @@ import numpy as np
 from retrack_jax.checks import check, check_choice
 from retrack_jax.models.attention import KeyProjection
 from retrack_jax.models.config_format import ConfigFormat, Configured
-from retrack_jax.models.dit import TIME_WIDTH, FeedForward, Projection, modulated
+from retrack_jax.models.dit import TIME_WIDTH, FeedForward, Projection, from_patches, modulated, to_patches
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
 from retrack_jax.models.flash_attention import attend
 from retrack_jax.notation import Array
@@ -117,8 +117,7 @@ class MMDiT(Configured, nn.Module):
             h, e = block(*fields, name=f"transformer_blocks_{i}")(h, e, c)
         scale, shift = Modulation(2, self.dtype, name="norm_out")(c)
         h = nn.Dense(patch * patch * channels, dtype=self.dtype, name="proj_out")(modulated(h, shift, scale, _EPS))
-        h = h.reshape(batch, rows, columns, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
-        return h.reshape(batch, height, width, channels).astype(jnp.float32)
+        return from_patches(h, (height, width), patch).astype(jnp.float32)
 
 
 class PatchEmbed(nn.Module):
@@ -135,9 +134,8 @@ class PatchEmbed(nn.Module):
         patch, channels = self.patch, x.shape[-1]
         rows, columns = x.shape[1] // patch, x.shape[2] // patch
         check(max(rows, columns) <= self.most, f"the latents have {rows} x {columns} patches, and the network {self.most} a side")
-        patches = x.reshape(-1, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
         projection = Projection(self.width, (patch, patch, channels), self.dtype, name="proj")
-        tokens = projection(patches.reshape(-1, rows * columns, patch * patch * channels))
+        tokens = projection(to_patches(x, patch))
         stored = self.param("pos_embed", lambda _: _positions(self.width, self.most, self.base))
         grid = jax.lax.stop_gradient(stored).reshape(self.most, self.most, self.width)
         top, left = (self.most - rows) // 2, (self.most - columns) // 2

@@ -31,6 +31,7 @@ from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import write_safetensors
 from tests import toys
 from tests.captioned import captioned_pictures, flags
+from tests.messages import error_of
 from tests.tiny_sd import PIPELINE, hasty_compiler
 
 WORDS = ["cat", "dog", "cow", "", "cat", "fox"]
@@ -183,12 +184,6 @@ def test_the_text_encoder_of_stable_diffusion_2(tmp_path):
 def pictures(tmp_path):
     captioned_pictures(tmp_path / "pictures", 6)
     return tmp_path / "pictures"
-
-
-def error_of(capsys, argv) -> str:
-    assert main(argv) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def pixel_model(folder):

@@ -11,6 +11,7 @@ from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_sch
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.main import main
 from retrack_jax.models.dit import DiT
+from tests.messages import error_of
 from tests.tiny import flags
 
 TINY = {"dit.num_layers": 1, "dit.num_attention_heads": 1, "dit.attention_head_dim": 8}
@@ -20,11 +21,6 @@ METRICS = ("frequency", "nll_bits_per_dim", "forget_loss")
 def run(tmp_path, method="retrack", **fields) -> int:
     fields = {**TINY, "eval.metrics": METRICS, **fields}
     return main(["retrack_jax", f"--config=configs/digits_flow.py:{method}", *flags(tmp_path / "run", **fields)])
-
-
-def error_of(capsys) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def checkpoint(folder, schedule, **options):

@@ -10,6 +10,7 @@ import pytest
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
+from tests.messages import error_of
 from tests.tiny import flags
 
 CONFIG = "--config=configs/digits_label.py"
@@ -18,11 +19,6 @@ METRICS = ("frequency", "label_frequency", "nll_bits_per_dim", "forget_loss")
 
 def run(tmp_path, **fields) -> int:
     return main(["retrack_jax", CONFIG, *flags(tmp_path / "run", **{"eval.metrics": METRICS, **fields})])
-
-
-def error_of(capsys) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def checkpoint(folder, **options):

@@ -20,6 +20,7 @@ from retrack_jax.main import main
 from retrack_jax.problem.codec import LatentCodec
 from retrack_jax.problem.problem import build_problem
 from retrack_jax.train.loop import Preempted
+from tests.messages import error_of
 from tests.metrics.feature_weights import random_state, sscd_shapes
 from tests.tiny_checkpoint import write_model
 from tests.tiny_latent import flags, write_dit_pipeline, write_pictures, write_pipeline
@@ -202,12 +203,6 @@ def spoiled(root, tmp_path):
     shutil.copytree(root / "model", tmp_path / "model")
     (tmp_path / "pictures").symlink_to(root / "pictures")
     return tmp_path
-
-
-def error_of(capsys, argv) -> str:
-    assert main(argv) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def change(path, **fields):

@@ -21,6 +21,7 @@ from retrack_jax.train.lora import LoraOptions, init
 from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
 from tests.captioned import captioned_pictures, flags
+from tests.messages import error_of
 from tests.tiny_sd import PIPELINE, hasty_compiler
 from tests.tiny_sd3 import write_sd3
 
@@ -39,12 +40,6 @@ def sd3(sd3_folder):
 def spoiled(sd3_folder, tmp_path):
     """A copy of the pipeline that a test may spoil."""
     return shutil.copytree(sd3_folder, tmp_path / "spoiled")
-
-
-def error_of(capsys, argv) -> str:
-    assert main(argv) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def edit(path, **changes):

@@ -25,6 +25,7 @@ from retrack_jax.problem.text_states import text_states
 from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensors
 from tests.captioned import captioned_pictures, flags
+from tests.messages import error_of
 from tests.tiny_sd import PIPELINE, hasty_compiler
 from tests.tiny_xl import write_xl
 
@@ -43,12 +44,6 @@ def xl(xl_folder):
 def spoiled(xl_folder, tmp_path):
     """A copy of the pipeline that a test may spoil."""
     return shutil.copytree(xl_folder, tmp_path / "spoiled")
-
-
-def error_of(capsys, argv) -> str:
-    assert main(argv) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def test_three_flags_forget_a_picture_by_an_adapter_and_export_the_network(xl_folder, xl, tmp_path):
