@@ -61,7 +61,11 @@ def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
 
 
 def plan(name: str, option: str) -> dict:
-    """Compiles one step from abstract arguments and returns its memory in bytes, and the seconds of compiling."""
+    """Compiles one step from abstract arguments and returns its memory in bytes, its work, and the seconds of compiling.
+
+    The work is XLA's own account of the program: `flops`, and `bytes` that its kernels read and write. XLA counts the body of a
+    loop once, so both are multiplied by the number of microbatches; what stands outside the loop, the update, is small beside it.
+    """
     options, method = options_of(name), get_method("retrack")
     recipe = options.recipe("retrack")
     found = re.fullmatch(r"(float32|bfloat16|remat|bfloat16\+remat)(?:\+a(\d+))?", option)
@@ -87,17 +91,20 @@ def plan(name: str, option: str) -> dict:
     p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
     began = time.perf_counter()
     try:
-        memory = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+        compiled = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile()
     except jax.errors.JaxRuntimeError as error:
         if not (used := too_large(error)):
             raise
         return {"too_large": used, "images": 2 * recipe.batch_size // recipe.accumulation}
+    memory, work = compiled.memory_analysis(), compiled.cost_analysis()
     whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return {
         "images": 2 * recipe.batch_size // recipe.accumulation,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "all": whole + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "flops": work["flops"] * recipe.accumulation,
+        "bytes": work["bytes accessed"] * recipe.accumulation,
         "seconds": time.perf_counter() - began,
     }
 
