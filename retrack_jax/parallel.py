@@ -17,6 +17,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from retrack_jax.checks import Diverged, Preempted, UserError, check
 from retrack_jax.notation import Array, PyTree, Rng
@@ -97,12 +98,7 @@ def example_rngs(rng: Rng, index_B: Array) -> Rng:
 
 def all_processes_agree(value: int) -> bool:
     """Whether every process passed the same non-negative integer below 2^31 (True on a single process)."""
-    if jax.process_count() == 1:
-        return True
-    from jax.experimental import multihost_utils
-
-    gathered = multihost_utils.process_allgather(jnp.asarray(value, jnp.int32))
-    return bool((np.asarray(gathered) == value).all())
+    return largest(value) == -largest(-value)
 
 
 def check_same_everywhere(what: str, values: Mapping[str, str]) -> None:
@@ -121,8 +117,6 @@ def check_same_everywhere(what: str, values: Mapping[str, str]) -> None:
         all_processes_agree(_checksum("\n".join(names))),
         f"the processes have other fields in {what}; give every host the same version of retrack_jax and the same config",
     )
-    from jax.experimental import multihost_utils
-
     mine = np.array([_checksum(values[name]) for name in names], np.int32)
     same = (np.asarray(multihost_utils.process_allgather(mine)) == mine).all(axis=0)
     differing = [f"{name} ({values[name][:60]} here)" for name, agrees in zip(names, same, strict=True) if not agrees]
@@ -139,8 +133,6 @@ def _checksum(text: str) -> int:
 def barrier(name: str) -> None:
     """Waits until every process is here; nothing on a single process."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
 
 
@@ -170,8 +162,6 @@ def across_processes(tree: PyTree) -> PyTree:
     """Returns `tree`, of which each process holds a whole copy, as arrays that span all processes: what Orbax saves."""
     if jax.process_count() == 1:
         return tree
-    from jax.experimental import multihost_utils
-
     sharding = replicated_sharding()
     return jax.tree.map(lambda leaf: multihost_utils.host_local_array_to_global_array(leaf, sharding.mesh, sharding.spec), tree)
 
@@ -185,8 +175,6 @@ def largest(value: int) -> int:
     """Returns the largest `value`, an int of 32 bits, of all processes."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     return int(np.max(multihost_utils.process_allgather(jnp.asarray(value, jnp.int32))))
 
 
@@ -233,8 +221,6 @@ def from_main(make: Callable[[], Value]) -> Value:
     """
     if jax.process_count() == 1:
         return make()
-    from jax.experimental import multihost_utils
-
     main, packed = is_main_process(), bytearray()
     on_main(lambda: packed.extend(pickle.dumps(jax.device_get(make()))))
     whole, rest = map(int, multihost_utils.broadcast_one_to_all(np.array(divmod(len(packed), _CHUNK), np.int32)))
@@ -256,8 +242,6 @@ def split_rows(apply: Callable[[int, int], dict[str, np.ndarray]], num_rows: int
     count = jax.process_count()
     if count == 1:
         return apply(0, num_rows)
-    from jax.experimental import multihost_utils
-
     share = -(-num_rows // count)
     starts = [min(index * share, num_rows - share) for index in range(count)]
     first = starts[jax.process_index()]

@@ -41,7 +41,7 @@ def export_folder(path, source: Path, module, params: PyTree, *, note: str | Non
             shutil.copytree(part, folder / part.name, symlinks=False)
             _name_plainly(folder / part.name)
         index = _model_index(source, {name, *(part.name for part in parts)})
-        write_json(folder / "model_index.json", index | {name: ["diffusers", module.config_format.class_name]})
+        write_json(folder / "model_index.json", index | {name: ["diffusers", module.class_name]})
         write_text(folder / "README.md", model_card(source, note))
         for license_name, content in licenses(source).items():
             write_bytes(folder / license_name, content)

@@ -79,13 +79,12 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
     for name in wanted:
         state, train = task.finetune(subject.params, name == "relearning_steps")
         try:
-            curve = relearning_curve(train, lambda state: loss(state.params), state, task.relearning)
+            steps, losses = relearning_curve(train, lambda state: loss(state.params), state, task.relearning)
         except Diverged as error:
             note["why"] = str(error)
             continue
-        found = relearning_steps(curve, threshold)
-        values[name] = found.steps
-        note[name] = {"steps": list(curve.steps), "values": list(curve.values), "censored": found.censored}
+        values[name], censored = relearning_steps(steps, losses, threshold)
+        note[name] = {"steps": steps, "values": losses, "censored": censored}
     return values, note
 
 

@@ -29,9 +29,8 @@ _EMA_KEYS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConfigFormat:
-    """How the config of one class of diffusers is read.
+class Configured:
+    """A Linen module that diffusers has too, whose fields are the options of diffusers' class.
 
     Attributes:
       class_name: the name of the class in diffusers.
@@ -39,62 +38,47 @@ class ConfigFormat:
       passed_over: keys that do not change what the network computes here.
     """
 
-    class_name: str
-    fixed: Mapping[str, Any]
-    passed_over: tuple[str, ...] = ()
-
-    def read(self, module_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the fields that `config` sets, lists as tuples. Ignores keys with a leading underscore or of an averaged model.
-
-        Raises:
-          UserError: the config is another class's, or has an unknown key, an option that is not supported, or a value of another
-            kind or range than the field has.
-        """
-        name, ours = config.get("_class_name", self.class_name), module_class.__name__
-        check(name == self.class_name, f"the config is of a {name}; only {self.class_name} is read here")
-        known, values = _config_fields(module_class), {}
-        for key, value in config.items():
-            if key.startswith("_") or key in self.passed_over + _EMA_KEYS:
-                continue
-            if key in self.fixed:
-                only = json.dumps(self.fixed[key])
-                check(value == self.fixed[key], f"the {self.class_name} config's {key} is {value!r}; only {only} is supported")
-            elif key in known:
-                kind = known[key], *_RANGES.get(key, (1, LARGEST))
-                fits = _fits(value, *kind)
-                check(fits, f"the {self.class_name} config's {key} is {value!r:.200}; it must be {_expected(*kind)}")
-                values[key] = tuple(value) if isinstance(value, list) else value
-            else:
-                hint = suggestion(key, known)
-                raise UserError(f"the {self.class_name} config has an option {key!r} that {ours} does not know{hint}")
-        return values
-
-    def write(self, module) -> dict[str, Any]:
-        """Returns the `config.json` of `module`, every option spelled out."""
-        values = {name: getattr(module, name) for name in _config_fields(type(module))}
-        lists = {name: list(value) for name, value in values.items() if isinstance(value, (tuple, list))}
-        return {"_class_name": self.class_name} | values | lists | self.fixed
-
-
-class Configured:
-    """A Linen module that diffusers has too: subclasses set `config_format` and define `check_options()`."""
-
-    config_format: ClassVar[ConfigFormat]
+    class_name: ClassVar[str]
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    passed_over: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> Self:
         """Returns the module for diffusers' `config.json` as a dict; `own_fields` sets `dtype` and `remat`.
 
+        Lists become tuples. Keys with a leading underscore, or of an averaged model, are ignored.
+
         Raises:
-          UserError: the config is another class's, or has an unknown key, or an option that is not supported.
+          UserError: the config is another class's, or has an unknown key, an option that is not supported, or a value of another
+            kind or range than the field has.
         """
-        module = cls(**cls.config_format.read(cls, config), **own_fields)
+        name, called = config.get("_class_name", cls.class_name), f"the {cls.class_name} config"
+        check(name == cls.class_name, f"the config is of a {name}; only {cls.class_name} is read here")
+        known, values = _config_fields(cls), {}
+        for key, value in config.items():
+            if key.startswith("_") or key in cls.passed_over + _EMA_KEYS:
+                continue
+            if key in cls.fixed:
+                only = json.dumps(cls.fixed[key])
+                check(value == cls.fixed[key], f"{called}'s {key} is {value!r}; only {only} is supported")
+            elif key in known:
+                kind = known[key], *_RANGES.get(key, (1, LARGEST))
+                check(_fits(value, *kind), f"{called}'s {key} is {value!r:.200}; it must be {_expected(*kind)}")
+                values[key] = tuple(value) if isinstance(value, list) else value
+            else:
+                raise UserError(f"{called} has an option {key!r} that {cls.__name__} does not know{suggestion(key, known)}")
+        module = cls(**values, **own_fields)
         module.check_options()
         return module
 
+    def check_options(self) -> None:
+        """Raises `UserError` for options that do not fit together."""
+
     def to_config(self) -> dict[str, Any]:
         """Returns diffusers' `config.json` of this network, every option spelled out."""
-        return self.config_format.write(self)
+        values = {name: getattr(self, name) for name in _config_fields(type(self))}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, (tuple, list))}
+        return {"_class_name": self.class_name} | values | lists | dict(self.fixed)
 
 
 def check_block_types(module, *, plain=str, **kinds) -> None:

@@ -22,8 +22,9 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.models.attention import Attention
-from retrack_jax.models.config_format import ConfigFormat, Configured
+from retrack_jax.models.config_format import Configured
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
+from retrack_jax.models.transformer2d import FeedForward
 from retrack_jax.notation import Array
 
 TIME_WIDTH = 256
@@ -31,13 +32,9 @@ TIME_WIDTH = 256
 _FORMER_CLASS = "Transformer2DModel"
 _FORMER_OPTIONS = ("cross_attention_dim", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
 _ZEROS = {"kernel_init": nn.initializers.zeros_init()}
-FORMAT = ConfigFormat(
-    class_name="DiTTransformer2DModel",
-    fixed={
-        "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "dropout": 0.0,
-    },
-    passed_over=("upcast_attention", "norm_num_groups"),
-)  # fmt: skip
+_FIXED = {
+    "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "dropout": 0.0,
+}  # fmt: skip
 
 
 class DiT(Configured, nn.Module):
@@ -53,7 +50,8 @@ class DiT(Configured, nn.Module):
       The others are diffusers'.
     """
 
-    config_format = FORMAT
+    class_name, fixed = "DiTTransformer2DModel", _FIXED
+    passed_over = ("upcast_attention", "norm_num_groups")
 
     num_attention_heads: int = 16
     attention_head_dim: int = 72
@@ -74,7 +72,7 @@ class DiT(Configured, nn.Module):
             on = [name for name in _FORMER_OPTIONS if config.get(name)]
             check(not on, f"the {_FORMER_CLASS} config sets {', '.join(on)}, which a DiT does not have")
             config = {name: value for name, value in config.items() if name not in _FORMER_OPTIONS}
-            config = config | {"_class_name": FORMAT.class_name}
+            config = config | {"_class_name": cls.class_name}
         return super().from_config(config, **own_fields)
 
     def check_options(self) -> None:
@@ -180,7 +178,7 @@ class Block(nn.Module):
         b_1, s_1, g_1, b_2, s_2, g_2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.heads, h.shape[-1] // self.heads, bias=self.bias, dtype=self.dtype, name="attn1")
         h = h + g_1[:, None] * attention(modulated(h, b_1, s_1, 1e-6))
-        return h + g_2[:, None] * FeedForward(self.dtype, name="ff")(modulated(h, b_2, s_2, self.eps)), c
+        return h + g_2[:, None] * FeedForward(self.dtype, GELU, name="ff")(modulated(h, b_2, s_2, self.eps)), c
 
 
 class Modulation(nn.Module):
@@ -230,16 +228,6 @@ class GELU(nn.Module):
     @nn.compact
     def __call__(self, h: Array) -> Array:
         return jax.nn.gelu(nn.Dense(4 * h.shape[-1], dtype=self.dtype, name="proj")(h), approximate=True)
-
-
-class FeedForward(nn.Module):
-    """The mlp of equation (2)."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, h: Array) -> Array:
-        return nn.Dense(h.shape[-1], dtype=self.dtype, name="net_2")(GELU(self.dtype, name="net_0")(h))
 
 
 def modulated(h: Array, shift: Array, scale: Array, eps: float) -> Array:

@@ -21,10 +21,11 @@ import numpy as np
 
 from retrack_jax.checks import check, check_choice
 from retrack_jax.models.attention import KeyProjection
-from retrack_jax.models.config_format import ConfigFormat, Configured
-from retrack_jax.models.dit import TIME_WIDTH, FeedForward, Projection, from_patches, modulated, to_patches
+from retrack_jax.models.config_format import Configured
+from retrack_jax.models.dit import GELU, TIME_WIDTH, Projection, from_patches, modulated, to_patches
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
 from retrack_jax.models.flash_attention import attend
+from retrack_jax.models.transformer2d import FeedForward
 from retrack_jax.notation import Array
 
 _EPS = 1e-6  # of every norm
@@ -44,7 +45,7 @@ class MMDiT(Configured, nn.Module):
       The others are diffusers'.
     """
 
-    config_format = ConfigFormat(class_name="SD3Transformer2DModel", fixed={})
+    class_name = "SD3Transformer2DModel"
 
     sample_size: int = 128
     patch_size: int = 2
@@ -66,7 +67,7 @@ class MMDiT(Configured, nn.Module):
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> Self:
         dual = config.get("dual_attention_layers") or ()
         whole = isinstance(dual, (list, tuple)) and all(type(layer) is int and layer >= 0 for layer in dual)
-        check(whole, f"the {cls.config_format.class_name} config's dual_attention_layers is {dual!r:.200}; it must list blocks")
+        check(whole, f"the {cls.class_name} config's dual_attention_layers is {dual!r:.200}; it must list blocks")
         rest = {name: value for name, value in config.items() if name != "dual_attention_layers"}
         return super().from_config(rest, dual_attention_layers=tuple(dual), **own_fields)
 
@@ -190,12 +191,12 @@ class Block(nn.Module):
         if self.is_dual:
             b_3, s_3, g_3 = second
             h = h + g_3[:, None] * JointAttention(*own, name="attn2")(modulated(before, b_3, s_3, _EPS))[0]
-        h = h + g_2[:, None] * FeedForward(self.dtype, name="ff")(modulated(h, b_2, s_2, _EPS))
+        h = h + g_2[:, None] * FeedForward(self.dtype, GELU, name="ff")(modulated(h, b_2, s_2, _EPS))
         if self.is_last:
             return h, None
         g_e, b_m, s_m, g_m = after
         e = e + g_e[:, None] * a_e
-        return h, e + g_m[:, None] * FeedForward(self.dtype, name="ff_context")(modulated(e, b_m, s_m, _EPS))
+        return h, e + g_m[:, None] * FeedForward(self.dtype, GELU, name="ff_context")(modulated(e, b_m, s_m, _EPS))
 
 
 class JointAttention(nn.Module):

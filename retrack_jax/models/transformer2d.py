@@ -20,26 +20,25 @@ from retrack_jax.notation import Array
 
 
 class GEGLU(nn.Module):
-    """Equation (3) without its last layer."""
+    """Equation (3) without its last layer, four times wider than `h`."""
 
-    features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        a, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(h), 2, axis=-1)
+        a, gate = jnp.split(nn.Dense(8 * h.shape[-1], dtype=self.dtype, name="proj")(h), 2, axis=-1)
         return a * jax.nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nn.Module):
-    """Equation (3), four times wider inside."""
+    """Equation (3), or the same with another first layer: `inner(dtype)` makes it."""
 
     dtype: jnp.dtype = jnp.float32
+    inner: type[nn.Module] = GEGLU
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        inner = GEGLU(4 * h.shape[-1], self.dtype, name="net_0")(h)
-        return nn.Dense(h.shape[-1], dtype=self.dtype, name="net_2")(inner)
+        return nn.Dense(h.shape[-1], dtype=self.dtype, name="net_2")(self.inner(self.dtype, name="net_0")(h))
 
 
 class BasicTransformerBlock(nn.Module):

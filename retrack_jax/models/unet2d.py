@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import check, check_choice, check_int
 from retrack_jax.models.blocks import Attending, AttentionOptions
-from retrack_jax.models.config_format import ConfigFormat
 from retrack_jax.models.embeddings import GaussianFourierProjection
 from retrack_jax.models.unet import UNet
 from retrack_jax.notation import Array
@@ -53,7 +52,7 @@ class UNet2D(UNet):
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
 
-    config_format = ConfigFormat(class_name="UNet2DModel", fixed={})
+    class_name = "UNet2DModel"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **own_fields) -> "UNet2D":

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from retrack_jax.checks import check, check_choice, check_int
 from retrack_jax.models.blocks import TransformerOptions
-from retrack_jax.models.config_format import ConfigFormat
 from retrack_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from retrack_jax.models.unet import UNet
 from retrack_jax.notation import Array
@@ -65,7 +64,7 @@ class UNet2DCondition(UNet):
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
 
-    config_format = ConfigFormat(class_name="UNet2DConditionModel", fixed=_FIXED, passed_over=_PASSED_OVER)
+    class_name, fixed, passed_over = "UNet2DConditionModel", _FIXED, _PASSED_OVER
 
     def check_options(self) -> None:
         """Raises `UserError`, naming the field, for options that are not supported or do not fit together."""

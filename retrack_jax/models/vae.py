@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from retrack_jax.checks import check, check_int, check_number
 from retrack_jax.models.attention import GroupNorm
 from retrack_jax.models.blocks import AttentionOptions, DownBlock2D, UNetMidBlock2D, UpBlock2D
-from retrack_jax.models.config_format import ConfigFormat, Configured, check_block_types
+from retrack_jax.models.config_format import Configured, check_block_types
 from retrack_jax.models.conv import Conv
 from retrack_jax.models.embeddings import activation, silu
 from retrack_jax.models.resnet import ResnetOptions
@@ -75,7 +75,12 @@ def _out(options: ResnetOptions, x: Array, features: int) -> Array:
 class Autoencoder(Configured, nn.Module):
     """What the autoencoders of latent diffusion models have in common; fields and defaults are diffusers'.
 
-    Call `apply` with method "encode" or "decode".
+    Call `apply` with a method of each of them:
+
+      encode: images `[B, H, W, in_channels]` in [-1, 1], with sides that are multiples of `downscale` (else `UserError`), to the
+        latent of each, float32 `[B, h, w, latent_width]`: mean and standard deviation of its posterior, or the latent alone if
+        it is certain. They are already multiplied by `scaling_factor`, as the network sees them.
+      decode: the network's latents to images, float32 `[B, H, W, out_channels]`, about in [-1, 1], not clipped.
 
     Attributes:
       scaling_factor: the factor of latents, with which their variance is about 1.
@@ -131,19 +136,6 @@ class Autoencoder(Configured, nn.Module):
         whole = height % self.downscale == 0 and width % self.downscale == 0
         check(whole, f"images are {height} x {width}; the VAE needs multiples of {self.downscale}")
 
-    def encode(self, x_BHWC: Array) -> tuple[Array, ...]:
-        """Returns the latent of each image, float32 `[B, h, w, latent_width]`: mean and standard deviation of its posterior, or
-        the latent alone if it is certain.
-
-        They are already multiplied by `scaling_factor`, as the UNet sees them. Images are `[B, H, W, in_channels]` in [-1, 1],
-        with sides that are multiples of `downscale`; raises `UserError` for other sides.
-        """
-        raise NotImplementedError
-
-    def decode(self, latent_BHWC: Array) -> Array:
-        """Returns images from the UNet's latents: float32 `[B, H, W, out_channels]`, about in [-1, 1], not clipped."""
-        raise NotImplementedError
-
     def __call__(self, x_BHWC: Array) -> Array:
         """Encodes, and decodes the mean; this is what `init` traces."""
         return self.decode(self.encode(x_BHWC)[0])
@@ -156,11 +148,8 @@ class AutoencoderKL(Autoencoder):
     use_post_quant_conv: bool = True
     shift_factor: float | None = None
 
-    config_format = ConfigFormat(
-        class_name="AutoencoderKL",
-        fixed={"latents_mean": None, "latents_std": None},
-        passed_over=("force_upcast",),  # a precision; checkpoints/stable_diffusion.py heeds it for XL
-    )
+    class_name, fixed = "AutoencoderKL", {"latents_mean": None, "latents_std": None}
+    passed_over = ("force_upcast",)  # a precision; checkpoints/stable_diffusion.py heeds it for XL
 
     def setup(self):
         self._set_up(2 * self.latent_channels)

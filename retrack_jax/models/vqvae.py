@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.models.config_format import ConfigFormat
 from retrack_jax.models.vae import Autoencoder
 from retrack_jax.notation import Array
 
@@ -51,11 +50,8 @@ class VQModel(Autoencoder):
     num_vq_embeddings: int = 256
     vq_embed_dim: int | None = None
 
-    config_format = ConfigFormat(
-        class_name="VQModel",
-        fixed={"norm_type": "group"},
-        passed_over=("force_upcast", "lookup_from_codebook"),  # precision; and a path that no pipeline of images takes
-    )
+    class_name, fixed = "VQModel", {"norm_type": "group"}
+    passed_over = ("force_upcast", "lookup_from_codebook")  # precision; and a path that no pipeline of images takes
 
     def setup(self):
         self._set_up(self.latent_channels)

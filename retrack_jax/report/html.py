@@ -1,7 +1,6 @@
 """The page of one run: `report.html`, a single file that needs nothing else, and `samples.png` next to it.
 
-It reads what the run wrote (`metrics.json`, `log.jsonl`, `samples.npz`, `sscd-TARGET.npz`) and takes the few arrays that are in
-no file of the run.
+It reads what the run wrote (`metrics.json`, `log.jsonl`, `sscd-TARGET.npz`) and takes the arrays that it shows.
 """
 
 import json
@@ -16,7 +15,6 @@ from retrack_jax.report import grids
 from retrack_jax.report.catalogue import describe, method_label
 from retrack_jax.report.charts import curves
 from retrack_jax.report.page import render
-from retrack_jax.report.stored import first_images
 from retrack_jax.report.strips import caption_strips, neighbor_strips, restored_strips
 from retrack_jax.report.tables import absent_reasons, before_after_rows, label_rows, provenance_rows
 from retrack_jax.report.verdict import box, calibration_in_words, file_rows
@@ -45,7 +43,7 @@ def run_report(
       run_dir: the run's folder; it must hold `metrics.json`; `log.jsonl` and the workdir's `pretrained/log.jsonl` are optional.
       before: the pretrained model's samples, uint8 `[N, H, W, C]`, or a mapping of such (Stable Diffusion: `original`,
         `modified`); those among them that are the forgotten image are shown too. None: no pictures of before.
-      after: this run's samples from the same noise; by default the first ones of its `samples.npz`.
+      after: this run's samples from the same noise; None: no pictures of samples.
       marked_before, marked_after: bool `[N]` or a mapping of such: which samples are the forgotten image. None: unknown.
       mark_name: what those are called, such as `T-shirt`.
       forgotten: uint8 `[F, H, W, C]`, the forgotten images.
@@ -61,8 +59,7 @@ def run_report(
     metrics = read_json(run_dir / "metrics.json")
     config = metrics.get("config") or {}
     count = (config.get("eval") or {}).get("grid_images", _SHOWN)
-    before, after = (_named(before), _named(after if after is not None else first_images(run_dir / "samples.npz", count)))
-    masks = _named(marked_before), _named(marked_after)
+    before, after, *masks = map(_named, (before, after, marked_before, marked_after))
     label = method_label(metrics.get("method", ""))
     titles = ("Before: pretrained", f"After: {label}")
 
@@ -77,8 +74,21 @@ def run_report(
         samples.append({"prompt": _NAMES.get(name, name), "pictures": both})
         if old is not None and old_mask is not None and np.any(old_mask):
             drawn.append(_drawn_pair(old, images, old_mask, new_mask, mark_name, titles))
-    if after:
-        _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten, neighbors, distances, count)
+    if after:  # the picture shows the first kind of samples
+        name, steps = next(iter(after)), f", {metrics['steps']:,} steps" if metrics.get("steps") else ""
+        picture = grids.samples_picture(
+            before.get(name),
+            after[name],
+            titles=(titles[0], titles[1] + steps),
+            marked_before=masks[0].get(name),
+            marked_after=masks[1].get(name),
+            mark_name=mark_name,
+            forgotten=forgotten,
+            neighbors=neighbors,
+            distances=distances,
+            count=count,
+        )
+        grids.save_png(run_dir / "samples.png", picture)
 
     rows = before_after_rows(metrics)
     heads = ["Metric", "Pretrained", f"After {label or 'unlearning'}"]
@@ -166,25 +176,3 @@ def _grid(title, images, mask, mark_name, count) -> dict:
     source = grids.data_uri(picture, photo=photo)
     outlined = marked is not None and marked.any()
     return {"title": title, "source": source, "alt": alt, "caption": caption, "marked": outlined, "pixels": not photo}
-
-
-def _write_picture(run_dir, metrics, before, after, masks, mark_name, forgotten, neighbors, distances, count):
-    """`samples.png`: the first kind of samples; without a before, it shows the samples after alone."""
-    name = next(iter(after))
-    label = f"After: {method_label(metrics.get('method', ''))}"
-    label += f", {metrics['steps']:,} steps" if metrics.get("steps") else ""
-    grids.save_png(
-        run_dir / "samples.png",
-        grids.samples_picture(
-            before.get(name),
-            after[name],
-            titles=("Before: pretrained", label),
-            marked_before=masks[0].get(name),
-            marked_after=masks[1].get(name),
-            mark_name=mark_name,
-            forgotten=forgotten,
-            neighbors=neighbors,
-            distances=distances,
-            count=count,
-        ),
-    )

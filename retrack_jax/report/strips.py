@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from etils import epath
 
 from retrack_jax.files import read_npz
@@ -72,7 +71,8 @@ def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:
     run_dir = epath.Path(run_dir)
     name = f"sscd-{run_dir.name.partition('-')[2]}.npz"  # the folder is seed0-TARGET
     places = {"before": run_dir.parent.parent / "pretrained" / name, f"after {label}": run_dir / name}
-    models = {what: arrays for what, path in places.items() if (arrays := _read(path)) is not None}
+    names, advice = ("forgotten", "noised", "restored", "sscd"), "delete it, and the report is made without it"
+    models = {what: read_npz(path, names, advice=advice) for what, path in places.items() if path.exists()}
     if not models:
         return None
     first = next(iter(models.values()))
@@ -88,13 +88,6 @@ def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:
         rows.append(tiles)
     note = f"The {mark_name} noised to t = 250, and denoised from there by each model with the same noise."
     return {"note": note, "rows": rows}
-
-
-def _read(path) -> dict[str, np.ndarray] | None:
-    if not path.exists():
-        return None
-    names = ("forgotten", "noised", "restored", "sscd")
-    return read_npz(path, names, advice="delete it, and the report is made without it")
 
 
 def _tile(image, alt, caption, kind="") -> dict:

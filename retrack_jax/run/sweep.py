@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from flax.traverse_util import flatten_dict
+
 from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check
 from retrack_jax.config.devices import fit_to_devices
@@ -22,7 +24,7 @@ from retrack_jax.weights.hub import is_id
 from retrack_jax.weights.kinds import check_supported
 
 log = logging.getLogger(__name__)
-_FOLDERS = {"config.data.dir", "config.data.cache_dir", "config.eval.weights_dir"}
+_FOLDERS = {"data.dir", "data.cache_dir", "eval.weights_dir"}
 
 
 def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
@@ -40,8 +42,9 @@ def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: 
         check_needs(options)
         return {}
     # Hosts may keep the same files in different folders: what is in them is compared once it is read.
-    fields = {name: value for name, value in _flat(dataclasses.asdict(options)).items() if name not in _FOLDERS}
-    parallel.check_same_everywhere("the config", fields)
+    fields = flatten_dict(dataclasses.asdict(options), sep=".")
+    texts = {f"config.{name}": json.dumps(value) for name, value in fields.items() if name not in _FOLDERS}
+    parallel.check_same_everywhere("the config", texts)
     options = fit_to_devices(parallel.together(lambda: _checked(options)))
     check_problem(options)
     workdir = Workdir(workdir)
@@ -112,11 +115,3 @@ def check_needs(options: Options) -> None:
         check_problem(fit_to_devices(options))
     what = ", ".join(dict.fromkeys(item.description for item in missing))
     check(not missing, f"{len(missing)} of what {options.name} needs is missing: {what}; the list says what to do")
-
-
-def _flat(fields: dict, prefix: str = "config.") -> dict[str, str]:
-    """Returns every leaf of nested dicts by its dotted name, as JSON."""
-    flat = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": json.dumps(value)}
-    return flat

@@ -47,14 +47,6 @@ class CompiledStep:
 
 
 @dataclass(frozen=True)
-class TrainInputs:
-    """Step inputs other than the state."""
-
-    batches: Batches
-    shared: Shared
-
-
-@dataclass(frozen=True)
 class Job:
     """One training run.
 
@@ -65,7 +57,7 @@ class Job:
       recipe: how it trains.
       step: its compiled step.
       start: `() -> parameters` that it starts from.
-      inputs: `() -> TrainInputs`, built only if there is a step left to take.
+      inputs: `() -> (batches, shared)`, what a step takes in addition to the state; built only if there is a step left to take.
       lora: the adapter to the pretrained network that it trains; None: it trains a network's parameters.
     """
 
@@ -75,7 +67,7 @@ class Job:
     recipe: TrainingOptions
     step: CompiledStep
     start: Callable[[], PyTree]
-    inputs: Callable[[], TrainInputs]
+    inputs: Callable[[], tuple[Batches, Shared]]
     lora: LoraOptions | None = None
 
 
@@ -109,7 +101,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
     def adapter() -> PyTree:
         return init(lora, jax.eval_shape(denoiser.init_params, 0), jax.random.key(seed))
 
-    def inputs() -> TrainInputs:
+    def inputs() -> tuple[Batches, Shared]:
         num_neighbors = recipe.num_neighbors if "neighbors" in entry.streams else 0
         # One process decides: an approximate index of each host could find other neighbors, and steps average their gradients.
         data = parallel.from_main(lambda: problem.forget_data(target, recipe, num_neighbors))
@@ -136,7 +128,7 @@ def unlearning(context: RunContext, method: str, target: Target, seed: int) -> J
             forget_size=recipe.forget_size(entry),
             seed=seed,
         )
-        return TrainInputs(batches, shared)
+        return batches, shared
 
     return Job("unlearn", folder, seed, recipe, step, adapter if lora else base, inputs, lora)
 
@@ -157,12 +149,12 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
     )
     step = _compiled(METHODS["vanilla"], denoiser.eps_fn, how, recipe)
 
-    def inputs() -> TrainInputs:
+    def inputs() -> tuple[Batches, Shared]:
         gather = context.problem.gather(images, rows)
         batches = Batches(
             gather=gather, num_remain=len(rows), forget_rows=None, remain_size=recipe.batch_size, forget_size=0, seed=seed
         )
-        return TrainInputs(batches, Shared(schedule=denoiser.schedule, null=context.problem.conditioning.dropped))
+        return batches, Shared(schedule=denoiser.schedule, null=context.problem.conditioning.dropped)
 
     return Job(name, folder, seed, recipe, step, lambda: denoiser.init_params(seed), inputs)
 
@@ -198,7 +190,7 @@ def train(job: Job, context: RunContext) -> Model:
         state, seconds = loop.restore(lambda: _state(job, context, params), num_steps, store)
         if not isinstance(state, TrainState):
             return _model(job, context, state, seconds)
-        inputs = job.inputs()
+        batches, shared = job.inputs()
         how = {"is_main": parallel.is_main_process(), "every": context.options.log_every}
         shown = scalars_of_training(context.options, job.folder, job.name, job.recipe.rate(), int(state.step))
         with shown as also, Writer(job.folder / "log.jsonl", **how, also=also) as writer:
@@ -207,8 +199,8 @@ def train(job: Job, context: RunContext) -> Model:
             state, seconds = loop.train(
                 parallel.replicate(state),
                 job.step.p_step,
-                inputs.batches,
-                parallel.replicate(inputs.shared),
+                batches,
+                parallel.replicate(shared),
                 jax.random.key(job.seed),
                 num_steps=num_steps,
                 name=job.name,

@@ -6,7 +6,6 @@ import pytest
 from retrack_jax import files
 from retrack_jax.checks import UserError
 from retrack_jax.data.sources.npz import load_npz
-from retrack_jax.report.stored import first_images
 from retrack_jax.sampling.generate import _read_parts
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 1), dtype=np.uint8)
@@ -21,7 +20,7 @@ def part_of_samples(path):
 
 
 def shown_samples(path):
-    return first_images(path, 6)["images"]
+    return files.read_npz(path, ("images",))["images"]
 
 
 @pytest.mark.parametrize("read", [user_images, part_of_samples, shown_samples])

@@ -92,7 +92,7 @@ def test_files_of_a_run_lie_in_the_bucket(bucket, tmp_path):
         folder / "metrics.json",
         {"method": "retrack", "seed": 0, "target": "t", "pretrained": values, "unlearned": values},
     )
-    run_report(folder, before=images)
+    run_report(folder, before=images, after=images)
     spread = {name: {"mean": value, "std": None, "runs": 1} for name, value in values.items()}
     files.write_json(
         work.root / "summary.json",

@@ -11,7 +11,6 @@ from retrack_jax.checks import UserError
 from retrack_jax.files import write_npz
 from retrack_jax.report.comparison import comparison_report, scatter_points
 from retrack_jax.report.html import run_report
-from retrack_jax.report.stored import first_images
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1), np.uint8)
 MASK = np.arange(80) % 20 == 3
@@ -69,7 +68,6 @@ def run_dir(tmp_path):
     (tmp_path / "log.jsonl").write_text(
         "".join(json.dumps({"step": i, "time": 1.0, "train_loss": 1 / (i + 1)}) + "\n" for i in range(90))
     )
-    write_npz(tmp_path / "samples.npz", samples=IMAGES)
     return tmp_path
 
 
@@ -104,7 +102,7 @@ def test_run_page_is_whole_self_contained_and_safe(run_dir):
     ):
         assert words in page.text, words
     assert "nested" in page.text and "final" not in page.text and page.tags.count("svg") == 1
-    assert {file.name for file in run_dir.iterdir()} == {"metrics.json", "log.jsonl", "samples.npz", "samples.png", "report.html"}
+    assert {file.name for file in run_dir.iterdir()} == {"metrics.json", "log.jsonl", "samples.png", "report.html"}
 
 
 def test_a_grid_shows_as_many_samples_as_the_config_says(run_dir):
@@ -113,7 +111,7 @@ def test_a_grid_shows_as_many_samples_as_the_config_says(run_dir):
     for count in (8, 16):
         metrics["config"] = {"name": "digits", "eval": {"grid_images": count}}
         (run_dir / "metrics.json").write_text(json.dumps(metrics))
-        assert f"{count} samples" in Page(run_report(run_dir, before=IMAGES).read_text()).text
+        assert f"{count} samples" in Page(run_report(run_dir, before=IMAGES, after=IMAGES).read_text()).text
         with Image.open(run_dir / "samples.png") as picture:
             sizes.append(picture.height)
     assert sizes[0] < sizes[1]
@@ -124,9 +122,9 @@ def test_same_inputs_give_the_same_bytes(run_dir):
     assert first == (full_report(run_dir).read_bytes(), (run_dir / "samples.png").read_bytes())
 
 
-def test_run_page_from_files_alone(run_dir):
+def test_run_page_without_samples_of_before_and_curves(run_dir):
     (run_dir / "log.jsonl").unlink()
-    page = Page(run_report(run_dir).read_text())
+    page = Page(run_report(run_dir, after=IMAGES).read_text())
     assert "After: ReTrack" in page.text and "Before" not in page.text and "curves" not in page.text
 
 
@@ -158,28 +156,16 @@ def test_run_page_of_captions(run_dir):
 
 def test_run_page_of_two_prompts(run_dir):
     photos = np.random.default_rng(1).integers(0, 256, (3, 96, 96, 3), np.uint8)
-    write_npz(run_dir / "samples.npz", original=photos, modified=photos)
-    page = Page(run_report(run_dir, before={"original": photos, "modified": photos}).read_text())
+    prompts = {"original": photos, "modified": photos}
+    page = Page(run_report(run_dir, before=prompts, after=prompts).read_text())
     assert "Original prompt" in page.text and "Modified prompt" in page.text
     assert sum(link.startswith("data:image/webp") for link in page.links) == 4
 
 
 def test_missing_or_broken_files_are_one_line(run_dir):
-    (run_dir / "samples.npz").write_bytes((run_dir / "samples.npz").read_bytes()[:100])
-    with pytest.raises(UserError, match="samples.npz is not a whole"):
-        run_report(run_dir)
     (run_dir / "metrics.json").unlink()
     with pytest.raises(UserError, match="no file .*metrics.json"):
         run_report(run_dir)
-
-
-def test_first_images_reads_rows_and_skips_floats(tmp_path):
-    write_npz(tmp_path / "s.npz", samples=IMAGES, floats=IMAGES / np.float32(255))
-    read = first_images(tmp_path / "s.npz", 5)
-    assert list(read) == ["samples"]
-    np.testing.assert_array_equal(read["samples"], IMAGES[:5])
-    assert len(first_images(tmp_path / "s.npz", 500)["samples"]) == 80
-    assert first_images(tmp_path / "none.npz", 5) == {}
 
 
 def stats(mean, std=None, runs=1):

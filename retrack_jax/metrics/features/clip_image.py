@@ -17,32 +17,31 @@ import numpy as np
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.features.layers import BatchNorm, conv
 from retrack_jax.models.clip_text import ClipTextEncoder
+from retrack_jax.models.resnet import downsample_mean
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.names import RenameTable, from_torch, param_shapes
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, average pool by `stride`, 1 x 1 to four times the width; the shortcut is pooled alike."""
+    """1 x 1, 3 x 3, average pool, 1 x 1 to four times the width; the shortcut is pooled alike.
+
+    Attributes:
+      width: channels within.
+      stride: 2, or 1 for no pooling.
+    """
 
     width: int
     stride: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        pool = downsample_mean if self.stride == 2 else lambda x: x
         h = nn.relu(BatchNorm(1e-5, name="bn1")(conv(self.width, 1, name="conv1")(x)))
         h = nn.relu(BatchNorm(1e-5, name="bn2")(conv(self.width, 3, padding=1, name="conv2")(h)))
-        h = BatchNorm(1e-5, name="bn3")(conv(4 * self.width, 1, name="conv3")(_pool(h, self.stride)))
+        h = BatchNorm(1e-5, name="bn3")(conv(4 * self.width, 1, name="conv3")(pool(h)))
         if self.stride > 1 or x.shape[-1] != 4 * self.width:
-            x = BatchNorm(1e-5, name="downsample_1")(conv(4 * self.width, 1, name="downsample_0")(_pool(x, self.stride)))
+            x = BatchNorm(1e-5, name="downsample_1")(conv(4 * self.width, 1, name="downsample_0")(pool(x)))
         return nn.relu(h + x)
-
-
-def _pool(x: Array, size: int) -> Array:
-    """Averages squares of `size` x `size`; what does not fill a square at the far edges is left out, as in PyTorch."""
-    batch, height, width, channels = x.shape
-    height, width = height // size, width // size
-    x = x[:, : height * size, : width * size]
-    return x.reshape(batch, height, size, width, size, channels).mean(axis=(2, 4))
 
 
 class AttentionPool(nn.Module):
@@ -85,7 +84,7 @@ class ClipImageTower(nn.Module):
     def __call__(self, x: Array) -> Array:
         for index, (features, stride) in enumerate([(self.width // 2, 2), (self.width // 2, 1), (self.width, 1)], start=1):
             x = nn.relu(BatchNorm(1e-5, name=f"bn{index}")(conv(features, 3, stride, 1, name=f"conv{index}")(x)))
-        x = _pool(x, 2)
+        x = downsample_mean(x)
         for stage, count in enumerate(self.layers):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
