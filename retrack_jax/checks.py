@@ -8,7 +8,7 @@ import difflib
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -38,6 +38,12 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the choice nearest to `name`, else the empty string."""
     near = nearest_names(name, choices, count=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(names: Sequence, most: int = 8) -> str:
+    """Returns the first `most` names in words, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def check(condition: bool, message: str) -> None:

@@ -34,36 +34,20 @@ class Family:
     inputs: Callable[[Any], tuple[jax.Array, ...]]
 
 
-def _image_and_time(module) -> tuple[jax.Array, ...]:
-    size = 2 ** (len(module.block_out_channels) - 1)
-    return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32)
-
-
-def _with_label(module) -> tuple[jax.Array, ...]:
-    return *_image_and_time(module), *module.smallest_label
-
-
-def _with_prompt(module) -> tuple[jax.Array, ...]:
-    return *_image_and_time(module), module.smallest_condition
-
-
-def _patches(module) -> tuple[jax.Array, ...]:
-    size = module.patch_size
-    return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32), *module.smallest_label
-
-
-def _patches_with_prompt(module) -> tuple[jax.Array, ...]:
-    size = module.patch_size
-    return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32), module.smallest_condition
+def _smallest(module) -> tuple[jax.Array, ...]:
+    """One image that is as small as the network takes, its time, and a condition."""
+    size = module.patch_size if hasattr(module, "patch_size") else 2 ** (len(module.block_out_channels) - 1)
+    condition = (module.smallest_condition,) if hasattr(module, "smallest_condition") else module.smallest_label
+    return jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32), *condition
 
 
 # By diffusers' `_class_name`. A new family is one record here and one module.
 FAMILIES = {
-    "UNet2DModel": Family(UNet2D, _with_label),
-    "UNet2DConditionModel": Family(UNet2DCondition, _with_prompt),
-    "DiTTransformer2DModel": Family(DiT, _patches),
-    "Transformer2DModel": Family(DiT, _patches),  # its former name
-    "SD3Transformer2DModel": Family(MMDiT, _patches_with_prompt),
+    "UNet2DModel": Family(UNet2D, _smallest),
+    "UNet2DConditionModel": Family(UNet2DCondition, _smallest),
+    "DiTTransformer2DModel": Family(DiT, _smallest),
+    "Transformer2DModel": Family(DiT, _smallest),  # its former name
+    "SD3Transformer2DModel": Family(MMDiT, _smallest),
 }
 
 

@@ -1,12 +1,10 @@
 """Seeded batches, addressed by step: a resumed run sees the batches that it would have seen.
 
 The order is a function of (seed, stream, epoch) and nothing else, so there is no iterator to save. Each process takes its own
-rows of the global batch. A thread prepares batches ahead of the step that needs them.
+rows of the global batch.
 """
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,23 +14,17 @@ from retrack_jax import parallel
 from retrack_jax.notation import PyTree
 
 
-@dataclass(frozen=True)
-class IndexStream:
-    """Endless epochs over `num_items`, each in a fresh order that `seed` and `stream` decide."""
+def rows_at(num_items: int, seed: int, stream: int, start: int, count: int) -> np.ndarray:
+    """Returns the items at positions `start` to `start + count` of an endless stream of epochs over `num_items`, int64 `[count]`.
 
-    num_items: int
-    seed: int
-    stream: int
-
-    def take(self, start: int, count: int) -> np.ndarray:
-        """Returns the items at positions `start` to `start + count` of the stream, int64 `[count]`."""
-        positions = np.arange(start, start + count)
-        epochs, offsets = np.divmod(positions, self.num_items)
-        rows = np.empty(count, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = _permutation(self.num_items, self.seed, self.stream, int(epoch))[offsets[here]]
-        return rows
+    Each epoch is in a fresh order that `seed` and `stream` decide.
+    """
+    epochs, offsets = np.divmod(np.arange(start, start + count), num_items)
+    rows = np.empty(count, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = _permutation(num_items, seed, stream, int(epoch))[offsets[here]]
+    return rows
 
 
 @lru_cache(maxsize=8)
@@ -74,41 +66,5 @@ class Batches:
 
     def _rows(self, step: int, stream: int, num_items: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         local = parallel.local_rows(size)
-        rows = IndexStream(num_items, self.seed, stream).take(step * size, size)
+        rows = rows_at(num_items, self.seed, stream, step * size, size)
         return np.arange(size, dtype=np.int32)[local], rows[local]
-
-
-def prefetch(make: Callable[[int], PyTree], start: int, stop: int, depth: int = 2) -> Iterator[PyTree]:
-    """Yields `make(step)` for each step of `range(start, stop)`, made up to `depth` ahead in a thread, whose errors it raises."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stopping = threading.Event()
-
-    def put(item) -> bool:
-        while not stopping.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work():
-        for step in range(start, stop):
-            try:
-                item = (make(step), None)
-            except Exception as error:  # handed to the consumer, which raises it
-                item = (None, error)
-            if not put(item) or item[1] is not None:
-                return
-
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        for _ in range(start, stop):
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        stopping.set()
-        thread.join()

@@ -20,13 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax import files
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import UserError, check, shown
 from retrack_jax.data.dataset import ImageSet, check_distinct
-from retrack_jax.data.decode import VERSION, DecodeOptions, decode_many
+from retrack_jax.data.decode import VERSION, CorruptImage, DecodeOptions, decode_many
 from retrack_jax.log import progress
 
 logger = logging.getLogger(__name__)
-_READ_BYTES = 1 << 24
 
 
 def decoded_images(
@@ -98,22 +97,23 @@ def _load(name: str, meta_path: Path) -> ImageSet:
 
 def _decode_to_file(name, encoded, count, options, meta_path, labels) -> None:
     pixels_path = meta_path.with_suffix(".pixels")
-    ids, decoded_rows, skipped, sizes, shape = [], [], [], {}, None
+    ids, decoded_rows, skipped, sizes, shape = [], [], [], [], None
 
     def write(temporary):
         nonlocal shape
         with open(temporary, "wb") as file:
-            decoded = decode_many(encoded(), options, sizes)
+            decoded = decode_many(encoded(), options)
             for row, (image_id, image) in enumerate(progress(decoded, f"decode {name}", total=count, unit="image")):
-                if isinstance(image, str):
-                    skipped.append((image_id, image))
+                if isinstance(image, CorruptImage):
+                    skipped.append((image_id, str(image)))
                     continue
                 if shape is None:
-                    shape = image.shape
-                    _check_space(pixels_path, count * image.nbytes)
+                    shape = image.pixels.shape
+                    _check_space(pixels_path, count * image.pixels.nbytes)
                 ids.append(image_id)
                 decoded_rows.append(row)
-                file.write(np.ascontiguousarray(image).data)
+                sizes.append(image.size)
+                file.write(np.ascontiguousarray(image.pixels).data)
             _check_decoded(name, ids, skipped, options)
 
     meta_path.unlink(missing_ok=True)  # until the new pixels are whole, nothing may claim the old ones
@@ -125,17 +125,16 @@ def _decode_to_file(name, encoded, count, options, meta_path, labels) -> None:
         "ids": ids,
         "labels": None if labels is None else [int(label) for label in np.asarray(labels())[decoded_rows]],
         "skipped": skipped,
-        "sizes": [sizes[image_id] for image_id in ids],
+        "sizes": sizes,
     }
     files.write_json(meta_path, meta, advice=files.IN_CACHE)
 
 
 def _check_decoded(name, ids, skipped, options) -> None:
     if skipped and not options.skip_corrupt:
-        named = ", ".join(f"{image_id} ({reason})" for image_id, reason in skipped[:3])
-        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        named = shown([f"{image_id} ({reason})" for image_id, reason in skipped], most=3)
         raise UserError(
-            f"{name}: {len(skipped)} of {len(ids) + len(skipped)} images cannot be decoded: {named}{more}; "
+            f"{name}: {len(skipped)} of {len(ids) + len(skipped)} images cannot be decoded: {named}; "
             "repair or remove them, or set config.data.skip_corrupt=True to leave them out"
         )
     if not ids:
@@ -154,12 +153,9 @@ def _check_space(path: Path, needed: int) -> None:
 
 def pixels_digest(path: Path, shape: tuple[int, ...]) -> str:
     """Returns `files.array_digest` of a file of raw uint8 pixels. It is read, not mapped: mapped pages count as memory."""
-    sha = hashlib.sha256(f"{np.dtype(np.uint8).str}{shape}".encode())
+    start = f"{np.dtype(np.uint8).str}{shape}".encode()
     with open(path, "rb", buffering=0) as file:
-        buffer = bytearray(_READ_BYTES)
-        while size := file.readinto(buffer):
-            sha.update(memoryview(buffer)[:size])
-    return sha.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha256(start)).hexdigest()
 
 
 def file_key(path: Path, name: str | None = None) -> list:

@@ -12,14 +12,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from retrack_jax.checks import UserError, check_choice, check_int
+from retrack_jax.checks import UserError, check_choice, check_int, shown
+from retrack_jax.data.in_order import in_order
 
 CROPS = ("center", "none")
 VERSION = 3  # of these rules, and of what the cache keeps of an image; it keys the cache
@@ -28,7 +28,6 @@ _AHEAD = 16  # images in flight for each worker
 _MODES = {"L": 1, "RGB": 3}
 _NO_RANGE = ("I", "F")  # 32-bit values: nothing says which is white, and Pillow's own conversion clips them at 255
 _TO_8_BITS = 257  # 65535 / 255
-_SHOWN = 3  # names in a message
 logger = logging.getLogger(__name__)
 
 
@@ -60,16 +59,22 @@ class CorruptImage(Exception):
     """An image that cannot be decoded; the message says why, without its name."""
 
 
-def decode(
-    name: str,
-    source: bytes | Path,
-    options: DecodeOptions,
-    animated: list[str] | None = None,
-    sizes: dict[str, tuple[int, int]] | None = None,
-) -> np.ndarray:
-    """Returns one image, uint8 `[H, W, C]`; a palette image, or one with transparency, has 3 channels only if they are
-    asked for. Its name is appended to `animated` if it has several frames, of which it is the first; its height and width
-    before it is scaled go to `sizes`, by name.
+class Decoded(NamedTuple):
+    """An image.
+
+    Attributes:
+      pixels: uint8 `[H, W, C]`. A palette image, or one with transparency, has 3 channels only if they are asked for.
+      size: its height and width before it was scaled.
+      is_animated: whether the file has several frames; this is the first.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    is_animated: bool
+
+
+def decode(name: str, source: bytes | Path, options: DecodeOptions) -> Decoded:
+    """Returns one image, of which messages speak by `name`.
 
     Raises:
       CorruptImage: it cannot be decoded.
@@ -80,8 +85,7 @@ def decode(
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _check_pixels(image, options)
-            if animated is not None and getattr(image, "is_animated", False):
-                animated.append(name)
+            is_animated = getattr(image, "is_animated", False)
             image.load()
             image = ImageOps.exif_transpose(image)
     except CorruptImage:
@@ -92,8 +96,6 @@ def decode(
         raise CorruptImage("not an image of a known kind" if _size(source) else "empty") from error
     except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
         raise CorruptImage(str(error)) from error
-    if sizes is not None:
-        sizes[name] = image.height, image.width
     if image.mode in _NO_RANGE:
         raise UserError(
             f"image {name} has 32-bit values ({image.mode}), of which none is known as white; save it with 8 or 16 bits"
@@ -104,7 +106,8 @@ def decode(
         raise UserError(
             f"image {name} is {image.mode}, neither grey nor RGB; set config.data.channels=3 (or 1) to convert every image"
         )
-    return np.asarray(_resized(name, image, options)).reshape(*_shape(image, options), -1)
+    pixels = np.asarray(_resized(name, image, options)).reshape(*_shape(image, options), -1)
+    return Decoded(pixels, (image.height, image.width), is_animated)
 
 
 def _size(source: bytes | Path) -> int:
@@ -166,11 +169,9 @@ def center_of(width: int, height: int, side: int) -> tuple[int, int]:
 
 
 def decode_many(
-    items: Iterable[tuple[str, bytes | Path]], options: DecodeOptions, sizes: dict[str, tuple[int, int]] | None = None
-) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yields (name, uint8 `[H, W, C]`) in the order of `items`, or (name, what is wrong with it) for a corrupt image.
-
-    `sizes` is filled as by `decode`.
+    items: Iterable[tuple[str, bytes | Path]], options: DecodeOptions
+) -> Iterator[tuple[str, Decoded | CorruptImage]]:
+    """Yields (name, image) in the order of `items`, or (name, what is wrong with it) for a corrupt image.
 
     Decoding runs in as many threads as there are processors (Pillow releases the interpreter while it decodes); a bounded
     number of images is in flight, whatever `items` holds.
@@ -181,31 +182,22 @@ def decode_many(
 
     def attempt(item):
         try:
-            return item[0], decode(*item, options, animated, sizes)
+            return item[0], decode(*item, options)
         except CorruptImage as error:
-            return item[0], str(error)
+            return item[0], error
 
     from PIL import Image
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here
-    items, animated = iter(items), []
-    workers = os.cpu_count() or 1
-    first = None
-    with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(attempt, item) for item in islice(items, _AHEAD * workers)]
-        pending.reverse()  # the oldest is last
-        while pending:
-            name, image = pending.pop().result()
-            more = next(items, None)
-            if more is not None:
-                pending.insert(0, pool.submit(attempt, more))
-            if isinstance(image, np.ndarray):
-                first = first or (name, image.shape)
-                _check_like_first(name, image.shape, *first)
-            yield name, image
+    workers, first, animated = os.cpu_count() or 1, None, []
+    for name, image in in_order(attempt, items, ahead=_AHEAD * workers, workers=workers):
+        if isinstance(image, Decoded):
+            first = first or (name, image.pixels.shape)
+            _check_like_first(name, image.pixels.shape, *first)
+            animated += [name] * image.is_animated
+        yield name, image
     if animated:
-        shown = ", ".join(sorted(animated)[:_SHOWN]) + (", ..." if len(animated) > _SHOWN else "")
-        logger.warning("images with several frames, of which the first is taken: %d (%s)", len(animated), shown)
+        logger.warning("images with several frames, of which the first is taken: %d (%s)", len(animated), shown(sorted(animated)))
 
 
 def _check_like_first(name, shape, first_name, first_shape) -> None:

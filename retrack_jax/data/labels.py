@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.checks import check
-from retrack_jax.data.tables import NAME, cell, shown, table_rows
+from retrack_jax.checks import check, shown
+from retrack_jax.data.tables import NAME, cell, table_rows
 from retrack_jax.files import read_object
 
 FOLDERS = "folders"

@@ -3,13 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from retrack_jax.checks import UserError, check
 
 NAME = "file_name"  # the column that names a picture, as in the hub's data sets
-_SHOWN = 8  # names in a message
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -34,12 +33,6 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); write it as UTF-8") from error
-
-
-def shown(names: Sequence) -> str:
-    """Returns the first names in words, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.checks import UserError, check, nearest_names
+from retrack_jax.checks import UserError, check, nearest_names, shown
 from retrack_jax.data.dataset import ImageSet
 
 logger = logging.getLogger(__name__)
 _RANDOM, _RANDOM_SEED = "random:", 0x0F05
-_SHOWN = 8  # names of a list that `described` spells out
 _SLUG_LENGTH = 80  # a file name may take 255 bytes; paths add to it
 
 
@@ -212,8 +211,7 @@ def described(spec: str) -> str:
     for part in spec.split("+") if _is_group(spec) else [spec]:
         if part.strip().startswith("@"):
             names = _list_lines(part.strip())
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            part = f"{Path(part.strip()[1:]).name} ({', '.join(names[:_SHOWN])}{more})"
+            part = f"{Path(part.strip()[1:]).name} ({shown(names)})"
         parts.append(part.strip())
     return " + ".join(parts)
 

@@ -1,6 +1,6 @@
 """Neighbors of targets, searched once and kept: one file per target.
 
-The file's name is its key: the digest of the pixels (or latents), the space in which distances are taken, the queries, the
+The file's name is its key: the digest of the pixels, the space in which distances are taken, the queries, the
 excluded images, K, the engine and the version of the search.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrack_jax import files
-from retrack_jax.neighbors.search import MEMORY_BUDGET, choose_backend, nearest
+from retrack_jax.neighbors.search import choose_backend, nearest
 
 VERSION = 2
 PIXELS = "pixels in [-1, 1]"
@@ -25,8 +25,6 @@ def cached_nearest_of_targets(
     *,
     cache_dir,
     backend: str = "auto",
-    space: str = PIXELS,
-    memory_budget: int = MEMORY_BUDGET,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the neighbors of each target; one pass over the images finds those that the cache lacks.
 
@@ -34,15 +32,14 @@ def cached_nearest_of_targets(
       images: has `images`, an array [N, ...] as `nearest` takes it, and `digest`, which changes whenever its content does.
       targets: for each target (rows whose neighbors are wanted, rows that they must not be).
       cache_dir: a folder, or a `gs://` address.
-      space: what the values are if they are not pixels, such as the autoencoder's digest.
 
     Raises:
       UserError: as `nearest`, for instance if fewer than k images remain for a target.
     """
     targets = [(np.asarray(rows, np.int64), np.unique(np.asarray(exclude, np.int64))) for rows, exclude in targets]
     shape = (len(images.images), int(np.prod(images.images.shape[1:])))
-    engine, _ = choose_backend(backend, shape, memory_budget)
-    common = {"version": VERSION, "data": images.digest, "space": space, "shape": shape, "k": k, "engine": engine}
+    engine, _ = choose_backend(backend, shape)
+    common = {"version": VERSION, "data": images.digest, "space": PIXELS, "shape": shape, "k": k, "engine": engine}
     if engine != "exact":
         common["scann"] = importlib.metadata.version("scann")
     paths = []
@@ -57,7 +54,7 @@ def cached_nearest_of_targets(
     if missing:
         queries = np.concatenate([images.images[targets[i][0]] for i in missing])
         excluded = [targets[i][1] for i in missing for _ in targets[i][0]]
-        arrays = nearest(queries, images.images, k, backend, exclude=excluded, memory_budget=memory_budget)
+        arrays = nearest(queries, images.images, k, backend, exclude=excluded)
         ends = np.cumsum([len(targets[i][0]) for i in missing])[:-1]
         for i, indices, distances in zip(missing, *(np.split(array, ends) for array in arrays), strict=True):
             neighbors[i] = indices, distances

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.batches import prefetch
+from retrack_jax.data.in_order import in_order
 from retrack_jax.data.row_view import RowView
 
 _CHUNK = 1024
@@ -72,7 +72,7 @@ def _search_tile(queries_QD, images_ND, k, exclude):
         # The last block is padded, so that one compiled program serves all of them.
         return block_ND, _scores(padded_QD, _pad_rows(block_ND, rows))
 
-    for block, (block_ND, scores) in enumerate(prefetch(score, 0, -(-len(images_ND) // rows), depth=1)):
+    for block, (block_ND, scores) in enumerate(in_order(score, range(-(-len(images_ND) // rows)), ahead=1)):
         start, stop = block * rows, block * rows + len(block_ND)
         scores_QN, squares_N = (np.asarray(part)[..., : len(block_ND)] for part in scores)
         if not np.isfinite(squares_N).all():

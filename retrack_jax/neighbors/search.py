@@ -33,7 +33,6 @@ def nearest(
     backend: str = "auto",
     *,
     exclude: Sequence | np.ndarray | None = None,
-    memory_budget: int = MEMORY_BUDGET,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns each query's k nearest images: (indices int64 [F, k], Euclidean distances float32 [F, k]), nearest first.
 
@@ -46,7 +45,6 @@ def nearest(
       k: how many neighbors, at most the number of images that a query may find.
       backend: `exact`, `scann`, or `auto`: see `choose_backend`. The choice is logged.
       exclude: indices of images that must not be found: one array for all queries, or one array for each query.
-      memory_budget: bytes that ScaNN may use under `auto`.
 
     Raises:
       UserError (a ValueError): k > N, an empty input, shapes that differ, values that are not finite, or `scann` if it is
@@ -67,7 +65,7 @@ def nearest(
     queries_QD = queries_FD[unique]
     set_of_query = set_of_query_F[unique]
     pairs = [(np.flatnonzero(set_of_query == i), indices) for i, indices in enumerate(excluded_sets) if len(indices)]
-    engine, reason = choose_backend(backend, images_ND.shape, memory_budget)
+    engine, reason = choose_backend(backend, images_ND.shape)
     if engine != "exact" and room < len(images_ND) / 2:  # ScaNN would return most of the set and drop it again
         engine, reason = "exact", f"{len(images_ND) - room} images are left out, of one query or all"
     logger.info(
@@ -90,7 +88,7 @@ def scann_installed() -> bool:
     return importlib.util.find_spec("scann") is not None
 
 
-def choose_backend(backend: str, shape: tuple[int, ...], memory_budget: int = MEMORY_BUDGET) -> tuple[str, str]:
+def choose_backend(backend: str, shape: tuple[int, ...]) -> tuple[str, str]:
     """Returns (`exact`, `scann brute` or `scann tree`; the reason) for a set of `shape` [N, ...]."""
     if backend == "exact":
         return "exact", "asked for"
@@ -101,8 +99,8 @@ def choose_backend(backend: str, shape: tuple[int, ...], memory_budget: int = ME
         )
         return "exact", "ScaNN is not installed"
     needed = _scann_bytes(shape)
-    if backend == "auto" and needed > memory_budget:
-        return "exact", f"ScaNN would need {needed / 2**30:.1f} GiB of memory, more than {memory_budget / 2**30:.1f}"
+    if backend == "auto" and needed > MEMORY_BUDGET:
+        return "exact", f"ScaNN would need {needed / 2**30:.1f} GiB of memory, more than {MEMORY_BUDGET / 2**30:.1f}"
     if backend == "scann" and shape[0] >= TREE_IMAGES:
         return "scann tree", f"asked for; approximate over {shape[0]} images: it may miss some neighbors, 'exact' misses none"
     return "scann brute", f"{shape[0]} images fit the memory, and brute-force scoring is exact"

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import check
+from retrack_jax.checks import check, shown
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.tables import shown
 from retrack_jax.neighbors.captions import CaptionedNeighbors, captioned_nearest, similarities
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.conditioning import Conditioning
@@ -77,12 +76,6 @@ class Captions(Conditioning):
         time_ids = self._time_ids(target.images)
         condition = with_time_ids(self._states.take(nearest), None if time_ids is None else time_ids[target.unique])
         return Anchor(condition, used)
-
-    def table(self, target: Target) -> None:
-        return None
-
-    def remembered(self, target: Target) -> None:
-        return None
 
     def shown(self, target: Target) -> dict[str, int]:
         """Returns name of samples -> the row of the image whose caption they are of."""

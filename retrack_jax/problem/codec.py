@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax import parallel
 from retrack_jax.checks import check
 from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet, pixels_to_model
-from retrack_jax.log import progress
 from retrack_jax.models.vae import Autoencoder
 from retrack_jax.neighbors.cache import cached_nearest_of_targets
 from retrack_jax.neighbors.captions import CaptionedNeighbors
@@ -179,15 +177,13 @@ class LatentCodec:
 
     def _latents_of(self, images: ImageSet) -> LatentSet:
         if images.digest not in self._latents:
-            with progress([], f"encode {images.name}", total=len(images), is_main=parallel.is_main_process(), unit="img") as bar:
-                self._latents[images.digest] = encode_set(
-                    lambda x: self._encode(self.params, x),
-                    images,
-                    vae_digest=self.digest,
-                    cache_dir=self._options.cache_dir,
-                    batch_size=self._options.encode_batch_size,
-                    progress=lambda done, total: bar.update(done - bar.n),
-                )
+            self._latents[images.digest] = encode_set(
+                lambda x: self._encode(self.params, x),
+                images,
+                vae_digest=self.digest,
+                cache_dir=self._options.cache_dir,
+                batch_size=self._options.encode_batch_size,
+            )
         return self._latents[images.digest]
 
 

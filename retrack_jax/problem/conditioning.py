@@ -4,7 +4,6 @@ Captions are in captions.py, labels in labels.py.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -17,8 +16,8 @@ from retrack_jax.unlearn.options import MethodOptions
 from retrack_jax.unlearn.streams import Anchor
 
 
-class Conditioning(Protocol):
-    """What training and sampling ask. A subclass answers what has no answer here.
+class Conditioning:
+    """What training and sampling ask, answered for a network that takes noisy images and timesteps alone.
 
     Attributes:
       of_target: whether samples, and so the pretrained model's too, depend on the target.
@@ -28,7 +27,7 @@ class Conditioning(Protocol):
       digests: name -> digest of what was read.
     """
 
-    of_target: bool
+    of_target: bool = False
     dropout: float = 0.0
     dropped: PyTree = None
     null: PyTree = None
@@ -49,33 +48,19 @@ class Conditioning(Protocol):
         return None
 
     def table(self, target: Target) -> Array | None:
-        """The table that examples' conditions are rows of (train/step.py `Shared.conditions`)."""
+        """Returns the table that examples' conditions are rows of (train/step.py `Shared.conditions`), if there is one."""
+        return None
 
     def remembered(self, target: Target) -> Array | None:
-        """The condition `[1, ...]` under which the model before unlearning would remember the target."""
+        """Returns the condition `[1, ...]` under which the model before unlearning would remember the target, if there is one."""
+        return None
 
     def sampled(self, target: Target) -> dict[str, PyTree]:
-        """Name in `samples.npz` -> the conditions of those samples, leaves `[P, ...]`: image i has the one at i mod P."""
-
-    def describe(self, name: str, target: Target) -> str:
-        """What the samples `name` depend on, to be part of their fingerprint."""
-
-
-class Unconditional(Conditioning):
-    """A network that takes noisy images and timesteps alone."""
-
-    of_target = False
-
-    def table(self, target: Target) -> None:
-        return None
-
-    def remembered(self, target: Target) -> None:
-        return None
-
-    def sampled(self, target: Target) -> dict[str, None]:
+        """Returns name in `samples.npz` -> conditions of those samples, leaves `[P, ...]`: image i has the one at i mod P."""
         return {"samples": None}
 
     def describe(self, name: str, target: Target) -> str:
+        """Returns what the samples `name` depend on, to be part of their fingerprint."""
         return ""
 
 
@@ -100,16 +85,16 @@ class PairedPrompts(Conditioning):
         return self._encode(self._negative_prompt)
 
     def table(self, target: Target) -> Array:
-        return self._encode(target.concept.prompts.modified)
+        return self._encode(target.concept.prompts["modified"])
 
     def remembered(self, target: Target) -> Array:
-        return self._encode(target.concept.prompts.original)
+        return self._encode(target.concept.prompts["original"])
 
     def sampled(self, target: Target) -> dict[str, Array]:
         return {kind: self._encode(prompt) for kind, prompt in target.concept.prompts.items()}
 
     def describe(self, name: str, target: Target) -> str:
-        return dict(target.concept.prompts.items())[name]
+        return target.concept.prompts[name]
 
 
 def with_conditions(gather: Callable, conditioning: Conditioning, images: ImageSet, rows: np.ndarray) -> Callable:

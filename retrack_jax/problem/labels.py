@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from retrack_jax import files
-from retrack_jax.checks import check, check_int
+from retrack_jax.checks import check, check_int, shown
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
@@ -23,7 +23,6 @@ from retrack_jax.problem.target import Target
 from retrack_jax.unlearn.streams import Anchor
 
 _LABEL_DROPOUT = 0.1  # of classifier-free guidance (arXiv 2207.12598), and of DiT
-_SHOWN = 8  # labels in a sentence
 _WHOLE_CLASS = {
     "null": "what the pretrained model predicts under the null label",
     "nearest": "the nearest remaining images of any label",
@@ -41,8 +40,6 @@ class Labels(Conditioning):
     Raises:
       UserError: images without labels, or a label that the network does not know.
     """
-
-    of_target = False
 
     def __init__(self, options: Options, images: ImageSet, num_labels: int | None):
         data, sampling = options.data, options.sampling
@@ -69,17 +66,15 @@ class Labels(Conditioning):
         drawn = np.array(sampling.labels) if sampling.labels else np.random.default_rng(sampling.seed).permutation(labels)
         self._sampled = drawn.astype(np.int32)
 
-    def table(self, target: Target) -> None:
-        return None
-
     def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray]:
         return np.asarray(images.labels).astype(np.int32).__getitem__
 
     def anchor(self, target: Target, similarity: None, recipe: UnlearnOptions) -> Anchor | None:
-        return null_anchor(target, recipe)
-
-    def remembered(self, target: Target) -> None:
-        return None
+        gone = labels_gone(target) if _decided(recipe) == "null" else []
+        if not gone:
+            return None
+        count = len(target.unique)
+        return Anchor(condition=np.full(count, target.null, np.int32), used=np.isin(target.labels[target.unique], gone))
 
     def sampled(self, target: Target) -> dict[str, np.ndarray]:
         return {"samples": self._sampled}
@@ -138,15 +133,6 @@ def labels_gone(target: Target) -> list[int]:
     return [label for label, rows in remaining_of_labels(target.labels, target.forget).items() if not len(rows)]
 
 
-def null_anchor(target: Target, recipe: UnlearnOptions) -> Anchor | None:
-    """Returns which distinct forgotten images are led to the prediction under the null label; None if none is."""
-    gone = labels_gone(target) if _decided(recipe) == "null" else []
-    if not gone:
-        return None
-    count = len(target.unique)
-    return Anchor(condition=np.full(count, target.null, np.int32), used=np.isin(target.labels[target.unique], gone))
-
-
 def in_words(target: Target, recipe: UnlearnOptions) -> str:
     """Returns what becomes of labels of which nothing remains, as a sentence for the model card and the report; else ''."""
     gone = labels_gone(target)
@@ -162,5 +148,4 @@ def _decided(recipe: UnlearnOptions) -> str:
 
 
 def _named(labels: list[int]) -> str:
-    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-    return f"label{'s' * (len(labels) > 1)} {', '.join(map(str, labels[:_SHOWN]))}{more}"
+    return f"label{'s' * (len(labels) > 1)} {shown(labels)}"

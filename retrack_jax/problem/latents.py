@@ -15,6 +15,7 @@ import numpy as np
 from retrack_jax import files, parallel
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, pixels_to_model
+from retrack_jax.log import progress
 from retrack_jax.notation import Rng
 
 VERSION = 2
@@ -26,15 +27,10 @@ class LatentSet:
 
     Attributes:
       mean, std: float32 `[N, h, w, C]`, memory maps. `std` is None if latents are certain.
-      digest: says which pictures and which VAE, and so keys what is made from both arrays.
     """
 
     mean: np.ndarray
     std: np.ndarray | None
-    digest: str
-
-    def __len__(self) -> int:
-        return len(self.mean)
 
     def posterior(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `{"mean", "std"}` of `rows`, which `data.dataset.to_x_0` draws from; or `{"x_0"}` if they are certain."""
@@ -58,7 +54,6 @@ def encode_set(
     vae_digest: str,
     cache_dir,
     batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> LatentSet:
     """Returns the posteriors of `images`, from the cache if it has them.
 
@@ -68,26 +63,25 @@ def encode_set(
       vae_digest: says which VAE, at which precision, `encode_fn` is; with the pictures' digest it keys the cache.
       cache_dir: a local folder.
       batch_size: pictures encoded at once.
-      progress: called as `progress(pictures done, pictures in all)`.
 
     Raises:
       UserError: a posterior that is not finite, or no space on the disk.
     """
-    key = [VERSION, images.digest, vae_digest]
-    path = files.cache_path(cache_dir, "latents", key, "npy")
+    path = files.cache_path(cache_dir, "latents", [VERSION, images.digest, vae_digest], "npy")
     posteriors = files.read_cached(path, _map)
     if posteriors is None:
-        posteriors = _encode(encode_fn, images, batch_size, progress)
+        posteriors = _encode(encode_fn, images, batch_size)
         files.write_whole(path, lambda temporary: _save(temporary, posteriors), advice=files.IN_CACHE)
         posteriors = _map(path)
     mean, *std = posteriors
-    return LatentSet(mean, std[0] if std else None, files.json_digest(key))
+    return LatentSet(mean, std[0] if std else None)
 
 
-def _encode(encode_fn, images: ImageSet, batch_size: int, progress) -> np.ndarray:
+def _encode(encode_fn, images: ImageSet, batch_size: int) -> np.ndarray:
     """Returns the posteriors, float32 `[2, N, h, w, C]`: means, then standard deviations; or `[1, N, h, w, C]`."""
     parts = []
-    for start in range(0, len(images), batch_size):
+    starts, main = range(0, len(images), batch_size), parallel.is_main_process()
+    for start in progress(starts, f"encode {images.name}", is_main=main, unit="batch"):
         block = pixels_to_model(np.asarray(images.images[start : start + batch_size]))
         count = len(block)
         if count < batch_size:  # one compiled shape
@@ -99,8 +93,6 @@ def _encode(encode_fn, images: ImageSet, batch_size: int, progress) -> np.ndarra
                 f"the VAE encodes {images.ids[start + bad[0]]} to NaN or infinity; encode in float32 (config.compute.dtype)"
             )
         parts.append(posterior)
-        if progress is not None:
-            progress(start + count, len(images))
     return np.concatenate(parts, axis=1)
 
 

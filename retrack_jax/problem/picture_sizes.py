@@ -7,10 +7,9 @@ A picture that is drawn is whole: as large as what is cut, and nothing is cut of
 
 import numpy as np
 
-from retrack_jax.checks import check
+from retrack_jax.checks import check, shown
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import center_of
-from retrack_jax.data.tables import shown
 from retrack_jax.notation import PyTree
 
 # Of the model's own side: XL, of 1024, was not trained on pictures under 256 pixels.

@@ -30,7 +30,7 @@ from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
-from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, Unconditional, with_conditions
+from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, with_conditions
 from retrack_jax.problem.denoiser import Denoiser, check_image_model, image_denoiser, latent_denoiser
 from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation
 from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
@@ -221,7 +221,7 @@ def _images(options: Options) -> Problem:
     codec: PixelCodec | LatentCodec = PixelCodec(epath.Path(options.data.cache_dir).expanduser())
     if (coder := autoencoder_folder(options.checkpoint)) is not None:
         codec = LatentCodec(*load_autoencoder(coder, jnp.dtype(options.compute.dtype)), options.data)
-    denoiser, conditioning = image_denoiser(options, data.images, codec), Unconditional()
+    denoiser, conditioning = image_denoiser(options, data.images, codec), Conditioning()
     if denoiser.takes_labels:
         conditioning = Labels(options, data.images, denoiser.num_labels)
         null = getattr(denoiser.module, "num_embeds_ada_norm", None)

@@ -16,7 +16,7 @@ import numpy as np
 from retrack_jax import files
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checkpoints.text_encoders import TextEncoder, encode_ids, padded, text_digest, token_ids
-from retrack_jax.data.tables import shown
+from retrack_jax.checks import shown
 from retrack_jax.log import progress
 from retrack_jax.notation import PyTree
 

@@ -76,11 +76,11 @@ class ConceptData:
         return {
             "pictures": target.images.digest,
             "labels of pictures": files.array_digest(target.forget),
-            "prompts": files.json_digest(dict(target.concept.prompts.items())),
+            "prompts": files.json_digest(target.concept.prompts),
         }
 
     def describe(self, target: Target) -> dict:
         """As `ImageData.describe`."""
         concept = target.concept
-        about = {"memorised": concept.memorised_name, "prompts": dict(concept.prompts.items())}
+        about = {"memorised": concept.memorised_name, "prompts": concept.prompts}
         return {"name": target.spec, "digest": target.images.digest, **about}

@@ -24,7 +24,7 @@ from typing import Any
 from etils import epath
 
 from retrack_jax import files, parallel
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import UserError, check, shown
 from retrack_jax.config.options import Options
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
@@ -140,10 +140,9 @@ class Workdir:
                     f"{folder} holds a run with other {names} than the config names now (or those under the same paths have "
                     "changed); choose another --workdir"
                 )
-            shown = ", ".join(f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing[:4])
-            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+            fields = shown([f"config.{name} ({old!r} there, {new!r} now)" for name, old, new in differing], most=4)
             whose = "another config's run" if section == "model" else f"{section} of another config"
-            raise UserError(f"{folder} holds {whose}: {shown}{more}; choose another --workdir")
+            raise UserError(f"{folder} holds {whose}: {fields}; choose another --workdir")
 
     def record(self, folder: epath.Path, reads: Mapping[str, Mapping]) -> None:
         """Writes into `folder/config.json` what the results of each section of `reads` are made from.

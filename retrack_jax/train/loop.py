@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import Diverged, Preempted
-from retrack_jax.data.batches import prefetch
+from retrack_jax.data.in_order import in_order
 from retrack_jax.log import Writer, progress
 from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.calls import batch_of, by_step, calls_of
@@ -113,7 +113,7 @@ def train(
     calls = list(calls_of(start, num_steps, steps_per_call, checkpoint_every))
     if steps_per_call > 1 and all(len(call) == 1 for call in calls):
         log.warning("config.compute.steps_per_call is %d, but %s saves or ends before so many steps", steps_per_call, name)
-    prefetched = prefetch(lambda index: parallel.to_devices(batch_of(calls[index], batches)), 0, len(calls))
+    prefetched = in_order(lambda call: parallel.to_devices(batch_of(call, batches)), calls, ahead=2)
     shown = progress(num_steps, name, initial=start, is_main=main, unit="step", compiles=True)
     with shown, closing(profiled(calls, *profile)) as profiled_calls:
         try:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, shown
 from retrack_jax.notation import PyTree
 
 _LISTED = 8  # names that an error spells out of each kind
@@ -205,5 +205,4 @@ def to_torch(params: PyTree, *, table: RenameTable = DIFFUSERS) -> Iterator[Torc
 
 
 def _listed(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {kind}: {', '.join(sorted(names)[:_LISTED])}{more}"
+    return f"{len(names)} {kind}: {shown(sorted(names), _LISTED)}"

@@ -23,10 +23,10 @@ STEPS = 200
 
 def waits(batches, step_seconds: float) -> np.ndarray:
     """Seconds that each step waits for its batch."""
-    from retrack_jax.data.batches import prefetch
+    from retrack_jax.data.in_order import in_order
 
     waited = []
-    stream = prefetch(batches, 0, STEPS)
+    stream = in_order(batches, range(STEPS), ahead=2)
     for _ in range(STEPS):
         start = time.perf_counter()
         next(stream)

@@ -44,7 +44,7 @@ def test_prompts_come_with_the_pictures(concepts, tmp_path):
     (tmp_path / "other.json").write_text('{"red_circle": "a disc"}')
     assert load(concepts).prompts == prompts_of(NAME, concepts / "original_prompts.json", concepts / "modified_prompts.json")
     other = all_concepts(concepts, modified_prompts=str(tmp_path / "other.json"))(NAME)
-    assert other.prompts.modified == "a disc" and other.prompts.original == load(concepts).prompts.original
+    assert other.prompts["modified"] == "a disc" and other.prompts["original"] == load(concepts).prompts["original"]
 
 
 def test_each_kind_of_source_has_its_door(concepts):
@@ -117,7 +117,7 @@ def test_a_concept_that_is_not_there_is_refused(concepts, tmp_path):
 def test_a_concept_needs_both_of_its_prompts(concepts):
     paths = concepts / "original_prompts.json", concepts / "modified_prompts.json"
     pair = prompts_of(NAME, *paths)
-    assert pair.original == "A Red Circle, on a green wall!" and pair.modified.startswith("a picture")
+    assert pair["original"] == "A Red Circle, on a green wall!" and pair["modified"].startswith("a picture")
     for path, kind in zip(paths, ("original", "modified"), strict=True):
         whole = path.read_text()
         edit(path, lambda prompts: {"red_circl": "x"})

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from retrack_jax import parallel
-from retrack_jax.data.batches import Batches, IndexStream, prefetch
+from retrack_jax.data.batches import Batches, rows_at
+from retrack_jax.data.in_order import in_order
 
 
 def batches(seed=0, size=16):
@@ -57,8 +58,8 @@ def test_processes_see_different_images_and_together_the_batch_of_one(as_process
 
 
 def test_a_resumed_stream_goes_on_with_the_same_images():
-    through = [rows(batch) for batch in prefetch(batches(), 0, 12)]
-    resumed = [rows(batch) for batch in prefetch(batches(), 7, 12)]
+    through = [rows(batch) for batch in in_order(batches(), range(12), ahead=2)]
+    resumed = [rows(batch) for batch in in_order(batches(), range(7, 12), ahead=2)]
     assert resumed == through[7:]
 
 
@@ -71,11 +72,7 @@ def test_the_seed_of_a_run_orders_its_batches():
 
 
 def test_the_seed_the_stream_and_the_epoch_change_the_order():
-    first = IndexStream(100, seed=0, stream=0)
-    assert sorted(first.take(0, 100)) == list(range(100)) == sorted(first.take(100, 100))
-    others = [
-        IndexStream(100, seed=1, stream=0).take(0, 100),
-        IndexStream(100, seed=0, stream=1).take(0, 100),
-        first.take(100, 100),
-    ]
-    assert all((other != first.take(0, 100)).any() for other in others)
+    first = rows_at(100, 0, 0, 0, count=100)
+    others = [rows_at(100, *where, count=100) for where in ((1, 0, 0), (0, 1, 0), (0, 0, 100))]
+    assert all(sorted(rows) == list(range(100)) for rows in (first, *others))
+    assert all((other != first).any() for other in others)

@@ -72,9 +72,7 @@ def test_scann_that_does_not_fit_the_memory_is_one_line(images, tmp_path, monkey
     assert search.available_memory() > 1 << 20
 
 
-@pytest.mark.parametrize(
-    "change", [{"k": 5}, {"exclude": (3, 7, 9)}, {"rows": (3, 8)}, {"backend": "exact"}, {"space": "latents"}, {"digest": "two"}]
-)
+@pytest.mark.parametrize("change", [{"k": 5}, {"exclude": (3, 7, 9)}, {"rows": (3, 8)}, {"backend": "exact"}, {"digest": "two"}])
 def test_whatever_the_result_depends_on_is_in_the_key(images, tmp_path, searches, change):
     find(images, tmp_path)
     if "digest" in change:

@@ -151,9 +151,10 @@ def test_largest_pixel_distance_is_exact():
     np.testing.assert_array_equal(distances[0], np.float32([0, np.sqrt(4999 * 255**2 + 254**2) * 2 / 255, np.sqrt(5000) * 2]))
 
 
-def test_auto_keeps_to_the_memory_budget(caplog):
+def test_auto_keeps_to_the_memory_budget(monkeypatch, caplog):
+    monkeypatch.setattr(search, "MEMORY_BUDGET", 100)
     with caplog.at_level("INFO", logger="retrack_jax"):
-        nearest(pixels(11, 1, 9), pixels(12, 40, 9), 2, memory_budget=100)
+        nearest(pixels(11, 1, 9), pixels(12, 40, 9), 2)
     assert "by exact: ScaNN would need" in caplog.text
 
 

@@ -34,10 +34,10 @@ def encode(encoder, tmp_path, digest="vae", images=IMAGES):
 def test_encodes_once_for_each_vae_and_set(tmp_path):
     encoder = Encoder()
     latents = encode(encoder, tmp_path)
-    assert encoder.calls == 3 and len(latents) == 5  # the last batch is padded
+    assert encoder.calls == 3 and len(latents.mean) == 5  # the last batch is padded
     np.testing.assert_array_equal(latents.mean, (IMAGES.images / np.float32(127.5) - np.float32(1))[:, ::2, ::2])
     again = encode(encoder, tmp_path)
-    assert encoder.calls == 3 and again.digest == latents.digest
+    assert encoder.calls == 3 and np.array_equal(again.mean, latents.mean)
     assert isinstance(again.mean, np.memmap)
     encode(encoder, tmp_path, digest="another")
     assert encoder.calls == 6
@@ -49,11 +49,11 @@ def test_encodes_once_for_each_vae_and_set(tmp_path):
 def test_a_file_that_is_not_whole_is_made_again(tmp_path, caplog, content):
     encoder = Encoder()
     latents = encode(encoder, tmp_path)
-    mean, digest = np.array(latents.mean), latents.digest
+    mean = np.array(latents.mean)
     (path,) = (tmp_path / "latents").iterdir()
     path.write_bytes(path.read_bytes()[content])
     again = encode(encoder, tmp_path)
-    assert encoder.calls == 6 and again.digest == digest and "making it again" in caplog.text
+    assert encoder.calls == 6 and "making it again" in caplog.text
     np.testing.assert_array_equal(again.mean, mean)
 
 
@@ -67,7 +67,7 @@ def test_a_killed_encoding_leaves_no_file_under_the_name(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode(Killed(), tmp_path)
     assert not list(tmp_path.rglob("*.npy"))
-    assert len(encode(Encoder(), tmp_path)) == 5
+    assert len(encode(Encoder(), tmp_path).mean) == 5
 
 
 def test_draws_are_fresh_at_each_access_and_fixed_where_asked(tmp_path):

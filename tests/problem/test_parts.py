@@ -12,7 +12,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.config.options import DataOptions, EvalOptions, Options, SamplingOptions
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.problem.codec import LatentCodec, PixelCodec, check_resolution
-from retrack_jax.problem.conditioning import PairedPrompts, Unconditional
+from retrack_jax.problem.conditioning import Conditioning, PairedPrompts
 from retrack_jax.problem.evaluation import EvaluatedModel, ImageEvaluation
 from retrack_jax.problem.training_data import ConceptData, ImageData
 from tests.tiny_sd import CONCEPTS
@@ -86,7 +86,7 @@ def test_a_concept_is_a_target_and_a_group_of_them_is_refused(tmp_path):
     data = ConceptData(concept_options(tmp_path))
     target = data.target("red_circle")
     assert data.images is None and data.digests() == {}  # nothing is read before a target names it
-    assert target.concept.prompts.original == "A Red Circle, on a green wall!"
+    assert target.concept.prompts["original"] == "A Red Circle, on a green wall!"
     np.testing.assert_array_equal(target.images.labels[target.forget], 1)
     np.testing.assert_array_equal(target.images.labels[target.remain], 0)
     assert len(target.forget) + len(target.remain) == len(target.images)
@@ -202,7 +202,7 @@ def test_a_resolution_that_the_networks_cannot_halve_is_refused(latent_codec):
 
 
 def test_an_unconditional_network_has_no_table_and_one_kind_of_samples(image_data):
-    target, conditioning = image_data().target("a"), Unconditional()
+    target, conditioning = image_data().target("a"), Conditioning()
     assert conditioning.table(target) is None and conditioning.sampled(target) == {"samples": None}
     assert conditioning.describe("samples", target) == "" and not conditioning.of_target
 
@@ -213,14 +213,14 @@ def test_training_is_told_the_modified_prompt_and_samples_are_of_both(tmp_path):
 
     target = ConceptData(concept_options(tmp_path)).target("red_circle")
     prompts, conditioning = target.concept.prompts, PairedPrompts(encode, "blurry")
-    assert len(prompts.original) != len(prompts.modified) and conditioning.of_target
-    np.testing.assert_array_equal(conditioning.table(target), encode(prompts.modified))
+    assert len(prompts["original"]) != len(prompts["modified"]) and conditioning.of_target
+    np.testing.assert_array_equal(conditioning.table(target), encode(prompts["modified"]))
     np.testing.assert_array_equal(conditioning.null, encode("blurry"))
     sampled = conditioning.sampled(target)
     jax.tree.map(
-        np.testing.assert_array_equal, sampled, {"original": encode(prompts.original), "modified": encode(prompts.modified)}
+        np.testing.assert_array_equal, sampled, {"original": encode(prompts["original"]), "modified": encode(prompts["modified"])}
     )
-    assert [conditioning.describe(kind, target) for kind in sampled] == [prompts.original, prompts.modified]
+    assert [conditioning.describe(kind, target) for kind in sampled] == [prompts["original"], prompts["modified"]]
 
 
 # ---- Evaluation
@@ -237,5 +237,5 @@ def test_the_official_protocol_draws_by_the_runs_seed(image_data, tmp_path, offi
     )  # fmt: skip
     paths = {"path": tmp_path / "evaluation.json", "workdir": tmp_path}
     model = EvaluatedModel(params=dict, pretrained=dict, arrays={}, seed=run_seed, **paths)
-    task = ImageEvaluation(options, data, denoiser, PixelCodec(tmp_path), Unconditional())._task(data.target("d"), model)
+    task = ImageEvaluation(options, data, denoiser, PixelCodec(tmp_path), Conditioning())._task(data.target("d"), model)
     assert jax.random.key_data(task.rng).tolist() == jax.random.key_data(jax.random.key(seed)).tolist()

@@ -11,7 +11,8 @@ import pytest
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import UserError
-from retrack_jax.data.batches import Batches, prefetch
+from retrack_jax.data.batches import Batches
+from retrack_jax.data.in_order import in_order
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.log import Writer, read_log
 from retrack_jax.train import loop
@@ -218,8 +219,8 @@ def test_the_advice_names_the_field_that_is_passed_in(tmp_path):
         go(tmp_path, batches=poisoned, rate_field="config.pretrain.learning_rate")
 
 
-def test_prefetch_keeps_order_and_passes_errors_on():
-    assert list(prefetch(lambda step: step, 3, 9)) == list(range(3, 9))
+def test_work_ahead_keeps_order_and_passes_errors_on():
+    assert list(in_order(lambda step: step, range(3, 9), ahead=2, workers=2)) == list(range(3, 9))
 
     def broken(step):
         if step == 2:
@@ -227,4 +228,4 @@ def test_prefetch_keeps_order_and_passes_errors_on():
         return step
 
     with pytest.raises(OSError, match="gone"):
-        list(prefetch(broken, 0, 5))
+        list(in_order(broken, range(5), ahead=2))

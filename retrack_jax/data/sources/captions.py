@@ -16,11 +16,11 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from retrack_jax.checks import UserError, check
+from retrack_jax.checks import UserError, check, shown
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.source import data_folder
-from retrack_jax.data.tables import NAME, cell, read_text, shown, table_rows
+from retrack_jax.data.tables import NAME, cell, read_text, table_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 log = logging.getLogger(__name__)

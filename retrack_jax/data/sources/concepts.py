@@ -22,7 +22,7 @@ from retrack_jax.data.commands import hub, kaggle_folder
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement, if_file, matching, requirement
-from retrack_jax.data.sources.prompts import PromptPair, prompts_of
+from retrack_jax.data.sources.prompts import prompts_of
 from retrack_jax.data.sources.source import Source
 from retrack_jax.data.target_names import target_specs
 from retrack_jax.files import json_digest, read_object
@@ -51,7 +51,7 @@ class Concept:
     images: ImageSet
     memorised: np.ndarray
     memorised_name: str
-    prompts: PromptPair
+    prompts: dict[str, str]
 
     @property
     def forget(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from retrack_jax import files
-from retrack_jax.checks import UserError
+from retrack_jax.checks import UserError, shown
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import labels_of_files
@@ -21,7 +21,6 @@ from retrack_jax.weights.hub import is_id
 from retrack_jax.weights.kinds import takes_prompts
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_SHOWN = 3  # names in a message
 logger = logging.getLogger(__name__)
 
 
@@ -60,9 +59,9 @@ def _files_below(folder: Path, skip_broken: bool) -> tuple[list[str], Counter]:
             else:
                 (names if path.is_file() else broken).append(path.relative_to(folder).as_posix())
     if broken and not skip_broken:
-        shown = ", ".join(_with_target(folder / name) for name in sorted(broken)[:_SHOWN])
+        named = shown([_with_target(folder / name) for name in sorted(broken)], most=3)
         raise UserError(
-            f"{len(broken)} of {len(names) + len(broken)} images in {folder} are no files: {shown}; restore or remove them, or "
+            f"{len(broken)} of {len(names) + len(broken)} images in {folder} are no files: {named}; restore or remove them, or "
             "set config.data.skip_corrupt=True to leave them out"
         )
     if not names:

@@ -4,13 +4,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 
-from retrack_jax.checks import check
+from retrack_jax.checks import check, shown
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.concepts import Concept
 from retrack_jax.data.sources.folder import named_images
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.data.tables import shown
 
 log = logging.getLogger(__name__)
 
