@@ -105,7 +105,7 @@ def make_sampling(network: str, num_images: int, num_steps: int, dtype: str = "f
 
 def make_matmul(size: int, dtype: str = "float32") -> Callable:
     """Returns a function that multiplies two square matrices ten times, one after the other."""
-    a = jnp.full((size, size), 1e-3, jnp.dtype(dtype))
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     multiply = jax.jit(lambda a: a @ a)
 
     def run() -> None:
