@@ -8,8 +8,9 @@ an old mistake.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from tests.benchmarks.networks import BATCH, NUM_NEIGHBORS, RECIPE, SISS_SCALE, config_of
 
@@ -127,6 +128,21 @@ def make_sampling(network: str, num_images: int, num_steps: int) -> Callable:
         for t in scheduler.timesteps:
             x = scheduler.step(model(x, t).sample, t, x).prev_sample
         x.clamp(-1, 1)
+
+    return run
+
+
+def make_pipeline(folder: str, images: int, batch: int, steps: int) -> Callable:
+    """Returns a function that draws images, in batches, by the DDPMPipeline in `folder`: NumPy in [0, 1]."""
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run():
+        generator, batches = torch.Generator().manual_seed(0), []
+        for start in range(0, images, batch):
+            options = dict(batch_size=min(batch, images - start), num_inference_steps=steps, output_type="np")
+            batches.append(pipeline(generator=generator, **options).images)
+        return np.concatenate(batches)
 
     return run
 
