@@ -36,7 +36,7 @@ ROWS = (
     ("ddim", 10), ("dpm_solver", 50), ("dpm_solver", 20), ("dpm_solver", 10), ("pndm", 50), ("pndm", 20),
 )  # fmt: skip
 METRICS = ("frequency", "fid")
-COLUMNS = "sampler, steps", "calls per image", "FID", "to the first row's", "T-shirts, %", "s per 1,000 images"
+COLUMNS = "sampler and steps", "calls per image", "FID", "to the first row's", "T-shirts (%)", "s per 1000 images"
 
 
 def measure(context: RunContext, params, name: str, num_steps: int, images: int, sets: int) -> dict:
