@@ -77,6 +77,10 @@ def parse(argv: list[str]):
     given = {argument.partition("=")[0].lstrip("-") for argument in argv[1:]} | {f"config.{field}" for field in unset}
     if "config.method" in given:
         raise UserError(f"name the method behind the config file, --config={path}:METHOD: its own recipe comes with it there")
+    if "config.sampling.preset" in given and config.sampling.preset:  # it takes the place of what the config file has
+        for field in ("sampler", "num_steps"):
+            if f"config.sampling.{field}" not in given:
+                config.sampling[field] = None
     _tell_overridden(given, config)
     return config, values.workdir or f"runs/{Path(path).stem}"
 

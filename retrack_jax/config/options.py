@@ -21,6 +21,7 @@ from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED
 
 MODES = ("run", "pretrain", "unlearn", "sample", "eval", "report", "check")
 DTYPES = ("float32", "bfloat16")
+SAMPLING_PRESETS = ("", "quick")
 NETWORK_KINDS = ("unet", "dit")
 EXPORTS = ("pipeline", "unet", "single_file", "none")
 
@@ -153,8 +154,9 @@ class ScheduleOptions:
 class SamplingOptions:
     """`config.sampling`: image i is the same for every model and any batch size."""
 
+    preset: str = ""  # quick: a sampler of few steps, in place of the config's sampler and num_steps; empty: these
     sampler: str | None = "ddpm"  # or ddim, dpm_solver, euler, pndm; of flows flow_euler, flow_heun; None: by the rules
-    num_steps: int = 50
+    num_steps: int | None = 50  # None: the preset's
     num_images: int | None = 10_000  # of each prompt, where there are prompts; None: left to the rules (config/rules.py)
     num_captions: int = 8  # of captioned images: forgotten captions, and as many kept ones, that samples are drawn of
     batch_size: int | None = 500  # images at once, over all devices; None: left to the rules
@@ -165,14 +167,21 @@ class SamplingOptions:
     label_guidance: float = 0.0  # the scale for labels, which needs a null label; at most 1: none
 
     def __post_init__(self):
+        check_choice("preset", self.preset, SAMPLING_PRESETS)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, SAMPLERS)
+        check(self.num_steps is not None or bool(self.preset), "num_steps is None; give a number, or a preset")
         for name in ("num_steps", "num_images", "num_captions", "batch_size"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
         check_int("seed", self.seed, minimum=0, maximum=MAX_SEED)
         check_number("guidance_scale", self.guidance_scale, 0.0)
         check_number("label_guidance", self.label_guidance, 0.0)
+
+    @property
+    def binding(self) -> dict:
+        """The fields that image i depends on: it is the same in any batch and among any number."""
+        return {name: value for name, value in asdict(self).items() if name not in ("preset", "num_images", "batch_size")}
 
 
 @dataclass(frozen=True, kw_only=True)

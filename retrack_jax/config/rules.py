@@ -32,6 +32,7 @@ from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options
+from retrack_jax.config.presets import DISTILLED, with_preset
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.excluded import resolve_remaining, without
@@ -45,7 +46,6 @@ from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_p
 
 log = logging.getLogger(__name__)
 _ADAPTER_RATE = 1e-4
-_OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
 IMAGES, LATENTS, CAPTIONED, XL, SD3 = range(5)  # kinds of models; the first two take no prompts
 _IMAGE_METRICS = ("fid", "sscd", "nll_bits_per_dim")
 _TEXT_METRICS = ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
@@ -116,12 +116,13 @@ def unset(options: Options) -> dict[str, str]:
 
 
 def complete(options: Options) -> Options:
-    """Returns `options` with every number of `open_fields` chosen; itself if there is none.
+    """Returns `options` with every number of `open_fields` chosen, and the sampler of a preset; itself if there is none.
 
     Raises:
       UserError: something of `unset`; the model or the images are not where the config says; a target that is not there; a model
         that is to be retrained by a recipe that the config does not have.
     """
+    options = with_preset(options)
     for field, advice in unset(options).items():
         raise UserError(f"{field} is empty; {advice}")
     from_scratch = options.method in METHODS and METHODS[options.method].from_scratch
@@ -172,7 +173,7 @@ def _own_sampler(options: Options) -> str:
     """Returns our name of the sampler that an XL pipeline has by default, if it is one of ours, else Euler's."""
     given = pipeline_folder(options.checkpoint, options.pipeline) if options.pipeline else options.checkpoint
     config = read_schedule_config(given) or {}
-    distilled = config.get("_class_name") in _OF_DISTILLED or config.get("timestep_spacing") == "trailing"
+    distilled = config.get("_class_name") in DISTILLED or config.get("timestep_spacing") == "trailing"
     if distilled:
         log.warning(
             "%s seems to be distilled (turbo, lightning, LCM): its training and its samples are not those of the base model; set "

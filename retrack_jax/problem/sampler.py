@@ -1,6 +1,5 @@
 """Samples of a problem: unconditional images, images under labels, or images of each of a target's prompts, as pixels."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from functools import lru_cache
@@ -46,12 +45,9 @@ class ProblemSampler:
             _guidance(options, denoiser),
             "float32" if options.save_float else "uint8",
         )
-        fields = dataclasses.asdict(options.sampling)
-        # Image i is the same in any batch and among any number, so finished parts stay of use when these change.
-        binding = {name: value for name, value in fields.items() if name not in ("batch_size", "num_images")}
         self.digest = files.json_digest([
-            binding, denoiser.schedule.to_config(), options.save_float, denoiser.shape, codec.digests, options.compute.dtype,
-            options.compute.param_dtype,
+            options.sampling.binding, denoiser.schedule.to_config(), options.save_float, denoiser.shape, codec.digests,
+            options.compute.dtype, options.compute.param_dtype,
         ])  # fmt: skip
 
     def total(self, target: Target) -> int:

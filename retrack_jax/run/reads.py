@@ -42,9 +42,7 @@ def model_reads(options: Options, method: str) -> dict:
 def sample_reads(options: Options) -> dict:
     """Returns the fields that samples depend on, in addition to the model."""
     compute = {"param_dtype": options.compute.param_dtype}
-    # Image i is the same among any number, so that more can be drawn later.
-    sampling = _fields(options.sampling, {"batch_size", "num_images"})
-    fields = {"sampling": sampling, "save_float": options.save_float, "compute": compute}
+    fields = {"sampling": options.sampling.binding, "save_float": options.save_float, "compute": compute}
     return json.loads(json.dumps(fields))
 
 

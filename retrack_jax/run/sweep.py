@@ -13,6 +13,7 @@ from retrack_jax import parallel
 from retrack_jax.checks import Diverged, check
 from retrack_jax.config.devices import fit_to_devices
 from retrack_jax.config.options import Options
+from retrack_jax.config.presets import with_preset
 from retrack_jax.config.rules import IMAGES, chosen_by_kind, complete, kind_of, open_fields, unset
 from retrack_jax.problem.problem import build_problem, check_problem
 from retrack_jax.run.context import RunContext
@@ -106,6 +107,7 @@ def check_needs(options: Options) -> None:
     on_hub = is_id(options.checkpoint)  # what is there only a run looks into
     if options.checkpoint and not on_hub:
         check_supported(options.checkpoint)
+    options = options if on_hub else with_preset(options)
     named = chosen_by_kind(options, IMAGES if on_hub else kind_of(options.checkpoint))  # the metrics need networks
     needed = print_requirements(dataclasses.asdict(named), unset(options))
     missing = [item for item in needed if not (item.found or item.optional)]

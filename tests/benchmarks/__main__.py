@@ -1,19 +1,16 @@
-"""All benchmarks in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--device cuda] [--out FOLDER]`.
+"""All benchmarks of the CPU in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--out FOLDER]`.
 
 Prints tables and writes them to docs/results, from which `make docs` puts them into docs/measurements/speed.md; writes plots to
 docs/images, and all numbers as one line of JSON to FOLDER/benchmarks_cpu.json. On a CPU it takes some twenty minutes. Run it on
 a machine that does nothing else.
 
-`--device cuda` measures the training step in float32, TF32, bf16 and against `torch.compile`, and sampling, on one GPU. Then
-`.venv-parity` must hold builds for it, because `make parity` installs those for the CPU:
-`.venv-parity/bin/pip install "jax[cuda12]" torch==2.13.0` from indexes that have them.
+Accelerators: device.py.
 """
 
 import argparse
 import json
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -34,29 +31,21 @@ CPU_STEPS = (
 # Network, images, calls of the network.
 CPU_SAMPLING = (("digits", 128, 50), ("cifar10", 8, 3))
 NEIGHBOR_QUERIES = (1, 100, 1000)
-GPU_BATCH = {"digits": (64, 64), "cifar10": (64, 64), "celebahq": (4, 4)}
 
 
-def machine(device: str) -> dict:
+def machine() -> dict:
     """Returns what the numbers depend on."""
     from importlib import metadata
 
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = {}
-    if device == "cuda":
-        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu = {"gpu": subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]}
-    return (
-        gpu
-        | {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages}
-    )
+    about = {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()}
+    return about | {name: metadata.version(name) for name in packages}
 
 
-def on_cpu(images: Path) -> tuple[dict, list[Table]]:
-    """Measures everything on CPU; returns all numbers, and the tables that the documents show."""
+def measured(images: Path) -> tuple[dict, list[Table]]:
+    """Measures everything; returns all numbers, and the tables that the documents show."""
     rate = training.matmul_rate()
     limit = rate["limit"]
     print(f"Matrix product: {limit / 1e9:.0f} GFLOP/s.", flush=True)
@@ -89,40 +78,16 @@ def on_cpu(images: Path) -> tuple[dict, list[Table]]:
     return found | {"operations": counted, "scaling": grown}, tables
 
 
-def on_gpu() -> tuple[dict, list[Table]]:
-    """Measures training steps in every precision, and sampling, on one GPU."""
-    steps, table = [], Table("speed_steps_gpu", *training.COLUMNS)
-    for variant in training.VARIANTS:
-        rate = training.matmul_rate("cuda", variant)
-        for network, batch in GPU_BATCH.items():
-            steps.append(training.training(network, "retrack", 5, "cuda", variant, batch, rate))
-            table.add(*training.cells(steps[-1]))
-    jobs = {
-        "float32": ({"precision": "highest"}, {}),
-        "bf16": ({"dtype": "bfloat16"}, {"bf16": True}),
-        "compile": ({"dtype": "bfloat16"}, {"bf16": True, "compiled": True}),
-    }
-    same = {"network": "cifar10", "num_images": 256, "num_steps": 50, "device": "cuda"}
-    shown = Table("speed_sampling_gpu", "sampling of CIFAR-10, 256 images, 50 calls", "ours, images/s", "PyTorch, images/s")
-    sampling = {}
-    for name, sides in jobs.items():
-        sampling[name] = compare("sampling", 3, *sides, **same)
-        shown.add(name, *(f"{256 / sampling[name][side]['seconds']:.1f}" for side in ("ours", "pytorch")))
-    return {"steps": steps, "sampling": sampling}, [table, shown]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", default="runs/benchmarks", metavar="FOLDER")
     parser.add_argument("--images", default="docs/images", metavar="FOLDER")
     parser.add_argument("--results", default="docs/results", metavar="FOLDER")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if arguments.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    start, about = time.perf_counter(), machine(arguments.device)
-    found, tables = on_cpu(Path(arguments.images)) if arguments.device == "cpu" else on_gpu()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    start, about = time.perf_counter(), machine()
+    found, tables = measured(Path(arguments.images))
     found = {"machine": about, **found, "minutes": (time.perf_counter() - start) / 60}
     described = ", ".join(f"{name} {value}" for name, value in about.items() if name != "load")
     for table in tables:
@@ -130,7 +95,7 @@ def main() -> None:
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found)
-    (folder / f"benchmarks_{arguments.device}.json").write_text(text + "\n")
+    (folder / "benchmarks_cpu.json").write_text(text + "\n")
     print(text)
 
 

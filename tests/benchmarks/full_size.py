@@ -17,37 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-OLD_DDPM = {
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "center_input_sample": False,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "time_embedding_type": "positional",
-}
-NETWORKS = {
-    "celebahq": OLD_DDPM
-    | {
-        "sample_size": 256,
-        "block_out_channels": [128, 128, 256, 256, 512, 512],
-        "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
-    },
-    "cifar10": OLD_DDPM
-    | {
-        "sample_size": 32,
-        "block_out_channels": [128, 256, 256, 256],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    },
-}
+from tests.benchmarks.networks import NETWORKS
+
 BATCH = {"celebahq": (2, 2), "cifar10": (16, 1)}  # images per step, microbatches
 
 
@@ -59,18 +30,12 @@ def write_checkpoint(folder: Path, name: str) -> int:
     from retrack_jax.checkpoints import export_diffusers
     from retrack_jax.diffusion import Schedule
     from retrack_jax.models.unet2d import UNet2D
+    from tests.benchmarks.programs import random_arrays
 
     module = UNet2D.from_config(NETWORKS[name])
     size = NETWORKS[name]["sample_size"]
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32))["params"]
-    numbers = np.random.default_rng(0)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        # Norms keep their scale of 1: without it attention's queries and keys get no gradient worth the name.
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return np.float32(centre) + np.float32(0.02) * numbers.standard_normal(leaf.shape, dtype=np.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    params = random_arrays(shapes)
     target = folder / "unet" if name == "cifar10" else folder
     export_diffusers(target, module, params, schedule=Schedule.from_config({"num_train_timesteps": 1000}))
     if name == "cifar10":
@@ -149,7 +114,7 @@ def check_moved(name: str, moved: dict[str, float]) -> None:
 
 
 def main(names: list[str]) -> None:
-    for name in names or NETWORKS:
+    for name in names or BATCH:
         with tempfile.TemporaryDirectory() as folder:
             run(name, Path(folder))
 

@@ -16,27 +16,17 @@ topology and schedules for its memory; a step that does not fit is an error that
 minutes.
 """
 
-import dataclasses
 import functools
-import importlib.util
 import os
 import re
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from retrack_jax.config.options import Options
-from retrack_jax.config.reading import read_config
-from retrack_jax.diffusion import Schedule, make_eps_fn
-from retrack_jax.models.unet2d import UNet2D
-from retrack_jax.train.state import create_state
-from retrack_jax.train.step import Shared, make_train_step
-from retrack_jax.unlearn.methods import get_method
-from tests.benchmarks.full_size import NETWORKS
 from tests.benchmarks.measure import Table
+from tests.benchmarks.programs import programs
 
 GIB = 2**30
 TABLE = {
@@ -47,64 +37,34 @@ TABLE = {
 }
 
 
-def options_of(name: str) -> Options:
-    """Returns the options of `configs/NAME.py`."""
-    path = Path(__file__).parents[2] / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return read_config(module.get_config())
-
-
-def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def plan(name: str, option: str) -> dict:
     """Compiles one step from abstract arguments and returns its memory in bytes, its work, and the seconds of compiling.
 
     The work is XLA's own account of the program: `flops`, and `bytes` that its kernels read and write. XLA counts the body of a
-    loop once, so both are multiplied by the number of microbatches; what stands outside the loop, the update, is small beside it.
+    loop once, so both are multiplied by the number of microbatches; what stands outside the loop, the update, is small
+    in comparison.
     """
-    options, method = options_of(name), get_method("retrack")
-    recipe = options.recipe("retrack")
     found = re.fullmatch(r"(float32|bfloat16|remat|bfloat16\+remat)(?:\+a(\d+))?", option)
     if found is None:
         raise SystemExit(f"unknown option {option}\n{__doc__}")
-    recipe = dataclasses.replace(recipe, accumulation=int(found[2] or recipe.accumulation))
-    fields = {"dtype": jnp.bfloat16 if "bfloat16" in option else jnp.float32, "remat": "remat" in option}
-    unet = UNet2D.from_config(NETWORKS.get(name) or dataclasses.asdict(options.model), **fields)
-    schedule = Schedule.create()
-    image = (unet.sample_size, unet.sample_size, unet.in_channels)
-    x, t = jnp.zeros((1, *image)), jnp.zeros((1,), jnp.int32)
-    optimizer = recipe.optimizer()
-    state = jax.eval_shape(lambda: create_state(unet.init(jax.random.key(0), x, t)["params"], optimizer))
-    batch = {"remain": {"pixels": array(1, recipe.batch_size, *image, dtype=jnp.uint8)}}
-    batch |= {part: array(1, recipe.batch_size) for part in ("remain_index", "forget_row", "forget_index")}
-    shared = Shared(
-        schedule=jax.eval_shape(lambda: schedule),
-        forget={"pixels": array(1, *image, dtype=jnp.uint8)},
-        neighbors={"pixels": array(recipe.num_neighbors, *image, dtype=jnp.uint8)},
-        neighbor_rows=array(1, recipe.num_neighbors),
-    )
-    how = recipe.step_options(schedule.num_train_timesteps, dropout=False)
-    p_step = make_train_step(method, make_eps_fn(unet.apply, schedule), how)
+    own = {"dtype": jnp.bfloat16 if "bfloat16" in option else jnp.float32, "remat": "remat" in option}
+    program = programs(name, accumulation=int(found[2] or 0) or None, **own)
     began = time.perf_counter()
     try:
-        compiled = p_step.lower(state, batch, shared, jax.eval_shape(lambda: jax.random.key(0))).compile()
+        compiled = program.step.lower(*program.step_arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if not (used := too_large(error)):
             raise
-        return {"too_large": used, "images": 2 * recipe.batch_size // recipe.accumulation}
+        return {"too_large": used, "images": 2 * program.images}
     memory, work = compiled.memory_analysis(), compiled.cost_analysis()
     whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return {
-        "images": 2 * recipe.batch_size // recipe.accumulation,
+        "images": 2 * program.images,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "all": whole + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "flops": work["flops"] * recipe.accumulation,
-        "bytes": work["bytes accessed"] * recipe.accumulation,
+        "flops": work["flops"] * program.accumulation,
+        "bytes": work["bytes accessed"] * program.accumulation,
         "seconds": time.perf_counter() - began,
     }
 

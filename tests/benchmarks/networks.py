@@ -34,7 +34,22 @@ NETWORKS = {
 
 # The images in the remain and in the forget batch of one step; lambda and learning rate of the official recipes.
 BATCH = {"digits": (64, 64), "cifar10": (8, 8), "celebahq": (1, 1)}
-RECIPE = {"digits": (0.005, 1e-4), "cifar10": (0.02, 2e-5), "celebahq": (0.005, 5e-6)}
+RECIPE = {
+    "digits": (0.005, 1e-4), "digits_tshirt": (0.005, 1e-4), "mnist_tshirt": (0.005, 1e-4), "cifar10": (0.02, 2e-5),
+    "celebahq": (0.005, 5e-6), "stable_diffusion": (0.5, 1e-5),
+}  # fmt: skip
 # The paper's number of neighbors, and SISS's rescale factor.
 NUM_NEIGHBORS = 10
 SISS_SCALE = {"digits": 5.0, "cifar10": 5.0, "celebahq": 500.0}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Returns the diffusers config of a network above, of Stable Diffusion's, or of the one that `configs/NAME.py` describes."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    from dataclasses import asdict
+
+    from tests.benchmarks.programs import options_of
+    from tests.models.test_text_to_image_networks import SD14_UNET
+
+    return SD14_UNET if name == "stable_diffusion" else asdict(options_of(name).model)

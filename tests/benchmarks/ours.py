@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints import export_diffusers, import_diffusers
+from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
 from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import PyTree
 from retrack_jax.sampling.ddpm import DDPM
-from retrack_jax.sampling.generate import make_sample_fn, pmap_sample_fn
+from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -103,9 +103,18 @@ def make_sampling(network: str, num_images: int, num_steps: int, dtype: str = "f
     return run
 
 
+def make_pipeline(folder: str, images: int, batch: int, steps: int) -> Callable:
+    """Returns a function that draws images, in batches, from a pipeline that diffusers wrote: NumPy in [0, 1]."""
+    module, params = import_diffusers(folder)
+    schedule = Schedule.from_config(read_schedule_config(folder))
+    shape = (module.sample_size, module.sample_size, module.in_channels)
+    p_sample = pmap_sample_fn(make_sample_fn(make_eps_fn(module.apply, schedule), DDPM.create(schedule, steps), shape))
+    return lambda: generate(p_sample, params, rng=jax.random.key(0), num_images=images, batch_size=batch)
+
+
 def make_matmul(size: int, dtype: str = "float32") -> Callable:
     """Returns a function that multiplies two square matrices ten times, one after the other."""
-    a = jnp.full((size, size), 1e-3, jnp.dtype(dtype))
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     multiply = jax.jit(lambda a: a @ a)
 
     def run() -> None:

@@ -1,15 +1,14 @@
-"""What each sampler costs and what FID it gives, on a trained model: the table of docs, in Markdown.
+"""What each sampler costs and what FID it gives, on a trained model: the tables of docs.
 
     .venv/bin/python -m tests.benchmarks.sampler_quality --config=configs/digits_tshirt.py --workdir=runs/digits_tshirt
-        [--images=2000] [--sets=3] [--only=ddpm:50,ddim:20] [--out=FILE.json]
+        [--images=2000] [--sets=3] [--only=ddpm:50,ddim:20] [--table=NAME --results=docs/results --machine=TEXT]
 
 The workdir is one that `retrack_jax.main` made with that config; its pretrained model is sampled, all samplers from the same
 noise. Every set holds other images (indices 0.., N.., 2N..), so the spread over sets is the sampling error of FID and frequency;
-runs of more than 100 calls make one set. Seconds are for sampling alone, after compiling.
+runs of more than 100 calls make one set. ± is the standard deviation over sets. Seconds are for sampling alone, after compiling.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -30,12 +29,14 @@ from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import load, pretrained
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
+from tests.benchmarks.measure import Table
 
 ROWS = (
     ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddpm", 50), ("ddpm", 20), ("ddim", 100), ("ddim", 50), ("ddim", 20),
     ("ddim", 10), ("dpm_solver", 50), ("dpm_solver", 20), ("dpm_solver", 10), ("pndm", 50), ("pndm", 20),
 )  # fmt: skip
 METRICS = ("frequency", "fid")
+COLUMNS = "sampler and steps", "calls per image", "FID", "to the first row's", "T-shirts (%)", "s per 1000 images"
 
 
 def measure(context: RunContext, params, name: str, num_steps: int, images: int, sets: int) -> dict:
@@ -60,29 +61,13 @@ def measure(context: RunContext, params, name: str, num_steps: int, images: int,
             results = problem.evaluation.evaluate(target, model)
         for metric in METRICS:
             values[metric].append(results.values[metric])
-    return {
-        "sampler": name, "steps": num_steps, "calls": calls, "images": images, "sets": len(seconds),
-        "seconds_per_1000": statistics.median(seconds) / images * 1000, **values,
-    }  # fmt: skip
+    return {"calls": calls, "seconds_per_1000": statistics.median(seconds) / images * 1000, **values}
 
 
-def markdown(rows: list[dict]) -> str:
-    """Returns the table; ± is the standard deviation over sets, where there are several."""
-
-    def shown(values: list[float], scale: float, digits: int) -> str:
-        mean = f"{scale * statistics.mean(values):.{digits}f}"
-        return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
-
-    lines = [
-        "| sampler | steps | network calls | s per 1,000 images | FID | T-shirts, % |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        fid, frequency = shown(row["fid"], 1, 2), shown(row["frequency"], 100, 2)
-        lines.append(
-            f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['seconds_per_1000']:.2f} | {fid} | {frequency} |"
-        )
-    return "\n".join(lines)
+def shown(values: list[float], scale: float = 1.0) -> str:
+    """Returns mean and, of several, ± their standard deviation."""
+    mean = f"{scale * statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.2f}"
 
 
 def main() -> None:
@@ -90,7 +75,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--only", default="", help="such as ddpm:50,ddim:20")
-    parser.add_argument("--out", default="")
+    parser.add_argument("--table", default="samplers", help="the name of the result")
+    parser.add_argument("--results", type=Path, help="the folder that the result is written to, such as docs/results")
+    parser.add_argument("--machine", default="", help="what the result says of the machine")
     arguments, rest = parser.parse_known_args()
     config, workdir = command_line.parse([sys.argv[0], *rest])
     set_up_jax(config.compute.cpu_devices)
@@ -101,13 +88,19 @@ def main() -> None:
     context = RunContext(problem, {spec: problem.target(spec)}, Workdir(workdir), lambda: False)
     params = pretrained(context, load).params
     wanted = [tuple(row.split(":")) for row in arguments.only.split(",")] if arguments.only else ROWS
-    rows = []
+    table, first = Table(arguments.table, *COLUMNS), None
     for name, num_steps in wanted:
-        rows.append(measure(context, params, name, int(num_steps), arguments.images, arguments.sets))
-        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")
-    print("\n" + markdown(rows))
+        row = measure(context, params, name, int(num_steps), arguments.images, arguments.sets)
+        fid = statistics.mean(row["fid"])
+        first = first or fid
+        table.add(
+            f"`{name}`, {num_steps}", f"{row['calls']}", shown(row["fid"]), f"{fid / first - 1:+.1%}",
+            shown(row["frequency"], 100), f"{row['seconds_per_1000']:.2f}",
+        )  # fmt: skip
+        if arguments.results:
+            table.write(
+                arguments.results, f"python -m tests.benchmarks.sampler_quality {' '.join(sys.argv[1:])}", arguments.machine
+            )
 
 
 if __name__ == "__main__":

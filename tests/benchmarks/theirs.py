@@ -8,17 +8,19 @@ an old mistake.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
-from tests.benchmarks.networks import BATCH, NETWORKS, NUM_NEIGHBORS, RECIPE, SISS_SCALE
+from tests.benchmarks.networks import BATCH, NUM_NEIGHBORS, RECIPE, SISS_SCALE, config_of
 
 
-def make_model(network: str, device: str = "cpu") -> UNet2DModel:
+def make_model(network: str, device: str = "cpu") -> UNet2DModel | UNet2DConditionModel:
     """Returns the model in training mode with random weights."""
     torch.manual_seed(0)
-    config = {key: value for key, value in NETWORKS[network].items() if not key.startswith("_")}
-    return UNet2DModel(**config).to(device).train()
+    config = {key: value for key, value in config_of(network).items() if not key.startswith("_")}
+    family = UNet2DConditionModel if "cross_attention_dim" in config else UNet2DModel
+    return family(**config).to(device).train()
 
 
 def make_training(
@@ -30,11 +32,13 @@ def make_training(
     compiled: bool = False,
     channels_last: bool = False,
     tf32: bool = False,
+    accumulation: int = 1,
     checkpoint=None,
 ) -> Callable:
     """Returns a function of no argument that takes one training step: forward, backward, clip, AdamW.
 
-    `checkpoint` is a folder that the model is read from, in place of random weights.
+    A step of ReTrack or vanilla may take `accumulation` microbatches. `checkpoint` is a folder that the model is read from, in
+    place of random weights.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     model = UNet2DModel.from_pretrained(checkpoint, low_cpu_mem_usage=False) if checkpoint else make_model(network)
@@ -46,13 +50,15 @@ def make_training(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6)
     alpha_bar = DDPMScheduler().alphas_cumprod.to(device)
     gammas, sigmas = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    config = NETWORKS[network]
+    config = config_of(network)
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    num_remain, num_forget = batch or BATCH[network]
+    num_remain, num_forget = (count // accumulation for count in batch or BATCH[network])
+    width = config.get("cross_attention_dim")
+    prompt = [] if width is None else [torch.randn(1, 77, width, device=device)]
     remain = torch.rand(num_remain, *shape, device=device) * 2 - 1
     forget = (torch.rand(1, *shape, device=device) * 2 - 1).expand(num_forget, *shape)
     neighbors = torch.rand(NUM_NEIGHBORS, *shape, device=device) * 2 - 1
-    siss_scale = SISS_SCALE[network]
+    siss_scale = SISS_SCALE.get(network, 5.0)
 
     def noise(x_0):
         t = torch.randint(0, 1000, (len(x_0),), device=device)
@@ -62,7 +68,7 @@ def make_training(
 
     def predict(x_t, t):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return forward(x_t, t).sample.float()
+            return forward(x_t, t, *(one.expand(len(x_t), -1, -1) for one in prompt)).sample.float()
 
     def norms(x):
         return x.square().sum((1, 2, 3))
@@ -74,11 +80,11 @@ def make_training(
         p = torch.softmax(-v.square().sum((2, 3, 4)) / 2, dim=1)
         target = (p[:, :, None, None, None] * v).sum(1)
         unlearn, retain = norms(eps_pred[num_remain:] - target).mean(), norms(eps_pred[:num_remain] - eps_r).mean()
-        (lam * unlearn + (1 - lam) * retain).backward()
+        ((lam * unlearn + (1 - lam) * retain) / accumulation).backward()
 
     def vanilla():
         x_t, t, eps, _, _ = noise(remain)
-        norms(predict(x_t, t) - eps).mean().backward()
+        (norms(predict(x_t, t) - eps).mean() / accumulation).backward()
 
     def siss():
         x_0 = torch.where((torch.rand(num_remain, device=device) < 0.5)[:, None, None, None], forget, remain)
@@ -99,7 +105,8 @@ def make_training(
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses[method]()
+        for _ in range(accumulation):
+            losses[method]()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if device == "cuda":
@@ -108,37 +115,44 @@ def make_training(
     return run
 
 
-def make_sampling(network: str, num_images: int, num_steps: int, device: str = "cpu", bf16: bool = False, compiled: bool = False):
+def make_sampling(network: str, num_images: int, num_steps: int) -> Callable:
     """Returns a function that draws images by diffusers' DDPMScheduler, as its DDPMPipeline does."""
-    # cuDNN's TF32 is on by default; ours multiplies float32 as float32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = make_model(network, device).eval()
-    forward = torch.compile(model) if compiled else model
+    model = make_model(network).eval()
     scheduler = DDPMScheduler()
     scheduler.set_timesteps(num_steps)
-    config = NETWORKS[network]
+    config = config_of(network)
 
     @torch.no_grad()
     def run() -> None:
-        x = torch.randn(num_images, config["in_channels"], config["sample_size"], config["sample_size"], device=device)
+        x = torch.randn(num_images, config["in_channels"], config["sample_size"], config["sample_size"])
         for t in scheduler.timesteps:
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                eps = forward(x, t.to(device)).sample
-            x = scheduler.step(eps.float(), t, x).prev_sample
-        x.clamp(-1, 1).cpu()
+            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+        x.clamp(-1, 1)
 
     return run
 
 
-def make_matmul(size: int, device: str = "cpu", bf16: bool = False, tf32: bool = False) -> Callable:
+def make_pipeline(folder: str, images: int, batch: int, steps: int) -> Callable:
+    """Returns a function that draws images, in batches, by the DDPMPipeline in `folder`: NumPy in [0, 1]."""
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run():
+        generator, batches = torch.Generator().manual_seed(0), []
+        for start in range(0, images, batch):
+            options = dict(batch_size=min(batch, images - start), num_inference_steps=steps, output_type="np")
+            batches.append(pipeline(generator=generator, **options).images)
+        return np.concatenate(batches)
+
+    return run
+
+
+def make_matmul(size: int) -> Callable:
     """Returns a function that multiplies two square matrices ten times."""
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    a = torch.full((size, size), 1e-3, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a = torch.randn(size, size)
 
     def run() -> None:
         for _ in range(10):
             a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     return run

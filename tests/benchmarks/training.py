@@ -1,11 +1,11 @@
 """A training step against PyTorch's, and each side's distance from the machine's limit.
 
     .venv-parity/bin/python -m tests.benchmarks.training [--network cifar10] [--method retrack] [--rounds 4] [--out FILE.json]
-        [--device cpu|cuda] [--devices 2] [--variant float32|tf32|bf16|compile]
+        [--devices 2]
 
-The limit is a large float32 (or bf16) matrix product, measured on both sides in the same run; the better of the two
-counts. FLOPs of a step are those of the direct convolutions: three times the forward pass of all images (five for SISS,
-which has two backward passes), so a share above the direct convolution's is possible where fewer operations are made.
+On the CPU, in float32; accelerators: device.py. The limit is a large matrix product, measured on both sides in the same run; the
+better of the two counts. FLOPs of a step are those of the direct convolutions: three times the forward pass of all images (five
+for SISS, which has two backward passes), so a share above the direct convolution's is possible where fewer operations are made.
 """
 
 import argparse
@@ -18,14 +18,6 @@ from tests.benchmarks.networks import BATCH, NETWORKS
 
 METHODS = ("retrack", "siss", "vanilla")
 PASSES = {"retrack": 3, "vanilla": 3, "siss": 5}
-MATMUL_OPTIONS = {"precision", "dtype", "bf16", "tf32"}
-# What each side is told for a variant: (ours, PyTorch's).
-VARIANTS = {
-    "float32": ({"precision": "highest"}, {}),
-    "tf32": ({"precision": "default"}, {"tf32": True}),
-    "bf16": ({"dtype": "bfloat16"}, {"bf16": True, "tf32": True, "channels_last": True}),
-    "compile": ({"dtype": "bfloat16"}, {"bf16": True, "tf32": True, "channels_last": True, "compiled": True}),
-}
 
 
 def forward_flops(network: str) -> float:
@@ -42,35 +34,26 @@ def forward_flops(network: str) -> float:
     return counter.get_total_flops()
 
 
-def matmul_rate(device: str = "cpu", variant: str = "float32", rounds: int = 5) -> dict[str, float]:
+def matmul_rate(rounds: int = 5) -> dict[str, float]:
     """Returns FLOP/s of a square matrix product on both sides, and the better as `limit`."""
-    size = 2048 if device == "cpu" else 8192
-    sides = zip(("ours", "theirs"), VARIANTS[variant], strict=True)
-    workers = {
-        side: Worker(side, "matmul", size=size, device=device, **{key: more[key] for key in more.keys() & MATMUL_OPTIONS})
-        for side, more in sides
-    }
-    found = in_turns(workers, rounds)
+    size = 2048
+    found = in_turns({side: Worker(side, "matmul", size=size) for side in ("ours", "theirs")}, rounds)
     rates = {side: 2 * size**3 * 10 / min(result["all_seconds"]) for side, result in found.items()}
     return rates | {"limit": max(rates.values())}
 
 
-def training(
-    network: str, method: str, rounds: int, device: str = "cpu", variant: str = "float32", batch=None, rate=None, devices=1
-) -> dict[str, Any]:
+def training(network: str, method: str, rounds: int, batch=None, rate=None, devices=1) -> dict[str, Any]:
     """Returns one row: medians of both sides, their ratio, memory, and each side's share of the limit.
 
     `devices` is ours alone: what jax's CPU counts as, so that two halves of a batch use two cores.
     """
-    ours, theirs = VARIANTS[variant]
-    ours = ours | {"num_devices": devices} if device == "cpu" else ours
-    result = compare("training", rounds, ours, theirs, network=network, method=method, batch=batch, device=device)
+    result = compare("training", rounds, {"num_devices": devices}, network=network, method=method, batch=batch)
     images = sum(batch or BATCH[network]) if method == "retrack" else (batch or BATCH[network])[0]
     flops = PASSES[method] * images * forward_flops(network)
-    rate = rate or matmul_rate(device, variant)
+    rate = rate or matmul_rate()
     for side in ("ours", "pytorch"):
         result[side]["share_of_limit"] = flops / result[side]["seconds"] / rate["limit"]
-    about = {"network": network, "method": method, "images": images, "variant": variant, "devices": devices}
+    about = {"network": network, "method": method, "images": images, "devices": devices}
     return about | {"flops": flops, "matmul": rate} | result
 
 
@@ -83,7 +66,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """Returns the cells of `COLUMNS`."""
     sides = row["ours"], row["pytorch"]
     return [
-        f"{row['network']} {row['method']} {row['variant']}, {row['images']} images, ours on {row['devices']}",
+        f"{row['network']} {row['method']} float32, {row['images']} images, ours on {row['devices']}",
         *(f"{side['seconds']:.3f}" for side in sides),
         f"{row['ratio']:.2f}",
         *(f"{side['share_of_limit']:.0%}" for side in sides),
@@ -96,14 +79,12 @@ def main() -> None:
     parser.add_argument("--network", default="cifar10", choices=NETWORKS)
     parser.add_argument("--method", default="retrack", choices=METHODS)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--variant", default="float32", choices=VARIANTS)
     parser.add_argument("--images", type=int, help="images in each of the two batches")
     parser.add_argument("--devices", type=int, default=1, help="what the CPU counts as for ours")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     batch = (arguments.images, arguments.images) if arguments.images else None
-    names = ("network", "method", "rounds", "device", "variant", "devices")
+    names = ("network", "method", "rounds", "devices")
     row = training(**{name: getattr(arguments, name) for name in names}, batch=batch)
     Table("speed_steps", *COLUMNS).add(*cells(row))
     if arguments.out:

@@ -15,35 +15,16 @@ import time
 from retrack_jax.cli.huge_pages import restart_with_huge_pages
 from tests.benchmarks.measure import peak_resident_bytes
 
-# Before JAX or torch start: only what is used is allocated, so that the peak is a peak and not a reservation.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
-def peak_bytes(side: str, device: str) -> int:
-    """Returns the peak of the device's memory on a GPU, of the process's resident memory on CPU."""
-    if device == "cpu":
-        return peak_resident_bytes()
-    if side == "ours":
-        import jax
-
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    import torch
-
-    return torch.cuda.max_memory_allocated()
-
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    side, job, device = spec.pop("side"), spec.pop("job"), spec.get("device", "cpu")
+    side, job = spec.pop("side"), spec.pop("job")
     if side == "ours":
         restart_with_huge_pages()  # as the command does
         import jax
 
-        spec.pop("device", None)
-        jax.config.update("jax_platforms", device)
+        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", spec.pop("num_devices", 1))
-        if "precision" in spec:
-            jax.config.update("jax_default_matmul_precision", spec.pop("precision"))
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/retrack_jax/benchmarks"))
     else:
         import torch
@@ -63,7 +44,7 @@ def main() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         run()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        print(json.dumps(seconds | {"peak_bytes": peak_bytes(side, device)}), flush=True)
+        print(json.dumps(seconds | {"peak_bytes": peak_resident_bytes()}), flush=True)
 
 
 if __name__ == "__main__":
