@@ -71,11 +71,11 @@ def unlearn(
     """Returns parameters that have forgotten `forget`; arrays in, parameters out.
 
     Args:
-      apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`. For a
-        flow t is T sigma, float32.
+      apply_fn: `apply_fn({"params": params}, x_t [B, ...], t int32 [B]) -> [B, ...]`, such as a Linen module's `apply`. Of a
+        flow t is T sigma, float32; of EDM it is log(sigma)/4, float32, and x_t is scaled (diffusion/edm.py).
       params: the pretrained parameters; they are left as they are.
       schedule: the noise schedule; its `prediction_type` says what the network predicts. `Schedule.rectified_flow()` for a
-        network that predicts the velocity eps - x_0.
+        network that predicts the velocity eps - x_0, `Schedule.edm()` for one of EDM.
       remain, forget: images `[R, ...]` and `[F, ...]`, of one dtype: floats in the space that the network denoises ([-1, 1] for
         pixels), or uint8.
       method: a name of `unlearn.methods.METHODS` that starts from pretrained parameters.
@@ -107,6 +107,7 @@ def unlearn(
     unused = recipe.own.only_for("captions") + recipe.own.only_for("labels")
     check(not unused, f"{', '.join(unused)}: only networks with captions or labels have a use for it; leave it out")
     recipe.check_window(schedule.num_train_timesteps, where="")
+    recipe.check_draws(schedule, where="")
     recipe.check_adapter(where="")
 
     remain, forget = np.asarray(remain), np.asarray(forget)

@@ -3,8 +3,8 @@
     x_0      clean image in the space that the network denoises: pixels in [-1, 1], or VAE latents    [B, H, W, C]
     t        timestep, int32 in [0, T)                                                                [B]
     eps      standard normal noise                                                                    [B, H, W, C]
-    gamma    sqrt(alpha_bar_t), or for a rectified flow 1 - sigma                                     [B]
-    sigma    sqrt(1 - alpha_bar_t)                                                                    [B]
+    gamma    sqrt(alpha_bar_t), of a rectified flow 1 - sigma, of EDM 1                               [B]
+    sigma    sqrt(1 - alpha_bar_t), of the others their own                                           [B]
     x_t      gamma x_0 + sigma eps                                                                    [B, H, W, C]
     eps_pred the network's noise prediction, or for a rectified flow its velocity eps - x_0           [B, H, W, C]
     R, F     the remaining and the forgotten training images

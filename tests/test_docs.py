@@ -158,8 +158,9 @@ def extending(tables) -> dict:
     return names
 
 
-def test_the_example_of_flows_runs():
-    (block,) = blocks("docs/flows.md")
+@pytest.mark.parametrize("page", ["flows", "edm"])
+def test_the_examples_of_flows_and_of_edm_run(page):
+    (block,) = blocks(f"docs/{page}.md")
     names = {"__name__": "flows"}
     exec(block, names)
     assert 0 < toys.relative(names["forgotten"], names["params"]) < 1

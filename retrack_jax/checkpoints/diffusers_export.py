@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from retrack_jax.checks import UserError
+from retrack_jax.diffusion import edm
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import NETWORK_FOLDERS
@@ -53,7 +54,8 @@ def export_diffusers(
     if schedule is not None:
         scheduler = {"_class_name": "DDPMScheduler"} | (schedule if isinstance(schedule, dict) else schedule.to_config())
         files["scheduler/scheduler_config.json"] = scheduler
-        if config.get("_class_name") == "UNet2DModel":
+        # DDPMPipeline does not scale the input as EDM needs it, and no pipeline of diffusers without a prompt does.
+        if config.get("_class_name") == "UNet2DModel" and scheduler["_class_name"] not in edm.CLASSES:
             files["model_index.json"] = {
                 "_class_name": "DDPMPipeline",
                 "scheduler": ["diffusers", scheduler["_class_name"]],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import optax
 
 from retrack_jax.checks import check, check_choice, check_int, check_number
+from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.neighbors.search import BACKENDS
 from retrack_jax.notation import Array
 from retrack_jax.train.lora import ADAPTERS, EVERY_WEIGHT, LoraOptions
@@ -41,6 +42,7 @@ class TrainingOptions:
     logit_normal: tuple | None = (
         None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), to unlearn SD3 (0, 1)
     )
+    log_normal: tuple | None = None  # (m, s), of EDM alone: log(sigma) is m + s z; (): t is uniform; None: (-1.2, 1.2)
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "accumulation"):
@@ -56,12 +58,22 @@ class TrainingOptions:
             check(value < 1.0, f"{name} is {value}; it must be below 1: an average of nothing divides by zero")
         for name in ("eps", "weight_decay", "clip_norm"):
             check_number(name, getattr(self, name), 0.0)
-        if self.logit_normal:
-            pair = isinstance(self.logit_normal, (tuple, list)) and len(self.logit_normal) == 2
-            check(pair, f"logit_normal is {self.logit_normal!r}; give two numbers, the mean and the deviation of the logit")
-            check_number("the first of logit_normal", self.logit_normal[0])
-            check_number("the second of logit_normal", self.logit_normal[1], 0.0, above=True)
-            object.__setattr__(self, "logit_normal", tuple(self.logit_normal))
+        for name, of in (("logit_normal", "the logit"), ("log_normal", "log(sigma)")):
+            if value := getattr(self, name):
+                pair = isinstance(value, (tuple, list)) and len(value) == 2
+                check(pair, f"{name} is {value!r}; give two numbers, the mean and the deviation of {of}")
+                check_number(f"the first of {name}", value[0])
+                check_number(f"the second of {name}", value[1], 0.0, above=True)
+                object.__setattr__(self, name, tuple(value))
+        check(not (self.logit_normal and self.log_normal), "logit_normal and log_normal are both set; choose one")
+
+    def check_draws(self, schedule: Schedule, where: str) -> None:
+        """Raises `UserError` if `log_normal` is set and `schedule` is not EDM's."""
+        check(
+            schedule.is_edm or not self.log_normal,
+            f"{where}log_normal is {self.log_normal}, which is for EDM's sigmas, and the schedule is {schedule.class_name}'s; "
+            "leave it out",
+        )
 
     def rate(self) -> optax.Schedule:
         """Returns `step -> learning rate`."""
@@ -119,7 +131,7 @@ class UnlearnOptions(TrainingOptions):
     forget_batch_size: int = 0  # noisy copies of forgotten images per step; 0: as many as remaining ones
     num_neighbors: int | None = 10  # K
     neighbor_backend: str = "auto"  # or scann, exact
-    t_min: int = 0  # timesteps are drawn from [t_min, t_max); of a flow, rows of its table of sigmas, rising
+    t_min: int = 0  # timesteps are drawn from [t_min, t_max); of flows and EDM, rows of a table of sigmas, rising
     t_max: int | None = None  # None: all that the schedule has, but a last step of pure noise (zero SNR)
     retain_loss: str = "standard"  # or distillation: match the pretrained model
     adapter: str | None = None  # lora trains the matrices of `lora`, none every weight; None: none, but lora for XL and SD3
@@ -168,6 +180,7 @@ class UnlearnOptions(TrainingOptions):
             t_min=self.t_min,
             t_max=t_end if self.t_max is None else self.t_max,
             logit_normal=self.logit_normal,
+            log_normal=self.log_normal,
             distill=self.retain_loss == "distillation",
             dropout=dropout,
             condition_dropout=condition_dropout,

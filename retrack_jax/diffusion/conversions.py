@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from retrack_jax.checks import check_choice
+from retrack_jax.diffusion import edm
 from retrack_jax.diffusion.flow import VELOCITY
 from retrack_jax.diffusion.schedule import PREDICTION_TYPES, Schedule
 from retrack_jax.diffusion.scheduler_config import FLOOR
@@ -64,7 +65,8 @@ def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule, *, with_vari
     """Returns `eps_fn(params, x_t, t, *cond, **kwargs)`, which gives eps whatever the network predicts; of a flow, its velocity.
 
     Losses, samplers and likelihood see only this. A flow's velocity stays as it is because eps holds none of it at pure noise.
-    `x_t` is [B, ...], `t` int32 [B], or for a flow float32 T sigma; the result has x_t's shape and dtype.
+    `x_t` is [B, ...], `t` int32 [B], or of a flow float32 T sigma, of EDM float32 sigma; the result has x_t's shape and dtype.
+    EDM's network is given x_t and t scaled (edm.py).
 
     Args:
       apply_fn: a Linen module's `apply`; called as `apply_fn({"params": params}, x_t, t, *cond, **kwargs)`.
@@ -74,6 +76,12 @@ def make_eps_fn(apply_fn: Callable[..., Array], schedule: Schedule, *, with_vari
     """
 
     def eps_fn(params, x_t, t, *cond, **kwargs):
+        if schedule.is_edm:
+            c_in, gamma_B, sigma_B = edm.scales(schedule.sigma_at(t).astype(x_t.dtype), schedule.sigma_data)
+            seen = expand(c_in, x_t) * x_t
+            output = apply_fn({"params": params}, seen, schedule.network_time(t), *cond, **kwargs).astype(x_t.dtype)
+            velocity = output if schedule.prediction_type == "v_prediction" else -output
+            return to_eps(velocity, seen, gamma_B, sigma_B, "v_prediction")
         output = apply_fn({"params": params}, x_t, schedule.network_time(t), *cond, **kwargs).astype(x_t.dtype)
         if output.shape[-1] != 2 * x_t.shape[-1]:
             return as_eps(output, x_t, t)

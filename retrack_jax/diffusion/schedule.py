@@ -2,6 +2,7 @@
 
     gamma_t = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)      betas (betas.py)
     gamma_t = 1 - sigma_t                                               rectified flow (flow.py)
+    gamma_t = 1                                                         EDM (edm.py)
 
 A schedule is read from a diffusers `scheduler_config.json` and written back as one (scheduler_config.py).
 """
@@ -15,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from retrack_jax.checks import UserError, check, check_choice, check_int, check_number, suggestion
-from retrack_jax.diffusion import flow, scheduler_config
+from retrack_jax.diffusion import edm, flow, scheduler_config
 from retrack_jax.diffusion.betas import BETA_SCHEDULES, alpha_bar_table
 from retrack_jax.diffusion.scheduler_config import CLASS_DEFAULTS, DEFAULTS, FLOOR, FLOORED
 from retrack_jax.notation import Array
@@ -38,11 +39,11 @@ class Schedule:
     """A noise schedule: three tables as leaves and all settings static, so that it passes through `jit`, `pmap` and `scan`.
 
     `Schedule()` is DDPM's; `Schedule.create` has the defaults of another of diffusers' classes, `Schedule.from_config` reads one,
-    and `Schedule.rectified_flow` makes that of a flow.
+    `Schedule.rectified_flow` makes that of a flow and `Schedule.edm` that of EDM.
 
     Attributes:
-      alpha_bar, gamma, sigma: float32 [T], computed from the settings in float64 and rounded once. A flow's alpha_bar is that of
-        the same signal-to-noise ratio, gamma^2/(gamma^2 + sigma^2).
+      alpha_bar, gamma, sigma: float32 [T], computed from the settings in float64 and rounded once. Without betas alpha_bar is
+        that of the same signal-to-noise ratio, gamma^2/(gamma^2 + sigma^2), and sigma rises with t all the same.
       class_name: diffusers' class that `to_config` names.
       original: the config as JSON if `to_config` is to return it as it was read, else empty.
       The other names and meanings are those of diffusers' schedulers.
@@ -68,6 +69,11 @@ class Schedule:
     variance_type: str = _static("fixed_small")
     set_alpha_to_one: bool = _static(True)
     skip_prk_steps: bool = _static(False)
+    sigma_min: float = _static(edm.SETTINGS["sigma_min"])
+    sigma_max: float = _static(edm.SETTINGS["sigma_max"])
+    sigma_data: float = _static(edm.SETTINGS["sigma_data"])
+    sigma_schedule: str = _static(edm.SETTINGS["sigma_schedule"])
+    rho: float = _static(edm.SETTINGS["rho"])
     solver_order: int = _static(2)
     solver_type: str = _static("midpoint")
     lower_order_final: bool = _static(True)
@@ -83,13 +89,17 @@ class Schedule:
         _check(self._settings(), self.class_name)
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
-        if self.is_flow:
-            sigma = flow.sigma_table(self.num_train_timesteps, self.shift)
-            gamma = 1 - sigma
-            table = gamma**2 / (gamma**2 + sigma**2)
-        else:
+        if self.has_betas:
             table = self.alpha_bar64
             gamma, sigma = np.sqrt(table), np.sqrt(1 - table)
+        else:
+            if self.is_edm:
+                sigma = self.edm_sigmas(self.num_train_timesteps)[::-1]
+                gamma = np.ones_like(sigma)
+            else:
+                sigma = flow.sigma_table(self.num_train_timesteps, self.shift)
+                gamma = 1 - sigma
+            table = gamma**2 / (gamma**2 + sigma**2)
         for name, values in (("alpha_bar", table), ("gamma", gamma), ("sigma", sigma)):
             object.__setattr__(self, name, jnp.asarray(np.float32(values)))
 
@@ -115,6 +125,15 @@ class Schedule:
         return cls.create(class_name=flow.EULER, shift=shift, num_train_timesteps=num_train_timesteps)
 
     @classmethod
+    def edm(cls, **settings) -> "Schedule":
+        """Returns EDM's schedule (edm.py), of the paper unless `settings` say otherwise: sigma_min, sigma_max, sigma_data, rho,
+        sigma_schedule, prediction_type, num_train_timesteps.
+
+        The network is called with x_t/sqrt(sigma^2 + sigma_data^2) and log(sigma)/4, float32.
+        """
+        return cls.create(class_name=edm.EULER, **settings)
+
+    @classmethod
     def from_config(cls, config: dict) -> "Schedule":
         """Returns the schedule that a diffusers `scheduler_config.json` of any version describes.
 
@@ -122,8 +141,8 @@ class Schedule:
         defaults of the class, and null means absent.
 
         Raises:
-          UserError: a scheduler without betas that is no flow, an option or key that is not supported, or None, the config of a
-            model that came without one.
+          UserError: a scheduler of another kind (neither betas, a flow nor EDM), an option or key that is not supported, or None,
+            the config of a model that came without one.
         """
         class_name, settings, original = scheduler_config.read(config)
         schedule = cls.create(class_name=class_name, original=original, **settings)
@@ -147,6 +166,21 @@ class Schedule:
         """Whether the network predicts a velocity, and losses and samplers are in it; else both are in eps."""
         return self.prediction_type == flow.VELOCITY
 
+    @property
+    def is_edm(self) -> bool:
+        """Whether gamma is 1 and the network's input and output are scaled; losses and samplers are in eps."""
+        return self.class_name in edm.CLASSES
+
+    @property
+    def has_betas(self) -> bool:
+        """Whether it is neither a flow's nor EDM's, so that gamma^2 + sigma^2 = 1."""
+        return not (self.is_flow or self.is_edm)
+
+    def edm_sigmas(self, count: int) -> np.ndarray:
+        """Returns EDM's sigmas from the greatest to the least, float64 [count]."""
+        names = ("sigma_min", "sigma_max", "rho", "sigma_schedule")
+        return edm.sigmas(count, **{name: getattr(self, name) for name in names})
+
     def target(self, x_0: Array, eps: Array) -> Array:
         """Returns what the loss compares the prediction with, [B, ...]: eps, or for a flow the velocity eps - x_0."""
         return eps - x_0 if self.is_flow else eps
@@ -155,11 +189,24 @@ class Schedule:
         """Returns c [B], with which (x_t - c y)/sigma is the target if x_t was noised from y: gamma, or for a flow 1."""
         return jnp.ones_like(gamma_B) if self.is_flow else gamma_B
 
+    def loss_weight(self, sigma_B: Array) -> Array | None:
+        """Returns what makes a loss in eps one in the space that the network was trained in, [B]; None: 1."""
+        return edm.loss_weight(sigma_B, self.sigma_data) if self.is_edm else None
+
     def network_time(self, t: Array) -> Array:
-        """Returns what the network is given as time, [B]: the timestep, or for a flow T sigma, if `t` is a row of the table."""
+        """Returns what the network is given as time, [B]: the timestep; of a flow T sigma; of EDM log(sigma)/4.
+
+        `t` is a row of the table, or, of a flow, T sigma, and of EDM sigma, as floats.
+        """
+        if self.is_edm:
+            return jnp.log(self.sigma_at(t)) / 4
         if not self.is_flow or jnp.issubdtype(t.dtype, jnp.floating):
             return t
         return self.num_train_timesteps * self.sigma[t]
+
+    def sigma_at(self, t: Array) -> Array:
+        """Returns EDM's sigma [B] at `t`, rows of the table, or sigma itself as floats."""
+        return t if jnp.issubdtype(t.dtype, jnp.floating) else self.sigma[t]
 
     @property
     def t_end(self) -> int:
@@ -171,11 +218,12 @@ class Schedule:
         """alpha_bar in float64 [T] on the host, from the static settings; samplers compute their tables from it.
 
         Raises:
-          UserError: the schedule is a flow's.
+          UserError: the schedule has no betas.
         """
+        whose, instead = ("EDM's", "euler or dpm_solver") if self.is_edm else ("a flow's", "flow_euler or flow_heun")
         check(
-            not self.is_flow,
-            "this sampler needs betas, and the schedule is a flow's; set config.sampling.sampler to flow_euler or flow_heun",
+            self.has_betas,
+            f"this sampler needs betas, and the schedule is {whose}; set config.sampling.sampler to {instead}",
         )
         betas = self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas
         table = alpha_bar_table(*betas, self.rescale_betas_zero_snr)
@@ -236,6 +284,7 @@ def _check(values: dict, class_name: str) -> None:
     )
     check(is_flow or values["shift"] == 1, f"shift is {values['shift']!r}, which is for flows; {class_name} has betas")
     check_number("shift", values["shift"], 0.0, above=True)
+    edm.check_settings(class_name, values)
     for name, default in DEFAULTS.items():
         right = not isinstance(default, bool) or isinstance(values[name], bool)
         check(right, f"{name} is {values[name]!r}; it must be true or false")

@@ -1,8 +1,9 @@
 """diffusers' `scheduler_config.json`: which of its keys a schedule is made of, and what is written back.
 
-Training needs the betas and the prediction type, or for a flow the shift (flow.py). Every scheduler of diffusers that defines
-betas gives these. Samples are drawn by our own samplers (sampling/), so options of the others' samplers change nothing here. A
-config that holds such options is written back as it was read, so that diffusers makes the same scheduler of an export.
+Training needs the betas and the prediction type, or for a flow the shift (flow.py), or EDM's sigmas (edm.py). Every scheduler of
+diffusers that defines betas gives these. Samples are drawn by our own samplers (sampling/), so options of the others' samplers
+change nothing here. A config that holds such options is written back as it was read, so that diffusers makes the same scheduler
+of an export.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from retrack_jax.checks import UserError, suggestion
-from retrack_jax.diffusion import flow
+from retrack_jax.diffusion import edm, flow
 
 log = logging.getLogger(__name__)
 
@@ -22,19 +23,20 @@ DEFAULTS = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
     "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0, "rescale_betas_zero_snr": False,
     "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
-    "set_alpha_to_one": True, "skip_prk_steps": False,
+    "set_alpha_to_one": True, "skip_prk_steps": False, **edm.SETTINGS,
     "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero",
     "shift": 1.0,
 }  # fmt: skip
 _COMMON = tuple(DEFAULTS)[:8]
 _ZERO_SNR = "rescale_betas_zero_snr"
 
-# The classes whose samplers are ours too, each with the keys that it has in addition to `_COMMON`.
+# The classes whose samplers are ours too, each with the keys that it has, those with betas in addition to `_COMMON`.
 OWN = {
     "DDPMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range", "variance_type"),
     "DDIMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range", "set_alpha_to_one"),
     "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
     "DPMSolverMultistepScheduler": (_ZERO_SNR, *tuple(DEFAULTS)[-6:-1]),
+    **edm.CLASSES,
 }
 # Where a class differs from DEFAULTS. Most never clip, so a schedule from their files does not clip with our other samplers
 # either, unless the file has the key.
@@ -46,6 +48,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {"set_alpha_to_one": False, "clip_sample": False},
     "DPMSolverMultistepScheduler": _UNCLIPPED,
     **dict.fromkeys(flow.CLASSES, {"prediction_type": flow.VELOCITY, "clip_sample": False}),
+    **dict.fromkeys(edm.CLASSES, {"clip_sample": False}),
     # The others are read for their betas alone.
     **dict.fromkeys(("DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "RePaintScheduler"), {}),
     **dict.fromkeys(
@@ -82,8 +85,8 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     `_class_name` is `DDPMScheduler` if absent; other keys that start with an underscore are ignored. Null means absent.
 
     Raises:
-      UserError: a scheduler without betas that is no flow, an option of flows with betas, an unknown key; or None, the config of
-        a model that came without one.
+      UserError: a scheduler of another kind (neither betas, a flow nor EDM), an option of flows with betas, an unknown key; or
+        None, the config of a model that came without one.
     """
     if config is None:
         raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
@@ -117,7 +120,7 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     if name in OWN and not ignored:
         return name, settings, ""
     what = name if name not in OWN else f"{', '.join(ignored)} of {name}"
-    log.info("%s: betas and prediction type are taken from it; samples are drawn by config.sampling.sampler all the same", what)
+    log.info("%s: noise levels and prediction type are taken from it; samples are drawn by config.sampling.sampler even so", what)
     # JSON has no infinity; the only infinite option is a default of diffusers.
     finite = {key: value for key, value in config.items() if not (isinstance(value, float) and math.isinf(value))}
     return name, settings, json.dumps(finite, default=lambda value: np.asarray(value).tolist())
@@ -128,6 +131,8 @@ def write(class_name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     config = {"_class_name": class_name}
     if class_name in flow.CLASSES:
         return config | {name: values[name] for name in ("num_train_timesteps", "shift")}
+    if class_name in edm.CLASSES:
+        return config | {name: values[name] for name in edm.CLASSES[class_name]}
     for name in _COMMON + OWN[class_name]:
         value = values[name]
         if name == _ZERO_SNR and not value:  # a key that is newer than many a reader
@@ -144,9 +149,9 @@ def _check_class(name: Any) -> None:
     """Raises `UserError` for a scheduler that is not read."""
     if isinstance(name, str) and name in CLASS_DEFAULTS:
         return
-    kind = "sigmas of EDM" if "EDM" in str(name) else "flows" if "Flow" in str(name) else ""
-    near = "" if kind else suggestion(name, CLASS_DEFAULTS)
-    why = f"is for {kind}" if kind else "is none that is known to define them"
+    is_flow = "Flow" in str(name)
+    near = "" if is_flow else suggestion(name, CLASS_DEFAULTS)
+    why = "is for flows" if is_flow else "is none that is known to define them"
     raise UserError(
         f"the scheduler config's _class_name is {name!r}: training needs betas, and it {why}; give the scheduler_config.json "
         f"that the model was trained with, of a class such as {', '.join(OWN)}{near}"

@@ -85,7 +85,8 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
         )  # fmt: skip
     except UserError as reason:  # another schedule, or an ODE that cannot be solved: the other metrics have a value all the same
         return {}, {"why": str(reason)}
-    note = {"num_images": len(bits), "num_probes": task.nll_probes, "mode": "flow" if task.schedule.is_flow else "official"}
+    mode = "flow" if task.schedule.is_flow else "edm" if task.schedule.is_edm else "official"
+    note = {"num_images": len(bits), "num_probes": task.nll_probes, "mode": mode}
     if stderr is not None:
         note["stderr"] = float(np.sqrt(np.square(stderr).sum()) / len(bits))
     return {"nll_bits_per_dim": float(np.mean(bits))}, note
@@ -96,7 +97,7 @@ def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str])
 
 
 def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
-    if task.schedule.is_flow or task.schedule.variance_type == LEARNED_VARIANCE:
+    if not task.schedule.has_betas or task.schedule.variance_type == LEARNED_VARIANCE:
         return {}, {"why": "its protocol samples with the variance of the schedule's betas, which this model has not"}
     if (last := task.schedule.num_train_timesteps - 1) < INJECTED_T:
         return {}, {"why": f"its protocol restores images noised to t = {INJECTED_T}, and this model's schedule ends at {last}"}

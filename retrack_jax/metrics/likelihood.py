@@ -8,12 +8,15 @@ Equations, for D values per image, time s in [1e-5, 1], beta(s) = 0.1 + 19.9 s, 
     (5)  official:    t = floor(999 s),  std = sigma[t] of the discrete table
          continuous:  t = 1000 s - 1 as a float,  std = sqrt(1 - exp(-0.1 s - 9.95 s^2))
     (6)  of a flow:   dx/ds = u(x, T s), the velocity that the network predicts, in place of (1)
+    (7)  of EDM:      dx/ds = h sigma eps_pred,  log(sigma) = log(sigma_min) + h s,  h = log(sigma_max/sigma_min),
+                      and log N(x_1; 0, sigma_max^2 I) in (3)
 
 The 7 in (4) is 8 bits per value less 1, because the range of the data, [-1, 1], is two wide. Pixels are not dequantized. The
 official code has a continuous beta and a discrete std, so its right-hand side jumps at every t: on Gaussian data its error is
 0.0009, 0.008 and 0.084 bits at std 0.5, 0.1 and 0.02. It is the default because published numbers have it. The mode `continuous`
 is smooth, and our own: its t is the place at which the discrete table has the same std, so it starts at -0.99, one step before
-the first t that the network was trained on. A flow has its own ODE (6), with any shift: s is sigma. Nothing in it jumps.
+the first t that the network was trained on. A flow has its own ODE (6), with any shift: s is sigma. EDM has (7), whose end
+neglects the variance of the data next to sigma_max^2. Nothing in these two jumps.
 
 x and log p are one state of RK45 (Dormand-Prince), as in the official code. Here each pair of image and probe has its own step
 size, so a value does not depend on what else is in the batch. The divergence is computed by `jvp`, which gives the same value as
@@ -31,7 +34,7 @@ from retrack_jax.metrics.blocks import in_blocks, mapped
 from retrack_jax.notation import Array, ModelEpsFn, PyTree, Rng
 
 MODES = ("official", "continuous")
-_FLOW = "flow"
+_FLOW, _EDM = "flow", "edm"
 BETA_MIN, BETA_MAX = 0.1, 20.0
 START = 1e-5  # The score diverges at 0; the official code starts here.
 OFFSET = 7.0
@@ -60,13 +63,13 @@ def nll_bits_per_dim(
     `params`, pass the same function object.
 
     Args:
-      eps_fn: deterministic; its t is int32 in the official mode and float32 in the continuous one and for a flow.
+      eps_fn: deterministic; its t is int32 in the official mode and float32 in the continuous one, for a flow and for EDM.
       params: its parameters.
-      schedule: a flow's, or the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
+      schedule: a flow's, EDM's, or the linear one, 1e-4 to 0.02 over T = 1000, because equation 1 is its limit.
       images: `[B, H, W, C]` in [-1, 1].
       rng: decides the probes; image i and probe j take `fold_in(fold_in(rng, i), j)`.
       num_probes: independent probes per image; the result is their mean.
-      mode: `official` or `continuous` (equation 5); a flow has equation 6 alone.
+      mode: `official` or `continuous` (equation 5); a flow has equation 6 alone and EDM equation 7.
       rtol, atol: tolerances of the solver.
       conditions: of the images, `[B, ...]`, what the network takes besides the image and its time; None: nothing.
       batch_size, desc: as in `in_blocks`, for pairs of image and probe.
@@ -82,10 +85,10 @@ def nll_bits_per_dim(
     images = np.asarray(images)
     check(images.ndim == 4, f"images have shape {images.shape}; expected [B, H, W, C]")
     check(bool(np.isfinite(images).all()), "images for the likelihood hold NaN or infinity")
-    if schedule.is_flow:
-        mode = _FLOW
-    else:
+    if schedule.has_betas:
         _check_schedule(schedule, mode)
+    else:
+        mode = _FLOW if schedule.is_flow else _EDM
     images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
     options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
@@ -129,6 +132,10 @@ def _log_likelihoods(
         def drift(x):
             if mode == _FLOW:
                 return eps_fn(params, x[None], (len(sigma_T) * s)[None], *condition)[0]
+            if mode == _EDM:
+                h = jnp.log(sigma_T[-1] / sigma_T[0])
+                sigma = sigma_T[0] * jnp.exp(h * s)
+                return h * sigma * eps_fn(params, x[None], sigma[None], *condition)[0]
             t, std = _label_and_std(s, sigma_T, mode)
             eps = eps_fn(params, x[None], t[None], *condition)[0]
             beta = (BETA_MIN + (BETA_MAX - BETA_MIN) * s).astype(x.dtype)
@@ -156,6 +163,8 @@ def _log_likelihoods(
             throw=False,
         )
         x_1, divergence = solution.ys[0][0], solution.ys[1][0]
+        if mode == _EDM:
+            x_1, divergence = x_1 / sigma_T[-1], divergence - x_1.size * jnp.log(sigma_T[-1])
         prior = -0.5 * (jnp.sum(x_1**2) + x_1.size * math.log(2.0 * math.pi))
         return jnp.where(solution.result == diffrax.RESULTS.successful, prior + divergence, jnp.nan)
 

@@ -193,7 +193,7 @@ def check_image_model(checkpoint) -> None:
     check(
         config.get("time_embedding_type") != "fourier",
         f"the network in {network} has time_embedding_type 'fourier': it takes log(t) and divides by t, so t = 0 gives NaN, in "
-        "diffusers too; it is for schedules of continuous sigmas (ScoreSdeVe), and only those of betas are supported",
+        "diffusers too; it is for the schedule of ScoreSdeVe, which is not supported",
     )
     if (coder := autoencoder_folder(checkpoint)) is not None:
         read_autoencoder(coder)
@@ -243,9 +243,9 @@ def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedu
         f"{what} have {channels} channels and the network takes {takes}; choose the data and the checkpoint that belong together",
     )
     check(
-        not schedule.is_flow or getattr(module, "time_embedding_type", "") != "learned",
-        "the network's time_embedding_type is learned, with a row for each whole timestep, and the times of a flow are no whole "
-        "numbers; give the scheduler_config.json that it was trained with",
+        schedule.has_betas or getattr(module, "time_embedding_type", "") != "learned",
+        "the network's time_embedding_type is learned, with a row for each whole timestep, and the times of flows and of EDM are "
+        "no whole numbers; give the scheduler_config.json that it was trained with",
     )
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     makes = jax.eval_shape(module.apply, variables, *inputs).shape[3]
@@ -255,9 +255,10 @@ def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedu
         f"the network makes {makes} channels of {channels}; it must make as many, or twice as many with a variance",
     )
     check(
-        not learned or not schedule.is_flow,
-        f"the network makes {makes} channels of {channels}, eps and its variance, and the schedule is a flow's, whose networks "
-        "predict a velocity; give the scheduler_config.json that it was trained with",
+        not learned or schedule.has_betas,
+        f"the network makes {makes} channels of {channels}, eps and its variance, and the schedule is "
+        f"{'EDM' if schedule.is_edm else 'a flow'}'s, whose networks make no variance; give the scheduler_config.json that it "
+        "was trained with",
     )
     check(
         learned or schedule.variance_type != LEARNED_VARIANCE,

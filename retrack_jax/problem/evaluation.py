@@ -142,6 +142,7 @@ class ImageEvaluation:
         how = StepOptions(
             t_max=denoiser.schedule.t_end,
             logit_normal=training.logit_normal,
+            log_normal=training.log_normal,
             dropout=denoiser.has_dropout,
             condition_dropout=conditioning.dropout,
         )

@@ -210,6 +210,9 @@ def build_problem(options: Options) -> Problem:
     check_problem(options)
     problem = _kind(options)(options)
     _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
+    options.pretrain.check_draws(problem.denoiser.schedule, "config.pretrain.")
+    for name in options.method_names:
+        options.recipe(name).check_draws(problem.denoiser.schedule, "config.unlearn.")
     for lora in {lora for name in options.method_names if (lora := options.lora(name))}:
         adapted(lora, jax.eval_shape(problem.denoiser.init_params, 0), "config.unlearn.lora.")
     return problem

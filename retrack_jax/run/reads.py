@@ -12,7 +12,7 @@ from retrack_jax.config.options import Options
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 
 # Of config.pretrain, what fine-tuning for the relearning curves reads: a checkpoint's model does not depend on it.
-_FINETUNING = ("b1", "b2", "eps", "weight_decay", "clip_norm", "logit_normal")
+_FINETUNING = ("b1", "b2", "eps", "weight_decay", "clip_norm", "logit_normal", "log_normal")
 
 # Metrics can be added at any time, each result names its own classifier, and the rest is only shown.
 _NOT_BINDING = {"metrics", "classifier", "weights_dir", "mark_name", "grid_images"}

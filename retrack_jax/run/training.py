@@ -144,6 +144,7 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
         accumulation=recipe.accumulation,
         t_max=denoiser.schedule.t_end,
         logit_normal=recipe.logit_normal,
+        log_normal=recipe.log_normal,
         dropout=denoiser.has_dropout,
         condition_dropout=context.problem.conditioning.dropout,
     )

@@ -9,6 +9,9 @@ lambda = log(gamma/sigma); h = lambda' - lambda for the step from t to t', and h
 The first step is of first order (D = m). The last step is too, as in diffusers, if it ends at sigma = 0 (`final_sigmas_type`
 zero), where h is infinite; with `euler_at_final`; and with `lower_order_final` and fewer than 15 steps. x_0 is not clipped.
 
+On EDM's schedule gamma is 1, and sigmas and start are those of euler.py, as in diffusers' EDMDPMSolverMultistepScheduler. With
+`sigma_min` its last step has no length.
+
 Timesteps are spaced as in diffusers' DPMSolverMultistepScheduler, which differs from its other schedulers: `linspace` and
 `leading` divide the table by num_steps + 1 points and leave out the last.
 """
@@ -19,6 +22,7 @@ from flax import struct
 from retrack_jax.checks import check_choice, check_int
 from retrack_jax.diffusion.schedule import SPACINGS, Schedule
 from retrack_jax.notation import Array
+from retrack_jax.sampling.euler import edm_path
 from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
 
 
@@ -27,17 +31,23 @@ class DPMSolver:
     """DPM-Solver++(2M); `num_steps` calls of the network."""
 
     rows: Coefficients
+    start: float = struct.field(pytree_node=False, default=1.0)  # what the initial noise is multiplied by
     stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "DPMSolver":
         """Returns the sampler; `spacing` is `linspace` by default, unless a DPMSolverMultistepScheduler's file sets another."""
-        if spacing is None:
-            spacing = schedule.timestep_spacing if schedule.class_name == "DPMSolverMultistepScheduler" else "linspace"
-        t = timesteps(schedule, num_steps, spacing)
-        end = 1.0 if schedule.final_sigmas_type == "zero" else schedule.alpha_bar64[0]
-        alpha_bar = np.append(schedule.alpha_bar_at(t), end)
-        gamma, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+        start = 1.0
+        if schedule.is_edm:
+            sigma, start = edm_path(schedule, num_steps, spacing)
+            t, gamma = sigma[:-1], np.ones_like(sigma)
+        else:
+            if spacing is None:
+                spacing = schedule.timestep_spacing if schedule.class_name == "DPMSolverMultistepScheduler" else "linspace"
+            t = timesteps(schedule, num_steps, spacing)
+            end = 1.0 if schedule.final_sigmas_type == "zero" else schedule.alpha_bar64[0]
+            alpha_bar = np.append(schedule.alpha_bar_at(t), end)
+            gamma, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
         with np.errstate(divide="ignore"):  # lambda is infinite at sigma = 0
             log_snr = np.log(gamma) - np.log(sigma)
         h = np.diff(log_snr)
@@ -53,7 +63,8 @@ class DPMSolver:
         if schedule.solver_type == "midpoint":
             slope = 0.5 * gain * ratio
         else:
-            slope = gamma[1:] * (np.expm1(-h) / h + 1) * ratio
+            shape = np.divide(np.expm1(-h), h, out=np.full_like(h, -1.0), where=h != 0)
+            slope = gamma[1:] * (shape + 1) * ratio
         rows = float32_rows(
             t,
             gamma=gamma[:-1],
@@ -62,11 +73,11 @@ class DPMSolver:
             from_x0=gain,
             from_slope=slope,
         )
-        return cls(rows=rows)
+        return cls(rows=rows, start=start)
 
     def init(self, x: Array) -> tuple[Array, Array]:
         """Returns the state (x_t, the x_0 predicted one step before); the first row gives the latter no weight."""
-        return (x, x)
+        return (self.start * x, x)
 
     def step(self, state: tuple[Array, Array], eps: Array, noise: None, row: dict[str, Array]) -> tuple[Array, Array]:
         """Returns the state at the next timestep: equations (1) to (3); `noise` is not used."""

@@ -68,7 +68,7 @@ class StepOptions:
       options: the method's own options.
       num_steps: of the run, which options that change over it follow.
       accumulation: microbatches per step; gradients are averaged over them.
-      t_min, t_max, logit_normal: which timesteps are drawn, as in `Context`.
+      t_min, t_max, logit_normal, log_normal: which timesteps are drawn, as in `Context`.
       distill: whether the retain loss matches the pretrained network rather than the noise.
       dropout: whether the network has dropout, which is on while training.
       condition_dropout: the probability with which an example's condition is dropped for `Shared.null`.
@@ -81,6 +81,7 @@ class StepOptions:
     t_min: int = 0
     t_max: int
     logit_normal: tuple[float, float] | None = None
+    log_normal: tuple[float, float] | None = None
     distill: bool = False
     dropout: bool = False
     condition_dropout: float = 0.0
@@ -118,6 +119,7 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions, *, sev
                 t_min=how.t_min,
                 t_max=how.t_max,
                 logit_normal=how.logit_normal,
+                log_normal=how.log_normal,
             )
             return method.terms(context, *_streams(method, microbatch, shared, step_rng, how.condition_dropout))
 

@@ -49,6 +49,9 @@ are in its own space, as it was trained: eps_pred is the velocity, and targets a
 
 so that c takes the place of gamma in every target of (4), (5) and (7), and (c/sigma)^2 that of r^2 in the spread of (7). The
 weights of (4) and (5) hold x_t alone, so that gamma stays in them. A squared difference in velocity is 1/gamma^2 of that in eps.
+
+On EDM's schedule gamma is 1 and eps_pred is eps, so nothing here changes. The losses of an example, but for (3), are then
+multiplied by the weight that makes of them losses in the network's own output: equation 5 of diffusion/edm.py.
 """
 
 import jax

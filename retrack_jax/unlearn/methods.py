@@ -39,7 +39,7 @@ def neggrad(context: Context, remain: None, forget: Stream) -> Terms:
     """Gradient ascent on the forgotten images."""
     points = context.noise(forget)
     (eps_pred,) = context.predict(points)
-    return Terms(main=losses.neggrad(eps_pred, points.target).mean())
+    return Terms(main=points.weighted(losses.neggrad(eps_pred, points.target)).mean())
 
 
 def erasediff(context: Context, remain: Stream, forget: Stream) -> Terms:
@@ -50,6 +50,7 @@ def erasediff(context: Context, remain: Stream, forget: Stream) -> Terms:
     (eps_forget,) = context.predict(points_forget)
     return Terms(
         main=context.retain_loss(eps_remain, points_remain).mean(),
+        # Without a weight: at much noise no output of EDM's network stands for uniform noise.
         correction=losses.erasediff(eps_forget, forget.uniform()).mean(),
     )
 
@@ -71,7 +72,7 @@ def siss(context: Context, remain: Stream, forget: Stream) -> Terms:
     points = context.noise(remain.replace(x_0=x_0, condition=condition))
     (eps_pred,) = context.predict(points)
     pair = points.x_t, remain.x_0, forget.x_0, points.gamma, points.sigma, mixture, source
-    main, correction = losses.siss(eps_pred, *pair, points.c)
+    main, correction = map(points.weighted, losses.siss(eps_pred, *pair, points.c))
     if context.distill:
         main = losses.siss_weights(*pair)[0] * context.retain_loss(eps_pred, points)
     return Terms(main=main.mean(), correction=correction.mean())
@@ -84,7 +85,7 @@ def siss_no_is(context: Context, remain: Stream, forget: Stream) -> Terms:
     (eps_forget,) = context.predict(points_forget)
     return Terms(
         main=context.retain_loss(eps_remain, points_remain).mean(),
-        correction=losses.vanilla(eps_forget, points_forget.target).mean(),
+        correction=points_forget.weighted(losses.vanilla(eps_forget, points_forget.target)).mean(),
     )
 
 
@@ -96,7 +97,7 @@ def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
     lam, cap = context.options.lam, context.options.snr_cap
     gamma, sigma = points_forget.gamma, points_forget.sigma
     given = points_forget.x_t, forget.neighbors, gamma, sigma, forget.neighbor_bias, points_forget.c
-    unlearn_B = losses.retrack(eps_forget, *given)
+    unlearn_B = points_forget.weighted(losses.retrack(eps_forget, *given))
     if cap is not None:
         unlearn_B = losses.snr_weight(gamma, sigma, cap) * unlearn_B
     if forget.anchor is not None:

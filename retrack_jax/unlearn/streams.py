@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from retrack_jax.diffusion import edm
 from retrack_jax.diffusion.conversions import add_noise
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array, PyTree, Rng
@@ -71,7 +72,8 @@ class Noised:
     """Noisy points `x_t = gamma x_0 + sigma eps`: images `[B, H, W, C]`, the rest `[B]`.
 
     `target` is what the network is to predict: eps, or for a flow the velocity eps - x_0; `c` is as in equation 11 of losses.py.
-    `rngs` are for dropout masks; `condition` is the stream's.
+    `rngs` are for dropout masks; `condition` is the stream's. `weight` makes a loss in eps one in the network's own space, where
+    these differ; None: 1.
     """
 
     x_t: Array
@@ -83,6 +85,11 @@ class Noised:
     c: Array
     rngs: Rng
     condition: PyTree = None
+    weight: Array | None = None
+
+    def weighted(self, loss: Array) -> Array:
+        """Returns `loss` `[B]` times `weight`."""
+        return loss if self.weight is None else self.weight * loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +102,10 @@ class Context:
       reference_fn: `(x_t, t, condition) -> eps_pred` with the frozen pretrained parameters, or None.
       distill: whether the retain loss is the distance to `reference_fn`.
       options: the method's own options (numbers, or traced scalars if they follow a schedule).
-      t_min, t_max: timesteps are drawn from [t_min, t_max), uniformly unless `logit_normal` says otherwise.
+      t_min, t_max: timesteps are drawn from [t_min, t_max), uniformly unless `logit_normal` or `log_normal` says otherwise.
       logit_normal: (m, s): the place in that range is sigmoid(m + s z), with z standard normal, as flows are often trained.
+      log_normal: (m, s), on EDM's schedule alone: log(sigma) is m + s z within that range. None: on EDM's schedule that of its
+        paper, unless there is a `logit_normal`; (): uniformly.
     """
 
     schedule: Schedule
@@ -107,6 +116,7 @@ class Context:
     t_min: int = 0
     t_max: int
     logit_normal: tuple[float, float] | None = None
+    log_normal: tuple[float, float] | None = None
 
     def noise(self, stream: Stream) -> Noised:
         """Draws t and eps for each example of `stream` and noises its images."""
@@ -129,9 +139,13 @@ class Context:
             c=self.schedule.clean_weight(gamma),
             rngs=rngs,
             condition=stream.condition,
+            weight=self.schedule.loss_weight(sigma),
         )
 
     def _draw_t(self, rng: Rng) -> Array:
+        if self.schedule.is_edm and not self.logit_normal and self.log_normal != ():
+            window = self.schedule.sigma[self.t_min : self.t_max]
+            return self.t_min + edm.draw_row(rng, window, self.log_normal or edm.LOG_NORMAL)
         if not self.logit_normal:
             return jax.random.randint(rng, (), self.t_min, self.t_max)
         mean, std = self.logit_normal
@@ -150,9 +164,10 @@ class Context:
     def retain_loss(self, eps_pred: Array, noised: Noised) -> Array:
         """Returns `[B]`: the vanilla loss, or the distance to the frozen pretrained prediction when distilling."""
         if not self.distill:
-            return losses.vanilla(eps_pred, noised.target)
+            return noised.weighted(losses.vanilla(eps_pred, noised.target))
         return self.distance_to_reference(eps_pred, noised, noised.condition)
 
     def distance_to_reference(self, eps_pred: Array, noised: Noised, condition: PyTree) -> Array:
         """Returns `[B]`: the squared distance to the frozen pretrained prediction at the same points under `condition`."""
-        return losses.vanilla(eps_pred, jax.lax.stop_gradient(self.reference_fn(noised.x_t, noised.t, condition)))
+        reference = jax.lax.stop_gradient(self.reference_fn(noised.x_t, noised.t, condition))
+        return noised.weighted(losses.vanilla(eps_pred, reference))

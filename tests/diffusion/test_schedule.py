@@ -155,7 +155,6 @@ def test_absent_and_null_keys_take_the_defaults_of_the_class():
         ({"solver_order": 4}, "solver_order is 4"),
         ({"beta_shedule": "linear"}, "unknown key 'beta_shedule'; did you mean 'beta_schedule'"),
         ({"_class_name": "FlowMatchLCMScheduler"}, "'FlowMatchLCMScheduler'.*is for flows"),
-        ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler'.*is for sigmas of EDM"),
         ({"_class_name": "EulerDiscretScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
         ({"_class_name": ["DDPMScheduler"]}, "_class_name is "),
         ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "beta_schedule is 'exp'"),

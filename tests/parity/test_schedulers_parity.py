@@ -26,7 +26,7 @@ diffusers = pytest.importorskip("diffusers")
 import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm  # noqa: E402
 
 from retrack_jax.checkpoints import export_diffusers  # noqa: E402
-from retrack_jax.diffusion import Schedule, add_noise, flow, make_eps_fn  # noqa: E402
+from retrack_jax.diffusion import Schedule, add_noise, edm, flow, make_eps_fn  # noqa: E402
 from retrack_jax.diffusion.scheduler_config import CLASS_DEFAULTS  # noqa: E402
 from retrack_jax.models.unet2d import UNet2D  # noqa: E402
 from retrack_jax.sampling import initial_noise, make_sampler, sample, step_noise  # noqa: E402
@@ -171,7 +171,7 @@ def test_tables_timesteps_and_config(name):
     assert not changed
 
 
-@pytest.mark.parametrize("class_name", [name for name in CLASS_DEFAULTS if name not in flow.CLASSES])  # which have no betas
+@pytest.mark.parametrize("class_name", [name for name in CLASS_DEFAULTS if name not in (*flow.CLASSES, *edm.CLASSES)])  # no betas
 def test_betas_of_every_class_and_the_same_class_back(class_name, tmp_path):
     """From a file with every key, and from one that leaves all to the class's defaults; an export makes the class again."""
     kind = getattr(diffusers, class_name)
