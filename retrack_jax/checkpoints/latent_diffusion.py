@@ -41,6 +41,8 @@ def load_autoencoder(folder: Path, dtype=jnp.float32) -> tuple[Autoencoder, PyTr
     module, config = read_autoencoder(folder, dtype), read_config(folder)
     shift = getattr(module, "shift_factor", None)
     check(shift is None, f"{folder} has a shift_factor, {shift}, which diffusers heeds with Stable Diffusion 3 alone; remove it")
+    normalized = getattr(module, "latents_mean", None) is not None
+    check(not normalized, f"{folder} has a latents_mean, which diffusers heeds with Stable Diffusion XL alone; remove it")
     if "scaling_factor" not in config:
         factor = module.scaling_factor
         _log.info("%s has no scaling_factor; the factor of its latents is taken to be %s", folder / "config.json", factor)

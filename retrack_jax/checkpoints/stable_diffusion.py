@@ -241,6 +241,10 @@ def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, 
     )
     shift = vae.shift_factor
     check((shift is not None) == sd3, f"{folder}: the VAE's shift_factor is {shift}; Stable Diffusion 3 has one, and it alone")
+    check(
+        vae.latents_mean is None or (len(texts) > 1 and not sd3),
+        f"{folder}: the VAE has a latents_mean, which diffusers heeds with Stable Diffusion XL alone; remove it and latents_std",
+    )
     if sd3:
         _check_texts(folder, unet, texts)
         return

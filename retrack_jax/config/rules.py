@@ -39,6 +39,7 @@ from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.load import known_names, load_images
+from retrack_jax.diffusion import edm
 from retrack_jax.train.lora import LORA
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.folder import model_folder, read_config
@@ -180,7 +181,7 @@ def _own_sampler(options: Options) -> str:
             "config.sampling.num_steps to its few steps and config.sampling.guidance_scale to 1",
             options.checkpoint,
         )
-    return "dpm_solver" if config.get("_class_name") == "DPMSolverMultistepScheduler" else "euler"
+    return "dpm_solver" if config.get("_class_name") in ("DPMSolverMultistepScheduler", edm.DPM_SOLVER) else "euler"
 
 
 def _where_open(options: Options, field: str, value) -> Options:

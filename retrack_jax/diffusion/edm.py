@@ -44,9 +44,10 @@ def check_settings(class_name: str, values: Mapping[str, Any]) -> None:
         return
     check_choice("sigma_schedule", values["sigma_schedule"], ("karras", "exponential"))
     check_choice(f"prediction_type of {class_name}", values["prediction_type"], ("epsilon", "v_prediction"))
-    for name in ("sigma_min", "sigma_data", "rho"):
+    for name in ("sigma_min", "sigma_data"):
         check_number(name, values[name], 1e-6, 1e6)  # squares of sigma and of 1/sigma are float32
     check_number("sigma_max", values["sigma_max"], values["sigma_min"], 1e6, above=True)
+    check_number("rho", values["rho"], 0.1, 1e3)
 
 
 def sigmas(count: int, *, sigma_min: float, sigma_max: float, rho: float, sigma_schedule: str) -> np.ndarray:

@@ -101,6 +101,8 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
             settings.setdefault("prediction_type", "epsilon" if value else "sample")
         elif key in _OF_FLOWS and value:
             raise UserError(f"the scheduler config sets {key} to {value!r}: it is for flows, which are read of {flow.EULER}")
+        elif key in edm.SETTINGS and name in OWN and name not in edm.CLASSES:
+            raise UserError(f"the scheduler config sets {key}, which is for EDM, and {name} does not read it; give that class")
         elif key == "timestep_type" and value != "discrete":
             raise UserError(f"the scheduler config sets {key} to {value!r}: its network is not given timesteps; not supported")
         elif key == "solver_order" and name in OWN and value == 3:

@@ -18,7 +18,7 @@ _RANGES = {
     "downsample_padding": (0, 1), "freq_shift": (0, 1), "layers_per_block": (1, 10), "transformer_layers_per_block": (1, 10),
     "reverse_transformer_layers_per_block": (1, 10),
     "mid_block_scale_factor": (1e-6, 1e6), "num_layers": (1, MOST_LAYERS),
-    "shift_factor": (-1e6, 1e6),
+    "shift_factor": (-1e6, 1e6), "latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6),
 }  # fmt: skip
 
 # Fields of our modules that diffusers' config does not have.

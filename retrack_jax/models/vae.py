@@ -7,8 +7,10 @@ What it shares with VQModel (vqvae.py) is in `Autoencoder`.
         std = exp(clip(logvar, -30, 20) / 2)
     (2) latent = scaling_factor * (z - shift_factor)    all that the network sees; z may also be the mean
     (3) x = decoder(post_quant_conv(latent / scaling_factor + shift_factor))
+    (4) latent = scaling_factor * (z - latents_mean) / latents_std, and its inverse in (3), if a config has these
 
-The shift is Stable Diffusion 3's alone; None stands for 0.
+The shift is Stable Diffusion 3's alone; None stands for 0. A mean and a standard deviation for each channel of z are those of
+some Stable Diffusion XL folders, such as Playground 2.5's.
 """
 
 from typing import Any
@@ -142,14 +144,24 @@ class Autoencoder(Configured, nn.Module):
 
 
 class AutoencoderKL(Autoencoder):
-    """The autoencoder whose latents have a posterior (equations 1 to 3)."""
+    """The autoencoder whose latents have a posterior (equations 1 to 4)."""
 
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
-    class_name, fixed = "AutoencoderKL", {"latents_mean": None, "latents_std": None}
-    passed_over = ("force_upcast",)  # a precision; checkpoints/stable_diffusion.py heeds it for XL
+    class_name, passed_over = "AutoencoderKL", ("force_upcast",)  # a precision; checkpoints/stable_diffusion.py heeds it for XL
+
+    def check_options(self) -> None:
+        super().check_options()
+        sizes = {None if each is None else len(each) for each in (self.latents_mean, self.latents_std)}
+        check(
+            sizes in ({None}, {self.latent_channels}),
+            f"the VAE's latents_mean is {self.latents_mean} and its latents_std is {self.latents_std}; each must have a number "
+            f"for each of the {self.latent_channels} channels of latents, or both be null",
+        )
 
     def setup(self):
         self._set_up(2 * self.latent_channels)
@@ -159,18 +171,27 @@ class AutoencoderKL(Autoencoder):
             self.post_quant_conv = self._pointwise(self.latent_channels)
 
     def encode(self, x_BHWC: Array) -> tuple[Array, Array]:
-        """Returns mean and standard deviation of the latent of each image (equations 1 and 2), as `Autoencoder.encode`."""
+        """Returns mean and standard deviation of the latent of each image (equations 1, 2 and 4), as `Autoencoder.encode`."""
         self._check_sides(x_BHWC)
         moments = self.encoder(x_BHWC)
         moments = self.quant_conv(moments) if self.use_quant_conv else moments
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
         mean = mean if self.shift_factor is None else mean - self.shift_factor
+        if self.latents_mean is not None:
+            deviation = _by_channel(self.latents_std)
+            mean, std = (mean - _by_channel(self.latents_mean)) / deviation, std / deviation
         return mean * self.scaling_factor, std * self.scaling_factor
 
     def decode(self, latent_BHWC: Array) -> Array:
-        """Returns images from the UNet's latents (equation 3), as `Autoencoder.decode`."""
+        """Returns images from the UNet's latents (equations 3 and 4), as `Autoencoder.decode`."""
         z = latent_BHWC / self.scaling_factor
+        if self.latents_mean is not None:
+            z = z * _by_channel(self.latents_std) + _by_channel(self.latents_mean)
         z = z if self.shift_factor is None else z + self.shift_factor
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)
+
+
+def _by_channel(values: tuple[float, ...]) -> Array:
+    return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)

@@ -206,6 +206,10 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
         kind != "pipeline" or pipeline.file is None,
         "config.export=pipeline copies the parts of a folder, and config.checkpoint is one file; choose single_file or unet",
     )
+    check(
+        kind != "single_file" or not pipeline.schedule.is_edm,
+        "config.export=single_file: one file would not say that the model has EDM's sigmas; choose pipeline or unet",
+    )
 
     def export(path, params: PyTree, note: str) -> None:
         params = jax.device_get(params)

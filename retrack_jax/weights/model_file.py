@@ -20,7 +20,8 @@ _OTHERS = {
     r"(.*\.)?joint_blocks\..*": "holds Stable Diffusion 3, which is read as a folder that diffusers saved alone; give that",
     r"(.*\.)?double_blocks\..*": f"holds FLUX, which {_INSTEAD}",
     r"control_model\..*": f"holds a ControlNet, which {_INSTEAD}",
-    r"edm_(mean|std|vpred\..*)": f"holds a model of EDM's continuous sigmas (Playground 2.5, CosXL), which {_INSTEAD}",
+    r"edm_(mean|std|vpred\..*)": "holds a model of EDM's sigmas (Playground 2.5, CosXL), which is read as a folder that "
+    "diffusers saved alone; give that",
 }
 _UNET, _SIZES = "model.diffusion_model.", "model.diffusion_model.label_emb."
 _INPUT, _OUTPUT = f"{_UNET}input_blocks.0.0.weight", f"{_UNET}out.2.weight"

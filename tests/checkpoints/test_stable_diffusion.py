@@ -47,6 +47,7 @@ def test_half_precision_files_become_float32(pipeline):
         (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=100), "do not fit the text encoder's 100 tokens"),
         (lambda f: edit(f / "unet" / "config.json", layers_per_block=2), "missing"),
         (lambda f: edit(f / "vae" / "config.json", latent_channels=8), "latents have 8"),
+        (lambda f: edit(f / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[2.0] * 4), "heeds with .* XL alone"),
         (lambda f: edit(f / "tokenizer" / "special_tokens_map.json", pad_token={"lstrip": True}), "pad_token is .*its content"),
         (lambda f: edit(f / "tokenizer" / "special_tokens_map.json", bos_token=7), "bos_token is 7, neither a text"),
         (lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json holds no JSON object"),

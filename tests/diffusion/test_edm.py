@@ -114,19 +114,22 @@ def test_options_of_diffusers_own_solver_are_written_back():
         (EULER | {"sigma_min": 0.0}, r"sigma_min is 0.0; it must be a number in \[1e-06"),
         (EULER | {"sigma_max": 0.001}, r"sigma_max is 0.001; it must be a number in \(0.002"),
         (EULER | {"sigma_data": "0.5"}, "sigma_data is '0.5'"),
+        (EULER | {"rho": 1e-6}, "rho is 1e-06; it must be a number in .0.1, 1000"),
         (EULER | {"sigma_schedule": "beta"}, "sigma_schedule is 'beta'; choose one of karras, exponential"),
         (EULER | {"prediction_type": "sample"}, "prediction_type of EDMEulerScheduler is 'sample'"),
         (EULER | {"prediction_type": "flow_prediction"}, "prediction_type is flow_prediction and the scheduler is EDMEuler"),
         (EULER | {"sigma_dat": 1.0}, "unknown key 'sigma_dat'; did you mean 'sigma_data'"),
         (EULER | {"shift": 3.0}, "shift is 3.0, which is for flows"),
         ({"_class_name": "EDMEuler"}, "_class_name is 'EDMEuler'.*did you mean 'EDMEulerScheduler'"),
-        ({"sigma_data": 1.0}, "sigma_data is 1.0, which is for EDM; DDPMScheduler does not read it"),
+        ({"sigma_data": 0.5}, "sets sigma_data, which is for EDM, and DDPMScheduler does not read it; give that class"),
     ],
 )
 def test_what_is_refused(config, message):
     with pytest.raises(UserError, match=message) as error:
         Schedule.from_config(config)
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="sigma_data is 1.0, which is for EDM; DDPMScheduler does not read it"):
+        Schedule.create(sigma_data=1.0)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm"])

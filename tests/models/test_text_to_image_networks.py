@@ -201,7 +201,9 @@ def test_refused_unet_options(change, message):
     ("change", "message"),
     [
         ({"shift_factor": "0.1"}, "shift_factor is '0.1'; it must be a number"),
-        ({"latents_mean": [0.1]}, "latents_mean is"),
+        ({"latents_mean": [0.1]}, "latents_mean is .0.1,. and its latents_std is None; each must have a number for"),
+        ({"latents_mean": [0.1] * 4, "latents_std": [1.0] * 3}, "latents_std is .1.0, 1.0, 1.0.; each must"),
+        ({"latents_mean": [0.1] * 4, "latents_std": [0.0] * 4}, "latents_std is .0.0, 0.0"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "AttnDownEncoderBlock2D"),
         ({"norm_num_groups": 30}, "must divide 128"),
         ({"_class_name": "AutoencoderTiny"}, "only AutoencoderKL"),

@@ -180,6 +180,31 @@ def test_guided_sample_of_ten_steps(both, sampler, number, prediction_type, nega
     assert np.abs(images - made.images).max() < 1e-3
 
 
+@pytest.mark.parametrize(("sampler", "name"), [("euler", "EDMEulerScheduler"), ("dpm_solver", "EDMDPMSolverMultistepScheduler")])
+def test_guided_sample_of_edm_from_normalized_latents(both, sampler, name):
+    """As Playground 2.5: the pipeline scales the network's input, and its VAE has a mean and a deviation of latents."""
+    ours, theirs, _ = both
+    own, config = theirs.scheduler, dict(theirs.vae.config)
+    normalized = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2], "scaling_factor": 0.5}
+    theirs.scheduler = getattr(diffusers, name)()
+    theirs.vae.register_to_config(**normalized)
+    try:
+        latents = np.random.default_rng(5).normal(size=(2, 8, 8, 4)).astype(np.float32)
+        how = {"num_images_per_prompt": 2, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
+        made = theirs(PROMPT, latents=nchw(latents), height=32, width=32, **how).images
+    finally:
+        theirs.scheduler = own
+        theirs.vae.register_to_config(**{field: config[field] for field in normalized})
+    schedule, sizes = Schedule.create(class_name=name), time_ids_of_whole(32)
+    prompt, away = (with_time_ids(each, sizes) for each in (prompt_embeddings(ours, [PROMPT]), empty_prompt(ours)))
+    guided = guided_eps_fn(make_eps_fn(ours.unet.apply, schedule), ours.unet_params, prompt, away, 3.0)
+    x_0 = jax.jit(lambda x: sample(guided, x, None, make_sampler(sampler, schedule, 10)))(latents)
+    vae = type(ours.vae).from_config(ours.vae.to_config() | normalized)
+    images = np.clip(np.asarray(vae.apply({"params": ours.vae_params}, x_0, method="decode")) / 2 + 0.5, 0, 1)
+    assert images.std() > 0.01
+    assert np.abs(images - made).max() < 1e-3
+
+
 def test_diffusers_loads_our_adapter(both, tmp_path):
     """`load_lora_weights` gives the network that the adapter is merged into here."""
     ours, theirs, _ = both

@@ -20,6 +20,7 @@ from retrack_jax.config.rules import complete
 from retrack_jax.data.sources.load import load_captioned_images
 from retrack_jax.main import main
 from retrack_jax.problem.captions import Captions
+from retrack_jax.problem.codec import decode_fn
 from retrack_jax.problem.picture_sizes import time_ids_of
 from retrack_jax.problem.text_states import text_states
 from retrack_jax.weights.names import TorchTensor
@@ -116,6 +117,60 @@ def test_a_condition_is_the_states_the_pooled_state_and_the_sizes(tmp_path, pict
     assert set(captions.dropped) == {"encoder_hidden_states", "text_embeds"}  # a dropped caption leaves the sizes
     assert captions.null["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
     assert all(not leaf.any() for name, leaf in captions.null.items() if name != "time_ids")
+
+
+# ---- Playground 2.5's kind: EDM's scheduler, and a VAE whose latents have a mean and a deviation for each channel
+
+EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "sigma_max": 20.0}
+NORMALIZED = {"scaling_factor": 0.5, "latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+
+
+@pytest.fixture
+def playground(spoiled):
+    (spoiled / "scheduler" / "scheduler_config.json").write_text(json.dumps(EDM))
+    edit(spoiled / "vae" / "config.json", **NORMALIZED)
+    edit(spoiled / "model_index.json", scheduler=["diffusers", EDM["_class_name"]])
+    return spoiled
+
+
+def test_a_folder_with_edms_scheduler_forgets_a_picture_and_is_exported_whole(playground, xl, tmp_path):
+    captioned_pictures(tmp_path / "pictures", 8)
+    argv = flags(tmp_path, checkpoint=playground, targets="circle_00.png", export="pipeline", eval__metrics="()")
+    with hasty_compiler():
+        assert main(argv) == 0
+    (folder,) = (tmp_path / "work" / "retrack").glob("seed0-*")
+    back = load_pipeline(folder / "diffusers")
+    assert back.schedule.is_edm and back.schedule.sigma_max == 20.0
+    assert back.vae.latents_mean == tuple(NORMALIZED["latents_mean"]) and back.vae.scaling_factor == 0.5
+    new, old = (tree["down_blocks_1"]["attentions_0"] for tree in (back.unet_params, xl.unet_params))
+    assert any(not np.array_equal(*pair) for pair in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
+    made = np.load(folder / "samples.npz")["forgotten_00"]
+    assert made.shape == (4, 32, 32, 3) and made.std() > 0
+
+
+def test_what_a_config_leaves_open_is_that_of_edms_scheduler(playground, tmp_path):
+    assert completed(tmp_path, playground).sampling.sampler == "dpm_solver"
+    edit(playground / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler")
+    assert completed(tmp_path, playground).sampling.sampler == "euler"
+
+
+def test_latents_are_normalized_by_channel_and_their_cache_knows_it(playground, xl):
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
+    mean, std = (np.float64(each) / 0.13025 for each in xl.encode_pixels(pixels))
+    normalized = load_pipeline(playground)
+    found_mean, found_std = normalized.encode_pixels(pixels)
+    np.testing.assert_allclose(found_mean, 0.5 * (mean - NORMALIZED["latents_mean"]) / NORMALIZED["latents_std"], rtol=1e-4)
+    np.testing.assert_allclose(found_std, 0.5 * std / NORMALIZED["latents_std"], rtol=1e-4)
+    with hasty_compiler():
+        decoded = [decode_fn(one.vae)(xl.vae_params, one.encode_pixels(pixels)[0]) for one in (xl, normalized)]
+    np.testing.assert_allclose(*decoded, atol=1e-4)
+    assert normalized.vae_digest != xl.vae_digest
+
+
+def test_one_file_of_edm_is_not_written(playground, tmp_path, capsys):
+    captioned_pictures(tmp_path / "pictures", 6)
+    argv = flags(tmp_path, checkpoint=playground, targets="circle_00.png", export="single_file")
+    assert "one file would not say that the model has EDM's sigmas" in error_of(capsys, argv)
 
 
 # ---- What is refused, in one line and before any weights are read
