@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.parallel import example_rngs
+from retrack_jax.unlearn.streams import Stream
 
 SHAPE = (4, 4, 1)
 
@@ -47,6 +50,23 @@ class Interrupted:
 def images(count, seed=0):
     """uint8 images."""
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
+
+
+def streams(rng, size=8):
+    """Streams of remaining images, and of forgotten ones with three neighbors each."""
+
+    def stream(seed):
+        rngs = example_rngs(jax.random.fold_in(rng, seed), jnp.arange(size))
+        return Stream(jnp.asarray(pixels_to_model(images(size, seed))), rngs)
+
+    neighbors = jnp.asarray(pixels_to_model(images(size * 3, 2))).reshape(size, 3, *SHAPE)
+    return stream(0), stream(1).replace(neighbors=neighbors)
+
+
+def streams_of(method, rng):
+    """Returns both streams, with None for one that `method` does not ask for."""
+    both = zip(("remain", "forget"), streams(rng), strict=True)
+    return [stream if kind in method.streams else None for kind, stream in both]
 
 
 def relative(a, b):

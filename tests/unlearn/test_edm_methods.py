@@ -65,19 +65,10 @@ def context(params, kind=Context, options=NONE, **fields):
     return kind(schedule=EDM, eps_fn=lambda x, t, c, rngs: eps_fn(params, x, t), options=options, **{"t_max": 1000, **fields})
 
 
-def streams(rng, size=8):
-    def stream(seed):
-        rngs = example_rngs(jax.random.fold_in(rng, seed), jnp.arange(size))
-        return Stream(jnp.asarray(pixels_to_model(toys.images(size, seed))), rngs)
-
-    neighbors = jnp.asarray(pixels_to_model(toys.images(size * 3, 2))).reshape(size, 3, *toys.SHAPE)
-    return stream(0), stream(1).replace(neighbors=neighbors)
-
-
 @pytest.mark.parametrize("name", ["retrack", "siss", "erasediff", "neggrad"])
 def test_every_method_is_finite_at_both_ends(name, rng):
     method = METHODS[name]
-    given = [stream if kind in method.streams else None for kind, stream in zip(("remain", "forget"), streams(rng), strict=True)]
+    given = toys.streams_of(method, rng)
 
     def loss(params, row):
         terms = method.terms(context(params, options=method.options(), t_min=row, t_max=row + 1), *given)
@@ -99,7 +90,7 @@ class Unweighted(Context):
 def test_the_terms_are_those_of_eps_times_the_weight(name, rng):
     """1 + (sigma/sigma_data)^2, in every method and term but EraseDiff's uniform noise; ReTrack's cap comes on top."""
     method = METHODS[name]
-    given = [stream if kind in method.streams else None for kind, stream in zip(("remain", "forget"), streams(rng), strict=True)]
+    given = toys.streams_of(method, rng)
     options = RetrackOptions(lam=0.3, snr_cap=0.5) if name == "retrack" else method.options()
     weighted, plain = (
         method.terms(context(toys.params(), kind=kind, options=options, t_min=600, t_max=601), *given)
@@ -115,7 +106,7 @@ def test_the_terms_are_those_of_eps_times_the_weight(name, rng):
 
 def test_the_loss_of_remaining_images_is_that_of_the_networks_output(rng):
     """||F - F*||^2, F* = (x_0 - c_skip x_t)/c_out, summed over pixels, from what the network itself gives."""
-    remain, _ = streams(rng)
+    remain, _ = toys.streams(rng)
     here = context(toys.params())
     noised = here.noise(remain)
     (eps_pred,) = here.predict(noised)

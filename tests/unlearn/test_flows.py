@@ -68,20 +68,11 @@ def context(params, options=NONE, **fields):
     return Context(schedule=FLOW, eps_fn=lambda x, t, c, rngs: eps_fn(params, x, t), options=options, **{"t_max": 1000, **fields})
 
 
-def streams(rng, size=8):
-    def stream(seed):
-        rngs = example_rngs(jax.random.fold_in(rng, seed), jnp.arange(size))
-        return Stream(jnp.asarray(pixels_to_model(toys.images(size, seed))), rngs)
-
-    neighbors = jnp.asarray(pixels_to_model(toys.images(size * 3, 2))).reshape(size, 3, *toys.SHAPE)
-    return stream(0), stream(1).replace(neighbors=neighbors)
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("row", [0, 999])
 def test_every_method_is_finite_at_the_ends_of_the_path(name, row, rng):
     method = METHODS[name]
-    given = [stream if kind in method.streams else None for kind, stream in zip(("remain", "forget"), streams(rng), strict=True)]
+    given = toys.streams_of(method, rng)
 
     def loss(params):
         terms = method.terms(context(params, method.options(), t_min=row, t_max=row + 1), *given)
@@ -93,7 +84,7 @@ def test_every_method_is_finite_at_the_ends_of_the_path(name, row, rng):
 
 def test_the_loss_of_remaining_images_is_that_of_rectified_flow(rng):
     """||u - (eps - x_0)||^2 summed over pixels, and 1/(1 - t)^2 times the loss of the eps that u stands for."""
-    remain, _ = streams(rng)
+    remain, _ = toys.streams(rng)
     here = context(toys.params())
     points = here.noise(remain)
     (velocity,) = here.predict(points)
@@ -107,7 +98,7 @@ def test_the_loss_of_remaining_images_is_that_of_rectified_flow(rng):
 
 
 def test_the_terms_of_retrack_and_siss_have_velocity_targets(rng):
-    remain, forget = streams(rng)
+    remain, forget = toys.streams(rng)
     here = context(toys.params(), RetrackOptions(lam=1.0))
     points = here.noise(forget)
     (velocity,) = here.predict(points)
