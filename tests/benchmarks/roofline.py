@@ -48,7 +48,7 @@ def main(cells: list[str]) -> None:
     results = cells.pop(0).removeprefix("--results=") if cells and cells[0].startswith("--results=") else ""
     # A program from the persistent cache has no plan to look at.
     jax.config.update("jax_enable_compilation_cache", False)
-    shown = Table("roofline", "chip", "config", "option", "GFLOP", "GB moved", "ms a step", "of peak, at most", "images that fit")
+    shown = Table("roofline", "chip", "config", "option", "GFLOP", "GB moved", "ms a step", "of peak at most", "images that fit")
     whole_pmap = jax.pmap
     for cell in cells or CELLS:
         for chip in CHIPS:
