@@ -13,7 +13,7 @@ import pytest
 from tests.drills import cli
 
 KILLS, CHAINS, SAVE_KILLS = 20, 2, 8
-ALL_KILLS = int(os.environ.get("ALL_KILLS", 8))  # 50 take about ten minutes
+ALL_KILLS = int(os.environ.get("ALL_KILLS", 8))  # 50 take about twelve minutes
 
 
 def start(workdir, cache, **changes):
