@@ -56,7 +56,8 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raises `UserError`, with the nearest right name, unless `value` is one of `choices`."""
     choices = tuple(choices)
     if value not in choices:
-        raise UserError(f"{field} is {value!r}; choose one of {', '.join(choices)}{suggestion(value, choices)}")
+        listed = ", ".join(choice or "'' (none)" for choice in choices)
+        raise UserError(f"{field} is {value!r}; choose one of {listed}{suggestion(value, choices)}")
 
 
 def check_int(field: str, value, minimum: int = 1, maximum: int | None = None) -> None:

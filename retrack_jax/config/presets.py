@@ -16,7 +16,7 @@ from retrack_jax.weights.hub import local_model
 
 log = logging.getLogger(__name__)
 DISTILLED = ("LCMScheduler", "TCDScheduler")  # of models that were trained to be sampled in a few steps
-# Preset -> (sampler, steps) of schedules with betas, and of flows.
+# Preset -> (sampler, steps) of schedules with betas and of EDM, and of flows.
 _PRESETS = {"quick": (("dpm_solver", 10), ("flow_euler", 15))}
 
 

@@ -17,11 +17,11 @@ _INSTEAD = "is not supported; give Stable Diffusion 1.x, 2.x or XL"
 _OTHERS = {
     r".*(lora_|\.lora\.).*": IS_AN_ADAPTER,
     r"conditioner\.embedders\.0\.model\..*": "holds Stable Diffusion XL's refiner, which is not supported; give the base model",
-    r"(.*\.)?joint_blocks\..*": "holds Stable Diffusion 3, which is read as a folder that diffusers saved alone; give that",
+    r"(.*\.)?joint_blocks\..*": "holds Stable Diffusion 3, which is read only as a folder that diffusers saved; give that",
     r"(.*\.)?double_blocks\..*": f"holds FLUX, which {_INSTEAD}",
     r"control_model\..*": f"holds a ControlNet, which {_INSTEAD}",
-    r"edm_(mean|std|vpred\..*)": "holds a model of EDM's sigmas (Playground 2.5, CosXL), which is read as a folder that "
-    "diffusers saved alone; give that",
+    r"edm_(mean|std|vpred\..*)": "holds a model of EDM's sigmas (Playground 2.5, CosXL), which is read only as a folder "
+    "that diffusers saved; give that",
 }
 _UNET, _SIZES = "model.diffusion_model.", "model.diffusion_model.label_emb."
 _INPUT, _OUTPUT = f"{_UNET}input_blocks.0.0.weight", f"{_UNET}out.2.weight"

@@ -201,7 +201,7 @@ IN_PROJ = f"{OPEN_CLIP}transformer.resblocks.0.attn.in_proj_weight"
         (added("conditioner.embedders.2.model.x"), "and of another model conditioner.embedders.2.model.x"),
         (without(f"{UNET}label_emb."), "those of Stable Diffusion XL, and the UNet has no model.diffusion_model.label_emb."),
         (added("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"), "is an adapter (LoRA)"),
-        (added("edm_mean"), "EDM's sigmas (Playground 2.5, CosXL), which is read as a folder"),
+        (added("edm_mean"), "EDM's sigmas (Playground 2.5, CosXL), which is read only as a folder"),
         (added("edm_vpred.sigma_max"), "EDM's sigmas"),
         (added("control_model.time_embed.0.weight"), "holds a ControlNet"),
         (changed(IN, repeated(9)), "holds an inpainting model, whose UNet takes 9 channels and gives 4"),

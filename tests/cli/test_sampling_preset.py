@@ -73,6 +73,7 @@ def test_a_config_in_python_must_leave_both_open():
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, FLOW),
         ({"_class_name": "PNDMScheduler", "prediction_type": "v_prediction"}, BETAS),
+        ({"_class_name": "EDMEulerScheduler"}, BETAS),
         ({"_class_name": "LCMScheduler"}, "has no sampler for LCMScheduler"),
     ],
 )
@@ -88,4 +89,5 @@ def test_the_checkpoints_schedule_decides(scheduler, expected, tmp_path):
 
 
 def test_a_preset_that_is_not_there(capsys, tmp_path):
-    assert "config.sampling.preset is 'quik'" in error_of(capsys, tiny(tmp_path, "--config.sampling.preset=quik"))
+    line = error_of(capsys, tiny(tmp_path, "--config.sampling.preset=quik"))
+    assert "config.sampling.preset is 'quik'; choose one of '' (none), quick" in line

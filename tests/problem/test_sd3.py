@@ -150,7 +150,7 @@ def test_the_command_ends_with_one_line(spoiled, tmp_path, capsys):
     name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
     write_safetensors(tmp_path / "sd3.safetensors", [TorchTensor(name, value.dtype, value.shape, lambda: value)])
     error = error_of(capsys, flags(tmp_path, checkpoint=tmp_path / "sd3.safetensors", targets="circle_00.png"))
-    assert "holds Stable Diffusion 3, which is read as a folder that diffusers saved alone" in error
+    assert "holds Stable Diffusion 3, which is read only as a folder that diffusers saved" in error
 
 
 def test_one_file_of_it_is_not_written(sd3, tmp_path):
