@@ -54,7 +54,7 @@ def get_config(method=None):
     # No digit is nearer to the T-shirt than 3.5, and memorized samples are nearer than 0.6. Halfway, so that none is missed.
     config.eval.frequency_threshold = 2.0
     # Lambda and s are the official values for MNIST T-Shirt. The rates were chosen for each method from one grid
-    # (tests/benchmarks/tune_methods.py: 5e-5, 1e-4 and 2e-4 on seed 100); ReTrack, SISS and vanilla keep the rate above.
+    # (tests/benchmarks/sweeps.py: 5e-5, 1e-4 and 2e-4 on seed 100); ReTrack, SISS and vanilla keep the rate above.
     config.unlearn.siss.scale = config.unlearn.siss_no_is.scale = 5.0
     config.unlearn.erasediff.learning_rate = config.unlearn.neggrad.learning_rate = 5e-5
     return with_method(config, method)

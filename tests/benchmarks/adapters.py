@@ -4,13 +4,13 @@
     python -m tests.benchmarks.adapters --seconds          # processor time of a ReTrack step on one device, and what is trained
 
 `--workdir` is a finished digits run, whose pretrained model is used. The rule for the rate, fixed before the first run, is that
-of tune_methods.py; it is applied to 500 samples at rank 4, and the other rank of the same layers takes the same rate.
+of sweeps.py; it is applied to 500 samples at rank 4, and the other rank of the same layers takes the same rate.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import numpy as np
 
 from configs.digits_tshirt import get_config
 from retrack_jax import parallel
-from retrack_jax.api import run
 from retrack_jax.cli.process import set_up_jax, set_up_logs
 from retrack_jax.config.reading import read_config
 from retrack_jax.diffusion.conversions import make_eps_fn
@@ -30,7 +29,7 @@ from retrack_jax.train.lora import LoraOptions, init
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import get_method
-from tests.benchmarks.tune_methods import SEED, best_rate
+from tests.benchmarks.sweeps import TUNING_SEED, Variant, best_rate, measured
 
 RATES = (5e-4, 2e-3, 8e-3)
 METHODS = ("retrack", "siss")
@@ -46,23 +45,13 @@ VARIANTS = {
 METRICS = ("frequency", "fid", "forget_loss", "nll_bits_per_dim")
 
 
-def measured(folder: Path, base: Path, method: str, variant, rate: float | None, seeds, **changes) -> dict:
-    """Returns the means and deviations of `METRICS` over `seeds`, and the verdicts; what is done in `folder` stays."""
-    for part in ("pretrained", "features"):
-        if (base / part).exists() and not (folder / part).exists():
-            shutil.copytree(base / part, folder / part)
-    config = get_config(method)
-    config.seeds, config.eval.metrics = seeds, METRICS
-    config.export = "none"
-    if variant is not None:
-        layers, rank = variant
-        config.unlearn.adapter, config.unlearn.lora.rank, config.unlearn.lora.layers = "lora", rank, LAYERS[layers]
-        config.unlearn.learning_rate = rate
-    config.update_from_flattened_dict(changes)
-    summary = run(config, folder)["methods"][method]
-    runs = [json.loads(path.read_text()) for path in sorted((folder / method).glob("seed*/metrics.json"))]
-    values = {name: summary["metrics"][name] for name in METRICS if name in summary["metrics"]}
-    return {**values, "seconds": [one["unlearn_seconds"] for one in runs], "verdicts": [one["verdict"] for one in runs]}
+def changed(name: str, method: str, layers_and_rank, rate: float | None, **changes) -> Variant:
+    """Returns the run of `method` with an adapter, or by the config's own recipe if there is none."""
+    if layers_and_rank is not None:
+        layers, rank = layers_and_rank
+        adapter = {"adapter": "lora", "lora.rank": rank, "lora.layers": LAYERS[layers], "learning_rate": rate}
+        changes |= {f"unlearn.{key}": value for key, value in adapter.items()}
+    return Variant((method, name), method, {"eval.metrics": METRICS} | changes)
 
 
 def seconds(rounds: int = 3, steps: int = 10) -> None:
@@ -112,35 +101,24 @@ def main() -> None:
         return
     set_up_logs()
     set_up_jax(get_config().compute.cpu_devices)
-    out = Path(options.out)
-    small, whole, checkpoints = out / "base500", out / "base", Path(options.workdir) / "pretrained" / "checkpoints"
+    out, workdir = Path(options.out), Path(options.workdir)
     few = {"sampling.num_images": 500, "eval.metrics": ("frequency", "fid")}
-    for base, changes in ((small, few), (whole, {})):
-        if not (base / "pretrained").exists():
-            shutil.copytree(checkpoints, base / "pretrained" / "checkpoints")
-        measured(base, base, "pretrained", None, None, (0,), **changes)
-    table, chosen = {}, {}
-    for method in METHODS:
-        for layers in LAYERS:
-            found = {}
-            for rate in RATES:
-                folder = out / f"{method}-{layers.replace(' ', '_')}-{rate:g}"
-                values = measured(folder, small, method, (layers, 4), rate, (SEED,), **few)
-                found[rate] = {name: values[name]["mean"] for name in ("frequency", "fid")}
-                table[f"{method}, {layers}, {rate:g}"] = found[rate]
-                print(method, layers, rate, found[rate], values["seconds"], flush=True)
-            chosen[method, layers] = best_rate(found)
-    results = {}
-    for name, variant in VARIANTS.items():
-        for method in METHODS:
-            rate = None if variant is None else chosen[method, variant[0]]
-            folder = out / f"{method}-{name.replace(', ', '_')}"
-            results[f"{method}, {name}"] = {"rate": rate, **measured(folder, whole, method, variant, rate, (0, 1, 2))}
-            (out / "adapters.json").write_text(json.dumps({"grid": table, "results": results}, indent=2))
+    grid, chosen, results = {}, {}, {}
+    for method, layers in itertools.product(METHODS, LAYERS):
+        found = {}
+        for rate in RATES:
+            one = changed(f"{layers} {rate:g}", method, (layers, 4), rate, **few)
+            (found[rate],) = measured(one, out / "grid" / one.folder, workdir, (TUNING_SEED,))
+            grid[f"{method}, {layers}, {rate:g}"] = found[rate]
+        chosen[method, layers] = best_rate(found)
+    for (name, variant), method in itertools.product(VARIANTS.items(), METHODS):
+        rate = None if variant is None else chosen[method, variant[0]]
+        one = changed(name, method, variant, rate)
+        results[f"{method}, {name}"] = {"rate": rate, "seeds": measured(one, out / one.folder, workdir, (0, 1, 2))}
     # Added once the rate that the rule chose for SISS was seen to damage the model: the lowest of the grid.
-    low = measured(out / "siss-attention_4_low", whole, "siss", VARIANTS["attention, 4"], RATES[0], (0, 1, 2))
-    results["siss, attention, 4, lowest rate"] = {"rate": RATES[0], **low}
-    (out / "adapters.json").write_text(json.dumps({"grid": table, "results": results}, indent=2))
+    one = changed("attention, 4, lowest rate", "siss", VARIANTS["attention, 4"], RATES[0])
+    results["siss, attention, 4, lowest rate"] = {"rate": RATES[0], "seeds": measured(one, out / one.folder, workdir, (0, 1, 2))}
+    (out / "adapters.json").write_text(json.dumps({"grid": grid, "results": results}, indent=2))
 
 
 if __name__ == "__main__":
