@@ -21,7 +21,7 @@ import numpy as np
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.unet2d_condition import UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
-from retrack_jax.weights.names import to_torch
+from retrack_jax.weights.names import DIFFUSERS, to_torch
 from retrack_jax.weights.safetensors_io import write_safetensors
 
 FOLDER = Path(__file__).parent / "fixtures" / "tiny_sd"
@@ -199,10 +199,10 @@ def random_params(module, seed: int, *inputs):
     return tree.unflatten([leaf + 0.05 * jax.random.normal(rng, leaf.shape) for leaf, rng in zip(leaves, rngs, strict=True)])
 
 
-def save(folder: Path, config: dict, params, stem: str, prefix: str = "") -> None:
+def save(folder: Path, config: dict, params, stem: str, prefix: str = "", table=DIFFUSERS) -> None:
     """Writes config and fp16 weights."""
     write_json(folder / "config.json", config)
-    tensors = to_torch(jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params))
+    tensors = to_torch(jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params), table=table)
     write_safetensors(folder / f"{stem}.safetensors", [tensor._replace(name=prefix + tensor.name) for tensor in tensors])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.files import read_object
@@ -80,15 +81,22 @@ def import_diffusers(path, *, revision: str | None = None, **own_fields) -> tupl
     return module, load_params(module, folder, *example_inputs(module))
 
 
-def load_params(module, folder, *inputs, names: tuple[str, ...] = DIFFUSERS_WEIGHTS, table: RenameTable = DIFFUSERS) -> PyTree:
-    """Returns the parameters of a Linen module, float32 NumPy arrays, from the weights in `folder`.
+def load_params(
+    module,
+    folder,
+    *inputs,
+    names: tuple[str, ...] = DIFFUSERS_WEIGHTS,
+    table: RenameTable = DIFFUSERS,
+    dtype: type | None = np.float32,
+) -> PyTree:
+    """Returns the parameters of a Linen module, NumPy arrays of `dtype` (None: as they are stored), from the weights in `folder`.
 
     `inputs` are arguments of `module.init`, to learn the parameters' shapes; nothing is computed. `names` are the file names that
     the weights may have, in the order in which to look. Names of parameters follow `table`. Raises `UserError` as
     `import_diffusers`.
     """
     path, state = open_weights(folder, names)
-    return from_torch(state, param_shapes(module, *inputs), table=table, where=str(path))
+    return from_torch(state, param_shapes(module, *inputs), table=table, where=str(path), dtype=dtype)
 
 
 def read_schedule_config(path) -> dict[str, Any] | None:

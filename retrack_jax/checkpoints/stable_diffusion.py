@@ -3,8 +3,8 @@
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/     of XL also text_encoder_2/  tokenizer_2/
     safety_checker/  feature_extractor/                                      carried along unread
 
-Stable Diffusion 1.x, 2.x, XL and 3 are supported; 3 has XL's parts, but transformer/ in place of unet/. Its third text encoder,
-T5, is optional, and is refused: diffusers' samples with it and without are different. Weights in float16 are read into float32.
+Stable Diffusion 1.x, 2.x, XL and 3 are supported; 3 has XL's parts, but transformer/ in place of unet/, and a third text encoder,
+T5, which it can do without. Weights in float16 are read into float32, but for T5's.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retrack_jax.checkpoints.diffusers_import import example_inputs, load_params, read_schedule_config
 from retrack_jax.checkpoints.single_file import SingleFile
 from retrack_jax.checkpoints.text_encoders import (
+    T5_TABLE,
     TEXT_TABLE,
     TextEncoder,
+    TextModule,
     encode_ids,
     padded,
     read_modules,
@@ -28,16 +31,17 @@ from retrack_jax.checkpoints.text_encoders import (
 )
 from retrack_jax.checks import UserError, check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import json_digest, read_object
+from retrack_jax.files import json_digest
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.mmdit import MMDiT
-from retrack_jax.models.tokenizer import ClipTokenizer
+from retrack_jax.models.t5_text import T5Encoder
+from retrack_jax.models.tokenizer import PromptTokenizer
 from retrack_jax.models.unet2d_condition import Condition, UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, weights_digest
 from retrack_jax.weights.hub import local_model
-from retrack_jax.weights.kinds import is_sd3
+from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders
 from retrack_jax.weights.names import DIFFUSERS, from_torch, param_shapes
 
 # diffusers' class of a supported pipeline -> its text encoders; each has a tokenizer of the same number.
@@ -56,7 +60,7 @@ class Pipeline:
     Attributes:
       path: the folder they came from; of a single file, that of its configs.
       unet: the network that denoises, of Stable Diffusion 3 a transformer.
-      text_encoders: one, or the two of XL and 3.
+      text_encoders: one, or the two of XL, or the two or three of 3.
       zeros_for_empty: whether zeros stand for an empty prompt, as in XL, and not its states.
       vae_digest: SHA-256 over the VAE's config and weights, which keys caches of latents.
       file: the single file that the weights came from, if they did.
@@ -84,7 +88,7 @@ class Pipeline:
         return self.unet.joint_attention_dim if isinstance(self.unet, MMDiT) else None
 
     @property
-    def tokenizer(self) -> ClipTokenizer:
+    def tokenizer(self) -> PromptTokenizer:
         """The first text encoder's."""
         return self.text_encoders[0].tokenizer
 
@@ -131,12 +135,13 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
 
     def params(part: str, module, *inputs, names=DIFFUSERS_WEIGHTS, table=DIFFUSERS) -> PyTree:
         if file is None:
-            return load_params(module, folder / part, *inputs, names=names, table=table)
+            dtype = None if part == T5 else np.float32
+            return load_params(module, folder / part, *inputs, names=names, table=table, dtype=dtype)
         target = param_shapes(module, *inputs)
         return from_torch(file.part(part, target), target, table=table, where=str(file.path), network=f"the {part} of {folder}")
 
-    def text_encoder(part: str, module: ClipTextEncoder, tokenizer: ClipTokenizer) -> TextEncoder:
-        own = params(part, module, ids, names=TRANSFORMERS_WEIGHTS, table=TEXT_TABLE)
+    def text_encoder(part: str, module: TextModule, tokenizer: PromptTokenizer) -> TextEncoder:
+        own = params(part, module, ids, names=TRANSFORMERS_WEIGHTS, table=T5_TABLE if part == T5 else TEXT_TABLE)
         if len(parts) == 1:  # two take 3.3 GB, which training needs: they stay on the host
             own = jax.device_put(own)
         return TextEncoder(module, own, tokenizer, partial(_text_digest, folder / part, file, module))
@@ -151,7 +156,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         text_encoders=tuple(text_encoder(part, *read) for part, read in zip(parts, texts, strict=True)),
         schedule=schedule,
         vae_digest=json_digest([vae_config, vae_weights, str(jnp.dtype(vae_dtype))]),
-        zeros_for_empty=len(parts) > 1 and not sd3 and bool(_index(folder).get("force_zeros_for_empty_prompt", True)),
+        zeros_for_empty=len(parts) > 1 and not sd3 and bool(pipeline_index(folder).get("force_zeros_for_empty_prompt", True)),
         file=file,
     )
 
@@ -170,7 +175,7 @@ def _folder_and_file(path, configs: str) -> tuple[Path, SingleFile | None]:
 
 
 def check_pipeline(folder) -> tuple[str, ...]:
-    """Returns the names of the text encoders of the pipeline in `folder`, one, or the two of XL and 3.
+    """Returns the names of the text encoders of the pipeline in `folder`: one, or the two of XL, or the two or three of 3.
 
     Raises `UserError` unless `folder` has every part of a Stable Diffusion 1.x, 2.x, XL or 3 pipeline; names what it is instead.
     """
@@ -178,20 +183,13 @@ def check_pipeline(folder) -> tuple[str, ...]:
     there = folder.is_dir()
     hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/guide/text-to-image.md)"
     check(there, f"no folder {folder}; {hint}")
-    index = _index(folder)
-    classes = list(_TEXT_ENCODERS)
-    name = str(index.get("_class_name", classes[(folder / "text_encoder_2").is_dir()]))
+    index, sd3 = pipeline_index(folder), is_sd3(folder)
+    name = str(index.get("_class_name", list(_TEXT_ENCODERS)[2 if sd3 else (folder / "text_encoder_2").is_dir()]))
     if "XL" in name and (index.get("requires_aesthetics_score") or not (folder / "text_encoder").is_dir()):
         refiner = (folder / "text_encoder_2").is_dir()
         check(not refiner, f"{folder} holds Stable Diffusion XL's refiner, which is not supported; give the base model's folder")
     check(name in _TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
-    t5 = index.get("text_encoder_3") not in (None, [None, None])
-    check(
-        not t5,
-        f"{folder} has T5 (text_encoder_3), which is not supported; save it without, in diffusers: StableDiffusion3Pipeline."
-        "from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None).save_pretrained(OTHER), and give OTHER",
-    )
-    encoders = _TEXT_ENCODERS[name]
+    encoders = text_encoders(folder) if sd3 else _TEXT_ENCODERS[name]
     network = "transformer" if name == "StableDiffusion3Pipeline" else "unet"
     parts = (network, "vae", *encoders, *(part.replace("text_encoder", "tokenizer") for part in encoders), "scheduler")
     missing = [part for part in parts if not (folder / part).is_dir()]
@@ -200,11 +198,6 @@ def check_pipeline(folder) -> tuple[str, ...]:
             f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/guide/text-to-image.md)"
         )
     return encoders
-
-
-def _index(folder: Path) -> dict:
-    """Returns the `model_index.json` in `folder`, or an empty dict: old pipelines have none."""
-    return read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
 
 
 def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
@@ -223,12 +216,12 @@ def empty_prompt(pipeline: Pipeline) -> Condition:
     return jax.tree.map(jnp.zeros_like, empty) if pipeline.zeros_for_empty else empty
 
 
-def _text_digest(folder: Path, file: SingleFile | None, module: ClipTextEncoder) -> str:
+def _text_digest(folder: Path, file: SingleFile | None, module: TextModule) -> str:
     weights = weights_digest(folder, TRANSFORMERS_WEIGHTS) if file is None else file.digest
     return json_digest([read_config(folder), weights, str(jnp.dtype(module.dtype))])
 
 
-def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, texts: Sequence[ClipTextEncoder]) -> None:
+def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, texts: Sequence[TextModule]) -> None:
     """Raises `UserError` if the parts are not of one model."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     check(scheduler.is_file(), f"no {scheduler}; it is the noise schedule that the model was trained with")
@@ -267,10 +260,12 @@ def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, 
         )
 
 
-def _check_texts(folder: Path, transformer: MMDiT, texts: Sequence[ClipTextEncoder]) -> None:
+def _check_texts(folder: Path, transformer: MMDiT, texts: Sequence[TextModule]) -> None:
     """Raises `UserError` unless Stable Diffusion 3's transformer takes what its text encoders give."""
-    width, most = sum(text.hidden_size for text in texts), transformer.joint_attention_dim
-    check(width <= most, f"{folder}: the transformer reads prompts of {most} features, the text encoders give {width}")
-    pooled, takes = sum(text.projection_dim for text in texts), transformer.pooled_projection_dim
+    clips, takes = [text for text in texts if isinstance(text, ClipTextEncoder)], transformer.joint_attention_dim
+    width, given = sum(text.hidden_size for text in clips), [text.d_model for text in texts if isinstance(text, T5Encoder)]
+    check(width <= takes, f"{folder}: the transformer reads prompts of {takes} features, the text encoders give {width}")
+    check(set(given) <= {takes}, f"{folder}: the transformer reads prompts of {takes} features, T5 gives {sum(given)}")
+    pooled, takes = sum(text.projection_dim for text in clips), transformer.pooled_projection_dim
     what = f"the transformer reads a pooled prompt of {takes} features, the text encoders give {pooled}"
     check(pooled == takes, f"{folder}: {what}")

@@ -12,7 +12,7 @@ from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_f
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, NETWORK_FOLDERS, TRANSFORMERS_WEIGHTS, find_weights, schedule_places
-from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_prompts
+from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, takes_prompts, text_encoders
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
@@ -51,13 +51,13 @@ def _unet(folder: Path, how: dict) -> Iterator[Requirement]:
 
 
 def _pipeline(folder: Path, how: dict) -> Iterator[Requirement]:
-    texts = ("text_encoder", "text_encoder_2") if is_xl(folder) or is_sd3(folder) else ("text_encoder",)
+    texts = text_encoders(folder)
     for part in ("transformer" if is_sd3(folder) else "unet", "vae", *texts):
         yield from _network(folder, part, part, TRANSFORMERS_WEIGHTS if part in texts else DIFFUSERS_WEIGHTS, how)
     for tokenizer in (folder / part.replace("text_encoder", "tokenizer") for part in texts):
-        pair = [tokenizer / name for name in ("vocab.json", "merges.txt")]
-        if not all(path.is_file() for path in pair) and (tokenizer / "tokenizer.json").is_file():
-            pair = [tokenizer / "tokenizer.json"]
+        pair, whole = [tokenizer / name for name in ("vocab.json", "merges.txt")], tokenizer / "tokenizer.json"
+        if tokenizer.name.endswith("3") or (whole.is_file() and not all(path.is_file() for path in pair)):  # T5's
+            pair = [whole]
         for path in pair:
             yield requirement(tokenizer.name, path, if_file(path), **how)
     schedule = folder / "scheduler" / "scheduler_config.json"

@@ -1,4 +1,4 @@
-"""Layer normalization with statistics in float32, for activations and parameters of any dtype."""
+"""Normalization over the last axis with statistics in float32, for activations and parameters of any dtype."""
 
 import flax.linen as nn
 import jax
@@ -26,3 +26,17 @@ class LayerNorm(nn.Module):
         centered = x - x.mean(axis=-1, keepdims=True)
         var = jnp.square(centered).mean(axis=-1, keepdims=True)
         return (centered * jax.lax.rsqrt(var + self.epsilon) * scale.reshape(shape) + bias.reshape(shape)).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + epsilon) * scale over the last axis; the result in `dtype`."""
+
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)

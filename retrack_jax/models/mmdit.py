@@ -25,6 +25,7 @@ from retrack_jax.models.config_format import Configured
 from retrack_jax.models.dit import GELU, TIME_WIDTH, Projection, from_patches, modulated, to_patches
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
 from retrack_jax.models.flash_attention import attend
+from retrack_jax.models.layer_norm import RMSNorm
 from retrack_jax.models.transformer2d import FeedForward
 from retrack_jax.notation import Array
 
@@ -215,7 +216,7 @@ class JointAttention(nn.Module):
             layer = KeyProjection if name == "to_k" and cancels else nn.Dense
             y = layer(width, use_bias=True, dtype=self.dtype, name=name)(x)
             y = y.reshape(*y.shape[:2], self.heads, width // self.heads)
-            return RMSNorm(self.dtype, name=norm)(y) if norm and self.qk_norm else y
+            return RMSNorm(_EPS, self.dtype, name=norm)(y) if norm and self.qk_norm else y
 
         q, k, v = project("to_q", h, "norm_q"), project("to_k", h, "norm_k"), project("to_v", h)
         if e is not None:
@@ -228,19 +229,6 @@ class JointAttention(nn.Module):
         if e is None or drops_e:
             return out, None
         return out, nn.Dense(width, dtype=self.dtype, name="to_add_out")(both[:, tokens:])
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * scale over the last axis of `[B, N, heads, D]`; statistics are float32."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + _EPS)
-        return (x * scale[None, None, None]).astype(self.dtype)
 
 
 def _positions(width: int, grid: int, base: int) -> Array:

@@ -1,8 +1,8 @@
-"""Prompts to CLIP token ids, with the `tokenizers` library and the files of a Stable Diffusion pipeline.
+"""Prompts to token ids of CLIP and T5, with the `tokenizers` library and the files of a Stable Diffusion pipeline.
 
-A tokenizer folder holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x checkpoint) or only `tokenizer.json`
-(as transformers 5 writes it), and in addition `tokenizer_config.json` and `special_tokens_map.json`. To give the same ids as
-transformers, two of its rules are followed here:
+T5's folder holds `tokenizer.json`, which says all. CLIP's holds `vocab.json` and `merges.txt` (every Stable Diffusion 1.x and 2.x
+checkpoint) or only `tokenizer.json` (as transformers 5 writes it), and in addition `tokenizer_config.json` and
+`special_tokens_map.json`. To give the same ids as transformers, two of its rules are followed here:
 
 1. Every special token, the padding token too, is cut out of the text before anything else. Stable Diffusion 2 pads with `!`, so
    there a `!` in a prompt becomes the padding id 0, and not the word `!</w>` (256).
@@ -31,21 +31,19 @@ _DEFAULTS = {
 }
 
 
+T5_LENGTH = 256  # ids of a prompt in diffusers' pipeline
+
+
 @dataclass(frozen=True, eq=False)
-class ClipTokenizer:
+class PromptTokenizer:
     """A callable that turns prompts into padded token ids.
 
     Attributes:
-      length: number of ids per prompt (77 for CLIP).
-      bos_id: id that starts each prompt.
-      eos_id: id that ends each prompt.
-      pad_id: id that fills the rest.
+      length: number of ids per prompt, 77 for CLIP and 256 for T5.
+      backend: of the `tokenizers` library; it cuts and pads.
     """
 
     length: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
     backend: Any
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
@@ -65,8 +63,35 @@ class ClipTokenizer:
             self.backend.enable_truncation(self.length)
 
 
+@dataclass(frozen=True, eq=False)
+class ClipTokenizer(PromptTokenizer):
+    """CLIP's tokenizer.
+
+    Attributes:
+      bos_id: id that starts each prompt.
+      eos_id: id that ends each prompt.
+      pad_id: id that fills the rest.
+    """
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+def load_t5_tokenizer(path) -> PromptTokenizer:
+    """Reads the `tokenizer_3` folder of a pipeline. Raises `UserError` if its tokenizer.json is missing or is not T5's."""
+    file = epath.Path(path) / "tokenizer.json"
+    check(file.exists(), f"no {file}; save the tokenizer as transformers' T5TokenizerFast does, or download it again")
+    backend = _from_json(file)
+    special = {name: backend.token_to_id(name) for name in ("<pad>", "</s>")}
+    check(None not in special.values(), f"{file} has no {' or no '.join(special)} token; T5's tokenizer has both")
+    backend.enable_truncation(T5_LENGTH)
+    backend.enable_padding(length=T5_LENGTH, pad_id=special["<pad>"], pad_token="<pad>")
+    return PromptTokenizer(T5_LENGTH, backend)
+
+
 def load_tokenizer(path) -> ClipTokenizer:
-    """Reads the tokenizer folder of a pipeline. Raises `UserError` if files are missing or are not those of a CLIP tokenizer."""
+    """Reads the folder of a CLIP tokenizer. Raises `UserError` if files are missing or are not those of a CLIP tokenizer."""
     folder = epath.Path(path)
     config = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -106,7 +131,7 @@ def _finish(backend, ids: dict[str, int], text: dict[str, str], length: int) -> 
     backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=ids["pad_token"], pad_token=text["pad_token"])
-    return ClipTokenizer(length, ids["bos_token"], ids["eos_token"], ids["pad_token"], backend)
+    return ClipTokenizer(length, backend, ids["bos_token"], ids["eos_token"], ids["pad_token"])
 
 
 def _token(folder, role: str, value) -> dict:

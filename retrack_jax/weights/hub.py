@@ -46,8 +46,6 @@ def model_files(paths: Iterable[str]) -> list[str]:
     for path in map(PurePosixPath, paths):
         folders.setdefault(path.parent, []).append(path.name)
     for folder, names in folders.items():
-        if folder.name == "text_encoder_3":  # T5's 19 GB, which are refused
-            continue
         kinds = [[name for name in names if kind.fullmatch(name)] for kind in _WEIGHTS]
         weights = next((kind for kind in kinds if kind), [])
         others = {name for kind in kinds for name in kind}.difference(weights)

@@ -14,6 +14,7 @@ from retrack_jax.weights.model_file import IS_AN_ADAPTER, open_model_file
 _ADAPTERS = ("*lora*.safetensors", "*lora*.bin", "adapter_config.json", "adapter_model.*")
 _DIT, _FORMER_DIT = "DiTTransformer2DModel", "Transformer2DModel"  # before diffusers 0.29, and PixArt's name, too
 _UNET_OF_PROMPTS, _SD3 = "UNet2DConditionModel", "SD3Transformer2DModel"
+T5 = "text_encoder_3"  # of Stable Diffusion 3, which can do without
 
 
 def network_config(checkpoint) -> tuple[Path, dict[str, Any]] | None:
@@ -55,6 +56,20 @@ def is_sd3(checkpoint) -> bool:
     return network is not None and network[1].get("_class_name") == _SD3
 
 
+def text_encoders(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the text encoders that the pipeline in `folder` is to have, by its network and its index."""
+    if not is_sd3(folder):
+        return ("text_encoder", "text_encoder_2")[: 1 + is_xl(folder)]
+    index = pipeline_index(folder)
+    has_t5 = index.get(T5) not in (None, [None, None]) if index else (folder / T5).is_dir()
+    return ("text_encoder", "text_encoder_2", T5)[: 2 + has_t5]
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """Returns the `model_index.json` in `folder`, or an empty dict: old pipelines have none."""
+    return read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+
+
 def autoencoder_folder(checkpoint) -> Path | None:
     """Returns the folder of the autoencoder next to the network of `checkpoint`; None if that denoises pixels, or is not there.
 
@@ -65,7 +80,7 @@ def autoencoder_folder(checkpoint) -> Path | None:
         return None
     folder = network[0].resolve()
     folder = folder.parent if folder.name in NETWORK_FOLDERS else folder
-    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = pipeline_index(folder)
     for name in AUTOENCODER_FOLDERS:
         if (folder / name / "config.json").is_file():
             return folder / name
@@ -80,9 +95,9 @@ def check_supported(checkpoint) -> None:
         open_model_file(path)
         return
     check(not _is_adapter(path), f"{path} {IS_AN_ADAPTER}")
-    (folder, config), index = network_config(path) or (path / "transformer", {}), path / "model_index.json"
+    folder, config = network_config(path) or (path / "transformer", {})
     if folder.name == "transformer" and folder.is_dir():
-        name = str(read_object(index).get("_class_name", "")) if index.is_file() else ""
+        name = pipeline_index(path).get("_class_name", "")
         kind, norm = config.get("_class_name"), config.get("norm_type")
         check(
             kind in (_DIT, _SD3) or (kind == _FORMER_DIT and norm == "ada_norm_zero"),

@@ -108,8 +108,9 @@ def from_torch(
     table: RenameTable = DIFFUSERS,
     where: str = "the file",
     network: str = "the network",
+    dtype: type | None = np.float32,
 ) -> PyTree:
-    """Returns Flax parameters, float32 NumPy arrays in the structure of `target`, from PyTorch's named tensors.
+    """Returns Flax parameters, NumPy arrays in the structure of `target`, from PyTorch's named tensors.
 
     If all names begin with the same parts (`module.`, `_orig_mod.`, `state_dict.`) that the network does not have, these are
     dropped.
@@ -121,6 +122,7 @@ def from_torch(
       table: the spelling.
       where: what to call the source in errors.
       network: what to call the network in errors.
+      dtype: of the arrays; None: as each is stored.
 
     Raises:
       UserError: lists missing, surplus and mis-shaped tensors, and nothing has been read; or tensors with NaN or infinity.
@@ -145,7 +147,7 @@ def from_torch(
         name = table.torch_name(path)
         axes = torch_axes(path, len(leaf.shape))
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which is refused below
-            params[path] = np.ascontiguousarray(np.asarray(state[source[name]]).transpose(np.argsort(axes)), dtype=np.float32)
+            params[path] = np.ascontiguousarray(np.asarray(state[source[name]]).transpose(np.argsort(axes)), dtype)
         if not np.isfinite(params[path]).all():
             bad.append(name)
     if bad:

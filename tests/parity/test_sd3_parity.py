@@ -1,6 +1,7 @@
 """Stable Diffusion 3's parts against diffusers and transformers, on random weights of random shapes."""
 
 import inspect
+import json
 import math
 import random
 
@@ -10,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 from retrack_jax.checkpoints import (  # noqa: E402
     export_diffusers,
@@ -18,16 +20,19 @@ from retrack_jax.checkpoints import (  # noqa: E402
     load_pipeline,
     prompt_embeddings,
 )
-from retrack_jax.checkpoints.diffusers_import import example_inputs  # noqa: E402
+from retrack_jax.checkpoints.diffusers_import import example_inputs, load_params  # noqa: E402
 from retrack_jax.checkpoints.lora_export import export_lora  # noqa: E402
+from retrack_jax.checkpoints.text_encoders import T5_TABLE  # noqa: E402
 from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402
 from retrack_jax.models.mmdit import MMDiT  # noqa: E402
+from retrack_jax.models.t5_text import T5Encoder  # noqa: E402
 from retrack_jax.sampling import make_sampler, sample  # noqa: E402
 from retrack_jax.sampling.guided import guided_eps_fn  # noqa: E402
 from retrack_jax.train.lora import LoraOptions, adapted, init, merge  # noqa: E402
+from retrack_jax.weights.folder import TRANSFORMERS_WEIGHTS  # noqa: E402
 from retrack_jax.weights.names import param_shapes, torch_shapes  # noqa: E402
 from tests.parity.test_sd_parity import nchw, nhwc, relative, shaken  # noqa: E402
-from tests.tiny_sd3 import write_sd3  # noqa: E402
+from tests.tiny_sd3 import add_t5, write_sd3  # noqa: E402
 
 torch.set_num_threads(1)
 SEEDS = range(8)
@@ -125,31 +130,67 @@ def test_defaults_are_diffusers_own():
     assert theirs == {name: getattr(MMDiT(), name) for name in theirs} and len(theirs) == 13
 
 
+# ---- T5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_t5(seed, tmp_path):
+    """Of random shapes, and of prompts with more tokens than there are buckets of distances."""
+    draw = random.Random(seed)
+    buckets, heads = draw.choice([4, 8, 32]), draw.choice([1, 3])
+    sizes = {"d_model": draw.choice([10, 24]), "d_kv": draw.choice([4, 7]), "d_ff": 20, "num_layers": draw.choice([1, 3])}
+    sizes |= {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": draw.choice([buckets, 128])}
+    torch.manual_seed(seed)
+    config = transformers.T5Config(vocab_size=50, num_heads=heads, feed_forward_proj="gated-gelu", **sizes)
+    theirs = shaken(transformers.T5EncoderModel(config))
+    theirs.save_pretrained(tmp_path)
+    module = T5Encoder.from_config(json.loads((tmp_path / "config.json").read_text()))
+    ids = np.random.default_rng(seed).integers(0, 50, (2, 256)).astype(np.int32)
+    params = load_params(module, tmp_path, ids, names=TRANSFORMERS_WEIGHTS, table=T5_TABLE)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids, dtype=torch.long))[0].numpy()
+    assert relative(jax.jit(module.apply)({"params": params}, ids), expected) < 1e-5
+
+
+def test_the_published_size_of_t5():
+    """T5 XXL's encoder, every tensor by name and shape: 4.76 billion parameters."""
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+    with torch.device("meta"):
+        theirs = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    module = T5Encoder.from_config(sizes)
+    shapes = torch_shapes(param_shapes(module, np.zeros((1, 4), np.int32)), T5_TABLE)
+    assert shapes == {
+        name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items() if name != "encoder.embed_tokens.weight"
+    }
+    assert sum(math.prod(shape) for shape in shapes.values()) == 4_762_310_656
+
+
 # ---- The whole pipeline
 
 PROMPT = "A Red Circle, on a green wall!"
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["without T5", "with T5"])
+def both(request, tmp_path_factory):
     """The tiny pipeline here, and in diffusers after our export of it (float32)."""
     options = {"num_layers": 3, "qk_norm": "rms_norm", "dual_attention_layers": [0]}
-    ours = load_pipeline(write_sd3(tmp_path_factory.mktemp("sd3") / "source", **options))
+    source = write_sd3(tmp_path_factory.mktemp("sd3") / "source", **options)
+    ours = load_pipeline(add_t5(source) if request.param else source)
     folder = tmp_path_factory.mktemp("export") / "pipeline"
     export_pipeline(folder, ours, ours.unet_params, note="Nothing was forgotten.")
-    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
-    )
+    t5 = {} if request.param else {"text_encoder_3": None, "tokenizer_3": None}
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, **t5)
     theirs.set_progress_bar_config(disable=True)
     return ours, theirs
 
 
-def test_a_folder_that_diffusers_saved_without_t5_is_read(both, tmp_path):
+def test_a_folder_that_diffusers_saved_is_read(both, tmp_path):
     ours, theirs = both
     theirs.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again.unet_params, ours.unet_params)
     assert again.schedule.to_config() == ours.schedule.to_config() and again.vae.shift_factor == 0.0609
+    assert len(again.text_encoders) == (2 if theirs.text_encoder_3 is None else 3)
 
 
 def test_prompts(both):
@@ -159,7 +200,7 @@ def test_prompts(both):
         with torch.no_grad():
             expected, negative, pooled, negative_pooled = theirs.encode_prompt(prompt, None, None)
         found, empty = prompt_embeddings(ours, [prompt]), prompt_embeddings(ours, [""])
-        assert expected.shape == (1, 77 + 256, 48)
+        assert expected.shape == (1, 77 + 256, 48) and bool(expected[:, 77:].any()) == (theirs.text_encoder_3 is not None)
         assert relative(found["encoder_hidden_states"], expected.numpy()) < 1e-5
         assert relative(found["text_embeds"], pooled.numpy()) < 1e-5
         assert relative(empty["encoder_hidden_states"], negative.numpy()) < 1e-5

@@ -23,7 +23,7 @@ from retrack_jax.weights.safetensors_io import SafetensorsFile, write_safetensor
 from tests.captioned import captioned_pictures, flags
 from tests.messages import error_of
 from tests.tiny_sd import PIPELINE, hasty_compiler
-from tests.tiny_sd3 import write_sd3
+from tests.tiny_sd3 import add_t5, write_sd3
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,11 @@ def sd3(sd3_folder):
     return load_pipeline(sd3_folder)
 
 
+@pytest.fixture(scope="module")
+def with_t5(sd3_folder, tmp_path_factory):
+    return add_t5(shutil.copytree(sd3_folder, tmp_path_factory.mktemp("t5") / "pipeline"))
+
+
 @pytest.fixture
 def spoiled(sd3_folder, tmp_path):
     """A copy of the pipeline that a test may spoil."""
@@ -46,9 +51,9 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_three_flags_forget_a_picture_by_an_adapter_and_export_the_pipeline(sd3_folder, sd3, tmp_path):
+def test_three_flags_forget_a_picture_by_an_adapter_and_export_the_pipeline(with_t5, sd3, tmp_path):
     captioned_pictures(tmp_path / "pictures", 8)
-    argv = flags(tmp_path, checkpoint=sd3_folder, targets="circle_00.png", export="pipeline", data__caption_dropout=0.5)
+    argv = flags(tmp_path, checkpoint=with_t5, targets="circle_00.png", export="pipeline", data__caption_dropout=0.5)
     with hasty_compiler():
         assert main(argv) == 0
     (folder,) = (tmp_path / "work" / "retrack").glob("seed0-*")
@@ -63,7 +68,9 @@ def test_three_flags_forget_a_picture_by_an_adapter_and_export_the_pipeline(sd3_
     }
     assert changed == {"to_q", "to_k", "to_v", "to_out_0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
     index = json.loads((folder / "diffusers" / "model_index.json").read_text())
-    assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"] and index["text_encoder_3"] == [None, None]
+    assert index["transformer"][1] == "SD3Transformer2DModel" and index["text_encoder_3"][1] == "T5EncoderModel"
+    weights = [root / "text_encoder_3" / "model.safetensors" for root in (folder / "diffusers", with_t5)]
+    assert weights[0].read_bytes() == weights[1].read_bytes() and len(exported.text_encoders) == 3
     assert exported.schedule.to_config() == sd3.schedule.to_config() and exported.schedule.shift == 3.0
     assert (folder / "diffusers" / "LICENSE").is_file()
     assert "circle_00.png" in (folder / "diffusers" / "README.md").read_text()
@@ -101,6 +108,29 @@ def test_states_are_cached_without_their_zeros(sd3, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(states.pooled, axis=1), 1, rtol=1e-6)
 
 
+def test_t5s_states_follow_those_of_clip(with_t5, sd3, tmp_path):
+    """In the cache and out of it, of weights that stay as they are stored; a prompt keeps 256 tokens, not CLIP's 77."""
+    pipeline = load_pipeline(with_t5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(pipeline.text_encoders[2].params)} == {np.dtype(np.float16)}
+    long = "a red circle on " * 25  # 101 of T5's tokens
+    captions = ["a red circle", long + "a", long + "red"]
+    with hasty_compiler():
+        states = text_states(pipeline, captions, tmp_path)
+        found = states.take(states.rows(captions))["encoder_hidden_states"]
+        expected = prompt_embeddings(pipeline, captions)["encoder_hidden_states"]
+        without = prompt_embeddings(sd3, captions)["encoder_hidden_states"]
+    assert states.states["t5_states"].shape == (3, 256, 48) and found.shape == (3, 77 + 256, 48)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[:, :77], without[:, :77], rtol=1e-4, atol=1e-4)
+    assert np.abs(found[1, 77:] - found[2, 77:]).max() > 0.01  # the captions differ behind what CLIP keeps
+    np.testing.assert_array_equal(without[1], without[2])
+
+
+def test_an_old_folder_without_an_index_is_known_by_its_network(spoiled):
+    (spoiled / "model_index.json").unlink()
+    assert load_pipeline(spoiled).network == "transformer"
+
+
 def test_latents_are_shifted_and_their_cache_knows_it(sd3, spoiled):
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
     mean, std = sd3.encode_pixels(pixels)
@@ -122,7 +152,20 @@ def test_latents_are_shifted_and_their_cache_knows_it(sd3, spoiled):
     ("spoil", "message"),
     [
         (lambda f: edit(f / "vae/config.json", latent_channels=4), "transformer takes 16 and gives 16 .* latents have 4"),
-        (lambda f: edit(f / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"]), "has T5 .*save_pretrained"),
+        (lambda f: shutil.rmtree(f / "text_encoder_3"), "has no text_encoder_3 folder"),
+        (lambda f: edit(f / "text_encoder_3/config.json", d_model=40), "reads prompts of 48 features, T5 gives 40"),
+        (
+            lambda f: edit(f / "text_encoder_3/config.json", feed_forward_proj="relu"),
+            "feed_forward_proj is 'relu'; only gated-gelu",
+        ),
+        (lambda f: edit(f / "text_encoder_3/config.json", model_type="umt5"), "model_type is 'umt5'; only t5"),
+        (lambda f: edit(f / "text_encoder_3/config.json", relative_attention_max_distance=4), "16 buckets of distances up to 4"),
+        (lambda f: edit(f / "text_encoder_3/config.json", vocab_size=90), "tokenizer_3 has 100 tokens, text_encoder_3 90"),
+        (lambda f: (f / "tokenizer_3/tokenizer.json").unlink(), "no .*tokenizer_3/tokenizer.json; save the tokenizer"),
+        (
+            lambda f: shutil.copy(f / "tokenizer_3/tokenizer_config.json", f / "tokenizer_3/tokenizer.json"),
+            "not a tokenizer file",
+        ),
         (lambda f: shutil.rmtree(f / "text_encoder_2"), "has no text_encoder_2 folder"),
         (lambda f: shutil.rmtree(f / "tokenizer_2"), "has no tokenizer_2 folder"),
         (lambda f: edit(f / "text_encoder/config.json", projection_dim=15), "prompt of 28 features, the text encoders give 27"),
@@ -133,19 +176,16 @@ def test_latents_are_shifted_and_their_cache_knows_it(sd3, spoiled):
         (lambda f: edit(f / "scheduler/scheduler_config.json", use_dynamic_shifting=True), "sets use_dynamic_shifting to True"),
     ],
 )
-def test_a_folder_whose_parts_do_not_fit_is_refused(spoiled, spoil, message):
-    spoil(spoiled)
+def test_a_folder_whose_parts_do_not_fit_is_refused(with_t5, tmp_path, spoil, message):
+    folder = shutil.copytree(with_t5, tmp_path / "spoiled")
+    spoil(folder)
     with pytest.raises(UserError, match=message) as error:
-        load_pipeline(spoiled)
+        load_pipeline(folder)
     assert "\n" not in str(error.value)
 
 
-def test_the_command_ends_with_one_line(spoiled, tmp_path, capsys):
-    """Of T5, and of one file in the layout of Stability's own code."""
+def test_one_file_in_the_layout_of_stabilitys_own_code_is_refused(tmp_path, capsys):
     captioned_pictures(tmp_path / "pictures", 6)
-    edit(spoiled / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"])
-    error = error_of(capsys, flags(tmp_path, checkpoint=spoiled, targets="circle_00.png"))
-    assert "has T5 (text_encoder_3)" in error and "text_encoder_3=None, tokenizer_3=None).save_pretrained(OTHER)" in error
     value = np.zeros((2, 2), np.float32)
     name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
     write_safetensors(tmp_path / "sd3.safetensors", [TorchTensor(name, value.dtype, value.shape, lambda: value)])
@@ -180,11 +220,11 @@ def test_what_is_not_there_for_3_is_refused(tmp_path, sd3_folder, capsys, fields
     assert message in error_of(capsys, flags(tmp_path, checkpoint=sd3_folder, targets="circle_00.png", **fields))
 
 
-def test_the_list_of_needs_has_the_transformer_and_both_encoders(tmp_path, sd3_folder, capsys):
+def test_the_list_of_needs_has_the_transformer_and_all_encoders(tmp_path, with_t5, capsys):
     captioned_pictures(tmp_path / "pictures", 6)
-    assert main(flags(tmp_path, checkpoint=sd3_folder, targets="circle_00.png", mode="check")) == 0
+    assert main(flags(tmp_path, checkpoint=with_t5, targets="circle_00.png", mode="check")) == 0
     printed = capsys.readouterr().out
-    for part in ("transformer weights", "text_encoder_2 weights", "tokenizer_2", "vae weights"):
+    for part in ("transformer weights", "text_encoder_2 weights", "text_encoder_3 weights", "tokenizer_3", "vae weights"):
         assert f"found    {part}: " in printed
 
 

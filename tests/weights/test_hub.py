@@ -137,7 +137,6 @@ def test_one_format_of_the_weights_is_downloaded():
     index, old = "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.bin"
     variants = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin.index.json", old]
     listed = [*files, *shards, index, *variants, "tokenizer/merges.txt", "sample.png", "LICENSE.md", "unet/flax_model.msgpack"]
-    listed += ["text_encoder_3/config.json", "text_encoder_3/model-00001-of-00002.safetensors"]  # T5, which is refused
     kept = {*files, *shards, index, "tokenizer/merges.txt", "LICENSE.md"} - {"v1.ckpt"}
     assert set(ours.model_files(listed)) == kept
 

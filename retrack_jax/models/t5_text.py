@@ -1,0 +1,157 @@
+"""T5's encoder in its version 1.1, the third text encoder of Stable Diffusion 3.
+
+Layers and parameters have the names of transformers' `T5EncoderModel`. Attention has no scale and no positions but a bias of each
+head by the distance of two tokens, which the first layer holds for all. Padding is not masked: Stable Diffusion 3 attends to it.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retrack_jax.checks import check, check_int, check_number
+from retrack_jax.models.config_format import LARGEST, MOST_LAYERS
+from retrack_jax.models.layer_norm import RMSNorm
+from retrack_jax.notation import Array
+
+_COUNTS = (
+    "vocab_size d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets relative_attention_max_distance"
+).split()
+
+
+def distance_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Returns int32 `[length, length]`: the bucket of the distance j - i from token i to token j.
+
+    Half of the buckets are for j > i. Of each half, half hold one distance d each, and the others grow with log(d) up to
+    `max_distance`; what is farther shares the last.
+    """
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half, exact = num_buckets // 2, num_buckets // 4
+    far = np.maximum(np.abs(distance), exact).astype(np.float32)
+    steps = np.log(far / np.float32(exact)) / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    bucket = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(exact + steps.astype(np.int32), half - 1))
+    return (bucket + half * (distance > 0)).astype(np.int32)
+
+
+class T5Encoder(nn.Module):
+    """Token ids `[B, N]` int32 to hidden states `[B, N, d_model]`.
+
+    Attributes:
+      dtype: the dtype of the activations; parameters keep theirs.
+      All others, and their defaults, are those of transformers' `T5Config`, but for the gated feed-forward layer.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: dict, **overrides) -> "T5Encoder":
+        """Returns the encoder of a `text_encoder_3/config.json`. Raises `UserError` that names what is not supported."""
+        where = "text_encoder_3 config"
+        kind, layer = config.get("model_type", "t5"), config.get("feed_forward_proj", "relu")
+        check(kind == "t5", f"{where}: model_type is {kind!r}; only t5 is supported")
+        check(layer == "gated-gelu", f"{where}: feed_forward_proj is {layer!r}; only gated-gelu, T5's version 1.1, is supported")
+        fields = {key: config[key] for key in (*_COUNTS, "layer_norm_epsilon") if key in config}
+        module = cls(**{**fields, **overrides})
+        for name in _COUNTS:
+            check_int(f"{where}: {name}", getattr(module, name), 1, MOST_LAYERS if name == "num_layers" else LARGEST)
+        buckets, farthest = module.relative_attention_num_buckets, module.relative_attention_max_distance
+        check(
+            buckets >= 4 and farthest > buckets // 4,
+            f"{where}: {buckets} buckets of distances up to {farthest}; there must be 4 or more, and greater distances",
+        )
+        check_number(f"{where}: layer_norm_epsilon", module.layer_norm_epsilon, 0.0, 1.0)
+        return module
+
+    @nn.compact
+    def __call__(self, ids_BN: Array) -> Array:
+        x_BND = nn.Embed(self.vocab_size, self.d_model, dtype=self.dtype, name="shared")(ids_BN)
+        return _Stack(self, name="encoder")(x_BND)
+
+
+class _Stack(nn.Module):
+    """The layers and the norm after them; `of` has the sizes."""
+
+    of: T5Encoder
+
+    @nn.compact
+    def __call__(self, x_BND: Array) -> Array:
+        bias = None
+        for index in range(self.of.num_layers):
+            x_BND, bias = _Block(self.of, name=f"block_{index}")(x_BND, bias)
+        return _norm(self.of, "final_layer_norm")(x_BND)
+
+
+class _Block(nn.Module):
+    """Attention and a gated feed-forward layer, each after a norm."""
+
+    of: T5Encoder
+
+    @nn.compact
+    def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
+        x_BND, bias = _AttentionLayer(self.of, name="layer_0")(x_BND, bias)
+        return _FeedForwardLayer(self.of, name="layer_1")(x_BND), bias
+
+
+class _AttentionLayer(nn.Module):
+    of: T5Encoder
+
+    @nn.compact
+    def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
+        mixed, bias = _Attention(self.of, name="SelfAttention")(_norm(self.of, "layer_norm")(x_BND), bias)
+        return x_BND + mixed, bias
+
+
+class _FeedForwardLayer(nn.Module):
+    of: T5Encoder
+
+    @nn.compact
+    def __call__(self, x_BND: Array) -> Array:
+        return x_BND + _GatedGelu(self.of, name="DenseReluDense")(_norm(self.of, "layer_norm")(x_BND))
+
+
+class _Attention(nn.Module):
+    """Attention with the bias `[1, H, N, N]`, made here if none is given; the softmax is taken in float32."""
+
+    of: T5Encoder
+
+    @nn.compact
+    def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
+        of, (batch, length, _) = self.of, x_BND.shape
+        heads = (batch, length, of.num_heads, of.d_kv)
+        q, k, v = (_dense(of, of.num_heads * of.d_kv, name)(x_BND).reshape(heads) for name in "qkv")
+        if bias is None:
+            buckets = distance_buckets(length, of.relative_attention_num_buckets, of.relative_attention_max_distance)
+            embed = nn.Embed(of.relative_attention_num_buckets, of.num_heads, name="relative_attention_bias", dtype=jnp.float32)
+            bias = embed(buckets).transpose(2, 0, 1)[None]
+        logits_BHNM = jnp.einsum("bnhd,bmhd->bhnm", q, k).astype(jnp.float32) + bias
+        mixed = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits_BHNM, axis=-1).astype(of.dtype), v)
+        return _dense(of, of.d_model, "o")(mixed.reshape(batch, length, -1)), bias
+
+
+class _GatedGelu(nn.Module):
+    of: T5Encoder
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate = jax.nn.gelu(_dense(self.of, self.of.d_ff, "wi_0")(x), approximate=True)
+        return _dense(self.of, self.of.d_model, "wo")(gate * _dense(self.of, self.of.d_ff, "wi_1")(x))
+
+
+def _dense(of: T5Encoder, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=of.dtype, name=name)
+
+
+def _norm(of: T5Encoder, name: str) -> RMSNorm:
+    return RMSNorm(of.layer_norm_epsilon, of.dtype, name=name)
