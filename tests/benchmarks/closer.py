@@ -99,11 +99,11 @@ VARIANTS = {
 }
 
 
-def variant(name: str, lam: float, metrics: tuple[str, ...]) -> Variant:
+def variant(name: str, lam: float, metrics: tuple[str, ...], num_images: int) -> Variant:
     method, own, fields = VARIANTS[name]
     changes = {f"unlearn.{method}.{key}": value for key, value in {**own, "lam": lam}.items()}
     changes |= {f"unlearn.{key}": value for key, value in fields.items()}
-    return Variant((name, f"{lam:g}"), method, changes | {"eval.metrics": metrics})
+    return Variant((name, f"{lam:g}"), method, changes | {"eval.metrics": metrics, "sampling.num_images": num_images})
 
 
 def chosen(name: str, loss: float, out: Path, source: Path) -> float:
@@ -111,7 +111,7 @@ def chosen(name: str, loss: float, out: Path, source: Path) -> float:
     distances: dict[float, float] = {}
     place = 2
     while 0 <= place < len(LAMBDAS) and LAMBDAS[place] not in distances:
-        one = variant(name, LAMBDAS[place], ("forget_loss",))
+        one = variant(name, LAMBDAS[place], ("forget_loss",), 4)
         (found,) = measured(one, out / one.folder, source, (TUNING_SEED,))
         gap = float(np.log(found["forget_loss"] / loss))
         distances[LAMBDAS[place]] = abs(gap)
@@ -141,7 +141,7 @@ def main() -> None:
     source = options.workdir
     for name in VARIANTS:
         lam = chosen(name, np.mean([one["forget_loss"] for one in retrained]), options.out / "chosen", options.workdir)
-        one = variant(name, lam, METRICS)
+        one = variant(name, lam, METRICS, 2000)
         rows = measured(one, options.out / one.folder, source, SEEDS)
         source = options.out / one.folder
         inside = sum(low <= row["forget_loss"] <= high for row in rows)
