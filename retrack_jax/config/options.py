@@ -12,8 +12,8 @@ from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
 from retrack_jax.diffusion.flow import EULER, VELOCITY
+from retrack_jax.evaluate.concepts import CLASSIFIERS
 from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
-from retrack_jax.evaluate.prompts import CLASSIFIERS
 from retrack_jax.metrics.features.resize import RULES
 from retrack_jax.sampling import SAMPLERS
 from retrack_jax.train.lora import LoraOptions

@@ -1,15 +1,17 @@
 """The metrics and the pictures of text-to-image models: a concept's two prompts, or the captions of images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 
 import numpy as np
 
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
-from retrack_jax.evaluate import captions, prompts
+from retrack_jax.data.sources.prompts import KINDS
+from retrack_jax.evaluate import concepts
 from retrack_jax.evaluate.networks import load_sscd
-from retrack_jax.evaluate.results import Results, evaluate
+from retrack_jax.evaluate.results import Evaluator, Results, evaluate
+from retrack_jax.evaluate.text import CAPTIONS, TextTask, evaluators, load_clip_iqa
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import LatentCodec
 from retrack_jax.problem.evaluation import Arrays, EvaluatedModel, all_or_none, neighbor_pictures
@@ -20,12 +22,23 @@ from retrack_jax.report.grids import thumbnails
 class _OfText:
     """What both kinds have: the networks behind SSCD and CLIP-IQA, each read and compiled once for a whole sweep."""
 
-    metric_names: Callable[[], tuple[str, ...]]
+    evaluators: list[Evaluator]
 
     def __init__(self, options: Options, tokenizer, codec: LatentCodec):
         self._options, self._tokenizer, self._codec = options, tokenizer, codec
         for name in options.eval.metrics:
-            check_choice("config.eval.metrics", name, self.metric_names())
+            check_choice("config.eval.metrics", name, [one for evaluator in self.evaluators for one in evaluator.names])
+
+    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
+        wanted = self._options.eval.metrics
+        return evaluate(self.evaluators, wanted, self._task(target), model.arrays, model.path, model.should_stop)
+
+    def _task(self, target: Target) -> TextTask:
+        raise NotImplementedError
+
+    @property
+    def _networks(self) -> dict:
+        return {"sscd": lambda: self._sscd, "clip_iqa": lambda: self._clip_iqa}
 
     @cached_property
     def _sscd(self):
@@ -33,27 +46,16 @@ class _OfText:
 
     @cached_property
     def _clip_iqa(self):
-        return prompts.load_clip_iqa(self._options.eval.weights_dir, self._tokenizer, batch_size=4)
+        return load_clip_iqa(self._options.eval.weights_dir, self._tokenizer, batch_size=4)
 
 
 class PromptEvaluation(_OfText):
     """A concept's two prompts: SSCD, CLIP-IQA and the success rate of each, from samples alone."""
 
-    metric_names = staticmethod(prompts.metric_names)
+    evaluators = concepts.EVALUATORS
 
-    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
-        samples, wanted = prompts.PromptSamples(model.arrays), self._options.eval.metrics
-        return evaluate(prompts.EVALUATORS, wanted, self._task(target), samples, model.path, model.should_stop)
-
-    def _task(self, target: Target) -> prompts.ConceptTask:
-        classifier = self._options.eval.classifier
-        return prompts.ConceptTask(
-            concept=target.concept,
-            centers=lambda: prompts.concept_centers(target.concept, classifier),
-            centers_name=prompts.CLASSIFIERS[classifier],
-            sscd=lambda: self._sscd,
-            clip_iqa=lambda: self._clip_iqa,
-        )
+    def _task(self, target: Target) -> concepts.ConceptTask:
+        return concepts.concept_task(target.concept, self._options.eval.classifier, **self._networks)
 
     def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
         marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
@@ -66,7 +68,7 @@ class PromptEvaluation(_OfText):
         return {"samples": shown, "marked": marked, **self._of_target(target)}
 
     def _marks(self, target: Target, arrays: Arrays) -> dict[str, np.ndarray] | None:
-        return prompts.memorised_of_both(self._task(target), prompts.PromptSamples(arrays))
+        return concepts.memorised_of_both(self._task(target), arrays)
 
     def _of_target(self, target: Target) -> dict:
         return _small_pictures(neighbor_pictures(self._options, self._codec, target))
@@ -75,20 +77,17 @@ class PromptEvaluation(_OfText):
 class CaptionEvaluation(_OfText):
     """Images with a caption each: SSCD and CLIP-IQA of samples under some forgotten and some kept captions."""
 
-    metric_names = staticmethod(captions.metric_names)
+    evaluators = evaluators(CAPTIONS)
 
     def __init__(self, options: Options, tokenizer, codec: LatentCodec, conditioning: Captions):
         super().__init__(options, tokenizer, codec)
         self._conditioning = conditioning
 
-    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
-        shown = self._conditioning.shown(target).items()
-        task = captions.CaptionTask(
-            images={name: target.images.images[row] for name, row in shown},
-            sscd=lambda: self._sscd,
-            clip_iqa=lambda: self._clip_iqa,
-        )
-        return evaluate(captions.EVALUATORS, self._options.eval.metrics, task, model.arrays, model.path, model.should_stop)
+    def _task(self, target: Target) -> TextTask:
+        images = {name: target.images.images[row] for name, row in self._conditioning.shown(target).items()}
+        counts = {kind: sum(name.startswith(kind) for name in images) for kind in CAPTIONS}
+        note = {"num_captions": counts, "why": "no caption remains that is not forgotten too"}
+        return TextTask(images=images, note=note, **self._networks)
 
     def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
         shown = [
@@ -111,7 +110,7 @@ class CaptionEvaluation(_OfText):
 
     def _forgotten(self, target: Target, arrays: Arrays) -> np.ndarray:
         """Samples of all forgotten captions that are shown, one after the other."""
-        names = [name for name in self._conditioning.shown(target) if name.startswith(captions.KINDS[0])]
+        names = [name for name in self._conditioning.shown(target) if name.startswith(CAPTIONS[0])]
         return thumbnails(np.concatenate([arrays[name] for name in names]))
 
     def _of(self, target: Target) -> dict:
@@ -120,7 +119,7 @@ class CaptionEvaluation(_OfText):
 
 
 def _small(arrays: Arrays) -> Arrays:
-    return {kind: thumbnails(arrays[kind]) for kind in prompts.KINDS}
+    return {kind: thumbnails(arrays[kind]) for kind in KINDS}
 
 
 def _small_pictures(pictures: dict) -> dict:

@@ -11,7 +11,7 @@ import pytest
 from retrack_jax.api import run
 from retrack_jax.checkpoints.stable_diffusion import load_pipeline
 from retrack_jax.checks import UserError
-from retrack_jax.evaluate.prompts import CLASSIFIERS, metric_names
+from retrack_jax.evaluate.concepts import CLASSIFIERS, EVALUATORS
 from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import write_safetensors
 from tests.metrics.feature_weights import random_state, sscd_shapes
@@ -45,7 +45,9 @@ def test_a_run_leaves_a_report_and_metrics_of_both_models(finished):
     assert summary["methods"]["retrack"]["runs"] == 1
     folder = tmp_path / "work" / "retrack" / "seed0-red_circle"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["unlearned"]) == set(metrics["pretrained"]) == set(metric_names())
+    assert (
+        set(metrics["unlearned"]) == set(metrics["pretrained"]) == {name for evaluator in EVALUATORS for name in evaluator.names}
+    )
     for name in ("clip_iqa_original", "sscd_original", "sscd_modified"):
         assert metrics["unlearned"][name] != metrics["pretrained"][name] and -1 <= metrics["unlearned"][name] <= 1
     assert "sscd_disc_mixup" in metrics["provenance"]["metrics"]["sscd_original"]["features"]

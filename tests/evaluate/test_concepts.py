@@ -6,18 +6,10 @@ import numpy as np
 import pytest
 
 from retrack_jax.data.sources.concepts import load_concept
+from retrack_jax.evaluate.concepts import EVALUATORS, concept_centers, concept_task, memorised_of_both
 from retrack_jax.evaluate.networks import load_sscd
-from retrack_jax.evaluate.prompts import (
-    EVALUATORS,
-    ConceptTask,
-    PromptSamples,
-    concept_centers,
-    load_clip_iqa,
-    memorised_of_both,
-    memorised_samples,
-    metric_names,
-)
 from retrack_jax.evaluate.results import Unavailable, evaluate
+from retrack_jax.evaluate.text import load_clip_iqa
 from tests.tiny_sd import CONCEPTS
 
 
@@ -25,19 +17,18 @@ def test_metrics_of_samples_with_a_known_answer(tmp_path):
     """One prompt draws the memorised picture, the other one that remains."""
     concept = load_concept({"dir": CONCEPTS, "resolution": 32, "cache_dir": tmp_path}, "red_circle")
     other = concept.images.images[concept.remain[:3]]
-    samples = PromptSamples({"original": np.stack([concept.memorised] * 3), "modified": other})
+    samples = {"original": np.stack([concept.memorised] * 3), "modified": other}
 
     def colours(images):
         return {"features": np.asarray(images, np.float32).mean(axis=(1, 2)) - 100}
 
     colours.description, colours.digest = "mean colour", "0" * 64
-    centers = concept_centers(concept, "joblib")
-    task = ConceptTask(concept=concept, centers=lambda: centers, centers_name="", sscd=lambda: colours, clip_iqa=None)
-    wanted = tuple(name for name in metric_names() if not name.startswith("clip_iqa"))
+    task = concept_task(concept, "joblib", sscd=lambda: colours, clip_iqa=None)
+    wanted = tuple(f"{metric}_{kind}" for metric in ("sscd", "success_rate") for kind in ("original", "modified"))
     found = evaluate(EVALUATORS, wanted, task, samples, tmp_path / "metrics.json").values
     assert found["success_rate_original"] == 0.0 and found["success_rate_modified"] == 1.0
     assert found["sscd_original"] == pytest.approx(1.0, abs=1e-6) and found["sscd_modified"] < 0.9
-    assert list(memorised_samples(task, samples, "original")) == [True] * 3
+    assert list(memorised_of_both(task, samples)["original"]) == [True] * 3
 
 
 def test_a_metric_without_its_files_is_unavailable_and_says_what_to_do(tmp_path, pipeline):
@@ -59,19 +50,13 @@ def test_a_metric_without_its_files_is_unavailable_and_says_what_to_do(tmp_path,
 def test_a_classifier_for_another_size_leaves_out_its_metric_alone(tmp_path):
     """A checkpoint of another resolution than the shipped classifier's is no reason to lose the other metrics."""
     concept = load_concept({"dir": CONCEPTS, "resolution": 16, "cache_dir": tmp_path}, "red_circle")
-    samples = PromptSamples({kind: concept.images.images[:3] for kind in ("original", "modified")})
+    samples = {kind: concept.images.images[:3] for kind in ("original", "modified")}
 
     def colours(images):
         return {"features": np.asarray(images, np.float32).mean(axis=(1, 2))}
 
     colours.description, colours.digest = "mean colour", "0" * 64
-    task = ConceptTask(
-        concept=concept,
-        centers=lambda: concept_centers(concept, "joblib"),
-        centers_name="",
-        sscd=lambda: colours,
-        clip_iqa=None,
-    )
+    task = concept_task(concept, "joblib", sscd=lambda: colours, clip_iqa=None)
     wanted = ("sscd_original", "success_rate_original")
     found = evaluate(EVALUATORS, wanted, task, samples, tmp_path / "metrics.json")
     assert set(found.values) == {"sscd_original"}
