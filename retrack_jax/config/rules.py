@@ -136,7 +136,7 @@ def complete(options: Options) -> Options:
     names = open_fields(options)
     for name, value, of_kinds in (("adapter", LORA, (XL, SD3)), ("logit_normal", (0.0, 1.0), (SD3,))):
         if kind in of_kinds and getattr(options.unlearn, name) is None:
-            options = _where_open(options, name, value)
+            options = _filled(options, {name: value})
             names.append(name)
     if not names:
         return options
@@ -150,14 +150,13 @@ def complete(options: Options) -> Options:
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind, rate)
     options = chosen_by_kind(options, kind)
     chosen |= {f"{group}.{name}": getattr(getattr(options, group), name) for group, name in _BY_KIND}
-    methods = {name: _filled(recipe, chosen) for name, recipe in options.methods.items()}
     if options.export is None:
         options = dataclasses.replace(options, export="pipeline" if kind == LATENTS else "unet")
     others = {"resolution": options.data.resolution, "export": options.export, "adapter": options.unlearn.adapter}
     others["logit_normal"] = options.unlearn.logit_normal
     shown = {name: {**chosen, **others}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
-    return dataclasses.replace(options, methods=methods, unlearn=_filled(options.unlearn, chosen))
+    return _filled(options, chosen)
 
 
 def chosen_by_kind(options: Options, kind: int) -> Options:
@@ -184,20 +183,14 @@ def _own_sampler(options: Options) -> str:
     return "dpm_solver" if config.get("_class_name") in ("DPMSolverMultistepScheduler", edm.DPM_SOLVER) else "euler"
 
 
-def _where_open(options: Options, field: str, value) -> Options:
-    """Returns `options` with a field of config.unlearn set for each method that does not say otherwise."""
-    methods = {
-        name: dataclasses.replace(recipe, **{field: value}) if getattr(recipe, field) is None else recipe
-        for name, recipe in options.methods.items()
-    }
-    return dataclasses.replace(options, methods=methods, unlearn=dataclasses.replace(options.unlearn, **{field: value}))
+def _filled(options: Options, chosen: dict) -> Options:
+    """Returns `options` with what config.unlearn and each method leave open set to the values of `chosen`."""
 
-
-def _filled(recipe: UnlearnOptions, chosen: dict) -> UnlearnOptions:
     def fill(record, **more):
         return dataclasses.replace(record, **{name: chosen[name] for name in chosen if getattr(record, name, 0) is None}, **more)
 
-    return fill(recipe, own=fill(recipe.own))
+    methods = {name: fill(recipe, own=fill(recipe.own)) for name, recipe in options.methods.items()}
+    return dataclasses.replace(options, methods=methods, unlearn=fill(options.unlearn, own=fill(options.unlearn.own)))
 
 
 def _fewest_remaining(options: Options) -> int:

@@ -4,10 +4,10 @@ Names are those of `metrics.json`. A name that is not here is shown as it is, wi
 and `_modified` are Stable Diffusion's two prompts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """How one metric is shown.
 
@@ -51,149 +51,50 @@ class Metric:
         return f"{self.text(mean)} ± {self.text(std)}"
 
 
+# fmt: off
 _METRICS = (
-    Metric(
-        name="frequency",
-        label="Frequency",
-        better="lower",
-        about="forgetting",
-        style="percent",
-        digits=2,
-        meaning="Share of samples that are the forgotten image, by distance in pixels. “0 (< b)”: no sample is, so the true "
-        "share is below b with 95% confidence.",
-    ),
-    Metric(
-        name="label_frequency",
-        label="Frequency under its label",
-        better="lower",
-        about="forgetting",
-        style="percent",
-        digits=2,
-        meaning="The same share among samples that were drawn under a forgotten image's own label.",
-    ),
-    Metric(
-        name="fid",
-        label="FID",
-        better="lower",
-        about="quality",
-        digits=2,
-        meaning="Fréchet distance between the features of samples and of the reference images.",
-    ),
-    Metric(
-        name="kid",
-        label="KID",
-        better="lower",
-        about="quality",
-        digits=4,
-        meaning="Kernel distance between the same features; unbiased for few samples.",
-    ),
-    Metric(
-        name="inception_score",
-        label="Inception score",
-        better="higher",
-        about="quality",
-        digits=2,
-        meaning="Samples that are each clearly of one class, and of many classes together, score high.",
-    ),
-    Metric(
-        name="inception_score_official",
-        label="Inception score (official)",
-        better="higher",
-        about="quality",
-        digits=2,
-        meaning="As the official code computes it, its network in training mode; depends on the batch.",
-    ),
-    Metric(
-        name="precision",
-        label="Precision",
-        better="higher",
-        about="quality",
-        meaning="Share of samples that lie among the reference images.",
-    ),
-    Metric(
-        name="recall",
-        label="Recall",
-        better="higher",
-        about="quality",
-        meaning="Share of reference images that lie among the samples.",
-    ),
-    Metric(
-        name="forget_loss",
-        label="Loss on forgotten",
-        about="forgetting",
-        meaning="Denoising loss on the forgotten images under the same noises for every model; retrain is the measure.",
-        digits=2,
-    ),
-    Metric(
-        name="nll_bits_per_dim",
-        label="NLL (bits/dim)",
-        better="higher",
-        about="forgetting",
-        meaning="Negative log-likelihood of the forgotten image; higher means the model finds it less likely.",
-    ),
-    Metric(
-        name="sscd",
-        label="SSCD",
-        better="lower",
-        about="forgetting",
-        meaning="Copy-detection similarity between the forgotten image and what the model restores from a noised copy of it.",
-    ),
-    Metric(
-        name="sscd_norm",
-        label="SSCD, normalized",
-        better="lower",
-        about="forgetting",
-        meaning="SSCD after the difference from the forgotten image is scaled to one size: only its direction counts.",
-    ),
-    Metric(
-        name="clip_iqa",
-        label="CLIP-IQA",
-        better="higher",
-        about="quality",
-        meaning="Image quality judged by CLIP between “Good photo.” and “Bad photo.”.",
-    ),
-    Metric(
-        name="success_rate",
-        label="Success rate",
-        better="higher",
-        about="forgetting",
-        style="percent",
-        digits=1,
-        meaning="Share of prompts for which no sample falls among the memorized ones.",
-    ),
-    Metric(
-        name="membership_auc",
-        label="Membership AUC",
-        meaning="How well an attack by the loss tells forgotten from held-out images; 0.5 is chance, and retrain is the measure.",
-    ),
-    Metric(
-        name="membership_auc_secmi",
-        label="Membership AUC (SecMI)",
-        meaning="The same for an attack by the error of a DDIM step there and back.",
-    ),
-    Metric(
-        name="label_share",
-        label="Label share",
-        better="lower",
-        about="forgetting",
-        style="percent",
-        digits=2,
-        meaning="Share of samples that the classifier takes for the forgotten label.",
-    ),
-    Metric(
-        name="relearning_steps",
-        label="Relearning steps",
-        style="count",
-        meaning="Steps of fine-tuning on the remaining images and one copy of each forgotten one, until the loss on the "
-        "forgotten is at most twice the pretrained model's; a curve that never gets there counts its last step.",
-    ),
-    Metric(
-        name="relearning_steps_remain",
-        label="Relearning steps, R only",
-        style="count",
-        meaning="The same on the remaining images alone.",
-    ),
+    Metric("frequency", "Frequency", "lower", "forgetting", "percent", 2,
+           "Share of samples that are the forgotten image, by distance in pixels. “0 (< b)”: no sample is, so the true "
+           "share is below b with 95% confidence."),
+    Metric("label_frequency", "Frequency under its label", "lower", "forgetting", "percent", 2,
+           "The same share among samples that were drawn under a forgotten image's own label."),
+    Metric("fid", "FID", "lower", "quality", "number", 2,
+           "Fréchet distance between the features of samples and of the reference images."),
+    Metric("kid", "KID", "lower", "quality", "number", 4,
+           "Kernel distance between the same features; unbiased for few samples."),
+    Metric("inception_score", "Inception score", "higher", "quality", "number", 2,
+           "Samples that are each clearly of one class, and of many classes together, score high."),
+    Metric("inception_score_official", "Inception score (official)", "higher", "quality", "number", 2,
+           "As the official code computes it, its network in training mode; depends on the batch."),
+    Metric("precision", "Precision", "higher", "quality", "number", 3,
+           "Share of samples that lie among the reference images."),
+    Metric("recall", "Recall", "higher", "quality", "number", 3,
+           "Share of reference images that lie among the samples."),
+    Metric("forget_loss", "Loss on forgotten", "", "forgetting", "number", 2,
+           "Denoising loss on the forgotten images under the same noises for every model; retrain is the measure."),
+    Metric("nll_bits_per_dim", "NLL (bits/dim)", "higher", "forgetting", "number", 3,
+           "Negative log-likelihood of the forgotten image; higher means the model finds it less likely."),
+    Metric("sscd", "SSCD", "lower", "forgetting", "number", 3,
+           "Copy-detection similarity between the forgotten image and what the model restores from a noised copy of it."),
+    Metric("sscd_norm", "SSCD, normalized", "lower", "forgetting", "number", 3,
+           "SSCD after the difference from the forgotten image is scaled to one size: only its direction counts."),
+    Metric("clip_iqa", "CLIP-IQA", "higher", "quality", "number", 3,
+           "Image quality judged by CLIP between “Good photo.” and “Bad photo.”."),
+    Metric("success_rate", "Success rate", "higher", "forgetting", "percent", 1,
+           "Share of prompts for which no sample falls among the memorized ones."),
+    Metric("membership_auc", "Membership AUC", "", "", "number", 3,
+           "How well an attack by the loss tells forgotten from held-out images; 0.5 is chance, and retrain is the measure."),
+    Metric("membership_auc_secmi", "Membership AUC (SecMI)", "", "", "number", 3,
+           "The same for an attack by the error of a DDIM step there and back."),
+    Metric("label_share", "Label share", "lower", "forgetting", "percent", 2,
+           "Share of samples that the classifier takes for the forgotten label."),
+    Metric("relearning_steps", "Relearning steps", "", "", "count", 3,
+           "Steps of fine-tuning on the remaining images and one copy of each forgotten one, until the loss on the "
+           "forgotten is at most twice the pretrained model's; a curve that never gets there counts its last step."),
+    Metric("relearning_steps_remain", "Relearning steps, R only", "", "", "count", 3,
+           "The same on the remaining images alone."),
 )
+# fmt: on
 METRICS = {metric.name: metric for metric in _METRICS}
 # With prompts, SSCD looks at the samples: nothing is restored.
 _PROMPT_MEANINGS = {"sscd": "Copy-detection similarity of the picture of a prompt and the samples of the prompt, their mean."}
@@ -225,8 +126,8 @@ def describe(name: str) -> Metric:
         if name.endswith(suffix) and base:
             meaning = _PROMPT_MEANINGS.get(base.name, base.meaning)
             if name == "sscd_kept":  # samples that differ from their picture may be as good
-                base = Metric(**{**vars(base), "better": "", "about": ""})
-            return Metric(**{**vars(base), "name": name, "label": f"{base.label}, {prompt}", "meaning": meaning})
+                base = replace(base, better="", about="")
+            return replace(base, name=name, label=f"{base.label}, {prompt}", meaning=meaning)
     return Metric(name=name, label=name.replace("_", " ").capitalize())
 
 
