@@ -8,10 +8,9 @@ from retrack_jax import files
 from retrack_jax.checks import check
 from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.excluded import without
+from retrack_jax.data.excluded import resolve_remaining, without
 from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.sources.load import load_captioned_images, load_concepts, load_images
-from retrack_jax.data.target_names import resolve_target
 from retrack_jax.problem.target import Target, make_target
 
 
@@ -28,12 +27,12 @@ class ImageData:
 
     def __init__(self, options: DataOptions, captioned: bool = False):
         load = load_captioned_images if captioned else load_images
-        training, self.held_out = split_held_out(load(dataclasses.asdict(options)), options.held_out)
-        self.images: ImageSet = without(training, options.exclude)
+        self._training, self.held_out = split_held_out(load(dataclasses.asdict(options)), options.held_out)
+        self.images: ImageSet = without(self._training, options.exclude)
 
     def target(self, spec: str) -> Target:
         """Returns what `spec` names. Raises `UserError` for a name that is not there, or for everything at once."""
-        forget = resolve_target(spec, self.images)
+        forget = resolve_remaining(spec, self.images, self._training)
         return make_target(spec, self.images, forget, np.setdiff1d(np.arange(len(self.images)), forget))
 
     def digests(self, target: Target | None = None) -> dict[str, str]:
