@@ -90,4 +90,4 @@ def test_labels_that_do_not_fit_the_network_end_the_command_with_one_line(tmp_pa
     assert run(tmp_path, **{"model.num_class_embeds": None}) == 2
     assert "config.data.null_label: the network takes no class labels" in error_of(capsys)
     assert run(tmp_path, **{"data.exclude": "label:4", "targets": ("label:4",)}) == 2
-    assert "no image of digits_tshirt, without 181 excluded has label 4" in error_of(capsys)
+    assert "the target 'label:4' names digit_0004, digit_0014, digit_0024, which config.data.exclude" in error_of(capsys)
