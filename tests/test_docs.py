@@ -38,6 +38,7 @@ _PATH = re.compile(rf"(?<![\w/.*-])((?:retrack_jax|tests|configs|docs|launch)/[\
 _PLACEHOLDER = re.compile(r"(^|/)(NAME|FILE)\.py$")
 _MODULE = re.compile(r"(?<![\w/.@])((?:retrack_jax|tests)(?:\.[a-zA-Z]\w*)+)")
 _FIELD = re.compile(r"(?<![\w.])config((?:\.[a-z_0-9]+|\.METHOD)+)(?![\w(*])")
+_BENCHMARK = re.compile(r"-m (tests\.benchmarks[\w.]*)((?:[ \\n]+(?!python|`)[^\s`;,]+)*)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 # `path.py`: `name` and `name` in `path.py`.
 _NAMES = (re.compile(rf"`({_FILE})`: `([\w.]+)`"), re.compile(rf"`(?P<name>[\w.]+)` in `(?P<file>{_FILE})`"))
@@ -105,6 +106,15 @@ def test_the_walks_and_the_table_of_what_to_touch_are_checked():
 @each_document
 def test_modules_and_their_names_exist(document):
     assert not sorted(name for name in set(_MODULE.findall(read(document))) if not is_importable(name))
+
+
+@pytest.mark.parametrize("document", [*NOT_THE_CHANGELOG, *ROOT.glob("docs/results/*.json")], ids=lambda path: path.name)
+def test_benchmarks_have_the_flags_that_are_shown(document):
+    for module, rest in _BENCHMARK.findall(document.read_text()):
+        source = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        source = source if source.exists() else ROOT.joinpath(*module.split("."), "__main__.py")
+        known = source.read_text()
+        assert not [flag for flag in re.findall(r"--[a-z_-]+", rest) if flag not in known], (module, rest)
 
 
 @each_document

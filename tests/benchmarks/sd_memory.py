@@ -213,6 +213,8 @@ if __name__ == "__main__":
         arguments()
     elif sys.argv[1:2] == ["step"]:
         flags = dict(word.removeprefix("--").split("=") for word in sys.argv[2:] if word.startswith("--"))
+        if unknown := set(flags) - {"network", "tpu"}:
+            sys.exit(f"unknown: {', '.join(sorted(unknown))}\n{__doc__}")
         if "tpu" in flags:
             plan_for(flags["tpu"])
         words = [word for word in sys.argv[2:] if not word.startswith("--")]
