@@ -5,14 +5,15 @@ import shutil
 from pathlib import Path
 
 from retrack_jax.checkpoints.diffusers_export import export_diffusers, licenses, model_card, replacing
-from retrack_jax.checkpoints.stable_diffusion import Pipeline
+from retrack_jax.checkpoints.stable_diffusion import TEXT_ENCODERS, Pipeline
 from retrack_jax.checks import check
 from retrack_jax.files import read_object, write_bytes, write_json, write_text
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, NETWORK_FOLDERS, model_folder, read_config
+from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders, tokenizer_of
 
-# Weights of one precision among several: `model.fp16.safetensors`.
-_VARIANT = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\.\w+(\.safetensors|\.bin)")
+# Weights, whole, in shards or their index; of one precision among several: `model.fp16.safetensors`, `model.bin.index.fp16.json`.
+_WEIGHTS = re.compile(r"(\w*model)(?:\.(\w+?))?(?:-\d+-of-\d+)?(\.safetensors|\.bin)(?:\.index(?:\.(\w+))?\.json)?")
 
 
 def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
@@ -50,36 +51,43 @@ def export_folder(path, source: Path, module, params: PyTree, *, note: str | Non
 def _name_plainly(folder: Path) -> None:
     """Renames a variant's weights if there are no others of their kind: our network is exported as no variant, and diffusers
     reads all parts of one pipeline under one variant."""
-    variants: dict[str, list[Path]] = {}
+    variants: dict[tuple[str, str], dict[Path, str]] = {}
     for file in folder.iterdir():
-        if match := _VARIANT.fullmatch(file.name):
-            variants.setdefault(match[1] + match[2], []).append(file)
-    for name, files in variants.items():
-        if len(files) == 1 and not (folder / name).exists():
-            files[0].rename(folder / name)
+        if match := _WEIGHTS.fullmatch(file.name):
+            variants.setdefault((match[1], match[3]), {})[file] = match[2] or match[4] or ""
+    for files in variants.values():
+        if len(names := set(files.values())) > 1 or names == {""}:
+            continue
+        for file, variant in files.items():
+            if file.suffix == ".json":
+                index = read_object(file)
+                parts = {name: part.replace(f".{variant}-", "-") for name, part in index["weight_map"].items()}
+                write_json(file, {**index, "weight_map": parts})
+            file.rename(folder / file.name.replace(f".{variant}", "", 1))
 
 
 def _model_index(source: Path, parts: set[str]) -> dict:
     """The source's index without the parts that the source itself lacks, which diffusers would look for."""
-    default: dict = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    index = pipeline_index(source) or _index_of_parts(source, parts)
+    lacking = [name for name, value in index.items() if isinstance(value, list) and name not in parts]
+    return index | {name: [None, None] for name in lacking}
+
+
+def _index_of_parts(source: Path, parts: set[str]) -> dict:
+    """The index of a pipeline that has none, as old ones."""
+    usual = "PNDMScheduler" if "text_encoder" in parts else "DDIMScheduler"
+    scheduler = read_object(source / "scheduler" / "scheduler_config.json").get("_class_name", usual)
+    index: dict = {"scheduler": ["diffusers", scheduler]}
     if "text_encoder" not in parts:
         coder = next(name for name in AUTOENCODER_FOLDERS if name in parts)
-        kind = read_config(source / coder)["_class_name"]
         name = "DiTPipeline" if "transformer" in parts else "LDMPipeline"
-        default = {"_class_name": name, "scheduler": ["diffusers", "DDIMScheduler"], coder: ["diffusers", kind]}
-    if (source / "model_index.json").is_file():
-        default = read_object(source / "model_index.json")
-    else:
-        scheduler = read_object(source / "scheduler" / "scheduler_config.json")
-        default["scheduler"][1] = scheduler.get("_class_name", default["scheduler"][1])
-    lacking = [name for name, value in default.items() if isinstance(value, list) and name not in parts]
-    return default | {name: [None, None] for name in lacking}
+        return index | {"_class_name": name, coder: ["diffusers", read_config(source / coder)["_class_name"]]}
+    texts, sd3 = text_encoders(source), is_sd3(source)
+    index |= {"_class_name": list(TEXT_ENCODERS)[2 if sd3 else len(texts) - 1], "vae": ["diffusers", "AutoencoderKL"]}
+    for part in texts:
+        clip = "CLIPTextModelWithProjection" if sd3 or part != texts[0] else "CLIPTextModel"
+        classes = ("T5EncoderModel", "T5TokenizerFast") if part == T5 else (clip, "CLIPTokenizer")
+        index |= {name: ["transformers", kind] for name, kind in zip((part, tokenizer_of(part)), classes, strict=True)}
+    if len(texts) == 1:
+        index |= {"feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None]}
+    return index

@@ -41,11 +41,11 @@ from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_config, weights_digest
 from retrack_jax.weights.hub import local_model
-from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders
+from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders, tokenizer_of
 from retrack_jax.weights.names import DIFFUSERS, from_torch, param_shapes
 
 # diffusers' class of a supported pipeline -> its text encoders; each has a tokenizer of the same number.
-_TEXT_ENCODERS = {
+TEXT_ENCODERS = {
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
     "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2"),
@@ -144,7 +144,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         own = params(part, module, ids, names=TRANSFORMERS_WEIGHTS, table=T5_TABLE if part == T5 else TEXT_TABLE)
         if len(parts) == 1:  # two take 3.3 GB, which training needs: they stay on the host
             own = jax.device_put(own)
-        return TextEncoder(module, own, tokenizer, partial(_text_digest, folder / part, file, module))
+        return TextEncoder(module, own, tokenizer, partial(_text_digest, folder / part, file, dtype))
 
     vae_weights = weights_digest(folder / "vae") if file is None else file.digest
     return Pipeline(
@@ -184,18 +184,19 @@ def check_pipeline(folder) -> tuple[str, ...]:
     hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/guide/text-to-image.md)"
     check(there, f"no folder {folder}; {hint}")
     index, sd3 = pipeline_index(folder), is_sd3(folder)
-    name = str(index.get("_class_name", list(_TEXT_ENCODERS)[2 if sd3 else (folder / "text_encoder_2").is_dir()]))
+    name = str(index.get("_class_name", list(TEXT_ENCODERS)[2 if sd3 else (folder / "text_encoder_2").is_dir()]))
     if "XL" in name and (index.get("requires_aesthetics_score") or not (folder / "text_encoder").is_dir()):
         refiner = (folder / "text_encoder_2").is_dir()
         check(not refiner, f"{folder} holds Stable Diffusion XL's refiner, which is not supported; give the base model's folder")
-    check(name in _TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
-    encoders = text_encoders(folder) if sd3 else _TEXT_ENCODERS[name]
+    check(name in TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
+    encoders = text_encoders(folder) if sd3 else TEXT_ENCODERS[name]
     network = "transformer" if name == "StableDiffusion3Pipeline" else "unet"
-    parts = (network, "vae", *encoders, *(part.replace("text_encoder", "tokenizer") for part in encoders), "scheduler")
+    parts = (network, "vae", *encoders, *map(tokenizer_of, encoders), "scheduler")
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
+        without = f", or set {T5} and tokenizer_3 to [null, null] in model_index.json to do without T5" if T5 in missing else ""
         raise UserError(
-            f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/guide/text-to-image.md)"
+            f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/guide/text-to-image.md){without}"
         )
     return encoders
 
@@ -203,8 +204,8 @@ def check_pipeline(folder) -> tuple[str, ...]:
 def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
     """Returns float32 `[P, N, D]`: the text encoder's hidden states after its final norm, padding included, N = 77 for CLIP.
 
-    Of XL and 3 it is the dict of `text_encoders.encode_ids`; XL's UNet takes it with `time_ids` added. A prompt longer than 75
-    tokens is cut, with a warning that says how long it is.
+    Of XL and 3 it is the dict of `text_encoders.encode_ids`; XL's UNet takes it with `time_ids` added. Of a long prompt CLIP
+    reads 75 tokens and T5 255, with a warning.
     """
     warn_of_cuts(pipeline.text_encoders, prompts)
     return padded(encode_ids(pipeline.text_encoders, token_ids(pipeline.text_encoders, prompts)), pipeline.padded_width)
@@ -216,9 +217,9 @@ def empty_prompt(pipeline: Pipeline) -> Condition:
     return jax.tree.map(jnp.zeros_like, empty) if pipeline.zeros_for_empty else empty
 
 
-def _text_digest(folder: Path, file: SingleFile | None, module: TextModule) -> str:
+def _text_digest(folder: Path, file: SingleFile | None, dtype) -> str:
     weights = weights_digest(folder, TRANSFORMERS_WEIGHTS) if file is None else file.digest
-    return json_digest([read_config(folder), weights, str(jnp.dtype(module.dtype))])
+    return json_digest([read_config(folder), weights, str(jnp.dtype(dtype))])
 
 
 def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, texts: Sequence[TextModule]) -> None:
@@ -263,7 +264,7 @@ def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, 
 def _check_texts(folder: Path, transformer: MMDiT, texts: Sequence[TextModule]) -> None:
     """Raises `UserError` unless Stable Diffusion 3's transformer takes what its text encoders give."""
     clips, takes = [text for text in texts if isinstance(text, ClipTextEncoder)], transformer.joint_attention_dim
-    width, given = sum(text.hidden_size for text in clips), [text.d_model for text in texts if isinstance(text, T5Encoder)]
+    width, given = sum(text.hidden_size for text in clips), [text.of.d_model for text in texts if isinstance(text, T5Encoder)]
     check(width <= takes, f"{folder}: the transformer reads prompts of {takes} features, the text encoders give {width}")
     check(set(given) <= {takes}, f"{folder}: the transformer reads prompts of {takes} features, T5 gives {sum(given)}")
     pooled, takes = sum(text.projection_dim for text in clips), transformer.pooled_projection_dim

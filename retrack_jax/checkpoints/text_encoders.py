@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import check
+from retrack_jax.checks import check, shown
 from retrack_jax.files import json_digest
 from retrack_jax.models.clip_text import ClipTextEncoder
-from retrack_jax.models.t5_text import T5Encoder
+from retrack_jax.models.t5_text import T5Encoder, states_by_layers
 from retrack_jax.models.tokenizer import T5_LENGTH, ClipTokenizer, PromptTokenizer, load_t5_tokenizer, load_tokenizer
 from retrack_jax.models.unet2d_condition import Condition
 from retrack_jax.notation import Array, PyTree
 from retrack_jax.weights.folder import read_config
-from retrack_jax.weights.kinds import T5
+from retrack_jax.weights.kinds import T5, tokenizer_of
 from retrack_jax.weights.names import RenameTable
 
 # Names of transformers' `CLIPTextModel` began with `text_model.` until version 5; old versions saved a buffer of positions.
@@ -67,9 +67,9 @@ def read_modules(
     check(len(set(lengths)) == 1, f"{folder}: the tokenizers cut prompts at {lengths} tokens; they must agree")
     if T5 in parts:
         module = T5Encoder.from_config(read_config(folder / T5), dtype=dtype)
-        tokenizer = load_t5_tokenizer(folder / _tokenizer(T5))
+        tokenizer = load_t5_tokenizer(folder / tokenizer_of(T5))
         size = tokenizer.backend.get_vocab_size()
-        check(size <= module.vocab_size, f"{folder}: tokenizer_3 has {size} tokens, {T5} {module.vocab_size}")
+        check(size <= module.of.vocab_size, f"{folder}: tokenizer_3 has {size} tokens, {T5} {module.of.vocab_size}")
         read.append((module, tokenizer))
     return read
 
@@ -80,7 +80,7 @@ def _clip(folder: Path, part: str, dtype, projects: bool) -> tuple[ClipTextEncod
         check("projection_dim" in config, f"{folder / part}: the config has no projection_dim; give the folder of one model")
         own["projection_dim"] = config["projection_dim"]
     module = ClipTextEncoder.from_config(config, dtype=dtype, **own)
-    tokenizer = load_tokenizer(folder / _tokenizer(part))
+    tokenizer = load_tokenizer(folder / tokenizer_of(part))
     known = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < module.vocab_size
     check(
         known and tokenizer.length <= module.max_position_embeddings,
@@ -89,21 +89,18 @@ def _clip(folder: Path, part: str, dtype, projects: bool) -> tuple[ClipTextEncod
     return module, tokenizer
 
 
-def _tokenizer(part: str) -> str:
-    return part.replace("text_encoder", "tokenizer")
-
-
 def token_ids(encoders: Sequence[TextEncoder], prompts: Sequence[str]) -> np.ndarray:
     """Returns int32 `[P, N]`: each prompt's ids by each tokenizer, N being the sum of their lengths."""
     return np.concatenate([encoder.tokenizer(prompts) for encoder in encoders], axis=1)
 
 
 def warn_of_cuts(encoders: Sequence[TextEncoder], prompts: Sequence[str]) -> None:
-    """Warns of prompts that are cut to the encoders' length."""
-    tokenizer = encoders[0].tokenizer
-    for prompt in prompts:
-        if (count := tokenizer.count(prompt)) > tokenizer.length:
-            _log.warning("a prompt of %d tokens is cut to %d: %.60s", count, tokenizer.length, prompt)
+    """Warns of prompts of which CLIP or T5 reads a part."""
+    for name, one in zip(("CLIP", "T5"), (encoders[0], *encoders[2:]), strict=False):
+        tokenizer = one.tokenizer
+        if long := [prompt for prompt in prompts if tokenizer.count(prompt) > tokenizer.length]:
+            which = shown([f"{prompt:.60}" for prompt in long])
+            _log.warning("%s reads the first %d tokens of %d longer prompts: %s", name, tokenizer.length, len(long), which)
 
 
 def encode_ids(encoders: Sequence[TextEncoder], ids: np.ndarray) -> Condition:
@@ -113,24 +110,25 @@ def encode_ids(encoders: Sequence[TextEncoder], ids: np.ndarray) -> Condition:
     pooled states of those that have a projection; with T5 also its states, `t5_states`. Stable Diffusion 3's are still to be
     `padded`.
     """
-    modules, params = (tuple(getattr(one, name) for one in encoders) for name in ("module", "params"))
-    return _encode(modules, tuple(one.tokenizer.length for one in encoders), params, jnp.asarray(ids))
+    parts = np.cumsum([one.tokenizer.length for one in encoders])[:-1]
+    *clips, t5 = encoders if len(encoders) == 3 else (*encoders, None)
+    modules, params = (tuple(getattr(one, name) for one in clips) for name in ("module", "params"))
+    each = jnp.split(jnp.asarray(ids), parts, axis=1)
+    condition = _encode(modules, params, each[: len(clips)])
+    if t5 is None:
+        return condition
+    return {**condition, "t5_states": states_by_layers(t5.module, t5.params, each[2]).astype(jnp.float32)}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _encode(modules: tuple, lengths: tuple[int, ...], params: tuple[PyTree, ...], ids: Array) -> Condition:
-    parts = list(zip(modules, params, jnp.split(ids, np.cumsum(lengths)[:-1], axis=1), strict=True))
-
-    def last_states(module, own: PyTree, ids: Array) -> Array:
-        return module.apply({"params": own}, ids).astype(jnp.float32)
-
-    if len(parts) == 1:
-        return last_states(*parts[0])
-    both = [module.apply({"params": own}, ids, method="penultimate_and_pooled") for module, own, ids in parts[:2]]
+@partial(jax.jit, static_argnums=0)
+def _encode(modules: tuple[ClipTextEncoder, ...], params: tuple[PyTree, ...], ids: Sequence[Array]) -> Condition:
+    if len(modules) == 1:
+        return modules[0].apply({"params": params[0]}, ids[0]).astype(jnp.float32)
+    parts = zip(modules, params, ids, strict=True)
+    both = [module.apply({"params": own}, part, method="penultimate_and_pooled") for module, own, part in parts]
     states = jnp.concatenate([states.astype(jnp.float32) for states, _ in both], axis=-1)
-    pooled = [pooled for module, (_, pooled) in zip(modules[:2], both, strict=True) if module.projection_dim is not None]
-    condition = {"encoder_hidden_states": states, "text_embeds": jnp.concatenate(pooled, axis=-1).astype(jnp.float32)}
-    return condition if len(parts) == 2 else {**condition, "t5_states": last_states(*parts[2])}
+    pooled = [pooled for module, (_, pooled) in zip(modules, both, strict=True) if module.projection_dim is not None]
+    return {"encoder_hidden_states": states, "text_embeds": jnp.concatenate(pooled, axis=-1).astype(jnp.float32)}
 
 
 def padded(condition: Condition, width: int | None) -> Condition:

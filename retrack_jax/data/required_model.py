@@ -12,7 +12,7 @@ from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_f
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, NETWORK_FOLDERS, TRANSFORMERS_WEIGHTS, find_weights, schedule_places
-from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, takes_prompts, text_encoders
+from retrack_jax.weights.kinds import T5, autoencoder_folder, is_sd3, takes_prompts, text_encoders, tokenizer_of
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
@@ -54,9 +54,10 @@ def _pipeline(folder: Path, how: dict) -> Iterator[Requirement]:
     texts = text_encoders(folder)
     for part in ("transformer" if is_sd3(folder) else "unet", "vae", *texts):
         yield from _network(folder, part, part, TRANSFORMERS_WEIGHTS if part in texts else DIFFUSERS_WEIGHTS, how)
-    for tokenizer in (folder / part.replace("text_encoder", "tokenizer") for part in texts):
+    for part in texts:
+        tokenizer = folder / tokenizer_of(part)
         pair, whole = [tokenizer / name for name in ("vocab.json", "merges.txt")], tokenizer / "tokenizer.json"
-        if tokenizer.name.endswith("3") or (whole.is_file() and not all(path.is_file() for path in pair)):  # T5's
+        if part == T5 or (whole.is_file() and not all(path.is_file() for path in pair)):
             pair = [whole]
         for path in pair:
             yield requirement(tokenizer.name, path, if_file(path), **how)

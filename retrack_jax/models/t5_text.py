@@ -5,6 +5,8 @@ head by the distance of two tokens, which the first layer holds for all. Padding
 """
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +17,9 @@ import numpy as np
 from retrack_jax.checks import check, check_int, check_number
 from retrack_jax.models.config_format import LARGEST, MOST_LAYERS
 from retrack_jax.models.layer_norm import RMSNorm
-from retrack_jax.notation import Array
+from retrack_jax.notation import Array, PyTree
 
+_WHERE = "text_encoder_3 config"
 _COUNTS = (
     "vocab_size d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets relative_attention_max_distance"
 ).split()
@@ -36,13 +39,9 @@ def distance_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     return (bucket + half * (distance > 0)).astype(np.int32)
 
 
-class T5Encoder(nn.Module):
-    """Token ids `[B, N]` int32 to hidden states `[B, N, d_model]`.
-
-    Attributes:
-      dtype: the dtype of the activations; parameters keep theirs.
-      All others, and their defaults, are those of transformers' `T5Config`, but for the gated feed-forward layer.
-    """
+@dataclass(frozen=True, kw_only=True)
+class T5Sizes:
+    """Fields and defaults of transformers' `T5Config`, and the dtype of the activations; parameters keep theirs."""
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -55,48 +54,69 @@ class T5Encoder(nn.Module):
     layer_norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
-    @classmethod
-    def from_config(cls, config: dict, **overrides) -> "T5Encoder":
-        """Returns the encoder of a `text_encoder_3/config.json`. Raises `UserError` that names what is not supported."""
-        where = "text_encoder_3 config"
-        kind, layer = config.get("model_type", "t5"), config.get("feed_forward_proj", "relu")
-        check(kind == "t5", f"{where}: model_type is {kind!r}; only t5 is supported")
-        check(layer == "gated-gelu", f"{where}: feed_forward_proj is {layer!r}; only gated-gelu, T5's version 1.1, is supported")
-        fields = {key: config[key] for key in (*_COUNTS, "layer_norm_epsilon") if key in config}
-        module = cls(**{**fields, **overrides})
+    def __post_init__(self):
         for name in _COUNTS:
-            check_int(f"{where}: {name}", getattr(module, name), 1, MOST_LAYERS if name == "num_layers" else LARGEST)
-        buckets, farthest = module.relative_attention_num_buckets, module.relative_attention_max_distance
+            check_int(f"{_WHERE}: {name}", getattr(self, name), 1, MOST_LAYERS if name == "num_layers" else LARGEST)
+        buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         check(
             buckets >= 4 and farthest > buckets // 4,
-            f"{where}: {buckets} buckets of distances up to {farthest}; there must be 4 or more, and greater distances",
+            f"{_WHERE}: {buckets} buckets of distances up to {farthest}; there must be 4 or more, and greater distances",
         )
-        check_number(f"{where}: layer_norm_epsilon", module.layer_norm_epsilon, 0.0, 1.0)
-        return module
+        check_number(f"{_WHERE}: layer_norm_epsilon", self.layer_norm_epsilon, 0.0, 1.0)
+
+
+class T5Encoder(nn.Module):
+    """Token ids `[B, N]` int32 to hidden states `[B, N, d_model]`."""
+
+    of: T5Sizes
+
+    @classmethod
+    def from_config(cls, config: dict, dtype=jnp.float32) -> "T5Encoder":
+        """Returns the encoder of a `text_encoder_3/config.json`. Raises `UserError` that names what is not supported."""
+        kind, layer = config.get("model_type", "t5"), config.get("feed_forward_proj", "relu")
+        check(kind == "t5", f"{_WHERE}: model_type is {kind!r}; only t5 is supported")
+        check(layer == "gated-gelu", f"{_WHERE}: feed_forward_proj is {layer!r}; only gated-gelu, T5's version 1.1, is supported")
+        return cls(T5Sizes(**{name: config[name] for name in (*_COUNTS, "layer_norm_epsilon") if name in config}, dtype=dtype))
 
     @nn.compact
     def __call__(self, ids_BN: Array) -> Array:
-        x_BND = nn.Embed(self.vocab_size, self.d_model, dtype=self.dtype, name="shared")(ids_BN)
-        return _Stack(self, name="encoder")(x_BND)
+        return _Stack(self.of, name="encoder")(_embed(self.of, name="shared")(ids_BN))
+
+
+def states_by_layers(encoder: T5Encoder, params: PyTree, ids_BN: Array) -> Array:
+    """Returns what `encoder.apply` does, by one program after the other, each of one layer and its parameters.
+
+    XXL in float16 is 9.5 GB, and on a CPU one program of all layers would hold it twice more in float32.
+    """
+    of, layers = encoder.of, params["encoder"]
+    x_BND, bias = _applied(_embed(of), params["shared"], ids_BN), None
+    for index in range(of.num_layers):
+        x_BND, bias = _applied(_Block(of), layers[f"block_{index}"], x_BND, bias)
+    return _applied(_norm(of), layers["final_layer_norm"], x_BND)
+
+
+@partial(jax.jit, static_argnums=0)
+def _applied(module: nn.Module, params: PyTree, *inputs: Array) -> PyTree:
+    return module.apply({"params": params}, *inputs)
 
 
 class _Stack(nn.Module):
     """The layers and the norm after them; `of` has the sizes."""
 
-    of: T5Encoder
+    of: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
         bias = None
         for index in range(self.of.num_layers):
             x_BND, bias = _Block(self.of, name=f"block_{index}")(x_BND, bias)
-        return _norm(self.of, "final_layer_norm")(x_BND)
+        return _norm(self.of, name="final_layer_norm")(x_BND)
 
 
 class _Block(nn.Module):
     """Attention and a gated feed-forward layer, each after a norm."""
 
-    of: T5Encoder
+    of: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
@@ -105,26 +125,26 @@ class _Block(nn.Module):
 
 
 class _AttentionLayer(nn.Module):
-    of: T5Encoder
+    of: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
-        mixed, bias = _Attention(self.of, name="SelfAttention")(_norm(self.of, "layer_norm")(x_BND), bias)
+        mixed, bias = _Attention(self.of, name="SelfAttention")(_norm(self.of, name="layer_norm")(x_BND), bias)
         return x_BND + mixed, bias
 
 
 class _FeedForwardLayer(nn.Module):
-    of: T5Encoder
+    of: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        return x_BND + _GatedGelu(self.of, name="DenseReluDense")(_norm(self.of, "layer_norm")(x_BND))
+        return x_BND + _GatedGelu(self.of, name="DenseReluDense")(_norm(self.of, name="layer_norm")(x_BND))
 
 
 class _Attention(nn.Module):
     """Attention with the bias `[1, H, N, N]`, made here if none is given; the softmax is taken in float32."""
 
-    of: T5Encoder
+    of: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
@@ -141,7 +161,7 @@ class _Attention(nn.Module):
 
 
 class _GatedGelu(nn.Module):
-    of: T5Encoder
+    of: T5Sizes
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -149,9 +169,13 @@ class _GatedGelu(nn.Module):
         return _dense(self.of, self.of.d_model, "wo")(gate * _dense(self.of, self.of.d_ff, "wi_1")(x))
 
 
-def _dense(of: T5Encoder, features: int, name: str) -> nn.Dense:
+def _dense(of: T5Sizes, features: int, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=of.dtype, name=name)
 
 
-def _norm(of: T5Encoder, name: str) -> RMSNorm:
-    return RMSNorm(of.layer_norm_epsilon, of.dtype, name=name)
+def _embed(of: T5Sizes, **name) -> nn.Embed:
+    return nn.Embed(of.vocab_size, of.d_model, dtype=of.dtype, **name)
+
+
+def _norm(of: T5Sizes, **name) -> RMSNorm:
+    return RMSNorm(of.layer_norm_epsilon, of.dtype, **name)

@@ -42,8 +42,9 @@ class Captions(Conditioning):
         self._states, self._num_captions = states, options.sampling.num_captions
         self._takes_sizes = takes_sizes
         self._whole = time_ids_of_whole(options.data.resolution) if self._takes_sizes else None
-        self.null = with_time_ids(encode(options.sampling.negative_prompt), self._whole)
         self.dropped, self.dropout = encode(""), options.data.caption_dropout  # a dropped caption leaves the sizes
+        negative = options.sampling.negative_prompt
+        self.null = with_time_ids(encode(negative) if negative else self.dropped, self._whole)
         self.digests = {"text encoder in config.checkpoint": states.digest}
         if self._takes_sizes:  # force_zeros_for_empty_prompt of model_index.json
             self.digests["empty prompt in config.checkpoint"] = "states" if np.any(self.dropped["text_embeds"]) else "zeros"

@@ -5,24 +5,20 @@ dict of arrays (checkpoints/text_encoders.py), 636 kB, and so does Stable Diffus
 zeros take its place when a row is read. They are mapped into memory, and a batch reads the rows that it needs.
 """
 
-import dataclasses
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from retrack_jax import files
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
-from retrack_jax.checkpoints.text_encoders import TextEncoder, encode_ids, padded, text_digest, token_ids
-from retrack_jax.checks import shown
+from retrack_jax.checkpoints.text_encoders import TextEncoder, encode_ids, padded, text_digest, token_ids, warn_of_cuts
 from retrack_jax.log import progress
 from retrack_jax.notation import PyTree
 
 _VERSION = 1
 _BATCH = 16  # captions encoded at once
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +52,7 @@ def text_states(pipeline: Pipeline, captions: Sequence[str], cache_dir) -> TextS
     """Returns the states of `captions`, which may come several times, from the cache if it has them."""
     distinct = sorted(set(captions))
     tokenizer, encoders = pipeline.tokenizer, pipeline.text_encoders
-    if long := [caption for caption in distinct if tokenizer.count(caption) > tokenizer.length]:
-        cut = shown([f"{caption:.60}" for caption in long])
-        log.warning("%d captions of more than %d tokens are cut, as diffusers does: %s", len(long), tokenizer.length, cut)
+    warn_of_cuts(encoders, distinct)
     ids_PN, row_of_caption = np.unique(token_ids(encoders, distinct), axis=0, return_inverse=True)
     digest = text_digest(encoders)
     path = files.cache_path(cache_dir, "captions", [_VERSION, files.array_digest(ids_PN), digest], "npy")
@@ -77,7 +71,8 @@ def text_states(pipeline: Pipeline, captions: Sequence[str], cache_dir) -> TextS
 
 
 def _encode(encoders: Sequence[TextEncoder], ids_PN: np.ndarray, path) -> None:
-    encoders = [dataclasses.replace(one, params=jax.device_put(one.params)) for one in encoders]  # until all is encoded
+    # Until all is encoded; T5 is put there layer by layer.
+    encoders = [replace(one, params=jax.device_put(one.params)) if number < 2 else one for number, one in enumerate(encoders)]
     shapes = jax.eval_shape(lambda ids: encode_ids(encoders, ids), ids_PN[:1])
     whole = isinstance(shapes, dict)  # one file has both arrays, caption by caption
     kind = [(name, np.float32, leaf.shape[1:]) for name, leaf in sorted(shapes.items())] if whole else np.float32

@@ -38,7 +38,8 @@ def present(folder: Path, names: Iterable[str]) -> list[Path]:
 def find_weights(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> list[Path]:
     """Returns the files of the weights in `folder`: one file, or an index and the shards that it names; empty if there are none.
 
-    If there is only a variant (`diffusion_pytorch_model.fp16.safetensors`), and only one, it is taken. Shards may be missing.
+    If there is only a variant (`diffusion_pytorch_model.fp16.safetensors`, or shards of one), and only one, it is taken. Shards
+    may be missing.
 
     Raises:
       UserError: there is a choice of variants, or the first file is no regular file, a Git LFS pointer or a damaged index.
@@ -62,7 +63,8 @@ def find_weights(folder, names: tuple[str, ...] = DIFFUSERS_WEIGHTS) -> list[Pat
 def _variants(folder: Path, names: tuple[str, ...]) -> list[Path]:
     for ending in (".safetensors", ".bin"):
         stem = next(name for name in names if name.endswith(ending)).removesuffix(ending)
-        variants = [path for path in sorted(folder.glob(f"{stem}.*{ending}")) if "-of-" not in path.name]
+        files = [*folder.glob(f"{stem}.*{ending}"), *folder.glob(f"{stem}{ending}.index.*.json")]
+        variants = [path for path in sorted(files) if "-of-" not in path.name]
         if len(variants) > 1:
             choice = ", ".join(variant.name for variant in variants)
             raise UserError(f"{folder} holds only variants of the weights: {choice}; copy the one to read to {stem}{ending}")
@@ -166,7 +168,7 @@ class ShardedFile(FileTensors):
 
 
 def _is_index(path: Path) -> bool:
-    return path.name.endswith(".index.json")
+    return ".index." in path.name and path.suffix == ".json"
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ _OF_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".parquet")
 # From the best to the worst: a network's weights may lie in a folder several times.
 _WEIGHTS = [re.compile(rf"(diffusion_pytorch_model|pytorch_model|model){middle}{ending}(\.index\.json)?")
             for middle in (r"(-\d+-of-\d+)?", r"\..*") for ending in (r"\.safetensors", r"\.bin")]  # fmt: skip
-_TEXTS = re.compile(r".*\.(json|txt)|(README|LICEN[CS]E|NOTICE|COPYING).*", re.IGNORECASE)
+_TEXTS = re.compile(r".*\.(json|txt)|spiece\.model|(README|LICEN[CS]E|NOTICE|COPYING).*", re.IGNORECASE)
 
 
 def is_id(name) -> bool:

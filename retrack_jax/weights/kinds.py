@@ -65,6 +65,11 @@ def text_encoders(folder: Path) -> tuple[str, ...]:
     return ("text_encoder", "text_encoder_2", T5)[: 2 + has_t5]
 
 
+def tokenizer_of(text_encoder: str) -> str:
+    """Returns the name of the tokenizer's folder that goes with that of a text encoder."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
 def pipeline_index(folder: Path) -> dict[str, Any]:
     """Returns the `model_index.json` in `folder`, or an empty dict: old pipelines have none."""
     return read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}

@@ -202,4 +202,4 @@ def test_export_leaves_other_folders_alone(tmp_path, pipeline, pipeline_folder):
 def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     with caplog.at_level("WARNING"):
         assert prompt_embeddings(pipeline, ["word " * 200]).shape == (1, 77, 16)
-    assert "is cut to 77" in caplog.text
+    assert "CLIP reads the first 77 tokens of 1 longer prompts" in caplog.text

@@ -25,7 +25,7 @@ from retrack_jax.checkpoints.lora_export import export_lora  # noqa: E402
 from retrack_jax.checkpoints.text_encoders import T5_TABLE  # noqa: E402
 from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402
 from retrack_jax.models.mmdit import MMDiT  # noqa: E402
-from retrack_jax.models.t5_text import T5Encoder  # noqa: E402
+from retrack_jax.models.t5_text import T5Encoder, states_by_layers  # noqa: E402
 from retrack_jax.sampling import make_sampler, sample  # noqa: E402
 from retrack_jax.sampling.guided import guided_eps_fn  # noqa: E402
 from retrack_jax.train.lora import LoraOptions, adapted, init, merge  # noqa: E402
@@ -150,6 +150,7 @@ def test_t5(seed, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long))[0].numpy()
     assert relative(jax.jit(module.apply)({"params": params}, ids), expected) < 1e-5
+    assert relative(states_by_layers(module, params, ids), expected) < 1e-5
 
 
 def test_the_published_size_of_t5():

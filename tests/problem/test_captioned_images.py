@@ -132,7 +132,7 @@ def test_a_long_caption_is_cut_as_diffusers_does_and_that_is_said(pipeline, tmp_
     long = "number " * 100
     with caplog.at_level(logging.WARNING), hasty_compiler():
         found = text_states(pipeline, [long, "short"], tmp_path)
-    assert "1 captions of more than 77 tokens are cut, as diffusers does: number number" in caplog.text
+    assert "CLIP reads the first 77 tokens of 1 longer prompts: number number" in caplog.text
     ids = pipeline.tokenizer([long])[0]
     assert len(ids) == 77 and ids[-1] == pipeline.tokenizer.eos_id
     end = found.states[found.row_of[long]][76]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints import export_single_file, import_diffusers, load_pipeline, prompt_embeddings
+from retrack_jax.checkpoints import export_pipeline, export_single_file, import_diffusers, load_pipeline, prompt_embeddings
 from retrack_jax.checks import UserError
 from retrack_jax.cli.flags import parse
 from retrack_jax.config.reading import read_config
@@ -108,12 +108,14 @@ def test_states_are_cached_without_their_zeros(sd3, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(states.pooled, axis=1), 1, rtol=1e-6)
 
 
-def test_t5s_states_follow_those_of_clip(with_t5, sd3, tmp_path):
+def test_t5s_states_follow_those_of_clip(with_t5, sd3, tmp_path, caplog):
     """In the cache and out of it, of weights that stay as they are stored; a prompt keeps 256 tokens, not CLIP's 77."""
     pipeline = load_pipeline(with_t5)
     assert {leaf.dtype for leaf in jax.tree.leaves(pipeline.text_encoders[2].params)} == {np.dtype(np.float16)}
-    long = "a red circle on " * 25  # 101 of T5's tokens
+    long = "a red circle on " * 25  # 252 of CLIP's tokens, 101 of T5's
     captions = ["a red circle", long + "a", long + "red"]
+    prompt_embeddings(pipeline, [long, long * 3])
+    assert "CLIP reads the first 77 tokens of 2 longer" in caplog.text and "T5 reads the first 256 tokens of 1" in caplog.text
     with hasty_compiler():
         states = text_states(pipeline, captions, tmp_path)
         found = states.take(states.rows(captions))["encoder_hidden_states"]
@@ -126,9 +128,33 @@ def test_t5s_states_follow_those_of_clip(with_t5, sd3, tmp_path):
     np.testing.assert_array_equal(without[1], without[2])
 
 
-def test_an_old_folder_without_an_index_is_known_by_its_network(spoiled):
-    (spoiled / "model_index.json").unlink()
-    assert load_pipeline(spoiled).network == "transformer"
+def test_shards_of_a_variant_are_read_and_exported_under_plain_names(with_t5, tmp_path):
+    folder = shutil.copytree(with_t5, tmp_path / "variant")
+    part = folder / "text_encoder_3"
+    whole = SafetensorsFile(part / "model.safetensors")
+    shards = {name: f"model.fp16-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(whole))}
+    for shard in set(shards.values()):
+        mine = {name: whole[name] for name in whole if shards[name] == shard}
+        tensors = [TorchTensor(name, one.dtype, one.shape, lambda one=one: one) for name, one in mine.items()]
+        write_safetensors(part / shard, tensors)
+    (part / "model.safetensors").unlink()
+    (part / "model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": shards}))
+    pipeline = load_pipeline(folder)
+    export_pipeline(tmp_path / "exported", pipeline, pipeline.unet_params)
+    names = {path.name for path in (tmp_path / "exported" / "text_encoder_3").iterdir()}
+    plain = {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    assert names == plain | {"config.json", "model.safetensors.index.json"}
+    for each in (pipeline, load_pipeline(tmp_path / "exported")):
+        jax.tree.map(np.testing.assert_array_equal, each.text_encoders[2].params, load_pipeline(with_t5).text_encoders[2].params)
+
+
+def test_a_folder_without_an_index_is_known_by_its_network_and_exported_with_one(with_t5, tmp_path):
+    folder = shutil.copytree(with_t5, tmp_path / "pipeline")
+    (folder / "model_index.json").unlink()
+    pipeline = load_pipeline(folder)
+    export_pipeline(tmp_path / "exported", pipeline, pipeline.unet_params)
+    expected, found = (json.loads((root / "model_index.json").read_text()) for root in (with_t5, tmp_path / "exported"))
+    assert {name: value for name, value in expected.items() if name != "_diffusers_version"} == found
 
 
 def test_latents_are_shifted_and_their_cache_knows_it(sd3, spoiled):
@@ -152,7 +178,7 @@ def test_latents_are_shifted_and_their_cache_knows_it(sd3, spoiled):
     ("spoil", "message"),
     [
         (lambda f: edit(f / "vae/config.json", latent_channels=4), "transformer takes 16 and gives 16 .* latents have 4"),
-        (lambda f: shutil.rmtree(f / "text_encoder_3"), "has no text_encoder_3 folder"),
+        (lambda f: shutil.rmtree(f / "text_encoder_3"), "has no text_encoder_3 folder.*, or set text_encoder_3 and tokenizer_3"),
         (lambda f: edit(f / "text_encoder_3/config.json", d_model=40), "reads prompts of 48 features, T5 gives 40"),
         (
             lambda f: edit(f / "text_encoder_3/config.json", feed_forward_proj="relu"),

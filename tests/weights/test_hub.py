@@ -136,8 +136,9 @@ def test_one_format_of_the_weights_is_downloaded():
     shards = [f"unet/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     index, old = "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.bin"
     variants = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin.index.json", old]
-    listed = [*files, *shards, index, *variants, "tokenizer/merges.txt", "sample.png", "LICENSE.md", "unet/flax_model.msgpack"]
-    kept = {*files, *shards, index, "tokenizer/merges.txt", "LICENSE.md"} - {"v1.ckpt"}
+    texts = ["tokenizer/merges.txt", "tokenizer_3/spiece.model", "LICENSE.md"]
+    listed = [*files, *shards, index, *variants, *texts, "sample.png", "unet/flax_model.msgpack"]
+    kept = {*files, *shards, index, *texts} - {"v1.ckpt"}
     assert set(ours.model_files(listed)) == kept
 
 
