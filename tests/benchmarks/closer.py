@@ -26,7 +26,7 @@ from retrack_jax.unlearn.options import RetrackOptions
 from tests.benchmarks.measure import Table
 from tests.benchmarks.sweeps import PARTS, TUNING_SEED, Variant, mean_and_deviation, measured
 
-LAMBDAS = (0.002, 0.005, 0.015, 0.05, 0.15)
+LAMBDAS = (0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.15)
 SEEDS = (0, 1, 2)
 METRICS = ("frequency", "fid", "nll_bits_per_dim", "forget_loss")
 
@@ -109,7 +109,7 @@ def variant(name: str, lam: float, metrics: tuple[str, ...], num_images: int) ->
 def chosen(name: str, loss: float, out: Path, source: Path) -> float:
     """Returns the lambda of `LAMBDAS` that brings the loss on the T-shirt nearest to `loss`; it rises with lambda."""
     distances: dict[float, float] = {}
-    place = 2
+    place = LAMBDAS.index(0.015)
     while 0 <= place < len(LAMBDAS) and LAMBDAS[place] not in distances:
         one = variant(name, LAMBDAS[place], ("forget_loss",), 4)
         (found,) = measured(one, out / one.folder, source, (TUNING_SEED,))
