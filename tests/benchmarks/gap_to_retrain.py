@@ -22,8 +22,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from configs.digits_tshirt import get_config
 from retrack_jax.checkpoints import import_diffusers, read_schedule_config
 from retrack_jax.checkpoints.run_store import RunStore
+from retrack_jax.cli.process import set_up_jax
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.data.sources.digits import digits, tshirt
 from retrack_jax.diffusion import Schedule, make_eps_fn
@@ -41,9 +43,10 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--also", action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
+    set_up_jax(get_config().compute.cpu_devices)
     also = {name: Path(folder) for name, _, folder in (one.rpartition("=") for one in options.also)}
     rows = measure(options.workdir, also, options.images)
     options.out.write_text(json.dumps(rows, indent=1))
