@@ -102,7 +102,7 @@ def measured(variant: Variant, folder: Path, source: Path | None, seeds: tuple[i
     the schedule, at the verdict's draws. The pretrained model is copied from `source`, a workdir with the same data; its samples
     too, if that is another variant of the sweep.
     """
-    for part in ("pretrained", "features"):
+    for part in ("pretrained", "features", *["retrained"] * (variant.method == "retrain")):
         if source and (source / part).exists() and not (folder / part).exists():
             fewer = shutil.ignore_patterns("samples.*", "metrics-*") if source.parent != folder.parent else None
             shutil.copytree(source / part, folder / part, ignore=fewer)
