@@ -107,7 +107,7 @@ def tables(found: dict) -> Iterator[Table]:
     J, apart = mean_gap(found["retrain"])
     for name, runs in rows.items():
         own_J, own_apart = mean_gap(runs)
-        spread = np.std([one["J"] for one in runs])
+        spread = np.std([one["J"] for one in runs], ddof=1)
         times = [f"{own_apart[place] / apart[place]:.2f}" for place in NOISES]
         gap.add(name, f"{own_J:.3f} ± {spread:.3f}", f"{own_J / J:.2f}", *times)
     yield gap
