@@ -134,7 +134,7 @@ def measured(variant: Variant, folder: Path, source: Path | None, seeds: tuple[i
 def mean_and_deviation(found: list[dict], name: str, form: str = ".1f") -> str:
     """Returns `mean ± deviation` of one metric over seeds, the mean alone of a single seed."""
     values = np.array([one[name] for one in found])
-    return f"{values.mean():{form}}" + (f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else "")
+    return f"{values.mean():{form}}" + (f" ± {values.std(ddof=1):{form.removeprefix('+')}}" if len(values) > 1 else "")
 
 
 def best_rate(values: dict[float, dict]) -> float:
