@@ -35,7 +35,7 @@ from retrack_jax.files import json_digest
 from retrack_jax.models.clip_text import ClipTextEncoder
 from retrack_jax.models.mmdit import MMDiT
 from retrack_jax.models.t5_text import T5Encoder
-from retrack_jax.models.tokenizer import PromptTokenizer
+from retrack_jax.models.tokenizer import ClipTokenizer, PromptTokenizer
 from retrack_jax.models.unet2d_condition import Condition, UNet2DCondition
 from retrack_jax.models.vae import AutoencoderKL
 from retrack_jax.notation import Array, PyTree
@@ -88,8 +88,8 @@ class Pipeline:
         return self.unet.joint_attention_dim if isinstance(self.unet, MMDiT) else None
 
     @property
-    def tokenizer(self) -> PromptTokenizer:
-        """The first text encoder's."""
+    def tokenizer(self) -> ClipTokenizer:
+        """The first text encoder's, which is CLIP's."""
         return self.text_encoders[0].tokenizer
 
     def encode_pixels(self, x_BHWC: Array) -> tuple[Array, Array]:
