@@ -30,7 +30,7 @@ def in_words(verdict: Mapping) -> str:
 def calibration_in_words(found: Mapping) -> str:
     """Returns a calibration (unlearn/calibration.py) as one line with its curve."""
     where = f"{found['alpha']:.3g} of the way from the pretrained to the unlearned parameters"
-    curve = ", ".join(f"{loss:.3g} at {alpha:.3g}" for alpha, loss in found["curve"])
+    curve = ", ".join(f"{loss:.4g} at {alpha:.4g}" for alpha, loss in found["curve"])
     if found["alpha"] == 0:
         where += " (the pretrained model itself, whose loss is no lower)"
     elif found["alpha"] == LARGEST and found["loss"] < found["reference"]:
