@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from retrack_jax.checkpoints.diffusers_export import export_diffusers, licenses, model_card, replacing
-from retrack_jax.checkpoints.stable_diffusion import TEXT_ENCODERS, Pipeline
+from retrack_jax.checkpoints.stable_diffusion import Pipeline, class_of_parts
 from retrack_jax.checks import check
 from retrack_jax.files import read_object, write_bytes, write_json, write_text
 from retrack_jax.notation import PyTree
@@ -83,7 +83,7 @@ def _index_of_parts(source: Path, parts: set[str]) -> dict:
         name = "DiTPipeline" if "transformer" in parts else "LDMPipeline"
         return index | {"_class_name": name, coder: ["diffusers", read_config(source / coder)["_class_name"]]}
     texts, sd3 = text_encoders(source), is_sd3(source)
-    index |= {"_class_name": list(TEXT_ENCODERS)[2 if sd3 else len(texts) - 1], "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"_class_name": class_of_parts(source), "vae": ["diffusers", "AutoencoderKL"]}
     for part in texts:
         clip = "CLIPTextModelWithProjection" if sd3 or part != texts[0] else "CLIPTextModel"
         classes = ("T5EncoderModel", "T5TokenizerFast") if part == T5 else (clip, "CLIPTokenizer")

@@ -45,7 +45,7 @@ from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders,
 from retrack_jax.weights.names import DIFFUSERS, from_torch, param_shapes
 
 # diffusers' class of a supported pipeline -> its text encoders; each has a tokenizer of the same number.
-TEXT_ENCODERS = {
+_TEXT_ENCODERS = {
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
     "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2"),
@@ -183,13 +183,13 @@ def check_pipeline(folder) -> tuple[str, ...]:
     there = folder.is_dir()
     hint = "set config.checkpoint to a Stable Diffusion folder or its name on the hub (see docs/guide/text-to-image.md)"
     check(there, f"no folder {folder}; {hint}")
-    index, sd3 = pipeline_index(folder), is_sd3(folder)
-    name = str(index.get("_class_name", list(TEXT_ENCODERS)[2 if sd3 else (folder / "text_encoder_2").is_dir()]))
+    index = pipeline_index(folder)
+    name = str(index.get("_class_name", class_of_parts(folder)))
     if "XL" in name and (index.get("requires_aesthetics_score") or not (folder / "text_encoder").is_dir()):
         refiner = (folder / "text_encoder_2").is_dir()
         check(not refiner, f"{folder} holds Stable Diffusion XL's refiner, which is not supported; give the base model's folder")
-    check(name in TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
-    encoders = text_encoders(folder) if sd3 else TEXT_ENCODERS[name]
+    check(name in _TEXT_ENCODERS, f"{folder} holds a {name}, which is not supported; {_SUPPORTED}")
+    encoders = text_encoders(folder) if is_sd3(folder) else _TEXT_ENCODERS[name]
     network = "transformer" if name == "StableDiffusion3Pipeline" else "unet"
     parts = (network, "vae", *encoders, *map(tokenizer_of, encoders), "scheduler")
     missing = [part for part in parts if not (folder / part).is_dir()]
@@ -199,6 +199,13 @@ def check_pipeline(folder) -> tuple[str, ...]:
             f"{folder} has no {', '.join(missing)} folder; download the whole pipeline (see docs/guide/text-to-image.md){without}"
         )
     return encoders
+
+
+def class_of_parts(folder: Path) -> str:
+    """Returns diffusers' class of a pipeline whose folder has no model_index.json to name it."""
+    if is_sd3(folder):
+        return "StableDiffusion3Pipeline"
+    return "StableDiffusionXLPipeline" if (folder / "text_encoder_2").is_dir() else "StableDiffusionPipeline"
 
 
 def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
@@ -264,7 +271,7 @@ def _check_fit(folder: Path, unet: UNet2DCondition | MMDiT, vae: AutoencoderKL, 
 def _check_texts(folder: Path, transformer: MMDiT, texts: Sequence[TextModule]) -> None:
     """Raises `UserError` unless Stable Diffusion 3's transformer takes what its text encoders give."""
     clips, takes = [text for text in texts if isinstance(text, ClipTextEncoder)], transformer.joint_attention_dim
-    width, given = sum(text.hidden_size for text in clips), [text.of.d_model for text in texts if isinstance(text, T5Encoder)]
+    width, given = sum(text.hidden_size for text in clips), [text.sizes.d_model for text in texts if isinstance(text, T5Encoder)]
     check(width <= takes, f"{folder}: the transformer reads prompts of {takes} features, the text encoders give {width}")
     check(set(given) <= {takes}, f"{folder}: the transformer reads prompts of {takes} features, T5 gives {sum(given)}")
     pooled, takes = sum(text.projection_dim for text in clips), transformer.pooled_projection_dim

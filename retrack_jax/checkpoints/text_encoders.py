@@ -69,7 +69,7 @@ def read_modules(
         module = T5Encoder.from_config(read_config(folder / T5), dtype=dtype)
         tokenizer = load_t5_tokenizer(folder / tokenizer_of(T5))
         size = tokenizer.backend.get_vocab_size()
-        check(size <= module.of.vocab_size, f"{folder}: tokenizer_3 has {size} tokens, {T5} {module.of.vocab_size}")
+        check(size <= module.sizes.vocab_size, f"{folder}: tokenizer_3 has {size} tokens, {T5} {module.sizes.vocab_size}")
         read.append((module, tokenizer))
     return read
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from retrack_jax.checks import UserError
+from retrack_jax.data.excluded import resolve_remaining, without
+from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.required_model import checkpoint_parts, metric_networks
 from retrack_jax.data.sources.load import known_names
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.data.target_names import resolve_target, target_specs
+from retrack_jax.data.target_names import target_specs
 
 _SHOWN = 4  # files of one command
 GET = "get it: "  # launch/download.sh looks for this
@@ -96,9 +98,15 @@ def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
         return
     if images is None:
         return
+    try:
+        training, _ = split_held_out(images, data["held_out"])
+        remaining = without(training, data["exclude"])
+    except UserError as error:
+        yield Requirement(description="images that are left", path=Path(data["dir"]), found=False, advice=str(error))
+        return
     for spec in (spec for spec in specs if all(found.get(part, True) for part in _parts(spec))):
         try:
-            resolve_target(spec, images)
+            resolve_remaining(spec, remaining, training)
         except UserError as error:
             yield Requirement(description="target", path=Path(spec), found=False, advice=str(error))
 

@@ -68,7 +68,7 @@ class T5Sizes:
 class T5Encoder(nn.Module):
     """Token ids `[B, N]` int32 to hidden states `[B, N, d_model]`."""
 
-    of: T5Sizes
+    sizes: T5Sizes
 
     @classmethod
     def from_config(cls, config: dict, dtype=jnp.float32) -> "T5Encoder":
@@ -80,7 +80,7 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids_BN: Array) -> Array:
-        return _Stack(self.of, name="encoder")(_embed(self.of, name="shared")(ids_BN))
+        return _Stack(self.sizes, name="encoder")(_embed(self.sizes, name="shared")(ids_BN))
 
 
 def states_by_layers(encoder: T5Encoder, params: PyTree, ids_BN: Array) -> Array:
@@ -88,11 +88,11 @@ def states_by_layers(encoder: T5Encoder, params: PyTree, ids_BN: Array) -> Array
 
     XXL in float16 is 9.5 GB, and on a CPU one program of all layers would hold it twice more in float32.
     """
-    of, layers = encoder.of, params["encoder"]
-    x_BND, bias = _applied(_embed(of), params["shared"], ids_BN), None
-    for index in range(of.num_layers):
-        x_BND, bias = _applied(_Block(of), layers[f"block_{index}"], x_BND, bias)
-    return _applied(_norm(of), layers["final_layer_norm"], x_BND)
+    sizes, layers = encoder.sizes, params["encoder"]
+    x_BND, bias = _applied(_embed(sizes), params["shared"], ids_BN), None
+    for index in range(sizes.num_layers):
+        x_BND, bias = _applied(_Block(sizes), layers[f"block_{index}"], x_BND, bias)
+    return _applied(_norm(sizes), layers["final_layer_norm"], x_BND)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -101,81 +101,81 @@ def _applied(module: nn.Module, params: PyTree, *inputs: Array) -> PyTree:
 
 
 class _Stack(nn.Module):
-    """The layers and the norm after them; `of` has the sizes."""
+    """The layers and the norm after them; `sizes` are the encoder's."""
 
-    of: T5Sizes
+    sizes: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
         bias = None
-        for index in range(self.of.num_layers):
-            x_BND, bias = _Block(self.of, name=f"block_{index}")(x_BND, bias)
-        return _norm(self.of, name="final_layer_norm")(x_BND)
+        for index in range(self.sizes.num_layers):
+            x_BND, bias = _Block(self.sizes, name=f"block_{index}")(x_BND, bias)
+        return _norm(self.sizes, name="final_layer_norm")(x_BND)
 
 
 class _Block(nn.Module):
     """Attention and a gated feed-forward layer, each after a norm."""
 
-    of: T5Sizes
+    sizes: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
-        x_BND, bias = _AttentionLayer(self.of, name="layer_0")(x_BND, bias)
-        return _FeedForwardLayer(self.of, name="layer_1")(x_BND), bias
+        x_BND, bias = _AttentionLayer(self.sizes, name="layer_0")(x_BND, bias)
+        return _FeedForwardLayer(self.sizes, name="layer_1")(x_BND), bias
 
 
 class _AttentionLayer(nn.Module):
-    of: T5Sizes
+    sizes: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
-        mixed, bias = _Attention(self.of, name="SelfAttention")(_norm(self.of, name="layer_norm")(x_BND), bias)
+        mixed, bias = _Attention(self.sizes, name="SelfAttention")(_norm(self.sizes, name="layer_norm")(x_BND), bias)
         return x_BND + mixed, bias
 
 
 class _FeedForwardLayer(nn.Module):
-    of: T5Sizes
+    sizes: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array) -> Array:
-        return x_BND + _GatedGelu(self.of, name="DenseReluDense")(_norm(self.of, name="layer_norm")(x_BND))
+        return x_BND + _GatedGelu(self.sizes, name="DenseReluDense")(_norm(self.sizes, name="layer_norm")(x_BND))
 
 
 class _Attention(nn.Module):
     """Attention with the bias `[1, H, N, N]`, made here if none is given; the softmax is taken in float32."""
 
-    of: T5Sizes
+    sizes: T5Sizes
 
     @nn.compact
     def __call__(self, x_BND: Array, bias: Array | None) -> tuple[Array, Array]:
-        of, (batch, length, _) = self.of, x_BND.shape
-        heads = (batch, length, of.num_heads, of.d_kv)
-        q, k, v = (_dense(of, of.num_heads * of.d_kv, name)(x_BND).reshape(heads) for name in "qkv")
+        sizes, (batch, length, _) = self.sizes, x_BND.shape
+        heads = (batch, length, sizes.num_heads, sizes.d_kv)
+        q, k, v = (_dense(sizes, sizes.num_heads * sizes.d_kv, name)(x_BND).reshape(heads) for name in "qkv")
         if bias is None:
-            buckets = distance_buckets(length, of.relative_attention_num_buckets, of.relative_attention_max_distance)
-            embed = nn.Embed(of.relative_attention_num_buckets, of.num_heads, name="relative_attention_bias", dtype=jnp.float32)
-            bias = embed(buckets).transpose(2, 0, 1)[None]
+            count, farthest = sizes.relative_attention_num_buckets, sizes.relative_attention_max_distance
+            embed = nn.Embed(count, sizes.num_heads, name="relative_attention_bias", dtype=jnp.float32)
+            bias = embed(distance_buckets(length, count, farthest)).transpose(2, 0, 1)[None]
         logits_BHNM = jnp.einsum("bnhd,bmhd->bhnm", q, k).astype(jnp.float32) + bias
-        mixed = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits_BHNM, axis=-1).astype(of.dtype), v)
-        return _dense(of, of.d_model, "o")(mixed.reshape(batch, length, -1)), bias
+        mixed = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits_BHNM, axis=-1).astype(sizes.dtype), v)
+        return _dense(sizes, sizes.d_model, "o")(mixed.reshape(batch, length, -1)), bias
 
 
 class _GatedGelu(nn.Module):
-    of: T5Sizes
+    sizes: T5Sizes
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gate = jax.nn.gelu(_dense(self.of, self.of.d_ff, "wi_0")(x), approximate=True)
-        return _dense(self.of, self.of.d_model, "wo")(gate * _dense(self.of, self.of.d_ff, "wi_1")(x))
+        gate = jax.nn.gelu(_dense(self.sizes, self.sizes.d_ff, "wi_0")(x), approximate=True)
+        return _dense(self.sizes, self.sizes.d_model, "wo")(gate * _dense(self.sizes, self.sizes.d_ff, "wi_1")(x))
 
 
-def _dense(of: T5Sizes, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=of.dtype, name=name)
+def _dense(sizes: T5Sizes, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=sizes.dtype, name=name)
 
 
-def _embed(of: T5Sizes, **name) -> nn.Embed:
-    return nn.Embed(of.vocab_size, of.d_model, dtype=of.dtype, **name)
+def _embed(sizes: T5Sizes, **name) -> nn.Embed:
+    return nn.Embed(sizes.vocab_size, sizes.d_model, dtype=sizes.dtype, **name)
 
 
-def _norm(of: T5Sizes, **name) -> RMSNorm:
-    return RMSNorm(of.layer_norm_epsilon, of.dtype, **name)
+def _norm(sizes: T5Sizes, **name) -> RMSNorm:
+    return RMSNorm(sizes.layer_norm_epsilon, sizes.dtype, **name)

@@ -178,6 +178,17 @@ class TestCommand:
         out = capsys.readouterr().out
         assert shown in out and out.splitlines()[-1].endswith("3 missing")
 
+    @pytest.mark.parametrize(
+        ("exclude", "shown"),
+        [
+            ("00001.jpg", "names 00001.jpg, which config.data.exclude leaves out"),
+            ("00009.jpg", "config.data.exclude is '00009.jpg', read as a target is: no image of folder is named '00009.jpg'"),
+        ],
+    )
+    def test_a_target_that_is_excluded_is_missing(self, tmp_path, jpeg_folder, capsys, exclude, shown):
+        assert self.custom(tmp_path, jpeg_folder, targets="00001.jpg", data__exclude=exclude) == 2
+        assert shown in capsys.readouterr().out
+
     def test_a_list_is_found_with_its_digest(self, tmp_path, jpeg_folder, capsys):
         (tmp_path / "a+b.txt").write_text("00001.jpg\n00003.jpg\n")
         assert self.custom(tmp_path, jpeg_folder, targets="@a+b.txt") == 0

@@ -122,8 +122,9 @@ def test_t5s_states_follow_those_of_clip(with_t5, sd3, tmp_path, caplog):
         expected = prompt_embeddings(pipeline, captions)["encoder_hidden_states"]
         without = prompt_embeddings(sd3, captions)["encoder_hidden_states"]
     assert states.states["t5_states"].shape == (3, 256, 48) and found.shape == (3, 77 + 256, 48)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found[:, :77], without[:, :77], rtol=1e-4, atol=1e-4)
+    # Batches of other sizes, and without T5: float32's rounding, for states up to 3 in size.
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(found[:, :77] - without[:, :77]).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(found[1, 77:] - found[2, 77:]).max() > 0.01  # the captions differ behind what CLIP keeps
     np.testing.assert_array_equal(without[1], without[2])
 
