@@ -136,13 +136,14 @@ def unlearn(
     )
     # The step donates its state: it works on a copy, and the caller's parameters stay.
     start = init(recipe.lora, params, rng) if recipe.has_adapter else parallel.copy(params)
-    state = create_state(start, recipe.optimizer())
+    state = create_state(start, recipe.optimizer(), recipe.ema_decay())
     state, _ = train(
         parallel.replicate(state), make_train_step(entry, make_eps_fn(apply_fn, schedule), how), batches,
         parallel.replicate(shared), step_rng, num_steps=recipe.num_steps, name="unlearn", rate_field="learning_rate",
         on_step=callback,
     )  # fmt: skip
-    return merge(recipe.lora, parallel.replicate(params), state.params) if recipe.has_adapter else state.params
+    trained = state.eval_params
+    return merge(recipe.lora, parallel.replicate(params), trained) if recipe.has_adapter else trained
 
 
 def _names(record: type) -> set[str]:

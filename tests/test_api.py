@@ -55,6 +55,14 @@ def test_the_learning_rate_may_warm_up_and_fall(rng):
         assert toys.relative(go(rng, **changes), constant) > 1e-5
 
 
+def test_a_moving_average_of_the_weights_is_what_comes_back(rng):
+    first, second = (go(rng, num_steps=steps) for steps in (1, 2))
+    weight = 2**-0.75  # of the newest weights at the second step; the first step's average is its weights
+    expected = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, first, second)
+    assert toys.relative(first, second) > 1e-4
+    assert toys.relative(go(rng, num_steps=2, ema_max_decay=0.9), expected) < 1e-6
+
+
 def test_pixels_and_floats_are_the_same_images(rng):
     floats = [images.astype(np.float32) / np.float32(127.5) - np.float32(1) for images in (toys.images(20), toys.images(2, 1))]
     ours = unlearn(toys.ToyNet().apply, toys.params(), toys.schedule(), *floats, rng=rng, **SMALL)

@@ -43,6 +43,9 @@ class TrainingOptions:
         None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), to unlearn SD3 (0, 1)
     )
     log_normal: tuple | None = None  # (m, s), of EDM alone: log(sigma) is m + s z; (): t is uniform; None: (-1.2, 1.2)
+    ema_max_decay: float = 0.0  # of a moving average of the weights, which is the result; 0: no moving average
+    ema_power: float = 0.75
+    ema_inv_gamma: float = 1.0
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "accumulation"):
@@ -66,6 +69,9 @@ class TrainingOptions:
                 check_number(f"the second of {name}", value[1], 0.0, above=True)
                 object.__setattr__(self, name, tuple(value))
         check(not (self.logit_normal and self.log_normal), "logit_normal and log_normal are both set; choose one")
+        check_number("ema_max_decay", self.ema_max_decay, 0.0, 1.0)
+        check_number("ema_power", self.ema_power, 0.0)
+        check_number("ema_inv_gamma", self.ema_inv_gamma, 0.0, above=True)
 
     def check_draws(self, schedule: Schedule, where: str) -> None:
         """Raises `UserError` if `log_normal` is set and `schedule` is not EDM's."""
@@ -93,6 +99,12 @@ class TrainingOptions:
             warmup_steps=self.warmup_steps,
         )
 
+    def ema_decay(self) -> Callable[[Array], Array] | None:
+        """Returns `step -> decay` of the moving average, or None if there is none."""
+        if not self.ema_max_decay:
+            return None
+        return make_ema_decay(power=self.ema_power, inv_gamma=self.ema_inv_gamma, max_decay=self.ema_max_decay)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(TrainingOptions):
@@ -102,23 +114,12 @@ class PretrainOptions(TrainingOptions):
     learning_rate: float | None = 1e-4
     learning_rate_schedule: str = "cosine"
     warmup_steps: int = 500
-    ema_power: float = 0.75
-    ema_inv_gamma: float = 1.0
-    ema_max_decay: float = 0.9999  # 0: no moving average
+    ema_max_decay: float = 0.9999
     seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
         check_int("seed", self.seed, minimum=0, maximum=MAX_SEED)
-        check_number("ema_max_decay", self.ema_max_decay, 0.0, 1.0)
-        check_number("ema_power", self.ema_power, 0.0)
-        check_number("ema_inv_gamma", self.ema_inv_gamma, 0.0, above=True)
-
-    def ema_decay(self) -> Callable[[Array], Array] | None:
-        """Returns `step -> decay` of the moving average, or None if there is none."""
-        if not self.ema_max_decay:
-            return None
-        return make_ema_decay(power=self.ema_power, inv_gamma=self.ema_inv_gamma, max_decay=self.ema_max_decay)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from etils import epath
 from retrack_jax import parallel
 from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import UserError, check
-from retrack_jax.config.recipes import PretrainOptions, TrainingOptions, UnlearnOptions
+from retrack_jax.config.recipes import TrainingOptions, UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.log import Writer
 from retrack_jax.notation import ModelEpsFn, PyTree
@@ -163,9 +163,8 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
 @lru_cache(maxsize=16)
 def _compiled(method: Method, eps_fn: ModelEpsFn, how: StepOptions, recipe: TrainingOptions) -> CompiledStep:
     """Runs with the same arguments share one step, in later commands of the process too: it is traced and compiled once."""
-    ema_decay = recipe.ema_decay() if isinstance(recipe, PretrainOptions) else None
     programs = (make_train_step(method, eps_fn, how, several=several) for several in (False, True))
-    return CompiledStep(recipe.optimizer(), ema_decay, *programs)
+    return CompiledStep(recipe.optimizer(), recipe.ema_decay(), *programs)
 
 
 def load(job: Job, context: RunContext) -> Model:

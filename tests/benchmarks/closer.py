@@ -90,6 +90,7 @@ VARIANTS = {
     "weighted, distillation": ("retrack", CAP, {"retain_loss": "distillation"}),
     "weighted, rate falls to 0": ("retrack", CAP, {"learning_rate_schedule": "cosine"}),
     "weighted, half the rate, twice the steps": ("retrack", CAP, {"learning_rate": 5e-5, "num_steps": 100}),
+    "weighted, moving average": ("retrack", CAP, {"ema_max_decay": 0.95}),
     "weighted, 256 remaining beside 64": ("retrack", CAP, {"batch_size": 256, "forget_batch_size": 64}),
     "weighted, K = 3": ("retrack", CAP, {"num_neighbors": 3}),
     "weighted, K = 100": ("retrack", CAP, {"num_neighbors": 100}),
