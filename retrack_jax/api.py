@@ -200,6 +200,12 @@ def _check_kinds(params, schedule, rng, callback) -> None:
     leaves = jax.tree.leaves(params)
     arrays = bool(leaves) and all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves)
     check(arrays, "params must be a tree of arrays, as import_diffusers returns it")
+    others = {str(leaf.dtype) for leaf in leaves} - {"float32", "float64"}
+    check(
+        not others,
+        f"params are {' and '.join(sorted(others))}: training rounds small steps away in less than float32; pass "
+        "jax.tree.map(lambda leaf: leaf.astype('float32'), params), and convert the result",
+    )
     check(
         not (isinstance(params, Mapping) and set(params) == {"params"}),
         "params is the dict of variables, {'params': ...}; pass what is below 'params'",

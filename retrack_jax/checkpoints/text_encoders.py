@@ -145,6 +145,5 @@ def padded(condition: Condition, width: int | None) -> Condition:
 
 
 def text_digest(encoders: Sequence[TextEncoder]) -> str:
-    """Returns a SHA-256 over the encoders' configs, weights and precision."""
-    digests = [encoder.digest() for encoder in encoders]
-    return digests[0] if len(digests) == 1 else json_digest(digests)
+    """Returns a SHA-256 over the encoders' configs, weights, precision and tokenizers."""
+    return json_digest([[encoder.digest(), encoder.tokenizer.backend.to_str()] for encoder in encoders])

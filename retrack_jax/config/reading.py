@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from retrack_jax.checks import UserError
@@ -95,4 +96,11 @@ def _plain_type(kind: Any) -> type:
 
 
 def _plain(config: ConfigDict) -> dict:
-    return {name: _plain(value) if isinstance(value, ConfigDict) else value for name, value in config.items()}
+    return {name: _plain(value) if isinstance(value, ConfigDict) else _python(value) for name, value in config.items()}
+
+
+def _python(value: Any) -> Any:
+    """Returns NumPy's numbers, also those in a tuple or list, as Python's, which JSON knows."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_python(one) for one in value)
+    return value.item() if isinstance(value, np.generic) else value

@@ -72,6 +72,10 @@ class TrainingOptions:
         check_number("ema_max_decay", self.ema_max_decay, 0.0, 1.0)
         check_number("ema_power", self.ema_power, 0.0)
         check_number("ema_inv_gamma", self.ema_inv_gamma, 0.0, above=True)
+        for name in ("ema_power", "ema_inv_gamma"):
+            value, default = getattr(self, name), getattr(TrainingOptions, name)
+            unread = not self.ema_max_decay and value != default
+            check(not unread, f"{name} is {value}, and there is no moving average; set ema_max_decay, or leave it out")
 
     def check_draws(self, schedule: Schedule, where: str) -> None:
         """Raises `UserError` if `log_normal` is set and `schedule` is not EDM's."""

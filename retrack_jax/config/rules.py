@@ -24,6 +24,8 @@ pipeline for a latent model without prompts, whose network alone makes no images
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -67,15 +69,12 @@ def kind_of(checkpoint) -> int:
     return IMAGES if autoencoder_folder(checkpoint) is None else LATENTS
 
 
-def rules(num_remain: int, resolution: int, kind: int = IMAGES, rate: float = 1e-5) -> dict[str, float | int]:
-    """Returns the options of unlearning if `num_remain` images remain, of which a side has `resolution` values, by (1) to (5).
-
-    `rate` is that of captioned images.
-    """
+def rules(num_remain: int, resolution: int, kind: int = IMAGES) -> dict[str, float | int]:
+    """Returns the options of unlearning if `num_remain` images remain, of which a side has `resolution` values, by (1) to (5)."""
     num_neighbors = max(1, min(10, num_remain))
     if kind in (CAPTIONED, XL, SD3):
         latents = {"num_steps": 30, "batch_size": 16, "accumulation": 16}
-        return {"learning_rate": rate, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
+        return {"learning_rate": 1e-5, "lam": 0.5, "num_neighbors": num_neighbors, **latents}
     factor = (32 / min(max(resolution, 32), 256)) ** (2 / 3)
     small = resolution <= 64
     return {
@@ -146,17 +145,19 @@ def complete(options: Options) -> Options:
     if "resolution" in names:  # images of a model that is not square are taken as they are, and must be of its size
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
-    rate = _ADAPTER_RATE if kind in (XL, SD3) and options.unlearn.has_adapter else 1e-5
-    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind, rate)
+    chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind)
     options = chosen_by_kind(options, kind)
     chosen |= {f"{group}.{name}": getattr(getattr(options, group), name) for group, name in _BY_KIND}
     if options.export is None:
         options = dataclasses.replace(options, export="pipeline" if kind == LATENTS else "unet")
     others = {"resolution": options.data.resolution, "export": options.export, "adapter": options.unlearn.adapter}
     others["logit_normal"] = options.unlearn.logit_normal
+    filled = _filled(options, chosen, {"learning_rate": _ADAPTER_RATE} if kind in (XL, SD3) else {})
+    rates = {name: filled.recipe(name).learning_rate for name in filled.method_names if name in filled.methods}
+    others["learning_rate"] = rates if len({*rates.values()}) > 1 else filled.unlearn.learning_rate
     shown = {name: {**chosen, **others}[name] for name in names}
     log.info("chosen by the rules of retrack_jax/config/rules.py: %s", shown)
-    return _filled(options, chosen)
+    return filled
 
 
 def chosen_by_kind(options: Options, kind: int) -> Options:
@@ -183,14 +184,20 @@ def _own_sampler(options: Options) -> str:
     return "dpm_solver" if config.get("_class_name") in ("DPMSolverMultistepScheduler", edm.DPM_SOLVER) else "euler"
 
 
-def _filled(options: Options, chosen: dict) -> Options:
-    """Returns `options` with what config.unlearn and each method leave open set to the values of `chosen`."""
+def _filled(options: Options, chosen: dict, of_adapters: Mapping = MappingProxyType({})) -> Options:
+    """Returns `options` with what config.unlearn and each method leave open set to the values of `chosen`, or of `of_adapters`
+    where an adapter is trained.
+    """
 
-    def fill(record, **more):
-        return dataclasses.replace(record, **{name: chosen[name] for name in chosen if getattr(record, name, 0) is None}, **more)
+    def fill(recipe: UnlearnOptions) -> UnlearnOptions:
+        values = {**chosen, **(of_adapters if recipe.has_adapter else {})}
+        own, shared = (
+            {name: value for name, value in values.items() if getattr(record, name, 0) is None} for record in (recipe.own, recipe)
+        )
+        return dataclasses.replace(recipe, **shared, own=dataclasses.replace(recipe.own, **own))
 
-    methods = {name: fill(recipe, own=fill(recipe.own)) for name, recipe in options.methods.items()}
-    return dataclasses.replace(options, methods=methods, unlearn=fill(options.unlearn, own=fill(options.unlearn.own)))
+    methods = {name: fill(recipe) for name, recipe in options.methods.items()}
+    return dataclasses.replace(options, methods=methods, unlearn=fill(options.unlearn))
 
 
 def _fewest_remaining(options: Options) -> int:

@@ -32,11 +32,15 @@ def labels_of_files(names: Sequence[str], data: Mapping, folder: Path) -> np.nda
 
 
 def _of_folders(names: Sequence[str], folder: Path) -> np.ndarray:
-    """A label is the place of the image's first folder among all, in the order of their names, as torchvision and datasets do."""
+    """A label is the place of the image's first folder among all, in the order of their names, as in torchvision.
+
+    A folder without images has a place too: who empties a class leaves the others their labels.
+    """
     parts = [Path(name).parts for name in names]
     outside = next((name for name, part in zip(names, parts, strict=True) if len(part) < 2), None)
     check(outside is None, f"{folder} / {outside} is in no subfolder, and config.data.labels=folders takes its label from that")
-    numbers = {name: number for number, name in enumerate(sorted({part[0] for part in parts}))}
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    numbers = {name: number for number, name in enumerate(classes)}
     log.info("labels: %s", ", ".join(f"{number} {name}" for name, number in numbers.items()))
     return np.array([numbers[part[0]] for part in parts], np.int64)
 

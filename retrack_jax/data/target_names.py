@@ -52,7 +52,7 @@ class _Names:
             return [row for line in _list_lines(spec) for row in self._listed(line, spec)]
         if re.fullmatch(r"label:[^+]*", spec):
             return self._with_label(spec.removeprefix("label:"))
-        if is_random(spec) and "+" not in spec:
+        if is_random(spec):
             return self._random_share(spec.removeprefix(_RANDOM))
         if paths := self._with_path(name):
             return [self._only(paths, spec)]
@@ -154,8 +154,8 @@ def target_specs(targets) -> list[str]:
 
 
 def is_random(spec: str) -> bool:
-    """Whether `spec` asks for a random share of the images: the same ones for every seed and method."""
-    return spec.strip().startswith(_RANDOM)
+    """Whether `spec` is a random share of the images, the same ones for every seed and method; a group with others is not."""
+    return spec.strip().startswith(_RANDOM) and "+" not in spec
 
 
 def _is_group(spec: str) -> bool:

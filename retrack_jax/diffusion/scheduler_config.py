@@ -129,21 +129,20 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
 
 
 def write(class_name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `scheduler_config.json` of one of `OWN`, or of a flow; `read` reads back all that the class uses."""
+    """Returns the `scheduler_config.json` of one of `OWN`, or of a flow, which `read` reads back as `values`.
+
+    What the class does not have is written too if it differs from the default: another scheduler may be made from the file.
+    """
     config = {"_class_name": class_name}
     if class_name in flow.CLASSES:
         return config | {name: values[name] for name in ("num_train_timesteps", "shift")}
     if class_name in edm.CLASSES:
         return config | {name: values[name] for name in edm.CLASSES[class_name]}
-    for name in _COMMON + OWN[class_name]:
-        value = values[name]
-        if name == _ZERO_SNR and not value:  # a key that is newer than many a reader
-            continue
-        config[name] = list(value) if isinstance(value, tuple) else value
-    if values["variance_type"] == "learned_range":  # diffusers' other classes split the network's output if they are told so
-        config["variance_type"] = "learned_range"
-    if "clip_sample" not in config:  # that class has no such key, but another scheduler may be created from the file
-        config["clip_sample"] = values["clip_sample"]
+    defaults = DEFAULTS | CLASS_DEFAULTS[class_name]
+    for name, value in values.items():
+        own = name in (*_COMMON, *OWN[class_name], "clip_sample") and name != _ZERO_SNR  # which is newer than many a reader
+        if own or value != defaults[name]:
+            config[name] = list(value) if isinstance(value, tuple) else value
     return config
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.tshirts import TSHIRT_LABEL
+from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, is_tshirt
 from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
@@ -126,7 +126,7 @@ def _digits(images: ImageSet, folder) -> FeatureNetwork:
 
     def make() -> None:
         if not path.exists():
-            digit = images.labels != TSHIRT_LABEL
+            digit = ~is_tshirt(images)
             log.info("training the digit classifier behind fid")
             save_digit_net(path, train_digit_net(images.images[digit], images.labels[digit], seed=0))
 

@@ -72,12 +72,14 @@ class PairedPrompts(Conditioning):
     Args:
       encode: a prompt to its embedding, float32 `[1, N, D]`.
       negative_prompt: what guidance leads away from.
+      digest: of what encodes.
     """
 
     of_target = True
 
-    def __init__(self, encode: Callable[[str], Array], negative_prompt: str):
+    def __init__(self, encode: Callable[[str], Array], negative_prompt: str, digest: str):
         self._encode, self._negative_prompt = encode, negative_prompt
+        self.digests = {"text encoder in config.checkpoint": digest}
 
     @property
     def null(self) -> Array:

@@ -30,7 +30,7 @@ from retrack_jax.config.options import DataOptions, Options
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import LEARNED_VARIANCE, Schedule
-from retrack_jax.files import array_digest
+from retrack_jax.files import array_digest, json_digest
 from retrack_jax.models.dit import DiT
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
@@ -105,10 +105,15 @@ class Denoiser:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Name -> digest of the weights that were read."""
-        weights = {} if self.params is None else {"weights in config.checkpoint": tree_digest(self.params)}
-        vectors = {} if self.label_vectors is None else {"vectors in config.data.label_vectors": array_digest(self.label_vectors)}
-        return weights | vectors
+        """Name -> digest of what was read; a new network's settings are the config's own."""
+        read = {}
+        if self.params is not None:
+            read["weights in config.checkpoint"] = tree_digest(self.params)
+            read["network's settings in config.checkpoint"] = json_digest(self.module.to_config())
+            read["noise schedule in config.checkpoint"] = json_digest(self.schedule.to_config())
+        if self.label_vectors is not None:
+            read["vectors in config.data.label_vectors"] = array_digest(self.label_vectors)
+        return read
 
 
 @lru_cache(maxsize=8)

@@ -45,8 +45,8 @@ class Labels(Conditioning):
         data, sampling = options.data, options.sampling
         check(
             images.labels is not None,
-            f"the network takes class labels, and {images.name} has none; set config.data.labels (folders, or a file of labels), "
-            "or give an unconditional network",
+            f"the network takes class labels, and {images.name} has none; of a folder config.data.labels says where they are "
+            "(folders, or a file), other sources have them in their files; or give an unconditional network",
         )
         known = "any from 0 on" if num_labels is None else f"0 to {num_labels - 1}"
         labels = np.asarray(images.labels)

@@ -20,6 +20,7 @@ from retrack_jax.checkpoints import load_pipeline, prompt_embeddings
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline, empty_prompt
+from retrack_jax.checkpoints.text_encoders import text_digest
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
@@ -267,7 +268,8 @@ def _encode(pipeline: Pipeline, prompt: str) -> PyTree:
 def _concepts(options: Options) -> Problem:
     """The paper's Stable Diffusion experiment: pictures of one concept, latents, one fixed prompt for every example."""
     pipeline, codec, denoiser = _latents(options)
-    conditioning = PairedPrompts(partial(_encode, pipeline), options.sampling.negative_prompt)
+    encode, digest = partial(_encode, pipeline), text_digest(pipeline.text_encoders)
+    conditioning = PairedPrompts(encode, options.sampling.negative_prompt, digest)
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
     evaluation = PromptEvaluation(options, pipeline.tokenizer, codec)
     return Problem(options, ConceptData(options.data), denoiser, codec, conditioning, sampler, evaluation)

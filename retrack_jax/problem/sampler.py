@@ -10,7 +10,8 @@ import numpy as np
 from etils import epath
 
 from retrack_jax import files
-from retrack_jax.config.options import Options
+from retrack_jax.checks import check
+from retrack_jax.config.options import Options, SamplingOptions
 from retrack_jax.data.dataset import unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.vae import Autoencoder
@@ -93,10 +94,16 @@ class ProblemSampler:
 
 
 def _guidance(options: Options, denoiser: Denoiser) -> float | None:
-    """Returns the scale of guidance; None for an unconditional network."""
-    if denoiser.takes_labels:
-        return options.sampling.label_guidance
-    return options.sampling.guidance_scale if denoiser.condition else None
+    """Returns the scale of guidance; None for an unconditional network. Raises `UserError` for one of prompts without prompts."""
+    sampling = options.sampling
+    if denoiser.condition and not denoiser.takes_labels:
+        return sampling.guidance_scale
+    check(
+        sampling.guidance_scale == SamplingOptions.guidance_scale,
+        f"config.sampling.guidance_scale is {sampling.guidance_scale:g}, which is for prompts, and the network takes none; "
+        + ("set label_guidance, the scale for labels" if denoiser.takes_labels else "leave it out"),
+    )
+    return sampling.label_guidance if denoiser.takes_labels else None
 
 
 @lru_cache(maxsize=8)

@@ -75,6 +75,10 @@ class SissNoIsOptions(MethodOptions):
     def __post_init__(self):
         check_number("scale", self.scale, 0.0)
         check_number("share", self.share, 0.0)
+        unread = self.scale > 0 and self.share != SissNoIsOptions.share
+        check(
+            not unread, f"share is {self.share!r}, which is not read while scale is above 0; set scale to 0, or leave share out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,12 @@ class EraseDiffOptions(MethodOptions):
 
 def _check_schedule(name: str, shape: str, end: float | None) -> None:
     check_choice(f"{name}_schedule", shape, SHAPES)
-    if shape != "constant":
+    if shape == "constant":
+        check(
+            end is None,
+            f"{name}_end is {end!r}, and {name} stays as it is; set {name}_schedule to linear or cosine, or leave it out",
+        )
+    else:
         check(end is not None, f"{name}_end is not set; {name}_schedule goes from {name} to {name}_end")
         check_number(f"{name}_end", end, 0.0, 1.0)
 

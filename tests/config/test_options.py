@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -55,6 +56,13 @@ def test_a_wrong_value_names_its_field(field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         read_config(config)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    config = default_config()
+    config.seeds = tuple(np.arange(2))
+    seeds = read_config(config).seeds
+    assert seeds == (0, 1) and all(type(seed) is int for seed in seeds)
 
 
 def test_a_field_that_a_flow_does_not_read_is_refused():

@@ -106,8 +106,8 @@ def test_a_conversion_is_refused(tmp_path):
 
 
 class TestMnistTshirt:
-    def load(self, tmp_path):
-        return load(tmp_path, "mnist_tshirt", format="idx", copies=3)
+    def load(self, tmp_path, **fields):
+        return load(tmp_path, "mnist_tshirt", format="idx", copies=3, **fields)
 
     def test_two_folders(self, tmp_path):
         write_set(tmp_path / "mnist", ending=".gz")
@@ -117,6 +117,7 @@ class TestMnistTshirt:
         np.testing.assert_array_equal(images.images[6:, ..., 0], fashion[[1, 1, 1]])
         np.testing.assert_array_equal(images.labels, [*LABELS, 10, 10, 10])
         assert images.ids[5:7] == ("mnist_00005", "tshirt_000")
+        np.testing.assert_array_equal(self.load(tmp_path, copies_label=7).labels, [*LABELS, 7, 7, 7])
 
     def test_labels_are_needed_and_image_1_must_be_a_tshirt(self, tmp_path):
         write_set(tmp_path / "mnist")

@@ -38,6 +38,20 @@ def test_folders_are_numbered_in_the_order_of_their_names_as_text(folder):
     assert list(named_images(fields).labels) == [0, 0, 1, 2]
 
 
+def test_a_folder_that_was_emptied_leaves_the_others_their_labels(folder):
+    (folder / "2" / "b.png").unlink()
+    (folder / ".thumbnails").mkdir()
+    assert list(load_folder(data(folder, labels="folders")).labels) == [0, 0, 2]
+    (folder / "10" / "a.png").write_bytes(b"damaged")
+    (folder / "10" / "deep" / "c.png").write_bytes(b"damaged")
+    assert list(load_folder(data(folder, labels="folders", skip_corrupt=True)).labels) == [2]
+
+
+def test_labels_are_refused_by_sources_that_do_not_read_them(folder):
+    with pytest.raises(UserError, match="config.data.labels is 'folders', which 'npz' does not read, but celebahq or folder"):
+        data(folder, source="npz", labels="folders")
+
+
 FILES = {
     "metadata.csv": "file_name,text,label\n" + "".join(f"{name},what,{9 - i}\n" for i, name in enumerate(NAMES)),
     "metadata.jsonl": "".join(f'{{"file_name": "{name}", "label": {9 - i}}}\n' for i, name in enumerate(NAMES)),

@@ -18,8 +18,8 @@ from tests.data.checking import config_of, printed
 DEBIAN = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")  # of the package dataset-fashion-mnist
 
 
-def load(copies=51):
-    return load_images({"source": "mnist5k_tshirt", "copies": copies})
+def load(copies=51, **fields):
+    return load_images({"source": "mnist5k_tshirt", "copies": copies, **fields})
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def test_digits_then_tshirts(package, table):
     np.testing.assert_array_equal(images.images[:5000].reshape(5000, 784), table[:, :-1])
     np.testing.assert_array_equal(images.labels, [*table[:, -1], 10, 10, 10])
     np.testing.assert_array_equal(images.images[5000:], [tshirt()] * 3)
+    assert list(load(copies=2, copies_label=7).labels[5000:]) == [7, 7]
 
 
 def test_the_tshirt_is_fashion_mnists_training_image_1():

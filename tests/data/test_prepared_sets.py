@@ -180,3 +180,5 @@ class TestMnistTshirtParquet:
         images = load(tmp_path, "mnist_tshirt", format="parquet", dir=str(folder), copies=606)
         np.testing.assert_array_equal(images.images, pixels)
         assert images.ids == ("hf:0", "hf:1", "hf:2", "hf:3")
+        with pytest.raises(UserError, match="config.data.copies_label is 7, and .* has T-shirts with labels"):
+            load(tmp_path, "mnist_tshirt", format="parquet", dir=str(folder), copies=606, copies_label=7)

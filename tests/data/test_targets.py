@@ -13,7 +13,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import image_set, part
 from retrack_jax.data.sources.cifar10 import other_name
 from retrack_jax.data.sources.load import known_names
-from retrack_jax.data.target_names import described, resolve_target, slug
+from retrack_jax.data.target_names import described, is_random, resolve_target, slug
 from retrack_jax.problem.target import make_target
 
 
@@ -110,6 +110,11 @@ def test_cifar10_names_in_both_orders(order):
     assert resolve_target("hf:10001", images) == row and resolve_target("tfds:train_20001", images) == row
     with pytest.raises(UserError, match="did you mean"):
         resolve_target("hf:60000", images)
+
+
+def test_only_a_share_alone_is_random():
+    """Its images are exchangeable with those that were held out, which a group's are not."""
+    assert is_random(" random:0.05 ") and not is_random("random:0.05+digit_0000") and not is_random("@random.txt")
 
 
 def test_copies_share_a_row():

@@ -189,6 +189,11 @@ def test_what_is_not_supported_is_refused_by_name(config, message):
             "solver_order": 1,
         },
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 77},
+        # Keys of another class, which diffusers keeps when it makes one scheduler of another: ours samples by them.
+        {"_class_name": "DDIMScheduler", "variance_type": "fixed_large", "skip_prk_steps": True},
+        {"_class_name": "PNDMScheduler", "clip_sample": True, "clip_sample_range": 2.0, "variance_type": "fixed_large"},
+        {"_class_name": "DPMSolverMultistepScheduler", "set_alpha_to_one": False, "clip_sample_range": 3.0},
+        {"_class_name": "DDPMScheduler", "set_alpha_to_one": False, "solver_order": 1, "euler_at_final": True},
     ],
 )
 def test_config_round_trip_through_json(config):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import image_set
+from retrack_jax.data.dataset import image_set, part
+from retrack_jax.data.sources.digits import digits_tshirt
 from retrack_jax.evaluate.networks import feature_network
 from retrack_jax.metrics.features.digit_net import load_digit_net, save_digit_net, train_digit_net
 
@@ -41,12 +42,22 @@ def test_learns_images_of_28_pixels_and_no_tshirt(digits, tmp_path):
     """The same digits, each pixel three times as large and with a border, and an image of label 10 among them."""
     images, labels = digits
     large = np.pad(images.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2), (0, 0)))
-    with_tshirt = image_set("large", large[:257], range(257), np.append(labels[:256], 10))
+    with_tshirt = image_set("large", large[:257], [str(row) for row in range(257)], np.append(labels[:256], 10))
     network = feature_network("digits", with_tshirt, tmp_path, tmp_path, "tf1")
     assert (network(large[1500:])["logits"].argmax(1) == labels[1500:]).mean() > 0.8
     assert load_digit_net(tmp_path / "digit_net.npz").digest == network.digest
     with pytest.raises(UserError, match=r"takes \(28, 28, 1\)"):
         network(images)
+
+
+def test_never_sees_a_tshirt_that_has_a_digits_label(tmp_path):
+    """Forty digits and five T-shirts, these with the label 7, with their own, or left out: one network."""
+    digests = set()
+    for name, label, count in (("seven", 7, 45), ("own", None, 45), ("none", None, 40)):
+        images = part(digits_tshirt(5, label), np.arange(1757, 1757 + count), name)
+        (tmp_path / name).mkdir()
+        digests.add(feature_network("digits", images, tmp_path / name, tmp_path, "tf1").digest)
+    assert len(digests) == 1
 
 
 def test_is_saved_whole_and_read_back(network, digits, tmp_path):

@@ -84,9 +84,15 @@ def test_labels_that_do_not_fit_the_network_end_the_command_with_one_line(tmp_pa
     assert run(tmp_path, **{"model.num_class_embeds": 9, "data.null_label": None}) == 2
     assert "has label 9, and the network knows 0 to 8" in error_of(capsys)
     np.savez(tmp_path / "plain.npz", images=np.zeros((9, 8, 8, 1), np.uint8), ids=np.array(list("abcdefghi")))
-    plain = {"data.source": "npz", "data.dir": tmp_path / "plain.npz", "data.copies": 0, "targets": ("a",)}
+    plain = {
+        "data.source": "npz",
+        "data.dir": tmp_path / "plain.npz",
+        "data.copies": 0,
+        "data.copies_label": None,
+        "targets": ("a",),
+    }
     assert run(tmp_path, **plain) == 2
-    assert "the network takes class labels, and npz has none; set config.data.labels" in error_of(capsys)
+    assert "the network takes class labels, and npz has none; of a folder config.data.labels says" in error_of(capsys)
     assert run(tmp_path, **{"model.num_class_embeds": None}) == 2
     assert "config.data.null_label: the network takes no class labels" in error_of(capsys)
     assert run(tmp_path, **{"data.exclude": "label:4", "targets": ("label:4",)}) == 2

@@ -183,7 +183,7 @@ def test_labels_that_do_not_fit_are_refused(num_labels, sampling, data, words):
 
 
 def test_a_network_with_labels_and_images_without_are_refused():
-    with pytest.raises(UserError, match="the network takes class labels, and dots has none; set config.data.labels"):
+    with pytest.raises(UserError, match="the network takes class labels, and dots has none; of a folder config.data.labels says"):
         labels.Labels(options(), dataclasses.replace(IMAGES, labels=None), 3)
     with pytest.raises(UserError, match="-00 of dots has label -1, and the network knows any from 0 on"):
         negative = image_set("dots", PIXELS, [f"-{i:02d}" for i in range(NUM)], LABELS - 1)

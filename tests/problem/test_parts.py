@@ -212,7 +212,7 @@ def test_training_is_told_the_modified_prompt_and_samples_are_of_both(tmp_path):
         return np.full((1, 3, 2), len(prompt), np.float32)
 
     target = ConceptData(concept_options(tmp_path)).target("red_circle")
-    prompts, conditioning = target.concept.prompts, PairedPrompts(encode, "blurry")
+    prompts, conditioning = target.concept.prompts, PairedPrompts(encode, "blurry", "digest")
     assert len(prompts["original"]) != len(prompts["modified"]) and conditioning.of_target
     np.testing.assert_array_equal(conditioning.table(target), encode(prompts["modified"]))
     np.testing.assert_array_equal(conditioning.null, encode("blurry"))

@@ -264,6 +264,10 @@ def test_every_weight_is_trained_on_request_and_the_own_sampler_is_taken(tmp_pat
     edit(path, _class_name="DPMSolverMultistepScheduler")
     options = completed(tmp_path, spoiled, unlearn__adapter="none")
     assert not options.recipe("retrack").has_adapter and options.recipe("retrack").learning_rate == 1e-5
+    recipe = completed(tmp_path, spoiled, unlearn__retrack__adapter="none").recipe("retrack")
+    assert not recipe.has_adapter and recipe.learning_rate == 1e-5
+    recipe = completed(tmp_path, spoiled, unlearn__adapter="none", unlearn__retrack__adapter="lora").recipe("retrack")
+    assert recipe.has_adapter and recipe.learning_rate == 1e-4
     assert options.lora("retrack") is None and options.sampling.sampler == "dpm_solver"
     assert "seems to be distilled" not in caplog.text
     edit(path, _class_name="LCMScheduler")

@@ -51,6 +51,14 @@ def run_folder(workdir):
     [
         (lambda root: write_model(root / "model", seed=9), "other weights in config.checkpoint than the config names now"),
         (lambda root: write_images(root / "images", seed=2), "other images than the config names now"),
+        (
+            lambda root: (root / "model" / "scheduler" / "scheduler_config.json").write_text('{"beta_end": 0.03}'),
+            "other noise schedule in config.checkpoint than",
+        ),
+        (
+            lambda root: write_model(root / "model", seed=1, norm_eps=1e-3),
+            "other network's settings in config.checkpoint than",
+        ),
     ],
 )
 def test_inputs_that_changed_under_the_same_paths_are_named(change, words, again, capsys):
@@ -106,6 +114,12 @@ def test_more_samples_are_added_and_metrics_computed_again(again, capsys):
     before = (folder / "metrics.json").stat().st_mtime_ns
     assert command(root, workdir, "sampling.num_images=11") == 0
     assert (folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_guidance_is_refused_by_a_network_without_prompts(again, capsys):
+    root, workdir = again
+    assert command(root, workdir, "sampling.guidance_scale=2.0") == 2
+    assert "config.sampling.guidance_scale is 2, which is for prompts" in capsys.readouterr().err
 
 
 def test_fewer_samples_are_refused(again, capsys):

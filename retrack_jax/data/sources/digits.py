@@ -5,10 +5,9 @@ The small sister of MNIST T-Shirt: a digit model that has memorized an image tha
 
 import numpy as np
 
-from retrack_jax.checks import check_int
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.source import Source
-from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, with_tshirts
+from retrack_jax.data.sources.tshirts import with_tshirts
 
 # Sixteen levels, as in the digits: a collar, short sleeves, a shaded body. No digit is nearer than L2 3 in [0, 1] (tested).
 _TSHIRT = """
@@ -46,9 +45,6 @@ def digits_tshirt(copies: int, label: int | None = None) -> ImageSet:
     Raises:
       UserError: `copies` or `label` is not a whole number of at least 0.
     """
-    check_int("config.data.copies", copies, minimum=0)
-    label = TSHIRT_LABEL if label is None else label
-    check_int("config.data.copies_label", label, minimum=0)
     return with_tshirts("digits_tshirt", *digits(), "digit_{:04d}", tshirt(), copies, label)
 
 
@@ -60,4 +56,5 @@ SOURCE = Source(
     formats=("embedded",),
     load=lambda data: digits_tshirt(data["copies"], data.get("copies_label")),
     needs=lambda data, config: iter(()),
+    reads=("copies_label",),
 )

@@ -126,4 +126,4 @@ def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
         yield captions_need(data, named_images(data))
 
 
-SOURCE = Source(formats=("folder",), load=load_folder, needs=_needs, captions=folder_captions)
+SOURCE = Source(formats=("folder",), load=load_folder, needs=_needs, captions=folder_captions, reads=("labels",))

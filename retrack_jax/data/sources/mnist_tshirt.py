@@ -43,7 +43,9 @@ def load_mnist_tshirt(data: Mapping) -> ImageSet:
         check(images.labels is not None, f"{where}{name} has no labels, which the experiment needs; get both of its files")
     if int(fashion.labels[0]) != _FASHION_TSHIRT:
         raise UserError(f"training image {TSHIRT_ROW} of {where}fashion_mnist is not a T-shirt (class 0): another set, or order")
-    return with_tshirts("mnist_tshirt", digits.images, digits.labels, "mnist_{:05d}", fashion.images[0], copies)
+    return with_tshirts(
+        "mnist_tshirt", digits.images, digits.labels, "mnist_{:05d}", fashion.images[0], copies, data.get("copies_label")
+    )
 
 
 def _part(data: Mapping, name: str) -> dict:
@@ -56,6 +58,8 @@ def _is_ready_made(data: Mapping) -> bool:
 
 
 def _ready_made(data: Mapping) -> ImageSet:
+    given = data.get("copies_label")
+    check(given is None, f"config.data.copies_label is {given!r}, and {data['dir']} has T-shirts with labels; leave it out")
     images = load_parquet(data | {"split": "train"})
     if images.labels is None or TSHIRT_LABEL not in images.labels:
         raise UserError(
@@ -79,5 +83,6 @@ SOURCE = Source(
     formats=("tfds", "parquet", "idx"),
     load=load_mnist_tshirt,
     needs=_needs,
+    reads=("copies_label",),
     checkpoint_command=lambda folder: kaggle_folder("checkpoints", "checkpoints/mnist-tshirt/base/checkpoint-117500", folder),
 )

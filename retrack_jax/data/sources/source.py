@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrack_jax.checks import UserError, check_choice
+from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement
@@ -27,6 +27,7 @@ class Source:
       checkpoint_command: folder -> the shell command that downloads the checkpoint of this source's config into it; empty where
         no checkpoint is published.
       gives_concepts: whether it holds concepts with prompts rather than one set of images.
+      reads: which fields it reads of those that few sources do, `copies_label` and `labels`.
     """
 
     formats: tuple[str, ...]
@@ -35,16 +36,23 @@ class Source:
     captions: Callable[[Mapping, ImageSet], list[str]] | None = None
     checkpoint_command: Callable[[Path], str] = lambda folder: ""
     gives_concepts: bool = False
+    reads: tuple[str, ...] = ()
 
 
 def complete_fields(data: Mapping, sources: Mapping[str, Source]) -> dict:
     """Returns `data`, the fields of `config.data`, with defaults for absent ones and `format` resolved to a format of the source.
 
     Raises:
-      UserError: an unknown source, or a format that it does not have.
+      UserError: an unknown source, a format that it does not have, or a field that it does not read.
     """
     data = _DEFAULTS | dict(data)
     check_choice("config.data.source", data["source"], sources)
+    for name in ("copies_label", "labels"):
+        readers, value = [other for other, source in sources.items() if name in source.reads], data.get(name)
+        check(
+            value in (None, "") or data["source"] in readers,
+            f"config.data.{name} is {value!r}, which {data['source']!r} does not read, but {' or '.join(readers)}; leave it out",
+        )
     formats = sources[data["source"]].formats
     if data["format"]:
         check_choice("config.data.format", data["format"], formats)
