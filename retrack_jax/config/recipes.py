@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optax
 
@@ -109,6 +109,17 @@ class TrainingOptions:
             return None
         return make_ema_decay(power=self.ema_power, inv_gamma=self.ema_inv_gamma, max_decay=self.ema_max_decay)
 
+    def step_options(self, t_end: int, dropout: bool, condition_dropout: float = 0.0) -> StepOptions:
+        """Returns how a step runs, on a schedule that ends at `t_end`; `dropout`: whether the network has any."""
+        return StepOptions(
+            accumulation=self.accumulation,
+            t_max=t_end,
+            logit_normal=self.logit_normal,
+            log_normal=self.log_normal,
+            dropout=dropout,
+            condition_dropout=condition_dropout,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(TrainingOptions):
@@ -177,20 +188,9 @@ class UnlearnOptions(TrainingOptions):
             check_int(f"{where}t_max", self.t_max, minimum=self.t_min + 1, maximum=num_timesteps)
 
     def step_options(self, t_end: int, dropout: bool, condition_dropout: float = 0.0) -> StepOptions:
-        """Returns how a step runs, on a schedule that ends at `t_end`; `dropout`: whether the network has any."""
-        return StepOptions(
-            options=self.own,
-            num_steps=self.num_steps,
-            accumulation=self.accumulation,
-            t_min=self.t_min,
-            t_max=t_end if self.t_max is None else self.t_max,
-            logit_normal=self.logit_normal,
-            log_normal=self.log_normal,
-            distill=self.retain_loss == "distillation",
-            dropout=dropout,
-            condition_dropout=condition_dropout,
-            lora=self.lora if self.has_adapter else None,
-        )
+        how = super().step_options(t_end if self.t_max is None else self.t_max, dropout, condition_dropout)
+        distill, lora = self.retain_loss == "distillation", self.lora if self.has_adapter else None
+        return replace(how, options=self.own, num_steps=self.num_steps, t_min=self.t_min, distill=distill, lora=lora)
 
     def forget_size(self, method: Method) -> int:
         """Returns how many forgotten images a step of `method` takes."""

@@ -48,9 +48,9 @@ class Batches:
 
     gather: Callable[[np.ndarray], dict[str, np.ndarray]] | None
     num_remain: int
-    forget_rows: np.ndarray | None
+    forget_rows: np.ndarray | None = None
     remain_size: int
-    forget_size: int
+    forget_size: int = 0
     seed: int
 
     def __call__(self, step: int) -> PyTree:

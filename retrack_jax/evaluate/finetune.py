@@ -49,9 +49,7 @@ def make_finetune(
         num_images: int,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> tuple[TrainState, Callable]:
-        batches = Batches(
-            gather=gather, num_remain=num_images, forget_rows=None, remain_size=batch_size, forget_size=0, seed=_SEED
-        )
+        batches = Batches(gather=gather, num_remain=num_images, remain_size=batch_size, seed=_SEED)
 
         def go_on(state: TrainState, first_step: int, num_steps: int) -> TrainState:
             held, rng = parallel.replicate(shared), jax.random.key(_SEED)

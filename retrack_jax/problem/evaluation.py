@@ -27,7 +27,6 @@ from retrack_jax.problem.conditioning import Conditioning, with_conditions
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
 from retrack_jax.problem.training_data import ImageData
-from retrack_jax.train.step import StepOptions
 
 SHOWN = 8  # of a large group a page shows some
 Arrays = dict[str, np.ndarray]
@@ -136,16 +135,9 @@ class ImageEvaluation:
     def _make_finetune(self) -> Callable:
         denoiser, conditioning, recipe = self._denoiser, self._conditioning, self._options.eval.relearning
         # The model's own recipe, at a constant rate.
-        training = dataclasses.replace(
-            self._options.pretrain, learning_rate=recipe.learning_rate, learning_rate_schedule="constant", warmup_steps=0
-        )
-        how = StepOptions(
-            t_max=denoiser.schedule.t_end,
-            logit_normal=training.logit_normal,
-            log_normal=training.log_normal,
-            dropout=denoiser.has_dropout,
-            condition_dropout=conditioning.dropout,
-        )
+        rate = {"learning_rate": recipe.learning_rate, "learning_rate_schedule": "constant", "warmup_steps": 0}
+        training = dataclasses.replace(self._options.pretrain, accumulation=1, **rate)
+        how = training.step_options(denoiser.schedule.t_end, denoiser.has_dropout, conditioning.dropout)
         given = denoiser.eps_fn, denoiser.schedule, how, training.optimizer(), recipe.batch_size
         return make_finetune(*given, conditioning.dropped)
 

@@ -140,21 +140,12 @@ def _from_scratch(context: RunContext, name: str, folder: epath.Path, seed: int,
         f"{name} starts from random weights, which is not supported with rescale_betas_zero_snr: the loss is in eps, and at pure "
         "noise eps says nothing about the image; choose a method that starts from the checkpoint",
     )
-    how = StepOptions(
-        accumulation=recipe.accumulation,
-        t_max=denoiser.schedule.t_end,
-        logit_normal=recipe.logit_normal,
-        log_normal=recipe.log_normal,
-        dropout=denoiser.has_dropout,
-        condition_dropout=context.problem.conditioning.dropout,
-    )
+    how = recipe.step_options(denoiser.schedule.t_end, denoiser.has_dropout, context.problem.conditioning.dropout)
     step = _compiled(METHODS["vanilla"], denoiser.eps_fn, how, recipe)
 
     def inputs() -> tuple[Batches, Shared]:
         gather = context.problem.gather(images, rows)
-        batches = Batches(
-            gather=gather, num_remain=len(rows), forget_rows=None, remain_size=recipe.batch_size, forget_size=0, seed=seed
-        )
+        batches = Batches(gather=gather, num_remain=len(rows), remain_size=recipe.batch_size, seed=seed)
         return batches, Shared(schedule=denoiser.schedule, null=context.problem.conditioning.dropped)
 
     return Job(name, folder, seed, recipe, step, lambda: denoiser.init_params(seed), inputs)
