@@ -9,27 +9,22 @@ import shlex
 from pathlib import Path
 
 KAGGLE = "https://www.kaggle.com/api/v1/datasets/download/kenhas/data-unlearning-in-diffusion-models"
-# Feature network -> its file, and where it comes from.
-NETWORKS = {
+# Feature network -> files of its weights, any of which does, and the address of the folder with the first.
+WEIGHTS = {
     "inception": (
-        "weights-inception-2015-12-05-6726825d.pth",
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        ("weights-inception-2015-12-05-6726825d.pth",),
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0",
     ),
     "sscd": (
-        "sscd_disc_mixup.torchscript.pt",
-        "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt",
+        tuple(f"sscd_disc_mixup.{kind}.pt" for kind in ("torchscript", "torchvision", "classy")),
+        "https://dl.fbaipublicfiles.com/sscd-copy-detection",
     ),
     "CLIP RN50": (
-        "RN50.pt",
-        "https://openaipublic.azureedge.net/clip/models/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+        ("RN50.pt", "RN50.safetensors"),
+        "https://openaipublic.azureedge.net/clip/models/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     ),
 }
-# Other files of the same weights that do as well.
-ALSO = {
-    "inception": (),
-    "sscd": ("sscd_disc_mixup.torchvision.pt", "sscd_disc_mixup.classy.pt"),
-    "CLIP RN50": ("RN50.safetensors",),
-}
+MNIST_FILE = "mnist.pt"  # of the classifier of the official MNIST experiment
 
 
 def hub(what: str, folder: Path) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.commands import ALSO, KAGGLE, NETWORKS, curl, unzip_file
-from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_file, matching, requirement
+from retrack_jax.data.commands import KAGGLE, MNIST_FILE, WEIGHTS, curl, unzip_file
+from retrack_jax.data.needs import METRICS_LEFT_OUT, Requirement, hub_need, if_file, requirement
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.weights import hub
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, NETWORK_FOLDERS, TRANSFORMERS_WEIGHTS, find_weights, schedule_places
@@ -16,7 +16,6 @@ from retrack_jax.weights.kinds import T5, autoencoder_folder, is_sd3, takes_prom
 
 _USES_INCEPTION = ("fid", "kid", "precision", "recall", "inception_score")
 _CLASS_SCORES = ("inception_score", "inception_score_official")
-_MNIST_FILE = "mnist.pt"
 
 
 def checkpoint_parts(checkpoint: str, source: str) -> Iterator[Requirement]:
@@ -87,11 +86,11 @@ def metric_networks(evaluation: dict) -> Iterator[Requirement]:
     wanted += ["sscd"] if any(metric.startswith("sscd") for metric in metrics) else []
     wanted += ["CLIP RN50"] if any(metric.startswith("clip_iqa") for metric in metrics) else []
     for network in wanted:
-        name, url = NETWORKS[network]
-        command = curl(url, folder / name)
-        found = next((files for kind in (name, *ALSO[network]) if (files := matching(folder, kind))), [])
-        yield requirement(f"feature network {network}", folder / name, found, command=command, without=METRICS_LEFT_OUT)
+        names, address = WEIGHTS[network]
+        path, found = folder / names[0], next((file for name in names if (file := if_file(folder / name))), [])
+        command = curl(f"{address}/{names[0]}", path)
+        yield requirement(f"feature network {network}", path, found, command=command, without=METRICS_LEFT_OUT)
     if classifier:
-        command = unzip_file(f"{KAGGLE}-checkpoints", f"checkpoints/classifiers/{_MNIST_FILE}", folder)
-        path = folder / _MNIST_FILE
+        command = unzip_file(f"{KAGGLE}-checkpoints", f"checkpoints/classifiers/{MNIST_FILE}", folder)
+        path = folder / MNIST_FILE
         yield requirement("classifier MNIST ResNet-18", path, if_file(path), command=command, without=METRICS_LEFT_OUT)

@@ -13,12 +13,12 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checks import UserError, check, check_choice
+from retrack_jax.data.commands import MNIST_FILE, WEIGHTS
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, is_tshirt
 from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
-from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
@@ -27,9 +27,6 @@ from retrack_jax.weights.folder import open_file, present
 NETWORKS = ("digits", "inception")
 FEATURES, MNIST_RESNET = "features", "mnist_resnet"
 SCORE_NETWORKS = (FEATURES, MNIST_RESNET)
-# Three files of the same weights; the first is what config.mode=check gets.
-SSCD_FILES = tuple(f"sscd_disc_mixup.{kind}.pt" for kind in ("torchscript", "torchvision", "classy"))
-MNIST_FILE = "mnist.pt"
 MNIST_SHAPE = (28, 28, 1)
 log = logging.getLogger(__name__)
 
@@ -51,12 +48,12 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
     check_choice("config.eval.features", name, NETWORKS)
     if name == "digits":
         return _digits(images, folder)
-    return from_file(weights_dir, (INCEPTION_FILE,), functools.partial(inception_network, resize=resize))
+    return from_file(weights_dir, WEIGHTS["inception"][0], functools.partial(inception_network, resize=resize))
 
 
 def load_sscd(weights_dir) -> FeatureNetwork:
-    """Returns SSCD's network from one of `SSCD_FILES`. Raises `Unavailable` as `from_file`."""
-    return from_file(weights_dir, SSCD_FILES, sscd_network)
+    """Returns SSCD's network. Raises `Unavailable` as `from_file`."""
+    return from_file(weights_dir, WEIGHTS["sscd"][0], sscd_network)
 
 
 def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | None:

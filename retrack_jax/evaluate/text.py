@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrack_jax.checks import check
+from retrack_jax.data.commands import WEIGHTS
 from retrack_jax.evaluate.networks import from_file
 from retrack_jax.evaluate.results import Evaluator
 from retrack_jax.metrics.clip_iqa import ClipIqa, make_clip_iqa
@@ -20,7 +21,6 @@ from retrack_jax.metrics.sscd import sscd
 from retrack_jax.models.tokenizer import ClipTokenizer
 
 CAPTIONS = ("forgotten", "kept")  # kinds
-CLIP_FILES = ("RN50.pt", "RN50.safetensors")
 Samples = Mapping[str, np.ndarray]  # prompt -> uint8 `[N, H, W, 3]` and, if they were kept, `PROMPT_float` in [0, 1]
 
 
@@ -53,7 +53,7 @@ def precision(samples: Samples) -> str:
 
 
 def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> ClipIqa:
-    """Returns CLIP-IQA from one of `CLIP_FILES`, which hold the same tensors, in `weights_dir`.
+    """Returns CLIP-IQA from the weights in `weights_dir`.
 
     Raises:
       Unavailable: as `from_file`, or the tokenizer is not CLIP's.
@@ -64,7 +64,7 @@ def load_clip_iqa(weights_dir, tokenizer: ClipTokenizer, batch_size: int) -> Cli
         check(towers.text.vocab_size == known, f"it knows {towers.text.vocab_size} tokens, the checkpoint's tokenizer {known}")
         return make_clip_iqa(towers, tokenizer, digest, batch_size)
 
-    return from_file(weights_dir, CLIP_FILES, load)
+    return from_file(weights_dir, WEIGHTS["CLIP RN50"][0], load)
 
 
 def evaluators(kinds: Sequence[str]) -> list[Evaluator]:
