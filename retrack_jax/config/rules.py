@@ -37,9 +37,8 @@ from retrack_jax.config.options import Options
 from retrack_jax.config.presets import DISTILLED, with_preset
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.excluded import resolve_remaining, without
-from retrack_jax.data.held_out import split_held_out
 from retrack_jax.data.labels import most_neighbors
+from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
 from retrack_jax.data.sources.load import known_names, load_images
 from retrack_jax.diffusion import edm
 from retrack_jax.train.lora import LORA

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.excluded import resolve_remaining, without
-from retrack_jax.data.held_out import split_held_out
+from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.required_model import checkpoint_parts, metric_networks
 from retrack_jax.data.sources.load import known_names

@@ -8,8 +8,7 @@ from retrack_jax import files
 from retrack_jax.checks import check
 from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.excluded import resolve_remaining, without
-from retrack_jax.data.held_out import split_held_out
+from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
 from retrack_jax.data.sources.load import load_captioned_images, load_concepts, load_images
 from retrack_jax.problem.target import Target, make_target
 

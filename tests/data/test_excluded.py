@@ -7,8 +7,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, image_set
-from retrack_jax.data.excluded import resolve_remaining, without
-from retrack_jax.data.held_out import split_held_out
+from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
 from retrack_jax.data.row_view import RowView
 from retrack_jax.main import main
 from tests.tiny import flags

@@ -5,7 +5,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet, image_set
-from retrack_jax.data.held_out import split_held_out
+from retrack_jax.data.left_out import split_held_out
 from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors.cache import cached_nearest_of_targets
 
