@@ -23,8 +23,7 @@ from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.neighbors.copies import warn_of_copies
-from retrack_jax.neighbors.distinct import distinct_neighbors
+from retrack_jax.neighbors.distinct import distinct_neighbors, warn_of_copies
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.loop import train

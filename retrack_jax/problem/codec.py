@@ -16,8 +16,7 @@ from retrack_jax.data.dataset import ImageSet, pixels_to_model
 from retrack_jax.models.vae import Autoencoder
 from retrack_jax.neighbors.cache import cached_nearest_of_targets
 from retrack_jax.neighbors.captions import CaptionedNeighbors
-from retrack_jax.neighbors.copies import warn_of_copies
-from retrack_jax.neighbors.distinct import distinct_neighbors
+from retrack_jax.neighbors.distinct import distinct_neighbors, warn_of_copies
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.latents import LatentSet, encode_set
