@@ -86,7 +86,6 @@ def samples_picture(
     forgotten=None,
     neighbors=None,
     distances=None,
-    columns: int | None = None,
     count: int = 64,
 ):
     """Returns the `PIL.Image` of `samples.png`: samples before and after, side by side, tile i of both from the same noise.
@@ -100,44 +99,29 @@ def samples_picture(
       forgotten: uint8 `[F, H, W, C]` or None: shown below, outlined.
       neighbors: uint8 `[F, K, H, W, C]` or None: shown to the right of it, nearest first.
       distances: float `[F, K]` or None: written under the neighbors.
-      columns: tiles in a row of each grid; by default 8, of photographs 4.
       count: how many samples of each are shown.
     """
     from PIL import Image
 
-    blocks, left, bottom = [], _GAP, 0
-    columns = columns or (8 if max(np.shape(after)[1:3]) <= 64 else 4)
+    columns = 8 if max(np.shape(after)[1:3]) <= 64 else 4
     drawn, first = _chosen(before, after, marked_before, 2 * columns, count)
+    sides = []
     for images, mask, title in zip((before, after), (marked_before, marked_after), titles, strict=True):
         if images is None:
             continue
         note = f"{len(images):,} samples"
         if mask is not None:
             note += f", {int(np.sum(mask)):,} of them the {mark_name}" if np.any(mask) else f", none of them the {mark_name}"
-        blocks += [(left, 0, title, 22, _INK), (left, 30, note, 14, _FAINT)]
-        top, widest = 56, 0
-        shown = f"{len(drawn)} of the {int(np.sum(marked_before)) if len(drawn) else 0:,} that are the {mark_name}"
-        for rows, caption in (
-            (drawn, shown if images is before else "What the same noise gives"),
-            (first, f"The first {len(first)}"),
-        ):
-            if not len(rows):
-                continue
-            picture = grid(images[rows], columns=columns, marked=None if mask is None else np.asarray(mask)[rows])
-            if len(drawn):
-                blocks.append((left, top, caption, 14, _INK))
-                top += 22
-            blocks.append((left - _GAP, top, picture))
-            top += picture.shape[0] + 10
-            widest = max(widest, picture.shape[1])
-        left += widest + 28
-        bottom = max(bottom, top - 10)
-    if forgotten is not None:
-        bottom = _strip_blocks(blocks, bottom + 22, forgotten, neighbors, distances)
-    width = max(block[0] + (block[2].shape[1] if len(block) == 3 else _text_width(block[2], block[3])) for block in blocks)
-    canvas = Image.new("RGB", (width + 2 * _MARGIN, bottom + 2 * _MARGIN), _PAPER)
-    for block in blocks:
-        _paint(canvas, block)
+        parts = [_line(title, 22), _line(note, 14, _FAINT)]
+        if len(drawn):
+            of_all = f"{len(drawn)} of the {int(np.sum(marked_before)):,} that are the {mark_name}"
+            parts += [_line(of_all if images is before else "What the same noise gives", 14), _part(images, mask, drawn, columns)]
+            parts.append(_line(f"The first {len(first)}", 14))
+        sides.append(_joined([*parts, _part(images, mask, first, columns)], axis=0))
+    below = [] if forgotten is None else _strips(forgotten, neighbors, distances)
+    picture = Image.fromarray(_joined([_joined(sides, axis=1), *below], axis=0))
+    canvas = Image.new("RGB", (picture.width + 2 * _MARGIN, picture.height + 2 * _MARGIN), _PAPER)
+    canvas.paste(picture, (_MARGIN, _MARGIN), picture)
     return canvas
 
 
@@ -149,50 +133,42 @@ def _chosen(before, after, marked_before, most: int, count: int) -> tuple[np.nda
     return drawn, np.arange(min(shared, count - (most if len(drawn) else 0)))
 
 
-def _strip_blocks(blocks, top, forgotten, neighbors, distances, rows: int = 4) -> int:
-    """Adds the forgotten images and their neighbors to `blocks`; returns the bottom edge."""
-    shown = f"{min(rows, len(forgotten))} of {len(forgotten)}" if len(forgotten) > rows else ""
-    blocks.append((_GAP, top, " ".join(filter(None, ["Forgotten", shown])), 16, _INK))
-    first = grid(forgotten[:1], columns=1, marked=[True], smallest=64, largest=160)
-    start = max(first.shape[1] + 24, _text_width(blocks[-1][2], 16) + 24)
+def _part(images, mask, rows, columns: int) -> np.ndarray:
+    return grid(images[rows], columns=columns, marked=None if mask is None else np.asarray(mask)[rows])
+
+
+def _strips(forgotten, neighbors, distances, most: int = 4) -> list[np.ndarray]:
+    """Returns a heading, and a picture of each forgotten image with its neighbors to the right of it."""
+    heading = f"Forgotten: {most} of {len(forgotten)}" if len(forgotten) > most else "Forgotten"
     if neighbors is not None:
-        blocks.append((start, top, f"Its {neighbors.shape[1]} nearest remaining images, nearest first", 16, _INK))
-    top += 26
-    for row in range(min(rows, len(forgotten))):
-        picture = grid(forgotten[row : row + 1], columns=1, marked=[True], smallest=64, largest=160)
-        blocks.append((0, top, picture))
-        if neighbors is not None:
-            strip = grid(neighbors[row], columns=neighbors.shape[1], smallest=64, largest=160)
-            blocks.append((start - _GAP, top, strip))
-            step = (strip.shape[1] - _GAP) / neighbors.shape[1]
-            for k in range(neighbors.shape[1]) if distances is not None else ():
-                text = f"{float(distances[row][k]):.2f}"
-                middle = start + step * k + (step - _GAP) / 2
-                blocks.append((int(middle - _text_width(text, 13) / 2), top + strip.shape[0], text, 13, _FAINT))
-        top += picture.shape[0] + (24 if distances is not None else 4)
-    return top
+        heading += f", and the {neighbors.shape[1]} nearest remaining images, nearest first"
+    strips = [_line(heading, 16)]
+    for row, image in enumerate(forgotten[:most]):
+        tiles = [grid(image[None], columns=1, marked=[True], smallest=64, largest=160)]
+        for k, neighbor in enumerate(() if neighbors is None else neighbors[row]):
+            below = [] if distances is None else [_line(f"{float(distances[row][k]):.2f}", 13, _FAINT)]
+            tiles.append(_joined([grid(neighbor[None], columns=1, smallest=64, largest=160), *below], axis=0))
+        strips.append(_joined(tiles, axis=1))
+    return strips
 
 
-def _font(size: int):
-    from PIL import ImageFont
+def _joined(pictures: list[np.ndarray], *, axis: int) -> np.ndarray:
+    """Returns RGBA pictures one below the other (axis 0) or side by side (1), transparent between them."""
+    across, padded = max(picture.shape[1 - axis] for picture in pictures), []
+    for picture in pictures:
+        gap, rest = (0, _GAP), (0, across - picture.shape[1 - axis])
+        padded.append(np.pad(picture, (gap, rest, (0, 0)) if axis == 0 else (rest, gap, (0, 0))))
+    return np.concatenate(padded, axis)
 
-    return ImageFont.load_default(size)
 
+def _line(text: str, size: int, ink=_INK) -> np.ndarray:
+    """Returns a line of text on paper as an RGBA picture."""
+    from PIL import Image, ImageDraw, ImageFont
 
-def _text_width(text: str, size: int) -> int:
-    return math.ceil(_font(size).getlength(text))
-
-
-def _paint(canvas, block):
-    from PIL import Image, ImageDraw
-
-    if len(block) == 3:
-        left, top, picture = block
-        picture = Image.fromarray(picture)
-        canvas.paste(picture, (left + _MARGIN, top + _MARGIN), picture)
-    else:
-        left, top, text, size, ink = block
-        ImageDraw.Draw(canvas).text((left + _MARGIN, top + _MARGIN), text, font=_font(size), fill=ink)
+    font = ImageFont.load_default(size)
+    canvas = Image.new("RGBA", (_GAP + math.ceil(font.getlength(text)), round(1.3 * size)), _PAPER)
+    ImageDraw.Draw(canvas).text((_GAP, 0), text, font=font, fill=ink)
+    return np.asarray(canvas)
 
 
 def _mask(marked, count: int) -> np.ndarray:
