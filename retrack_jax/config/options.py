@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from retrack_jax.checks import check, check_choice, check_int, check_number
 from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
+from retrack_jax.data.target_names import target_specs
 from retrack_jax.diffusion.flow import EULER, VELOCITY
 from retrack_jax.evaluate.concepts import CLASSIFIERS
 from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
@@ -305,7 +306,7 @@ class Options:
     @property
     def target_specs(self) -> list[str]:
         """The targets, one a run; commas inside an entry separate targets as well."""
-        return [spec.strip() for entry in self.targets for spec in str(entry).split(",") if spec.strip()]
+        return target_specs(self.targets)
 
     @property
     def method_names(self) -> list[str]:

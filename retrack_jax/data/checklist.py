@@ -16,7 +16,7 @@ from retrack_jax.data.required_model import checkpoint_parts, metric_networks
 from retrack_jax.data.sources.load import known_names
 from retrack_jax.data.sources.source import complete_fields
 from retrack_jax.data.sources.table import SOURCES
-from retrack_jax.data.target_names import target_specs
+from retrack_jax.data.target_names import parts_of, target_specs
 
 _SHOWN = 4  # files of one command
 GET = "get it: "  # launch/download.sh looks for this
@@ -86,7 +86,7 @@ def _files_of_data(data: Mapping, config: Mapping) -> Iterator[Requirement]:
 
 def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
     """The lists that targets name; and each target that does not exist, if names are known before decoding."""
-    lists = {part for spec in specs for part in _parts(spec) if part.startswith("@")}
+    lists = {part for spec in specs for part in parts_of(spec) if part.startswith("@")}
     found = {name: Path(name[1:]).expanduser().is_file() for name in sorted(lists)}
     for name, here in found.items():
         path = Path(name[1:]).expanduser()
@@ -103,14 +103,8 @@ def _targets(data: dict, specs: list[str]) -> Iterator[Requirement]:
     except UserError as error:
         yield Requirement(description="images that are left", path=Path(data["dir"]), found=False, advice=str(error))
         return
-    for spec in (spec for spec in specs if all(found.get(part, True) for part in _parts(spec))):
+    for spec in (spec for spec in specs if all(found.get(part, True) for part in parts_of(spec))):
         try:
             resolve_remaining(spec, remaining, training)
         except UserError as error:
             yield Requirement(description="target", path=Path(spec), found=False, advice=str(error))
-
-
-def _parts(spec: str) -> list[str]:
-    """The members of a group; a list file may have a + in its own name."""
-    whole = spec.startswith("@") and Path(spec[1:]).expanduser().is_file()
-    return [spec] if whole else [part.strip() for part in spec.split("+")]

@@ -57,7 +57,7 @@ class _Names:
         if paths := self._with_path(name):
             return [self._only(paths, spec)]
         if _is_group(spec):
-            return [row for part in spec.split("+") for row in self.rows(part.strip())]
+            return [row for part in parts_of(spec) for row in self.rows(part)]
         if any(sign in spec for sign in "*?["):
             return self._matching(name)
         return [self._by_other_name(name)]
@@ -158,6 +158,11 @@ def is_random(spec: str) -> bool:
     return spec.strip().startswith(_RANDOM) and "+" not in spec
 
 
+def parts_of(spec: str) -> list[str]:
+    """Returns the members of a group, or the target alone; a list file may have a + in its own name."""
+    return [part.strip() for part in spec.split("+")] if _is_group(spec) else [spec.strip()]
+
+
 def _is_group(spec: str) -> bool:
     return "+" in spec and not (spec.startswith("@") and _list_path(spec).exists())
 
@@ -207,13 +212,11 @@ def _glob(pattern: str) -> re.Pattern:
 
 def described(spec: str) -> str:
     """Returns a target in words for others to read: a list by its file's name and the first eight names in it, not its path."""
-    parts = []
-    for part in spec.split("+") if _is_group(spec) else [spec]:
-        if part.strip().startswith("@"):
-            names = _list_lines(part.strip())
-            part = f"{Path(part.strip()[1:]).name} ({shown(names)})"
-        parts.append(part.strip())
-    return " + ".join(parts)
+
+    def words(part: str) -> str:
+        return f"{_list_path(part).name} ({shown(_list_lines(part))})" if part.startswith("@") else part
+
+    return " + ".join(map(words, parts_of(spec)))
 
 
 def slug(spec: str) -> str:
@@ -223,9 +226,9 @@ def slug(spec: str) -> str:
     """
     spec = str(spec).strip()
     source = spec
-    for part in spec.split("+") if _is_group(spec) else [spec]:
-        if part.strip().startswith("@"):
-            source += "\n" + "\n".join(sorted(set(_list_lines(part.strip()))))
+    for part in parts_of(spec):
+        if part.startswith("@"):
+            source += "\n" + "\n".join(sorted(set(_list_lines(part))))
     shown = Path(spec).name if spec.startswith("@") else spec  # the folder of a list says nothing about the target
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", shown).strip("._-")
     common = re.fullmatch(r"(label|hf|tfds|random):[A-Za-z0-9_.]+", spec) is not None
