@@ -27,16 +27,9 @@ _CHUNK = 1 << 30  # bytes that process 0 sends at once: such a number fits 32 bi
 Value = TypeVar("Value")
 
 
-def pmap(fn: Callable, in_axes, out_axes=None, *, donate_argnums=(), static_broadcasted_argnums=()) -> Callable:
+def pmap(fn: Callable, in_axes, out_axes=None, *, donate_argnums=()) -> Callable:
     """Maps `fn` over the devices under the axis name `AXIS`; None marks what every device shares."""
-    return jax.pmap(
-        fn,
-        axis_name=AXIS,
-        in_axes=in_axes,
-        out_axes=out_axes,
-        donate_argnums=donate_argnums,
-        static_broadcasted_argnums=static_broadcasted_argnums,
-    )
+    return jax.pmap(fn, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate_argnums)
 
 
 def pmean(tree: PyTree) -> PyTree:
@@ -96,9 +89,9 @@ def example_rngs(rng: Rng, index_B: Array) -> Rng:
     return jax.random.fold_in(rng, index_B)
 
 
-def all_processes_agree(value: int) -> bool:
-    """Whether every process passed the same non-negative integer below 2^31 (True on a single process)."""
-    return largest(value) == -largest(-value)
+def all_processes_agree(data: bytes) -> bool:
+    """Whether every process passed the same bytes, by their checksum (True on a single process)."""
+    return largest(_checksum(data)) == -largest(-_checksum(data))
 
 
 def check_same_everywhere(what: str, values: Mapping[str, str]) -> None:
@@ -114,10 +107,10 @@ def check_same_everywhere(what: str, values: Mapping[str, str]) -> None:
         return
     names = sorted(values)
     check(
-        all_processes_agree(_checksum("\n".join(names))),
+        all_processes_agree("\n".join(names).encode()),
         f"the processes have other fields in {what}; give every host the same version of retrack_jax and the same config",
     )
-    mine = np.array([_checksum(values[name]) for name in names], np.int32)
+    mine = np.array([_checksum(values[name].encode()) for name in names], np.int32)
     same = (np.asarray(multihost_utils.process_allgather(mine)) == mine).all(axis=0)
     differing = [f"{name} ({values[name][:60]} here)" for name, agrees in zip(names, same, strict=True) if not agrees]
     # Process 0 agrees with itself, so all learn here whether any process differs.
@@ -126,8 +119,8 @@ def check_same_everywhere(what: str, values: Mapping[str, str]) -> None:
         raise UserError(f"the processes differ in {what}: {shown}; give every host the same")
 
 
-def _checksum(text: str) -> int:
-    return zlib.crc32(text.encode()) >> 1
+def _checksum(data: bytes) -> int:
+    return zlib.crc32(data) >> 1  # 31 bits, so that an int32 holds it and its negative
 
 
 def barrier(name: str) -> None:

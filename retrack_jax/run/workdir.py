@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import uuid
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,7 @@ class Workdir:
         path = self.root / ".shared-token"
         parallel.on_main(lambda: files.write_text(path, uuid.uuid4().hex))
         token = path.read_text() if path.exists() else f"process {jax.process_index()} sees none"
-        agree = parallel.all_processes_agree(zlib.crc32(token.encode()) >> 1)
+        agree = parallel.all_processes_agree(token.encode())
         parallel.barrier("workdir token read")
         if parallel.is_main_process():
             path.unlink(missing_ok=True)
