@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -54,19 +53,6 @@ class EvaluatedModel:
     should_stop: Callable[[], bool] = lambda: False
 
 
-class Evaluation(Protocol):
-    """What runs ask of an evaluation."""
-
-    def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
-        """Returns the metrics of `config.eval.metrics` for one model."""
-
-    def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
-        """Returns the arrays that the report of a run shows, from the samples of both models (`report.html.run_report`)."""
-
-    def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
-        """Returns the arrays that the comparison shows, from method -> samples (`report.comparison.comparison_report`)."""
-
-
 class ImageEvaluation:
     """Images alone or with labels: FID and its kin, frequency, likelihood, what the model still knows of the forgotten images."""
 
@@ -85,6 +71,7 @@ class ImageEvaluation:
         check_score_network(options.eval.score_network, options.eval.metrics, data.images.images.shape[1:])
 
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
+        """Returns the metrics of `config.eval.metrics` for one model."""
         wanted = self._options.eval.metrics
         if is_complete(model.path, wanted):
             return read_results(model.path)
@@ -142,11 +129,13 @@ class ImageEvaluation:
         return make_finetune(*given, conditioning.dropped)
 
     def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
+        """Returns the arrays that the report of a run shows, from the samples of both models (`report.html.run_report`)."""
         marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
         labels = {"labels": after.get("labels")}
         return {"before": before["samples"], "after": after["samples"], **marks, **labels, **self._of_target(target)}
 
     def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
+        """Returns the arrays that the comparison shows, from method -> samples (`report.comparison.comparison_report`)."""
         marked = {name: self._marks(target, arrays) for name, arrays in samples.items()}
         shown = {name: arrays["samples"] for name, arrays in samples.items()}
         return {"samples": shown, "marked": all_or_none(marked), **self._of_target(target)}

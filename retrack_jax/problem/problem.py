@@ -33,7 +33,7 @@ from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, with_conditions
 from retrack_jax.problem.denoiser import Denoiser, check_image_model, image_denoiser, latent_denoiser
-from retrack_jax.problem.evaluation import Evaluation, ImageEvaluation
+from retrack_jax.problem.evaluation import ImageEvaluation
 from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
 from retrack_jax.problem.picture_sizes import check_large_enough
 from retrack_jax.problem.sampler import ProblemSampler
@@ -73,7 +73,7 @@ class Problem:
     codec: PixelCodec | LatentCodec
     conditioning: Conditioning
     sampler: ProblemSampler
-    evaluation: Evaluation
+    evaluation: ImageEvaluation | PromptEvaluation | CaptionEvaluation
 
     def target(self, spec: str) -> Target:
         """Returns what the user asked to forget. Raises `UserError` if it is not there, or leaves too few images."""

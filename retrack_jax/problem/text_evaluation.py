@@ -20,7 +20,10 @@ from retrack_jax.report.grids import thumbnails
 
 
 class _OfText:
-    """What both kinds have: the networks behind SSCD and CLIP-IQA, each read and compiled once for a whole sweep."""
+    """What both kinds have: the networks behind SSCD and CLIP-IQA, each read and compiled once for a whole sweep.
+
+    A kind defines `evaluators`, their `_task(target)`, and the pictures, as `ImageEvaluation`.
+    """
 
     evaluators: list[Evaluator]
 
@@ -32,9 +35,6 @@ class _OfText:
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
         wanted = self._options.eval.metrics
         return evaluate(self.evaluators, wanted, self._task(target), model.arrays, model.path, model.should_stop)
-
-    def _task(self, target: Target) -> TextTask:
-        raise NotImplementedError
 
     @property
     def _networks(self) -> dict:
@@ -95,7 +95,7 @@ class CaptionEvaluation(_OfText):
                 "name": name,
                 "file": target.images.ids[row],
                 "caption": target.images.captions[row],
-                "image": _thumbnails(target.images.images[row]),
+                "image": thumbnails(target.images.images[row]),
                 "old": thumbnails(before[name]),
                 "new": thumbnails(after[name]),
             }
@@ -123,9 +123,4 @@ def _small(arrays: Arrays) -> Arrays:
 
 
 def _small_pictures(pictures: dict) -> dict:
-    return {**pictures, **{name: _thumbnails(pictures[name]) for name in ("forgotten", "neighbors")}}
-
-
-def _thumbnails(images_: np.ndarray) -> np.ndarray:
-    flat = thumbnails(images_.reshape(-1, *images_.shape[-3:]))
-    return flat.reshape(*images_.shape[:-3], *flat.shape[1:])
+    return {**pictures, **{name: thumbnails(pictures[name]) for name in ("forgotten", "neighbors")}}

@@ -15,6 +15,7 @@ from retrack_jax.files import write_bytes
 
 MARK = (232, 89, 12)  # outline of the forgotten image: 3:1 against black, white and the dark page
 _INK, _FAINT, _PAPER = (33, 37, 41), (108, 117, 125), (255, 255, 255)
+_THUMBNAIL = 128
 _GAP, _LINE, _MARGIN = 6, 3, 18  # pixels: between tiles, an outline (which lies in the gap), around the whole
 
 
@@ -40,15 +41,14 @@ def resize(images, smallest: int, largest: int) -> np.ndarray:
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def thumbnails(images: np.ndarray, largest: int = 128) -> np.ndarray:
-    """Returns images of at most about `largest` pixels per side, by means over squares; smaller ones are left as they are."""
-    factor = max(1, images.shape[1] // largest)
-    if factor == 1:
+def thumbnails(images: np.ndarray) -> np.ndarray:
+    """Returns images `[..., H, W, C]` of at most about 128 pixels per side, by means over squares; small ones as they are."""
+    *lead, height, width, channels = images.shape
+    if (factor := height // _THUMBNAIL) < 2:
         return np.ascontiguousarray(images)
-    count, height, width, channels = images.shape
     height, width = height // factor, width // factor
-    squares = images[:, : height * factor, : width * factor].reshape(count, height, factor, width, factor, channels)
-    return squares.mean(axis=(2, 4)).astype(np.uint8)
+    squares = images[..., : height * factor, : width * factor, :].reshape(*lead, height, factor, width, factor, channels)
+    return squares.mean(axis=(-4, -2)).astype(np.uint8)
 
 
 def grid(images, *, columns: int, marked=None, smallest: int = 48, largest: int = 256) -> np.ndarray:
