@@ -21,7 +21,7 @@ from retrack_jax.problem.conditioning import Conditioning
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
 from retrack_jax.sampling import SAMPLERS
-from retrack_jax.sampling.generate import generate, make_sample_fn, pmap_sample_fn
+from retrack_jax.sampling.generate import generate, pmap_sample_fn
 from retrack_jax.sampling.guided import GuidedParams, make_guided_sample_fn
 
 
@@ -73,12 +73,11 @@ class ProblemSampler:
         options, arrays = self._options, {}
         count = options.num_images - first
         total = count * len(self._conditioning.sampled(target))
-        plain = self._vae_params is None and not self._denoiser.condition
         for number, (name, condition) in enumerate(self._conditioning.sampled(target).items()):
             depends_on = [fingerprint, self.digest, self._conditioning.describe(name, target)]
             images = generate(
                 self._p_sample,
-                params if plain else GuidedParams(params, self._vae_params, condition, self._conditioning.null),
+                GuidedParams(params, self._vae_params, condition, self._conditioning.null),
                 rng=jax.random.key(options.seed),
                 num_images=count,
                 first=first,
@@ -93,8 +92,8 @@ class ProblemSampler:
         return arrays
 
 
-def _guidance(options: Options, denoiser: Denoiser) -> float | None:
-    """Returns the scale of guidance; None for an unconditional network. Raises `UserError` for one of prompts without prompts."""
+def _guidance(options: Options, denoiser: Denoiser) -> float:
+    """Returns the scale of guidance. Raises `UserError` if that of prompts is set for a network without prompts."""
     sampling = options.sampling
     if denoiser.condition and not denoiser.takes_labels:
         return sampling.guidance_scale
@@ -103,7 +102,7 @@ def _guidance(options: Options, denoiser: Denoiser) -> float | None:
         f"config.sampling.guidance_scale is {sampling.guidance_scale:g}, which is for prompts, and the network takes none; "
         + ("set label_guidance, the scale for labels" if denoiser.takes_labels else "leave it out"),
     )
-    return sampling.label_guidance if denoiser.takes_labels else None
+    return sampling.label_guidance
 
 
 @lru_cache(maxsize=8)
@@ -114,15 +113,13 @@ def _p_sample(
     schedule: str,
     shape: tuple[int, int, int],
     vae: Autoencoder | None,
-    guidance: float | None,
+    guidance: float,
     output: str,
 ) -> Callable:
     """Returns the compiled sampler of `generate`; problems with the same arguments share one."""
     sampler = sampler_class.create(Schedule.from_config(json.loads(schedule)), num_steps)
-    if guidance is None and vae is None:
-        return pmap_sample_fn(make_sample_fn(eps_fn, sampler, shape), output=output)
     decode = None if vae is None else decode_fn(vae)
-    guided = make_guided_sample_fn(eps_fn, decode, sampler, shape, guidance=guidance or 0.0)
+    guided = make_guided_sample_fn(eps_fn, decode, sampler, shape, guidance=guidance)
     return pmap_sample_fn(guided, output=output, of_images=GuidedParams.of_images)
 
 
