@@ -142,21 +142,48 @@ def read_log(path) -> list[dict]:
     return [record for record in records if record is not None]
 
 
-class Progress:
-    """Progress of a loop on the screen; `progress` makes it. Use it in `for`, or as a context manager with `update`."""
+class progress:
+    """`iterable` with its progress: a bar with rate and time left on a terminal, a plain line every 10 s in a log.
 
-    def __init__(self, iterable: Iterable, desc: str, total: int | None, initial: int, unit: str, silent: bool, compiles: bool):
+    Args:
+      iterable: anything, or an int n for `range(n)`.
+      desc: what is being done, such as `pretrain`.
+      total: how many in all, if `len(iterable)` does not say or if `initial` of them are done already:
+        `progress(range(start, stop), "unlearn", total=stop, initial=start)`.
+      is_main: other processes iterate silently.
+      unit: what the rate counts.
+      compiles: whether a program is compiled before the first update; a line says so if that takes longer than 5 s.
+
+    Use it in `for`, or as a context manager with `.update(n)`. The first update may have compiled, so the rate is that since
+    then, and no time left is shown before the second.
+    """
+
+    def __init__(
+        self,
+        iterable: Iterable | int,
+        desc: str,
+        *,
+        total: int | None = None,
+        initial: int = 0,
+        is_main: bool = True,
+        unit: str = "it",
+        compiles: bool = False,
+    ):
+        if isinstance(iterable, int):
+            iterable, total = range(initial, iterable), iterable
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)
         self._iterable, self._desc, self._total, self._unit = iterable, desc, total, unit
         self.n = self._shown = initial  # how many are done, and how many the last line said
         self._printed = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first update came, and how many were done then
-        self._silent, self._bar = silent, None
-        if not silent and sys.stderr.isatty():
+        self._silent, self._bar = not is_main, None
+        if is_main and sys.stderr.isatty():
             options = dict(initial=initial, total=total, unit=unit, dynamic_ncols=True, bar_format=_BAR_BEFORE_THE_SECOND)
             self._bar = tqdm(desc=desc, file=sys.stderr, **options)
         self._notice = threading.Timer(_COMPILE_SECONDS, say, [f"{desc}: compiling, which may take up to a minute"])
         self._notice.daemon = True
-        if compiles and not silent:
+        if compiles and is_main:
             self._notice.start()
 
     def __iter__(self):
@@ -201,37 +228,6 @@ class Progress:
         text = f", {1 / seconds:.2f}{self._unit}/s" if seconds < 1 else f", {seconds:.2f}s/{self._unit}"
         left = "" if self._total is None else f", {tqdm.format_interval(seconds * (self._total - self.n))} left"
         return text + left
-
-
-def progress(
-    iterable: Iterable | int,
-    desc: str,
-    *,
-    total: int | None = None,
-    initial: int = 0,
-    is_main: bool = True,
-    unit: str = "it",
-    compiles: bool = False,
-) -> Progress:
-    """Returns `iterable` with its progress: a bar with rate and time left on a terminal, a plain line every 10 s in a log.
-
-    Args:
-      iterable: anything, or an int n for `range(n)`.
-      desc: what is being done, such as `pretrain`.
-      total: how many in all, if `len(iterable)` does not say or if `initial` of them are done already:
-        `progress(range(start, stop), "unlearn", total=stop, initial=start)`.
-      is_main: other processes iterate silently.
-      unit: what the rate counts.
-      compiles: whether a program is compiled before the first update; a line says so if that takes longer than 5 s.
-
-    Use it in `for`, or as a context manager with `.update(n)`. The first update may have compiled, so the rate is that since
-    then, and no time left is shown before the second.
-    """
-    if isinstance(iterable, int):
-        iterable, total = range(initial, iterable), iterable
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
-    return Progress(iterable, desc, total, initial, unit, not is_main, compiles)
 
 
 def say(message: str, *, is_main: bool = True) -> None:
