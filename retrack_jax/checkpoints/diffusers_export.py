@@ -14,7 +14,7 @@ from retrack_jax.files import beside, write_bytes, write_json, write_text, write
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import NETWORK_FOLDERS
 from retrack_jax.weights.hub import id_of, local_model
-from retrack_jax.weights.names import DIFFUSERS, RenameTable, to_torch
+from retrack_jax.weights.names import to_torch
 from retrack_jax.weights.safetensors_io import write_safetensors
 
 # In the model card of every export: it marks a folder as ours to replace. Any other folder with content is left alone.
@@ -25,9 +25,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # lora_export.py
 
 
-def export_diffusers(
-    path, module, params: PyTree, *, schedule=None, source=None, note: str | None = None, table: RenameTable = DIFFUSERS
-) -> None:
+def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None, note: str | None = None) -> None:
     """Writes `config.json`, the weights as safetensors and a model card; the folder appears whole or not at all.
 
     With a schedule, `scheduler/scheduler_config.json` is written too, and for a UNet2D a `model_index.json`: then the folder is
@@ -42,15 +40,12 @@ def export_diffusers(
       source: the folder that the model came from, or its id on the hub; its license files and model card are copied along, the
         card with `note` below.
       note: what was forgotten and how, for the model card.
-      table: the spelling of the parameters' names.
 
     Raises:
       UserError: `path` is `source` or holds something else, or cannot be written; or there is no `source`.
     """
-    path, source = epath.Path(path), None if source is None else local_model(source)
-    _check_replaceable(path, source)
-    files: dict[str, Any] = {"README.md": model_card(source, note)} | licenses(source)
-    config = module.to_config()
+    source, config = None if source is None else local_model(source), module.to_config()
+    files: dict[str, Any] = {}
     if schedule is not None:
         scheduler = {"_class_name": "DDPMScheduler"} | (schedule if isinstance(schedule, dict) else schedule.to_config())
         files["scheduler/scheduler_config.json"] = scheduler
@@ -63,8 +58,8 @@ def export_diffusers(
             }
 
     with replacing(path, source) as folder:
-        write_files(folder, files)
-        write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params, table=table)))
+        write_files(folder, card_and_licenses(source, note) | files)
+        write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params)))
         write_json(folder / "config.json", config)  # last, for without it there is no model
 
 
@@ -147,9 +142,9 @@ def _source_folders(source) -> list[Path]:
     return [source, parent] if (parent / "model_index.json").is_file() or unindexed else [source]
 
 
-def licenses(source) -> dict[str, bytes]:
-    """Returns file name -> content of the license files that came with the model in the folder `source`; none for None."""
-    texts: dict[str, bytes] = {}
+def card_and_licenses(source, note: str | None) -> dict[str, Any]:
+    """Returns file name -> content of an export's model card and of the license files that came with the model in `source`."""
+    texts: dict[str, Any] = {"README.md": model_card(source, note)}
     for folder in _source_folders(source):
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.name.upper().startswith(_LICENSES):

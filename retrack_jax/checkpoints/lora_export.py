@@ -4,7 +4,7 @@ import json
 
 from etils import epath
 
-from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS, licenses, model_card, replacing, write_files
+from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS, card_and_licenses, replacing, write_files
 from retrack_jax.files import write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.names import to_torch
@@ -36,6 +36,5 @@ def export_lora(
     settings = {f"{network}.r": rank, f"{network}.lora_alpha": whole, f"{network}.target_modules": layers}
     metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
     with replacing(epath.Path(path), source) as folder:
-        card = model_card(source, "\n\n".join(text for text in (_HOW, note) if text))
-        write_files(folder, {"README.md": card, **licenses(source)})
+        write_files(folder, card_and_licenses(source, "\n\n".join(text for text in (_HOW, note) if text)))
         write_whole(folder / LORA_WEIGHTS, lambda temporary: write_safetensors(temporary, tensors, metadata))

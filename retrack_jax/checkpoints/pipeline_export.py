@@ -4,10 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
-from retrack_jax.checkpoints.diffusers_export import export_diffusers, licenses, model_card, replacing
+from retrack_jax.checkpoints.diffusers_export import card_and_licenses, export_diffusers, replacing, write_files
 from retrack_jax.checkpoints.stable_diffusion import Pipeline, class_of_parts
 from retrack_jax.checks import check
-from retrack_jax.files import read_object, write_bytes, write_json, write_text
+from retrack_jax.files import read_object, write_json
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import AUTOENCODER_FOLDERS, NETWORK_FOLDERS, model_folder, read_config
 from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders, tokenizer_of
@@ -43,9 +43,7 @@ def export_folder(path, source: Path, module, params: PyTree, *, note: str | Non
             _name_plainly(folder / part.name)
         index = _model_index(source, {name, *(part.name for part in parts)})
         write_json(folder / "model_index.json", index | {name: ["diffusers", module.class_name]})
-        write_text(folder / "README.md", model_card(source, note))
-        for license_name, content in licenses(source).items():
-            write_bytes(folder / license_name, content)
+        write_files(folder, card_and_licenses(source, note))
 
 
 def _name_plainly(folder: Path) -> None:

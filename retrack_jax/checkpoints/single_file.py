@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.checkpoints.diffusers_export import licenses, model_card, replacing
+from retrack_jax.checkpoints.diffusers_export import card_and_licenses, replacing, write_files
 from retrack_jax.checks import check
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.files import file_digest, write_bytes, write_text, write_whole
+from retrack_jax.files import file_digest, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.file_tensors import FileTensors
 from retrack_jax.weights.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, open_weights
@@ -128,9 +128,7 @@ def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None 
         others = markers | (file.besides_unet() if file else _parts_of_folder(source, layout))
         tensors = [*_unet_tensors(unet_params, layout), *_as_tensors(others)]
         write_whole(folder / NAME, lambda temporary: write_safetensors(temporary, tensors))
-        for name, content in licenses(source).items():
-            write_bytes(folder / name, content)
-        write_text(folder / "README.md", model_card(source, note))
+        write_files(folder, card_and_licenses(source, note))
 
 
 def _layout_of_folder(pipeline) -> Layout:
