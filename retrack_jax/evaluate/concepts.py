@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.checks import UserError, check_choice
+from retrack_jax.checks import UserError
 from retrack_jax.data.sources.concepts import CLASSIFIER, Concept
 from retrack_jax.data.sources.prompts import KINDS
 from retrack_jax.evaluate.results import Evaluator, Unavailable
@@ -50,9 +50,7 @@ def concept_centers(concept: Concept, classifier: str) -> np.ndarray:
 
     Raises:
       Unavailable: the file is missing, cannot be read safely, or is for pictures of another size than the concept's here.
-      UserError: an unknown classifier.
     """
-    check_choice("config.eval.classifier", classifier, CLASSIFIERS)
     if classifier == "labels":
         return centers_from_labels(concept.images.images, concept.images.labels)
     path, instead = concept.folder / CLASSIFIER, "or refit it with --config.eval.classifier=labels"
@@ -84,9 +82,9 @@ def _success_rate(task: ConceptTask, samples: Samples, wanted: Sequence[str]):
     return values, {**about, **counts}
 
 
-def _same_classifier(task: ConceptTask, note: dict) -> bool:
-    return note.get("classifier") == task.centers_name
-
-
-_RATES = Evaluator(names=tuple(f"success_rate_{kind}" for kind in KINDS), compute=_success_rate, is_current=_same_classifier)
+_RATES = Evaluator(
+    names=tuple(f"success_rate_{kind}" for kind in KINDS),
+    compute=_success_rate,
+    is_current=lambda task, note: note.get("classifier") == task.centers_name,
+)
 EVALUATORS = [*evaluators(KINDS), _RATES]

@@ -25,8 +25,8 @@ from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_netwo
 from retrack_jax.weights.folder import open_file, present
 
 NETWORKS = ("digits", "inception")
-FEATURES, MNIST_RESNET = "features", "mnist_resnet"
-SCORE_NETWORKS = (FEATURES, MNIST_RESNET)
+MNIST_RESNET = "mnist_resnet"
+SCORE_NETWORKS = ("features", MNIST_RESNET)  # behind the inception scores; features: the network behind fid
 MNIST_SHAPE = (28, 28, 1)
 log = logging.getLogger(__name__)
 
@@ -34,18 +34,13 @@ log = logging.getLogger(__name__)
 def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: str) -> FeatureNetwork:
     """Returns the network that `config.eval.features` names.
 
-    Args:
-      name: `inception`: FID's own; `digits`: a small classifier that is trained here once on the digits of `images`.
-      images: the training images, with labels.
-      folder: where a network trained here is kept.
-      weights_dir: where downloaded weights lie.
-      resize: Inception's resize rule, `torchmetrics` or `tf1`.
+    It is `inception`, FID's own, from `weights_dir` and with the rule `resize`; or `digits`, a small classifier that is trained
+    here once on the digits of the training `images` and kept in `folder`.
 
     Raises:
       Unavailable: as `from_file`.
       Inapplicable: `digits`, and the images are not labelled digits of its size.
     """
-    check_choice("config.eval.features", name, NETWORKS)
     if name == "digits":
         return _digits(images, folder)
     return from_file(weights_dir, WEIGHTS["inception"][0], functools.partial(inception_network, resize=resize))
@@ -56,19 +51,8 @@ def load_sscd(weights_dir) -> FeatureNetwork:
     return from_file(weights_dir, WEIGHTS["sscd"][0], sscd_network)
 
 
-def score_network(name: str, weights_dir) -> Callable[[bool], FeatureNetwork] | None:
-    """Returns `official -> FeatureNetwork` behind the inception scores; None if that is the network behind fid.
-
-    Args:
-      name: `config.eval.score_network`: `features`, or `mnist_resnet`, the classifier of the official MNIST experiment.
-      weights_dir: where its file lies.
-    """
-    check_choice("config.eval.score_network", name, SCORE_NETWORKS)
-    return None if name == FEATURES else functools.partial(load_mnist_resnet, weights_dir)
-
-
 def load_mnist_resnet(weights_dir, official: bool = False) -> FeatureNetwork:
-    """Returns the MNIST ResNet-18, in training mode if `official`. Raises `Unavailable` as `from_file`."""
+    """Returns the classifier of the official MNIST experiment, in training mode if `official`; raises as `from_file`."""
     return from_file(weights_dir, (MNIST_FILE,), functools.partial(mnist_resnet_network, official=official))
 
 

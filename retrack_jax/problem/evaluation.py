@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from retrack_jax.data.row_view import RowView
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import images
 from retrack_jax.evaluate.finetune import make_finetune
-from retrack_jax.evaluate.networks import check_score_network, feature_network, load_sscd, score_network
+from retrack_jax.evaluate.networks import MNIST_RESNET, check_score_network, feature_network, load_mnist_resnet, load_sscd
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.frequency import target_distances
@@ -98,7 +98,7 @@ class ImageEvaluation:
                 options.features, target.images, model.workdir / "features", options.weights_dir, options.fid_resize
             ),
             sscd=lambda: load_sscd(options.weights_dir),
-            classifier=score_network(options.score_network, options.weights_dir),
+            classifier=partial(load_mnist_resnet, options.weights_dir) if options.score_network == MNIST_RESNET else None,
             clean=lambda: codec.clean(target.images, target.unique),
             decode=codec.decode,
             held_out=None if held_out is None else lambda: codec.clean(held_out, np.arange(len(held_out))),

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrack_jax.checks import check_choice
 from retrack_jax.metrics.arrays import pixel_images
 from retrack_jax.metrics.features.layers import BatchNorm, avg_pool_3x3, conv, max_pool
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb
-from retrack_jax.metrics.features.resize import RULES, resize_matrix
+from retrack_jax.metrics.features.resize import resize_matrix
 from retrack_jax.notation import Array
 from retrack_jax.weights.names import RenameTable, from_torch, param_shapes
 
@@ -171,9 +170,8 @@ def inception_network(
       batch_size: images per call.
 
     Raises:
-      UserError: the weights are not this network's, or an unknown resize rule.
+      UserError: the weights are not this network's.
     """
-    check_choice("resize", resize, RULES)
     module = InceptionV3()
     params = from_torch(state, inception_shapes(), table=TABLE, network=f"FID's Inception v3 ({FILE})")
 
