@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import psutil
 from etils import epath
 
 from retrack_jax.checks import UserError, check
@@ -73,7 +74,7 @@ def sweep_temporaries(root: Path) -> None:
     """
     for path in (path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}.*")):
         found = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.(tmp|old)", path.name)
-        if found and (_is_old(path) if found[1] != _host() else not _is_alive(int(found[2]))):
+        if found and (_is_old(path) if found[1] != _host() else not psutil.pid_exists(int(found[2]))):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -89,16 +90,6 @@ def _is_old(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > _DAY_SECONDS
     except FileNotFoundError:  # its owner has renamed it meanwhile
         return False
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def _flush_to_disk(path) -> None:
