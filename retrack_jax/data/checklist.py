@@ -57,7 +57,7 @@ def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType
             groups.setdefault((item.command, item.advice), []).append(item)
     for (command, advice), items in groups.items():
         for item in items[:_SHOWN]:
-            without = f" (without it {item.without})" if item.optional else ""
+            without = f" (without it {item.without})" if item.without else ""
             print(f"missing  {item.description}: {item.path}{without}", file=file)
         if len(items) > _SHOWN:
             print(f"missing  and {len(items) - _SHOWN} more of these", file=file)

@@ -38,11 +38,6 @@ class Requirement:
     advice: str = ""
     without: str = ""
 
-    @property
-    def optional(self) -> bool:
-        """Whether a run is possible without it."""
-        return bool(self.without)
-
 
 def requirement(description: str, path: Path, found: list[Path], **how) -> Requirement:
     """Returns the requirement of `path` given the files of it that are there; an empty list is what is missing.
@@ -71,11 +66,8 @@ def hub_need(kind: str, name: str, choose: Callable[[Iterable[str]], list[str]])
         folder = snapshot(name, choose, kind, download=False)
     except UserError:
         return Requirement(description=what, path=Path(name), found=False, **how)
-    return requirement(what, folder, [folder / file for file in choose(_listed(folder))], **how)
-
-
-def _listed(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    listed = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return requirement(what, folder, [folder / file for file in choose(listed)], **how)
 
 
 def if_file(path: Path) -> list[Path]:

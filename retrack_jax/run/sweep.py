@@ -110,7 +110,7 @@ def check_needs(options: Options) -> None:
     options = options if on_hub else with_preset(options)
     named = chosen_by_kind(options, IMAGES if on_hub else kind_of(options.checkpoint))  # the metrics need networks
     needed = print_requirements(dataclasses.asdict(named), unset(options))
-    missing = [item for item in needed if not (item.found or item.optional)]
+    missing = [item for item in needed if not (item.found or item.without)]
     if not (missing or on_hub):
         options = _checked(options)
     if not (on_hub or open_fields(options)):
