@@ -93,7 +93,8 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> Decoded:
     except Image.DecompressionBombError as error:  # twice the bound: Pillow does not open it
         raise CorruptImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
     except UnidentifiedImageError as error:  # its message names an object in memory
-        raise CorruptImage("not an image of a known kind" if _size(source) else "empty") from error
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        raise CorruptImage("not an image of a known kind" if size else "empty") from error
     except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
         raise CorruptImage(str(error)) from error
     if image.mode in _NO_RANGE:
@@ -106,12 +107,8 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> Decoded:
         raise UserError(
             f"image {name} is {image.mode}, neither grey nor RGB; set config.data.channels=3 (or 1) to convert every image"
         )
-    pixels = np.asarray(_resized(name, image, options)).reshape(*_shape(image, options), -1)
-    return Decoded(pixels, (image.height, image.width), is_animated)
-
-
-def _size(source: bytes | Path) -> int:
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
+    pixels = np.asarray(_resized(name, image, options))
+    return Decoded(pixels.reshape(*pixels.shape[:2], -1), (image.height, image.width), is_animated)
 
 
 def _check_pixels(image, options: DecodeOptions) -> None:
@@ -141,10 +138,6 @@ def _eight_bits(image):
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(np.round(np.asarray(image) / _TO_8_BITS).astype(np.uint8))
-
-
-def _shape(image, options: DecodeOptions) -> tuple[int, int]:
-    return (options.resolution, options.resolution) if options.resolution else (image.height, image.width)
 
 
 def _resized(name: str, image, options: DecodeOptions):
