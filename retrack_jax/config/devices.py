@@ -53,7 +53,7 @@ def _with_fewer_parts(recipe: TrainingOptions, stage: str) -> TrainingOptions:
 def _check(options: Options) -> None:
     names = options.method_names
     if not options.checkpoint or any(name in METHODS and METHODS[name].from_scratch for name in names):
-        check_step(options.pretrain, "config.pretrain.")
+        parallel.check_divisible("config.pretrain.batch_size", options.pretrain.batch_size, options.pretrain.accumulation)
     for name in names:
         if name in options.methods:
             check_unlearning_step(options.methods[name], METHODS[name], "config.unlearn.")
@@ -61,16 +61,10 @@ def _check(options: Options) -> None:
         parallel.check_divisible("config.eval.relearning.batch_size", options.eval.relearning.batch_size)
 
 
-def check_step(recipe: TrainingOptions, where: str) -> None:
-    """Raises `UserError` unless the devices and microbatches of a step divide its batch. `where` goes before a field's name."""
-    parallel.check_divisible(f"{where}batch_size", recipe.batch_size, recipe.accumulation)
-
-
 def check_unlearning_step(recipe: UnlearnOptions, method: Method, where: str) -> None:
-    """Raises `UserError` unless a step of `method` can take both batches of `recipe`."""
-    check_step(recipe, where)
-    if recipe.forget_batch_size:
-        parallel.check_divisible(f"{where}forget_batch_size", recipe.forget_batch_size, recipe.accumulation)
+    """Raises `UserError` unless a step of `method` can take both batches of `recipe`. `where` goes before a field's name."""
+    for name in ("batch_size", "forget_batch_size"):
+        parallel.check_divisible(f"{where}{name}", getattr(recipe, name), recipe.accumulation)
     check(
         not method.paired or recipe.forget_batch_size in (0, recipe.batch_size),
         f"{where}forget_batch_size is {recipe.forget_batch_size}, but this method pairs forgotten with remaining images; "

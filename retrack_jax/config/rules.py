@@ -36,7 +36,6 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options
 from retrack_jax.config.presets import DISTILLED, with_preset
 from retrack_jax.config.recipes import UnlearnOptions
-from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
 from retrack_jax.data.sources.load import known_names, load_images
@@ -89,14 +88,11 @@ def rules(num_remain: int, resolution: int, kind: int = IMAGES) -> dict[str, flo
 def open_fields(options: Options) -> list[str]:
     """Returns the numbers that the config leaves to `rules`, and `resolution` if that is left to the model."""
     recipes = [recipe for name, recipe in options.methods.items() if name in options.method_names] + [options.unlearn]
-    names = {name for recipe in recipes for name in _open_in(recipe)}
+    records = [record for recipe in recipes for record in (recipe, recipe.own)]
+    numbers = [name for name in rules(1, 32) if any(getattr(record, name, 0) is None for record in records)]
     by_kind = [f"{group}.{name}" for group, name in _BY_KIND if getattr(getattr(options, group), name) is None]
     left = ["resolution"] * (options.data.resolution is None) + ["export"] * (options.export is None)
-    return [name for name in rules(1, 32) if name in names] + left + by_kind
-
-
-def _open_in(recipe: UnlearnOptions) -> list[str]:
-    return [name for name in rules(1, 32) for one in (recipe, recipe.own) if getattr(one, name, 0) is None]
+    return numbers + left + by_kind
 
 
 def unset(options: Options) -> dict[str, str]:
@@ -201,7 +197,9 @@ def _filled(options: Options, chosen: dict, of_adapters: Mapping = MappingProxyT
 
 def _fewest_remaining(options: Options) -> int:
     """How many images remain that can be neighbors, the fewest of any target: of one label, if the network takes labels."""
-    training, _ = split_held_out(_names(options), options.data.held_out)
+    data = dataclasses.asdict(options.data)
+    # By name: a folder's without decoding, else the decoded images, which the run needs in any case.
+    training, _ = split_held_out(known_names(data) or load_images(data), options.data.held_out)
     images = without(training, options.data.exclude)
     config = read_config(model_folder(options.checkpoint)) if options.checkpoint else dataclasses.asdict(options.new_network)
     takes_labels = any(config.get(name) is not None for name in ("class_embed_type", "num_class_embeds"))
@@ -209,12 +207,6 @@ def _fewest_remaining(options: Options) -> int:
     labels = np.asarray(images.labels) if takes_labels and images.labels is not None else None
     targets = (resolve_remaining(spec, images, training) for spec in options.target_specs)
     return min(most_neighbors(labels, forget, len(images)) for forget in targets)
-
-
-def _names(options: Options) -> ImageSet:
-    """The images by name: a folder's without decoding, else the decoded images, which the run needs in any case."""
-    data = dataclasses.asdict(options.data)
-    return known_names(data) or load_images(data)
 
 
 def _pixels_of_latent(options: Options) -> int:
