@@ -2,14 +2,13 @@
 
 import logging
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from retrack_jax.checks import check, shown
-from retrack_jax.data.tables import NAME, cell, table_rows
+from retrack_jax.data.tables import NAME, cell, composed, table_rows
 from retrack_jax.files import read_object
 
 FOLDERS = "folders"
@@ -49,12 +48,12 @@ def _of_file(names: Sequence[str], path: Path) -> np.ndarray:
     check(path.is_file(), f"no file {path}; config.data.labels is `{FOLDERS}`, or a file of labels below config.data.dir")
     known: dict[str, int] = {}
     for where, name, label in _rows(path):
-        name = _one_form(name)
+        name = composed(name)
         check(name not in known, f"{where}: a second row is for {name}; keep the right one")
         known[name] = _as_label(label, where)
-    missing = [name for name in names if _one_form(name) not in known]
+    missing = [name for name in names if composed(name) not in known]
     check(not missing, f"{path} has no label for {len(missing)} of {len(names)} images: {shown(missing)}; add or remove them")
-    return np.array([known[_one_form(name)] for name in names], np.int64)
+    return np.array([known[composed(name)] for name in names], np.int64)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object, object]]:
@@ -74,10 +73,6 @@ def _as_label(value: object, where: str) -> int:
     whole = isinstance(value, (int, float, str)) and re.fullmatch(r"-?\d{1,18}(\.0*)?", str(value).strip())
     check(bool(whole), f"{where}: the label is {value!r:.80}; it must be a whole number")
     return int(str(value).strip().partition(".")[0])
-
-
-def _one_form(name: object) -> str:
-    return unicodedata.normalize("NFC", str(name))
 
 
 def remaining_of_labels(labels: np.ndarray, forget: np.ndarray) -> dict[int, np.ndarray]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); write it as UTF-8") from error
+
+
+def composed(name: object) -> str:
+    """Returns a name in Unicode's form NFC, in which names are compared: macOS writes `é` as two characters, others as one."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:

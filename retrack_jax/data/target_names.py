@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import unicodedata
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check, nearest_names, shown
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.tables import composed
 
 logger = logging.getLogger(__name__)
 _RANDOM, _RANDOM_SEED = "random:", 0x0F05
@@ -40,12 +40,12 @@ def resolve_target(spec: str, images: ImageSet) -> np.ndarray:
 class _Names:
     def __init__(self, images: ImageSet):
         self._images = images
-        self._names = [_composed(name) for name in images.ids]
+        self._names = [composed(name) for name in images.ids]
         self._row_of = {name: row for row, name in enumerate(self._names)}
 
     def rows(self, spec: str) -> list[int]:
         check(bool(spec), "a target is empty; name an image, a+b+c, @list.txt, a glob or label:7")
-        name = _composed(spec)
+        name = composed(spec)
         if name in self._row_of:
             return [self._only([self._row_of[name]] if len(self._row_of) == len(self._names) else self._named(name), spec)]
         if spec.startswith("@") and not _is_group(spec):
@@ -86,7 +86,7 @@ class _Names:
             return self._named(path)
         rows = self._with_last_part.get(path.rsplit("/", 1)[-1], [])
         folder = self._images.folder
-        above = "" if folder is None else _composed(Path(os.path.abspath(folder)).as_posix()).rstrip("/") + "/"
+        above = "" if folder is None else composed(Path(os.path.abspath(folder)).as_posix()).rstrip("/") + "/"
         ending = path if path.startswith("/") else f"/{path}"
         found = [row for row in rows if f"{above or '/'}{self._names[row]}".endswith(ending)]
         if found or folder is None or not os.path.exists(os.path.expanduser(name)):
@@ -97,7 +97,7 @@ class _Names:
     def _matching(self, pattern: str) -> list[int]:
         pattern = os.path.expanduser(pattern).removeprefix("./")
         if self._images.folder is not None:
-            pattern = pattern.removeprefix(f"{_composed(os.path.abspath(self._images.folder))}/")
+            pattern = pattern.removeprefix(f"{composed(os.path.abspath(self._images.folder))}/")
         matches = _glob(pattern)
         rows = [row for row, name in enumerate(self._names) if matches.fullmatch(name)]
         check(bool(rows), f"no image of {self._images.name} matches {pattern!r}; names look like {self._examples()}")
@@ -107,7 +107,7 @@ class _Names:
         return rows
 
     def _listed(self, line: str, spec: str) -> list[int]:
-        nested = _composed(line) not in self._row_of and any(part.strip().startswith("@") for part in line.split("+"))
+        nested = composed(line) not in self._row_of and any(part.strip().startswith("@") for part in line.split("+"))
         check(not nested, f"{_list_path(spec)} (the target is {spec!r}) names another list, {line!r}; write its names instead")
         return self.rows(line)
 
@@ -185,11 +185,6 @@ def _list_lines(spec: str) -> list[str]:
     lines = [line for line in lines if line]
     check(bool(lines), f"{path} (the target is {spec!r}) names nothing; write one name per line")
     return lines
-
-
-def _composed(name: str) -> str:
-    """`name` in Unicode's form NFC: macOS writes `é` as two characters, other systems as one."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _glob(pattern: str) -> re.Pattern:

@@ -12,7 +12,6 @@ refused.
 """
 
 import logging
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +19,7 @@ from retrack_jax.checks import UserError, check, shown
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.source import data_folder
-from retrack_jax.data.tables import NAME, cell, read_text, table_rows
+from retrack_jax.data.tables import NAME, cell, composed, read_text, table_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 log = logging.getLogger(__name__)
@@ -76,10 +75,10 @@ def _text_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
 
 def _of_rows(rows: Sequence[tuple[str, str, str]], images: ImageSet, folder: Path) -> dict[str, str]:
     """Returns name -> caption from (name, place, caption) of each row."""
-    names = {unicodedata.normalize("NFC", name): name for name in images.ids}
+    names = {composed(name): name for name in images.ids}
     captions, places, unknown = {}, {}, []
     for named, place, caption in rows:
-        name = names.get(unicodedata.normalize("NFC", named))
+        name = names.get(composed(named))
         if name is None:
             unknown.append(named)
             continue
