@@ -15,16 +15,14 @@ from flax import struct
 
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
+from retrack_jax.sampling.loop import SingleStep, float32_rows, predict_x0
 
 
 @struct.dataclass
-class DDIM:
+class DDIM(SingleStep):
     """Deterministic DDIM; `num_steps` calls of the network."""
 
-    rows: Coefficients
     clip: float | None = struct.field(pytree_node=False, default=None)
-    stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "DDIM":
@@ -39,10 +37,6 @@ class DDIM:
         next_gamma = np.sqrt(then) + np.sqrt(1 - then) * share_of_v
         rows = float32_rows(t, **at_now, next_gamma=next_gamma, next_sigma=np.sqrt(1 - then))
         return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
-
-    def init(self, x: Array) -> tuple[Array]:
-        """Returns the state (x_t,)."""
-        return (x,)
 
     def step(self, state: tuple[Array], eps: Array, noise: None, row: dict[str, Array]) -> tuple[Array]:
         """Returns the state at the next timestep: equations (1) and (2); `noise` is not used."""

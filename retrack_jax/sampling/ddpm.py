@@ -19,14 +19,13 @@ from flax import struct
 
 from retrack_jax.diffusion.schedule import LEARNED_VARIANCE, Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
+from retrack_jax.sampling.loop import SingleStep, float32_rows, predict_x0
 
 
 @struct.dataclass
-class DDPM:
+class DDPM(SingleStep):
     """Ancestral DDPM; `num_steps` calls of the network."""
 
-    rows: Coefficients
     clip: float | None = struct.field(pytree_node=False, default=None)
     stochastic = True
 
@@ -54,10 +53,6 @@ class DDPM:
         if schedule.variance_type == LEARNED_VARIANCE:  # `std` is the least
             rows |= {"log_ratio": np.float32(0.5 * np.log(beta / variance))}
         return cls(rows=rows, clip=float(schedule.clip_sample_range) if schedule.clip_sample else None)
-
-    def init(self, x: Array) -> tuple[Array]:
-        """Returns the state (x_t,)."""
-        return (x,)
 
     def step(self, state: tuple[Array], eps: Array, noise: Array, row: dict[str, Array]) -> tuple[Array]:
         """Returns the state at the next timestep: equations (1) to (3)."""

@@ -19,16 +19,14 @@ from flax import struct
 from retrack_jax.checks import check, check_int
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Coefficients, float32_rows
+from retrack_jax.sampling.loop import SingleStep, float32_rows
 
 
 @struct.dataclass
-class Euler:
+class Euler(SingleStep):
     """Euler's method; `num_steps` calls of the network."""
 
-    rows: Coefficients
     start: float = struct.field(pytree_node=False, default=1.0)  # what the initial noise is multiplied by
-    stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "Euler":

@@ -14,25 +14,18 @@ from retrack_jax.checks import check, check_int
 from retrack_jax.diffusion.flow import shifted, sigma_table
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Coefficients, float32_rows
+from retrack_jax.sampling.loop import SingleStep, float32_rows
 
 
 @struct.dataclass
-class FlowEuler:
+class FlowEuler(SingleStep):
     """Euler's method; `num_steps` calls of the network."""
-
-    rows: Coefficients
-    stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "FlowEuler":
         """Returns the sampler."""
         sigma = visited_sigmas(schedule, num_steps, spacing)
         return cls(rows=float32_rows(schedule.num_train_timesteps * sigma[:-1], length=np.diff(sigma)))
-
-    def init(self, x: Array) -> tuple[Array]:
-        """Returns the state (x_t,)."""
-        return (x,)
 
     def step(self, state: tuple[Array], velocity: Array, noise: None, row: dict[str, Array]) -> tuple[Array]:
         """Returns the state at the next sigma: equation (2); `noise` is not used."""

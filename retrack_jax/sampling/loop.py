@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from retrack_jax.checks import UserError
 from retrack_jax.notation import Array, EpsFn, PyTree, Rng
@@ -37,6 +38,18 @@ class Sampler(Protocol):
     def init(self, x: Array) -> tuple[Array, ...]: ...
 
     def step(self, state: tuple[Array, ...], eps: Array, noise: Array | None, row: dict[str, Array]) -> tuple[Array, ...]: ...
+
+
+@struct.dataclass
+class SingleStep:
+    """A deterministic sampler whose state is x_t alone."""
+
+    rows: Coefficients
+    stochastic = False
+
+    def init(self, x: Array) -> tuple[Array]:
+        """Returns the state (x_t,)."""
+        return (x,)
 
 
 @partial(jax.vmap, in_axes=(0, None, None))
