@@ -5,19 +5,20 @@ One `Evaluator` a family; adding a metric is one function and one row of `EVALUA
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion.schedule import LEARNED_VARIANCE
-from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
 from retrack_jax.evaluate.memory import forget_loss, label_share, membership, relearning
 from retrack_jax.evaluate.restored import INJECTED_T, keep_pictures, restore
 from retrack_jax.evaluate.results import Evaluator
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats, too_few
+from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
+from retrack_jax.metrics.inception_score import NUM_SPLITS, OFFICIAL, inception_score
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
 from retrack_jax.metrics.sscd import sscd, sscd_norm
 
@@ -94,6 +95,34 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
 
 def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str]):
     return class_score(name, task.classifier, subject.finest[~forgotten_samples(task, subject)])
+
+
+def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.ndarray) -> tuple[dict[str, float], dict]:
+    """Returns `{name: score}` by a classifier of the data's own classes, in [1, their number], and the note for provenance; no
+    value if there are too few samples.
+
+    Args:
+      name: `inception_score`, or `inception_score_official`, for which the classifier normalises by the statistics of each batch
+        of 256, the official size, so that the number depends on the batch and on the order of the samples.
+      load: `official -> FeatureNetwork` with logits; raises `Unavailable` without its weights.
+      samples: `[N, H, W, C]` without the forgotten image: uint8, or floats in [0, 1], as the official code has them.
+    """
+    if len(samples) < NUM_SPLITS:
+        return {}, {"why": f"{NUM_SPLITS} splits need as many samples; {len(samples)} are left beside the forgotten image"}
+    official = name == OFFICIAL
+    network = load(official)
+    score = inception_score(network(samples, name)["logits"], seed=0, num_splits=NUM_SPLITS, official=official)
+    note = {
+        "features": network.description,
+        "features_digest": network.digest,
+        "num_samples": len(samples),
+        "samples": str(samples.dtype),
+        "std": score.std,
+        "splits": score.num_splits,
+    }
+    if official:
+        note["batch_dependent"] = f"normalised by the statistics of each batch of {network.batch_size} samples, in their order"
+    return {name: score.mean}, note
 
 
 def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):

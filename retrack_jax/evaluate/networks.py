@@ -16,12 +16,12 @@ from retrack_jax.checks import UserError, check, check_choice
 from retrack_jax.data.commands import MNIST_FILE, WEIGHTS
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, is_tshirt
-from retrack_jax.evaluate.class_scores import OFFICIAL
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
 from retrack_jax.metrics.features.inception import inception_network
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
+from retrack_jax.metrics.inception_score import OFFICIAL
 from retrack_jax.weights.folder import open_file, present
 
 NETWORKS = ("digits", "inception")

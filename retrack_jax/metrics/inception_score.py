@@ -15,6 +15,9 @@ import numpy as np
 from retrack_jax.checks import check, check_int
 from retrack_jax.metrics.arrays import check_features
 
+OFFICIAL = "inception_score_official"  # the metric whose network is in training mode, as the official code leaves it
+NUM_SPLITS = 10
+
 
 @dataclass(frozen=True)
 class InceptionScore:
@@ -25,7 +28,7 @@ class InceptionScore:
     num_splits: int
 
 
-def inception_score(logits, *, seed: int, num_splits: int = 10, official: bool = False) -> InceptionScore:
+def inception_score(logits, *, seed: int, num_splits: int = NUM_SPLITS, official: bool = False) -> InceptionScore:
     """Returns the inception score of images from their logits `[N, classes]`.
 
     `seed` decides the permutation; each of the `num_splits` parts is scored by itself (equation 2). `official` cuts as

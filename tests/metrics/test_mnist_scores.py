@@ -8,13 +8,13 @@ import pytest
 from configs import mnist_tshirt
 from retrack_jax.api import run
 from retrack_jax.checks import UserError
-from retrack_jax.evaluate.class_scores import OFFICIAL, class_score
+from retrack_jax.evaluate.images import class_score
 from retrack_jax.evaluate.networks import MNIST_FILE, check_score_network, feature_network, load_mnist_resnet, load_sscd
 from retrack_jax.evaluate.results import Unavailable
 from retrack_jax.files import file_digest
 from retrack_jax.metrics.features.inception import FILE as INCEPTION_FILE
 from retrack_jax.metrics.features.resnet import mnist_resnet_network
-from retrack_jax.metrics.inception_score import inception_score
+from retrack_jax.metrics.inception_score import OFFICIAL, inception_score
 from tests.metrics.feature_weights import mnist_shapes, random_images, random_state
 from tests.tiny import TINY
 from tests.torch_files import save_state
