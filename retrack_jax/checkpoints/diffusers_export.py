@@ -1,6 +1,7 @@
-"""Flax parameters back to a folder that diffusers' `from_pretrained` reads."""
+"""Flax parameters, of a network or of an adapter, back to a folder that diffusers reads."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ _HEADING = "## Exported by retrack_jax"
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _CONFIGS = ("config.json", *(f"{folder}/config.json" for folder in NETWORK_FOLDERS))
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # lora_export.py
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+_LORA = "This is an adapter (LoRA): load the base model in diffusers, then call `pipe.load_lora_weights` with this folder."
 
 
 def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None, note: str | None = None) -> None:
@@ -61,6 +63,32 @@ def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None
         write_files(folder, card_and_licenses(source, note) | files)
         write_whole(folder / _WEIGHTS, lambda temporary: write_safetensors(temporary, to_torch(params)))
         write_json(folder / "config.json", config)  # last, for without it there is no model
+
+
+def export_lora(
+    path, adapter: PyTree, *, rank: int, alpha: float, network: str = "unet", source=None, note: str | None = None
+) -> None:
+    """Writes an adapter as the folder that diffusers' `pipe.load_lora_weights` reads: peft's names after the network's, settings,
+    the base model's licenses and a model card.
+
+    Args:
+      path, source, note: as in `export_diffusers`, `source` being the base model's.
+      adapter: a tree of train/lora.py, of the network of a Stable Diffusion pipeline.
+      rank, alpha: A B is multiplied by alpha / rank. Tensors do not tell alpha: diffusers reads it from the file's metadata, and
+        readers that do not know these take alpha = rank.
+      network: the name of the network's folder in the pipeline, `unet` or `transformer`.
+
+    Raises:
+      UserError: as `export_diffusers`.
+    """
+    tensors = [tensor._replace(name=f"{network}.{tensor.name}") for tensor in to_torch(adapter)]
+    layers = sorted({tensor.name.removeprefix(f"{network}.").partition(".lora_")[0] for tensor in tensors})
+    whole = int(alpha) if alpha == int(alpha) else alpha
+    settings = {f"{network}.r": rank, f"{network}.lora_alpha": whole, f"{network}.target_modules": layers}
+    metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    with replacing(path, source) as folder:
+        write_files(folder, card_and_licenses(source, "\n\n".join(text for text in (_LORA, note) if text)))
+        write_whole(folder / LORA_WEIGHTS, lambda temporary: write_safetensors(temporary, tensors, metadata))
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checks import UserError
-from retrack_jax.data.sources.concepts import CLASSIFIER, Concept
-from retrack_jax.data.sources.prompts import KINDS
+from retrack_jax.data.sources.concepts import CLASSIFIER, KINDS, Concept
 from retrack_jax.evaluate.results import Evaluator, Unavailable
 from retrack_jax.evaluate.text import Samples, TextTask, evaluators, floats, precision
 from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate

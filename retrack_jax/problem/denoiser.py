@@ -19,9 +19,9 @@ from retrack_jax.checkpoints import (
     import_diffusers,
     read_schedule_config,
 )
+from retrack_jax.checkpoints.diffusers_export import export_lora
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
-from retrack_jax.checkpoints.lora_export import export_lora
 from retrack_jax.checkpoints.pipeline_export import export_folder
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline

@@ -7,7 +7,7 @@ import numpy as np
 
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
-from retrack_jax.data.sources.prompts import KINDS
+from retrack_jax.data.sources.concepts import KINDS
 from retrack_jax.evaluate import concepts
 from retrack_jax.evaluate.networks import load_sscd
 from retrack_jax.evaluate.results import Evaluator, Results, evaluate

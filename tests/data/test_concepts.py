@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.sources.concepts import list_concepts
+from retrack_jax.data.sources.concepts import list_concepts, prompts_of
 from retrack_jax.data.sources.load import load_concepts, load_images
-from retrack_jax.data.sources.prompts import prompts_of
 
 NAME = "red_circle"
 

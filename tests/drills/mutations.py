@@ -213,8 +213,7 @@ def formats(folder: Path) -> dict[str, Format]:
     from retrack_jax.checkpoints.single_file import SingleFile
     from retrack_jax.checkpoints.stable_diffusion import load_pipeline
     from retrack_jax.checkpoints.text_encoders import TEXT_TABLE
-    from retrack_jax.data.sources.concepts import INFO, LABELS, memorised_name, read_labels
-    from retrack_jax.data.sources.prompts import prompts_of
+    from retrack_jax.data.sources.concepts import INFO, LABELS, memorised_name, prompts_of, read_labels
     from retrack_jax.diffusion.schedule import Schedule
     from retrack_jax.metrics.kmeans import read_centers
     from retrack_jax.models.tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
 from retrack_jax.checkpoints import load_pipeline, prompt_embeddings  # noqa: E402
-from retrack_jax.checkpoints.lora_export import export_lora  # noqa: E402
+from retrack_jax.checkpoints.diffusers_export import export_lora  # noqa: E402
 from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402
 from retrack_jax.sampling import make_sampler  # noqa: E402
 from retrack_jax.sampling.guided import guided_eps_fn  # noqa: E402

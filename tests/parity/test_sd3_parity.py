@@ -20,8 +20,8 @@ from retrack_jax.checkpoints import (  # noqa: E402
     load_pipeline,
     prompt_embeddings,
 )
+from retrack_jax.checkpoints.diffusers_export import export_lora  # noqa: E402
 from retrack_jax.checkpoints.diffusers_import import example_inputs, load_params  # noqa: E402
-from retrack_jax.checkpoints.lora_export import export_lora  # noqa: E402
 from retrack_jax.checkpoints.text_encoders import T5_TABLE  # noqa: E402
 from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402
 from retrack_jax.models.mmdit import MMDiT  # noqa: E402

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from retrack_jax.checkpoints import export_pipeline, load_pipeline, prompt_embeddings  # noqa: E402
-from retrack_jax.checkpoints.lora_export import export_lora  # noqa: E402
+from retrack_jax.checkpoints.diffusers_export import export_lora  # noqa: E402
 from retrack_jax.checkpoints.stable_diffusion import empty_prompt  # noqa: E402
 from retrack_jax.checkpoints.text_encoders import TEXT_TABLE  # noqa: E402
 from retrack_jax.diffusion.conversions import make_eps_fn  # noqa: E402

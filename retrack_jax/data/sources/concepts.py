@@ -1,5 +1,6 @@
 """Concepts: for each, a folder of pictures that a text-to-image model draws for one prompt, sorted into memorised and not; and
-the prompts of all of them (prompts.py).
+two prompts: the original, which reproduces the memorised picture, and the modified, which describes it in other words, and which
+training conditions on.
 
 CONCEPT/images/*.png            all pictures
 CONCEPT/kmeans_labels.json      file name -> 1 memorised (to forget), 0 not (to remain)
@@ -22,7 +23,6 @@ from retrack_jax.data.commands import hub, kaggle_folder
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement, if_file, matching, requirement
-from retrack_jax.data.sources.prompts import prompts_of
 from retrack_jax.data.sources.source import Source
 from retrack_jax.data.target_names import target_specs
 from retrack_jax.files import json_digest, read_object
@@ -30,6 +30,7 @@ from retrack_jax.files import json_digest, read_object
 logger = logging.getLogger(__name__)
 LABELS, INFO, CLASSIFIER = "kmeans_labels.json", "clustering_info.json", "kmeans_classifier.joblib"
 REMAIN, FORGET = 0, 1
+KINDS = ("original", "modified")  # of prompts; metrics and arrays of samples are named by these
 _PROMPT_FILES = ("original_prompts", "modified_prompts")
 
 
@@ -43,7 +44,7 @@ class Concept:
       images: its labelled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
       memorised: the memorised picture, uint8 `[H, W, 3]`.
       memorised_name: its file name.
-      prompts: its two prompts.
+      prompts: its two prompts, by kind.
     """
 
     name: str
@@ -93,11 +94,8 @@ def read_labels(folder) -> dict[str, int]:
             f"{path} labels {len(missing)} of {len(labels)} pictures that are not in {folder / 'images'}, such as {missing[0]}; "
             "restore the pictures, or remove them from the file"
         )
-    for label, meaning in (
-        (FORGET, "memorised (label 1), so there is nothing to forget"),
-        (REMAIN, "unlike it (label 0) to remain"),
-    ):
-        check(label in labels.values(), f"{path}: no picture is {meaning}")
+    check(FORGET in labels.values(), f"{path}: no picture is memorised (label 1), so there is nothing to forget")
+    check(REMAIN in labels.values(), f"{path}: no picture is unlike it (label 0) to remain")
     return labels
 
 
@@ -161,6 +159,30 @@ def load_concept(data: Mapping, name: str) -> Concept:
     else:
         picture = load(f"{name} (memorised)", [memorised], None).images[0]
     return Concept(name, folder, images, np.asarray(picture), memorised, prompts_of(name, *_prompt_paths(data).values()))
+
+
+def prompts_of(concept: str, original_path, modified_path) -> dict[str, str]:
+    """Returns the prompts of one concept by kind, in the order of `KINDS`.
+
+    Raises:
+      UserError: a file lacks the concept; the message names it, and the nearest name in it.
+    """
+    found = {}
+    for kind, path in zip(KINDS, (original_path, modified_path), strict=True):
+        prompts = _read_prompts(path)
+        if concept not in prompts:
+            raise UserError(f"no {kind} prompt for the concept {concept!r} in {path}{suggestion(concept, prompts)}")
+        found[kind] = prompts[concept]
+    return found
+
+
+def _read_prompts(path) -> Mapping[str, str]:
+    path = Path(path).expanduser()
+    check(path.is_file(), f"no file {path}; it holds a prompt for each concept (original_prompts.json, modified_prompts.json)")
+    prompts = read_object(path)
+    whole = all(isinstance(prompt, str) for prompt in prompts.values())
+    check(whole, f"{path} must hold a JSON object of concept: prompt, all strings")
+    return prompts
 
 
 def _prompt_paths(data: Mapping) -> dict[str, Path]:
