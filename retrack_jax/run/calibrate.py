@@ -17,9 +17,8 @@ from retrack_jax.evaluate.verdict import Memory, memory
 from retrack_jax.log import say
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.judged import judged, losses, remembered_conditions
-from retrack_jax.problem.target import Target
 from retrack_jax.report.verdict import calibration_in_words
-from retrack_jax.run.context import RunContext
+from retrack_jax.run.context import Run
 from retrack_jax.run.training import Model, load, pretrained
 from retrack_jax.run.verdict import losses_before
 from retrack_jax.train.lora import scaled
@@ -31,37 +30,32 @@ _SHAPE = {"alpha": (int, float), "loss": (int, float), "reference": (int, float)
 _DESC = "calibration"
 
 
-def calibrated(context: RunContext, method: str, target: Target, folder: epath.Path, before: epath.Path, model: Model) -> Model:
-    """Returns `model`, or the point between the pretrained model and it that `config.unlearn.calibrate` asks for.
-
-    The point is searched for once and kept, so that a second call reads it.
-
-    Args:
-      folder, before: of the run, and of the model before unlearning for this target.
-      model: as training left it.
+def calibrated(run: Run, model: Model) -> Model:
+    """Returns `model`, as training left it, or the point between the pretrained model and it that `config.unlearn.calibrate` asks
+    for. The point is searched for once and kept, so that a second call reads it.
 
     Raises:
       UserError: the verdict has no estimate of what unseen images would have.
       Diverged: a loss on the way is not finite.
     """
-    asked = context.options.recipe(method).calibrate
-    if not asked or METHODS[method].from_scratch:
+    asked = run.context.options.recipe(run.method).calibrate
+    if not asked or METHODS[run.method].from_scratch:
         return model
-    start, path = pretrained(context, load).params, folder / _FILE
+    start, path = pretrained(run.context, load).params, run.folder / _FILE
     if not parallel.from_main(path.exists):
-        loss, reference = _as_the_verdict(context, target, before) if asked == UNSEEN else _as_the_metric(context, target, asked)
+        loss, reference = _as_the_verdict(run) if asked == UNSEEN else _as_the_metric(run, asked)
         found = line_search(lambda alpha: loss(between(start, model.params, alpha)), reference)
         say(calibration_in_words(found), is_main=parallel.is_main_process())
         parallel.on_main(lambda: files.write_json(path, found))
-    alpha = parallel.from_main(lambda: read(folder))["alpha"]
+    alpha = parallel.from_main(lambda: read(run.folder))["alpha"]
     adapter = None if model.adapter is None else scaled(model.adapter, alpha)
     return dataclasses.replace(model, params=between(start, model.params, alpha), adapter=adapter)
 
 
-def check_reference(context: RunContext, method: str, target: Target, before: epath.Path) -> None:
+def check_reference(run: Run) -> None:
     """Raises `UserError`, before training, if `config.unlearn.calibrate` asks for an estimate that the verdict does not have."""
-    if context.options.recipe(method).calibrate == UNSEEN and not METHODS[method].from_scratch:
-        _unseen(context, target, before)
+    if run.context.options.recipe(run.method).calibrate == UNSEEN and not METHODS[run.method].from_scratch:
+        _unseen(run)
 
 
 def read(folder: epath.Path) -> dict | None:
@@ -70,27 +64,27 @@ def read(folder: epath.Path) -> dict | None:
     return files.read_shaped(path, _SHAPE) if path.exists() else None
 
 
-def _as_the_verdict(context: RunContext, target: Target, before: epath.Path) -> tuple[Callable[[PyTree], float], float]:
+def _as_the_verdict(run: Run) -> tuple[Callable[[PyTree], float], float]:
     """Returns a model's loss as the verdict compares it, and what it estimates for unseen images.
 
     Both are geometric means over the images of which it has an estimate. An arithmetic mean of losses that differ is larger, and
     would reach the estimate too early.
     """
-    known = _unseen(context, target, before)
-    chosen, count = judged(context.problem, target), len(known.log_unseen)
+    known, problem = _unseen(run), run.context.problem
+    chosen, count = judged(problem, run.target), len(known.log_unseen)
     images, conditions = chosen.images[:count], chosen.conditions
     conditions = jax.tree.map(lambda leaf: leaf[:count], conditions)
 
     def loss(params: PyTree) -> float:
-        found = losses(context.problem, params, images, conditions, _DESC).mean(axis=1)
+        found = losses(problem, params, images, conditions, _DESC).mean(axis=1)
         return float(np.exp(np.log(found[np.isfinite(known.log_unseen)]).mean()))
 
     return loss, known.unseen
 
 
-def _unseen(context: RunContext, target: Target, before: epath.Path) -> Memory:
+def _unseen(run: Run) -> Memory:
     """Returns what the verdict knows of the model before unlearning. Raises `UserError` if that is no estimate."""
-    known = memory(losses_before(context, target, before))
+    known = memory(losses_before(run))
     check(
         known.log_unseen is not None and not known.why,
         f"config.unlearn.calibrate is {UNSEEN}, but the loss of unseen images cannot be estimated ({known.why}); give a number, "
@@ -99,10 +93,10 @@ def _unseen(context: RunContext, target: Target, before: epath.Path) -> Memory:
     return known
 
 
-def _as_the_metric(context: RunContext, target: Target, number: str) -> tuple[Callable[[PyTree], float], float]:
+def _as_the_metric(run: Run, number: str) -> tuple[Callable[[PyTree], float], float]:
     """Returns a model's loss as the metric forget_loss has it, the mean over every forgotten image, and `number`."""
-    problem = context.problem
+    problem, target = run.context.problem, run.target
     images = problem.codec.clean(target.images, target.unique)
     conditions = remembered_conditions(problem, target, [(target.images, target.unique)])
-    how = {"num_noises": enough_noises(len(images)), "seed": context.options.sampling.seed}
+    how = {"num_noises": enough_noises(len(images)), "seed": run.context.options.sampling.seed}
     return lambda params: float(losses(problem, params, images, conditions, _DESC, **how).mean()), float(number)

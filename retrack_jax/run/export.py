@@ -8,10 +8,9 @@ from retrack_jax import parallel
 from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS, is_whole
 from retrack_jax.config.options import Options
 from retrack_jax.data.target_names import described
-from retrack_jax.problem.target import Target
 from retrack_jax.report.verdict import calibration_in_words, in_words
 from retrack_jax.run import calibrate
-from retrack_jax.run.context import RunContext
+from retrack_jax.run.context import Run, RunContext
 from retrack_jax.run.training import Model
 from retrack_jax.train.lora import ADAPTER
 from retrack_jax.unlearn.methods import PRETRAINED
@@ -23,15 +22,15 @@ _MARKS = {
 }  # fmt: skip
 
 
-def export(context: RunContext, method: str, target: Target, folder: epath.Path, model: Model, verdict: Mapping) -> None:
-    """Writes the model that `method` made into `folder`/diffusers, with what was forgotten and the verdict in its card."""
-    note = [f"Unlearned by {method} in {model.steps} steps; forgotten: {described(target.spec)}."]
-    note.append(context.problem.note(method, target))
+def export(run: Run, model: Model, verdict: Mapping) -> None:
+    """Writes the run's model into its folder `diffusers`, with what was forgotten and the verdict in its card."""
+    method, folder, options, denoiser = run.method, run.folder, run.context.options, run.context.problem.denoiser
+    note = [f"Unlearned by {method} in {model.steps} steps; forgotten: {described(run.target.spec)}."]
+    note.append(run.context.problem.note(method, run.target))
     if found := calibrate.read(folder):
         note.append(calibration_in_words(found))
     note.append(f"Verdict by losses on these and on remaining images: {in_words(verdict)}")
     card = "\n\n".join(text for text in note if text)
-    options, denoiser = context.options, context.problem.denoiser
 
     def write() -> None:
         if not needs_export(options, method, folder):

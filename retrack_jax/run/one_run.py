@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from etils import epath
 
@@ -15,11 +14,9 @@ from retrack_jax.checks import Diverged, UserError
 from retrack_jax.evaluate.results import Results, worth_another_try
 from retrack_jax.log import say
 from retrack_jax.problem.evaluation import EvaluatedModel
-from retrack_jax.problem.target import Target
 from retrack_jax.report.verdict import in_words
 from retrack_jax.run import calibrate, samples
-from retrack_jax.run.calibrate import calibrated
-from retrack_jax.run.context import RunContext
+from retrack_jax.run.context import Run, RunContext
 from retrack_jax.run.export import export, export_pretrained, needs_export
 from retrack_jax.run.provenance import environment
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
@@ -35,40 +32,6 @@ _METRICS = {
     PRETRAINED: files.NUMBERS, "unlearned": files.NUMBERS, "retrained": (dict, type(None)),
     "provenance": {"metrics": dict, "absent": dict, "final": list, "num_samples": int},
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One (method, target, seed).
-
-    Attributes:
-      folder: where its results lie.
-      before: where the pretrained model's samples and metrics lie, which all runs on the same conditions share.
-    """
-
-    context: RunContext
-    method: str
-    target: Target
-    seed: int
-
-    @property
-    def folder(self) -> epath.Path:
-        return self.context.workdir.run(self.method, self.seed, self.target.slug)
-
-    @property
-    def before(self) -> epath.Path:
-        shared = self.context.workdir.pretrained
-        return shared / self.target.slug if self.context.problem.conditioning.of_target else shared
-
-    def model(self) -> Model:
-        """Returns the finished model. Raises `UserError` if it is not there."""
-        if self.method == PRETRAINED:
-            return pretrained(self.context, load)
-        return self.calibrated(load(unlearning(self.context, self.method, self.target, self.seed), self.context))
-
-    def calibrated(self, model: Model) -> Model:
-        """Returns the trained `model` after the calibration that the config asks for, if any."""
-        return calibrated(self.context, self.method, self.target, self.folder, self.before, model)
 
 
 def read_metrics(path) -> dict:
@@ -94,14 +57,14 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     if mode in ("run", "unlearn") and method != PRETRAINED:
         _record(run, "model", "inputs")
         if not parallel.from_main((run.folder / "losses.npz").exists):
-            announce(context, run.target, run.before)
-        calibrate.check_reference(context, method, run.target, run.before)
-        model = run.calibrated(train(unlearning(context, method, run.target, seed), context))
+            announce(run)
+        calibrate.check_reference(run)
+        model = calibrate.calibrated(run, train(unlearning(run), context))
         _stop_if_asked(context, "the verdict")
-        verdict = _judge(run, model)
+        verdict = judge(run, lambda: model.params)
         say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
         _stop_if_asked(context, "the export")
-        export(context, method, run.target, run.folder, model, verdict)
+        export(run, model, verdict)
     _stop_if_asked(context, "sampling")
     if mode in ("run", "sample"):
         _sample(run)
@@ -178,10 +141,11 @@ def _is_done(run: Run) -> bool:
     return current and metrics["config"]["export"] == options.export and not needs_export(options, run.method, folder)
 
 
-def _judge(run: Run, model: Model | None = None) -> dict:
-    """Returns the verdict on the run's model, which is loaded if it is not given and its losses were not kept."""
-    after = None if run.method == PRETRAINED else run.folder
-    return judge(run.context, run.target, run.before, after, lambda: (model or run.model()).params)
+def _model(run: Run) -> Model:
+    """Returns the run's finished model. Raises `UserError` if it is not there."""
+    if run.method == PRETRAINED:
+        return pretrained(run.context, load)
+    return calibrate.calibrated(run, load(unlearning(run), run.context))
 
 
 def _sample(run: Run) -> None:
@@ -190,7 +154,7 @@ def _sample(run: Run) -> None:
     samples.draw(context, run.before, lambda: pretrained(context, load), target, PRETRAINED)
     if run.method != PRETRAINED:
         _record(run, "samples")
-        samples.draw(context, run.folder, run.model, target, run.method)
+        samples.draw(context, run.folder, lambda: _model(run), target, run.method)
 
 
 def _evaluate(run: Run) -> None:
@@ -201,7 +165,7 @@ def _evaluate(run: Run) -> None:
     if method != PRETRAINED:
         _record(run, "evaluation")
         after = _results(run, run.folder, "evaluation.json")
-        steps, seconds = record(unlearning(context, method, target, run.seed), context)
+        steps, seconds = record(unlearning(run), context)
     gold = None if method == RETRAIN else _retrained_run(run)
     _check_same_networks(after.notes, {run.before: before.notes, **_noted(gold)}, run.folder)
     metrics = {
@@ -214,7 +178,7 @@ def _evaluate(run: Run) -> None:
         PRETRAINED: before.values,
         "unlearned": after.values,
         "retrained": after.values if method == RETRAIN else gold and gold["unlearned"],
-        "verdict": _judge(run),
+        "verdict": judge(run, lambda: _model(run).params),
         **({"calibration": found} if (found := parallel.from_main(lambda: calibrate.read(run.folder))) else {}),
         "provenance": {
             **environment(),
@@ -234,7 +198,7 @@ def _results(run: Run, folder: epath.Path, name: str) -> Results:
     """The metrics of one model, computed as far as the file `name` in its folder does not hold them."""
     context = run.context
     model = EvaluatedModel(
-        params=lambda: run.model().params,
+        params=lambda: _model(run).params,
         pretrained=lambda: pretrained(context, load).params,
         arrays=samples.read(folder, context.options.sampling.num_images),
         path=folder / name,

@@ -11,8 +11,8 @@ from retrack_jax.data.target_names import slug
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.problem.target import Target
 from retrack_jax.run import samples
-from retrack_jax.run.context import RunContext
-from retrack_jax.run.one_run import Run, read_metrics
+from retrack_jax.run.context import Run, RunContext
+from retrack_jax.run.one_run import read_metrics
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 

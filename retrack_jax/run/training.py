@@ -16,8 +16,7 @@ from retrack_jax.config.recipes import TrainingOptions, UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.log import Writer
 from retrack_jax.notation import ModelEpsFn, PyTree
-from retrack_jax.problem.target import Target
-from retrack_jax.run.context import RunContext
+from retrack_jax.run.context import Run, RunContext
 from retrack_jax.run.tensorboard import scalars_of_training
 from retrack_jax.train import loop
 from retrack_jax.train.lora import LoraOptions, init, merge
@@ -85,8 +84,9 @@ def pretrained(context: RunContext, make: Callable[[Job, RunContext], Model]) ->
     return make(_from_scratch(context, "pretrain", context.workdir.pretrained, options.pretrain.seed, images, rows), context)
 
 
-def unlearning(context: RunContext, method: str, target: Target, seed: int) -> Job:
-    """Returns the job that makes a method's model: for `retrain` from random weights, without the target's images."""
+def unlearning(run: Run) -> Job:
+    """Returns the job that makes a run's model: for `retrain` from random weights, without the target's images."""
+    context, method, target, seed = run.context, run.method, run.target, run.seed
     entry, problem = get_method(method), context.problem
     folder = context.workdir.model(method, seed, target.slug)
     if entry.from_scratch:

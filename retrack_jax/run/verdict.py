@@ -16,62 +16,56 @@ from retrack_jax.log import say
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.evaluation import label_of
 from retrack_jax.problem.judged import judged, losses
-from retrack_jax.problem.target import Target
-from retrack_jax.run.context import RunContext
+from retrack_jax.run.context import Run
 from retrack_jax.run.training import load, pretrained
+from retrack_jax.unlearn.methods import PRETRAINED
 
 
-def announce(context: RunContext, target: Target, folder: epath.Path) -> None:
-    """Says in one line whether the model before unlearning remembers the target; `folder` as in `judge`."""
+def announce(run: Run) -> None:
+    """Says in one line whether the model before unlearning remembers the target."""
     try:
-        found = losses_before(context, target, folder)
+        found = losses_before(run)
     except Diverged as error:
-        say(f"whether the model remembers {target.spec} cannot be told: {error}", is_main=parallel.is_main_process())
+        say(f"whether the model remembers {run.target.spec} cannot be told: {error}", is_main=parallel.is_main_process())
         return
     known = memory(found)
     # A whole class is known without any of its images being remembered, and unlearning it changes much.
-    little = known.remembered is False and label_of(target) is None
+    little = known.remembered is False and label_of(run.target) is None
     advice = "; unlearning will change little" if little else ""
     say(f"{before_in_words(found, known)}{advice}", is_main=parallel.is_main_process())
 
 
-def judge(
-    context: RunContext, target: Target, before: epath.Path, after: epath.Path | None, params: Callable[[], PyTree]
-) -> dict:
-    """Returns the verdict on a model, as metrics.json holds it. What is measured is kept, so that a second call reads it.
+def judge(run: Run, params: Callable[[], PyTree]) -> dict:
+    """Returns the verdict on the run's model, as metrics.json holds it. What is measured is kept, so that a second call reads it.
 
-    Args:
-      target: what was to be forgotten.
-      before: the folder of the model before unlearning, for this target.
-      after: the run's folder; None judges the model before unlearning itself.
-      params: `() -> parameters` of the model, called only if its losses are not there yet.
+    `params()` are the model's parameters; it is called only if the losses are not there yet.
     """
     try:
-        found = losses_before(context, target, before)
-        if after is None:
+        found = losses_before(run)
+        if run.method == PRETRAINED:
             return verdict(found, found.before)
-        images = judged(context.problem, target)
+        images = judged(run.context.problem, run.target)
 
         def measure() -> dict[str, np.ndarray]:
-            return {"after": losses(context.problem, params(), images.images, images.conditions, "verdict")}
+            return {"after": losses(run.context.problem, params(), images.images, images.conditions, "verdict")}
 
-        return verdict(found, _kept_losses(after / "losses.npz", ("after",), measure)["after"])
+        return verdict(found, _kept_losses(run.folder / "losses.npz", ("after",), measure)["after"])
     except Diverged as error:
         return unknown(str(error))
 
 
-def losses_before(context: RunContext, target: Target, folder: epath.Path) -> Losses:
-    """Returns the losses of the model before unlearning, which are kept in `folder`, as in `judge`."""
-    problem, images = context.problem, judged(context.problem, target)
+def losses_before(run: Run) -> Losses:
+    """Returns the losses of the model before unlearning, which are kept in `run.before`."""
+    problem, images = run.context.problem, judged(run.context.problem, run.target)
 
     def measure() -> dict[str, np.ndarray]:
-        params = pretrained(context, load).params
+        params = pretrained(run.context, load).params
         pictures = {"before": images.images, "turned": images.turned}
         conditions = images.conditions
         arrays = {name: losses(problem, params, those, conditions, f"verdict, {name}") for name, those in pictures.items()}
         return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
 
-    arrays = _kept_losses(folder / f"losses-{target.slug}.npz", ("before", "turned"), measure)
+    arrays = _kept_losses(run.before / f"losses-{run.target.slug}.npz", ("before", "turned"), measure)
     return Losses(
         names=images.names,
         num_forgotten=images.num_forgotten,
