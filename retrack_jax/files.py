@@ -280,6 +280,19 @@ def read_cached(path, read: Callable[..., Value]) -> Value | None:
         return None
 
 
+def cached_array(path, make: Callable[[Path], None]) -> np.ndarray:
+    """Returns the array in the `.npy` at `path`, mapped into memory; `make(temporary path)` writes it if it cannot be read."""
+
+    def read(path) -> np.ndarray:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    array = read_cached(path, read)
+    if array is None:
+        write_whole(path, make, advice=IN_CACHE)
+        array = read(path)
+    return array
+
+
 def file_digest(path) -> str:
     """Returns the SHA-256 of the file at `path`, as 64 hexadecimal digits."""
     with epath.Path(path).open("rb") as file:

@@ -68,17 +68,12 @@ def encode_set(
       UserError: a posterior that is not finite, or no space on the disk.
     """
     path = files.cache_path(cache_dir, "latents", [VERSION, images.digest, vae_digest], "npy")
-    posteriors = files.read_cached(path, _map)
-    if posteriors is None:
-        posteriors = _encode(encode_fn, images, batch_size)
-        files.write_whole(path, lambda temporary: _save(temporary, posteriors), advice=files.IN_CACHE)
-        posteriors = _map(path)
-    mean, *std = posteriors
+    mean, *std = files.cached_array(path, lambda temporary: _encode(encode_fn, images, batch_size, temporary))
     return LatentSet(mean, std[0] if std else None)
 
 
-def _encode(encode_fn, images: ImageSet, batch_size: int) -> np.ndarray:
-    """Returns the posteriors, float32 `[2, N, h, w, C]`: means, then standard deviations; or `[1, N, h, w, C]`."""
+def _encode(encode_fn, images: ImageSet, batch_size: int, path) -> None:
+    """Writes the posteriors, float32 `[2, N, h, w, C]`: means, then standard deviations; or `[1, N, h, w, C]`."""
     parts = []
     starts, main = range(0, len(images), batch_size), parallel.is_main_process()
     for start in progress(starts, f"encode {images.name}", is_main=main, unit="batch"):
@@ -93,13 +88,5 @@ def _encode(encode_fn, images: ImageSet, batch_size: int) -> np.ndarray:
                 f"the VAE encodes {images.ids[start + bad[0]]} to NaN or infinity; encode in float32 (config.compute.dtype)"
             )
         parts.append(posterior)
-    return np.concatenate(parts, axis=1)
-
-
-def _save(path, posteriors: np.ndarray) -> None:
     with open(path, "wb") as file:
-        np.save(file, posteriors)
-
-
-def _map(path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+        np.save(file, np.concatenate(parts, axis=1))

@@ -56,10 +56,7 @@ def text_states(pipeline: Pipeline, captions: Sequence[str], cache_dir) -> TextS
     ids_PN, row_of_caption = np.unique(token_ids(encoders, distinct), axis=0, return_inverse=True)
     digest = text_digest(encoders)
     path = files.cache_path(cache_dir, "captions", [_VERSION, files.array_digest(ids_PN), digest], "npy")
-    states = files.read_cached(path, _map)
-    if states is None:
-        files.write_whole(path, lambda temporary: _encode(encoders, ids_PN, temporary), advice=files.IN_CACHE)
-        states = _map(path)
+    states = _arrays(files.cached_array(path, lambda temporary: _encode(encoders, ids_PN, temporary)))
     if isinstance(states, dict):
         pooled = np.array(states["text_embeds"])
     else:
@@ -85,10 +82,6 @@ def _encode(encoders: Sequence[TextEncoder], ids_PN: np.ndarray, path) -> None:
         for leaf, batch in zip(jax.tree.leaves(_arrays(file)), jax.tree.leaves(states), strict=True):
             leaf[start : start + len(block)] = batch[: len(block)]
     file.flush()
-
-
-def _map(path) -> PyTree:
-    return _arrays(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _arrays(file: np.ndarray) -> PyTree:
