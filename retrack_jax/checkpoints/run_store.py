@@ -91,13 +91,9 @@ class RunStore:
             found, problem = self._restore_step(step, like(step))
             # One whole checkpoint for all: where a process cannot use it, none does.
             if not parallel.any_process(problem is not None):
+                whole = self.directory / str(step)
                 for bad_step, bad_problem in damaged:
-                    log.warning(
-                        "checkpoint %s is damaged (%s); using %s",
-                        self.directory / str(bad_step),
-                        bad_problem,
-                        self.directory / str(step),
-                    )
+                    log.warning("checkpoint %s is damaged (%s); using %s", self.directory / str(bad_step), bad_problem, whole)
                     self._delete(bad_step)
                 return found
             damaged.append((step, problem or "another process cannot read it"))
@@ -106,16 +102,12 @@ class RunStore:
             raise UserError(f"no whole checkpoint is left ({names}); delete {self.directory} to start this stage again")
         return None
 
-    def close(self) -> None:
-        """Finishes saving and releases the manager's threads."""
-        self.wait()
-        self._manager.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self.wait()
+        self._manager.close()
 
     def _restore_step(self, step: int, like: PyTree) -> tuple[tuple[PyTree, dict] | None, str | None]:
         """Returns ((state, meta), None), or (None, what is wrong with the checkpoint)."""

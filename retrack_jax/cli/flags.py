@@ -51,7 +51,9 @@ def parse(argv: list[str]):
     from retrack_jax.cli.process import import_jax
 
     argv = [_quoted(argument) for argument in _joined(argv)]
-    typed = _only(argv, "--config=")
+    named = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    check(len(named) == 1, "give one --config=NAME[:METHOD]; --help shows the usage")
+    typed = named[0]
     path, colon, method = typed.partition(":")
     file = str(_config_file(path))
     config_flag = f"{file}{colon}{method}"
@@ -137,12 +139,6 @@ def _tell_overridden(given: set[str], config) -> None:
                 if own.get(field) is not None and f"config.unlearn.{method}.{field}" not in given:
                     kept = f"config.unlearn.{method}.{field}={own[field]}"
                     print(f"note: {kept} wins over --{name}, for the more specific field wins", file=sys.stderr)
-
-
-def _only(argv: list[str], prefix: str) -> str:
-    found = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
-    check(len(found) == 1, "give one --config=NAME[:METHOD]; --help shows the usage")
-    return found[0]
 
 
 def _config_file(typed: str) -> Path:

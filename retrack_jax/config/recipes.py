@@ -39,9 +39,7 @@ class TrainingOptions:
     eps: float = 1e-8
     weight_decay: float = 1e-6
     clip_norm: float = 0.0  # of the gradient of a sum over pixels; 0: none
-    logit_normal: tuple | None = (
-        None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), to unlearn SD3 (0, 1)
-    )
+    logit_normal: tuple | None = None  # (m, s): t at sigmoid(m + s z) of its range, z normal; (): uniform; None: (), SD3: (0, 1)
     log_normal: tuple | None = None  # (m, s), of EDM alone: log(sigma) is m + s z; (): t is uniform; None: (-1.2, 1.2)
     ema_max_decay: float = 0.0  # of a moving average of the weights, which is the result; 0: no moving average
     ema_power: float = 0.75

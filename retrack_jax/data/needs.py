@@ -49,11 +49,10 @@ def requirement(description: str, path: Path, found: list[Path], **how) -> Requi
         return Requirement(description=description, path=path, found=False, **how)
     sizes = [entry.stat().st_size for entry in found]
     if len(found) == 1:
-        return Requirement(
-            description=description, path=found[0], found=True, files=1, size=sizes[0], digest=file_digest(found[0]), **how
-        )
-    listing = "".join(f"{entry.relative_to(path)}\0{size}\n" for entry, size in zip(found, sizes, strict=True))
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+        path, digest = found[0], file_digest(found[0])
+    else:
+        listing = "".join(f"{entry.relative_to(path)}\0{size}\n" for entry, size in zip(found, sizes, strict=True))
+        digest = hashlib.sha256(listing.encode()).hexdigest()
     return Requirement(description=description, path=path, found=True, files=len(found), size=sum(sizes), digest=digest, **how)
 
 

@@ -47,13 +47,11 @@ def read(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {}
     for key, value in config.items():
-        if key in ("num_train_timesteps", "shift"):
+        if key in ("num_train_timesteps", "shift", "prediction_type"):
             settings[key] = value
         elif key in _OFF:
             if value != _OFF[key]:
                 raise UserError(f"the scheduler config of {name} sets {key} to {value!r}; flows are supported without it")
-        elif key == "prediction_type":
-            settings[key] = value
         elif not (key.startswith("_") or key in _HARMLESS):
             known = ("num_train_timesteps", "shift", *_OFF, *_HARMLESS)
             raise UserError(f"the scheduler config has the unknown key {key!r}{suggestion(key, known)}")

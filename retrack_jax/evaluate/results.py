@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from etils import epath
+
 from retrack_jax import files, parallel
 from retrack_jax.checks import Diverged, UserError
 
@@ -112,8 +114,6 @@ def worth_another_try(metrics: Mapping, wanted: Sequence[str]) -> bool:
 
 def read_results(path) -> Results:
     """Returns what the file at `path` holds; nothing where there is none."""
-    from etils import epath
-
     if not epath.Path(path).exists():
         return Results()
     stored = {"final": [], **files.read_shaped(path, {"values": files.NUMBERS, "notes": dict, "absent": dict})}

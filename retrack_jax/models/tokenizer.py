@@ -23,14 +23,7 @@ from retrack_jax.files import read_object
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_DEFAULTS = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}
-
-
+_DEFAULTS = dict.fromkeys(_ROLES, "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
 T5_LENGTH = 256  # ids of a prompt in diffusers' pipeline
 
 
@@ -92,6 +85,8 @@ def load_t5_tokenizer(path) -> PromptTokenizer:
 
 def load_tokenizer(path) -> ClipTokenizer:
     """Reads the folder of a CLIP tokenizer. Raises `UserError` if files are missing or are not those of a CLIP tokenizer."""
+    from tokenizers import AddedToken, processors
+
     folder = epath.Path(path)
     config = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -118,15 +113,11 @@ def load_tokenizer(path) -> ClipTokenizer:
             f"{folder}: the {role} {text[role]!r} is not in the vocabulary; use the files of one checkpoint",
         )
     if backend.get_added_tokens_decoder() == {}:  # a tokenizer.json brings its own, with their flags
-        _add_special(backend, special)
+        by_text = {token["content"]: token for token in special.values()}  # the last role decides
+        backend.add_special_tokens([AddedToken(**token, special=True) for token in by_text.values()])
     longest = config.get("model_max_length", 77)
     check_number(f"{folder}: model_max_length", longest, 3)  # start, end and one token; transformers writes 1e30 for no limit
-    return _finish(backend, ids, text, int(min(longest, 77)))
-
-
-def _finish(backend, ids: dict[str, int], text: dict[str, str], length: int) -> ClipTokenizer:
-    from tokenizers import processors
-
+    length = int(min(longest, 77))
     ends = ((text["eos_token"], ids["eos_token"]), (text["bos_token"], ids["bos_token"]))
     backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     backend.enable_truncation(length)
@@ -145,13 +136,6 @@ def _token(folder, role: str, value) -> dict:
         f"{folder}: the {role} is {value!r}, neither a text nor an object with its content and flags; download the folder again",
     )
     return {"content": value["content"], **flags}
-
-
-def _add_special(backend, special: dict[str, dict]) -> None:
-    from tokenizers import AddedToken
-
-    by_text = {token["content"]: token for token in special.values()}  # the last role decides
-    backend.add_special_tokens([AddedToken(**token, special=True) for token in by_text.values()])
 
 
 def _bpe(folder, unknown: str):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
+from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.data.in_order import in_order
 from retrack_jax.data.row_view import RowView
 
@@ -161,6 +162,4 @@ def _pad_rows(array_ND: np.ndarray, rows: int) -> np.ndarray:
 def as_float(array: np.ndarray) -> np.ndarray:
     """Returns uint8 pixels as float32 in [-1, 1], and floats as float32."""
     array = np.asanyarray(array)
-    if array.dtype == np.uint8:
-        return array.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-    return array.astype(np.float32, copy=False)
+    return pixels_to_model(array) if array.dtype == np.uint8 else array.astype(np.float32, copy=False)

@@ -11,10 +11,9 @@ import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
-from etils import epath
 
 from retrack_jax.checks import UserError
-from retrack_jax.files import check_regular
+from retrack_jax.files import open_regular
 from retrack_jax.weights.pickle_machine import Record, Refused, Vocabulary, load, set_state
 from retrack_jax.weights.torch_vocabulary import MAX_DIMENSIONS
 
@@ -34,15 +33,10 @@ def read_joblib(path) -> Any:
     Raises:
       UserError: the file is missing, cut short, unpacks to more than 128 MiB, or holds anything but numbers in records.
     """
-    path = epath.Path(path)
-    if "://" not in str(path):
-        check_regular(path)
+    file = open_regular(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        data = _unpacked(data)
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}; restore or download it") from error
+        with file:
+            data = _unpacked(file.read(MAX_BYTES + 1))
     except (OSError, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
         raise UserError(f"{path} is not a whole joblib file ({error}); download it again") from error
     if len(data) > MAX_BYTES:

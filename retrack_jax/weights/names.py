@@ -24,7 +24,6 @@ from flax import traverse_util
 from retrack_jax.checks import UserError, shown
 from retrack_jax.notation import PyTree
 
-_LISTED = 8  # names that an error spells out of each kind
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
 _COUNTERS = (r"(.*\.)?num_batches_tracked", r"n_averaged")  # of batch normalization and torch.optim's averaged models
 _log = logging.getLogger(__name__)
@@ -207,4 +206,4 @@ def to_torch(params: PyTree, *, table: RenameTable = DIFFUSERS) -> Iterator[Torc
 
 
 def _listed(kind: str, names: list[str]) -> str:
-    return f"{len(names)} {kind}: {shown(sorted(names), _LISTED)}"
+    return f"{len(names)} {kind}: {shown(sorted(names))}"

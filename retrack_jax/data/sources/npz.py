@@ -17,7 +17,7 @@ from retrack_jax.files import npy_header
 _USED = ("images", "labels", "ids")
 
 
-def load_npz(path, name: str = "npz") -> ImageSet:
+def load_npz(path) -> ImageSet:
     """Returns the images in `path`: uint8 `[N, H, W, C]`, or `[N, H, W]` for grey ones. Without `ids` they are named `0`,
     `1`, ...
 
@@ -49,7 +49,7 @@ def load_npz(path, name: str = "npz") -> ImageSet:
         whole = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1
         check(whole, f"{path}: labels are {labels.dtype} {labels.shape}; expected integers [N]")
         labels = labels.astype(np.int64)
-    return image_set(name, images, ids, labels)
+    return image_set("npz", images, ids, labels)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -82,13 +82,9 @@ def _check_sizes(path: Path, archive: zipfile.ZipFile, names: Iterable[str]) -> 
     )
 
 
-def _load(data: Mapping) -> ImageSet:
-    return check_taken_as_they_are(data, load_npz(data_folder(data)))
-
-
 def _needs(data: Mapping, config: Mapping):
     path = data_folder(data)
     yield requirement("images", path, if_file(path), advice="set config.data.dir")
 
 
-SOURCE = Source(formats=("npz",), load=_load, needs=_needs)
+SOURCE = Source(formats=("npz",), load=lambda data: check_taken_as_they_are(data, load_npz(data_folder(data))), needs=_needs)

@@ -39,15 +39,15 @@ def load_parquet(data: Mapping, rows: Sequence[int] | None = None) -> ImageSet:
     image_column = _column(tables[0], paths[0], IMAGE_COLUMNS)
     label_column = _column(tables[0], paths[0], LABEL_COLUMNS, required=False)
     for table, path in zip(tables, paths, strict=True):
-        for column in (image_column, label_column):
-            _column(table, path, (column,) if column else (), required=column is not None)
+        for column in filter(None, (image_column, label_column)):
+            _column(table, path, (column,))
     total = sum(table.metadata.num_rows for table in tables)
     rows = range(total) if rows is None else rows
     if not len(rows) or rows[-1] >= total:
         raise UserError(
             f"{paths[0].parent} has {total} rows of {split}; {len(rows)} rows up to {max(rows, default=0)} are needed"
         )
-    keys = [file_key(path, _relative(path, folder)) for path in paths]
+    keys = [file_key(path, None if path == folder else path.relative_to(folder).as_posix()) for path in paths]
     return decoded_images(
         data["source"],
         lambda: _encoded(tables, paths, image_column, set(rows)),
@@ -80,10 +80,6 @@ def parquet_captions(data: Mapping, images: ImageSet) -> list[str]:
         check(column in table.schema_arrow.names, missing)
     texts = [text for batch in _batches(tables, paths, column) for text in batch.column(0).to_pylist()]
     return [as_caption(texts[int(name.removeprefix("hf:"))], f"{paths[0].parent}, {name}") for name in images.ids]
-
-
-def _relative(path: Path, folder: Path) -> str | None:
-    return None if path == folder else path.relative_to(folder).as_posix()
 
 
 def _open(path: Path):
