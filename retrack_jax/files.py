@@ -226,13 +226,13 @@ def read_npz(path, names: Sequence[str] | None = None, *, advice: str = MAKE_AGA
         raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
 
-def npz_rows(path, *, advice: str = MAKE_AGAIN) -> int:
+def npz_rows(path) -> int:
     """Returns the length of the first array in the `.npz` at `path`, from its header alone; raises `UserError` as `read_npz`."""
     try:
         with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
             return npy_header(member)[0][0]
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
-        raise UserError(f"{path} is damaged ({error}); {advice}") from error
+        raise UserError(f"{path} is damaged ({error}); {MAKE_AGAIN}") from error
 
 
 def npy_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:

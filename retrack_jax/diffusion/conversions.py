@@ -3,8 +3,7 @@
     (1) x_t   = gamma x_0 + sigma eps
     (2) x_0   = (x_t - sigma eps) / gamma
     (3) v     = gamma eps - sigma x_0          so   eps = gamma v + sigma x_t
-    (4) score = -eps / sigma                   the gradient of log p_t at x_t
-    (5) u     = eps - x_0                      so   eps = x_t + gamma u   if gamma + sigma = 1, as in a flow (flow.py)
+    (4) u     = eps - x_0                      so   eps = x_t + gamma u   if gamma + sigma = 1, as in a flow (flow.py)
 
 Every function takes gamma and sigma as [B], the values of the schedule's tables at each image's t, and any trailing shape.
 """
@@ -36,13 +35,8 @@ def eps_to_x0(eps: Array, x_t: Array, gamma_B: Array, sigma_B: Array) -> Array:
     return (x_t - expand(sigma_B, eps) * eps) / expand(gamma_B, x_t)
 
 
-def eps_to_score(eps: Array, sigma_B: Array) -> Array:
-    """Returns the score [B, ...]: equation (4)."""
-    return -eps / expand(sigma_B, eps)
-
-
 def to_eps(output: Array, x_t: Array, gamma_B: Array, sigma_B: Array, prediction_type: str) -> Array:
-    """Returns eps [B, ...] from a network's output of any prediction type: equations (2), (3) and (5).
+    """Returns eps [B, ...] from a network's output of any prediction type: equations (2), (3) and (4).
 
     Args:
       output, x_t: [B, ...].

@@ -67,14 +67,13 @@ def too_few(wanted: Sequence[str], num_samples: int, num_reference: int) -> dict
 
 
 def evaluate_features(
-    samples: FeatureStats, reference: FeatureStats, wanted: Sequence[str] = FEATURE_METRICS, *, seed: int = 0
+    samples: FeatureStats, reference: FeatureStats, wanted: Sequence[str] = FEATURE_METRICS
 ) -> tuple[dict[str, float], dict]:
     """Returns the wanted metrics by name, and notes for provenance: counts, spreads, warnings.
 
     Args:
       samples, reference: from the same network and resize rule.
       wanted: some of `FEATURE_METRICS`; the inception score needs logits and looks at the samples alone.
-      seed: decides KID's subsets and the inception score's permutation.
 
     Raises:
       UserError: an unknown metric, two different networks, or too few images.
@@ -92,13 +91,13 @@ def evaluate_features(
             notes["fid_warning"] = warning
             log.warning("%s", warning)
     if "kid" in wanted:
-        result = kid(samples.rows, reference.rows, seed=seed)
+        result = kid(samples.rows, reference.rows, seed=0)
         values["kid"] = result.mean
         notes |= {"kid_std": result.std, "kid_subsets": f"{result.num_subsets} of {result.subset_size} images"}
     if "inception_score" in wanted:
         if samples.logits is None:
             raise UserError(f"{samples.network} has no classes, so it gives no inception_score; leave that metric out")
-        score = inception_score(samples.logits, seed=seed)
+        score = inception_score(samples.logits, seed=0)
         values["inception_score"] = score.mean
         notes |= {"inception_score_std": score.std, "inception_score_splits": score.num_splits}
     if "precision" in wanted or "recall" in wanted:

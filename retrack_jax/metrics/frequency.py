@@ -3,8 +3,8 @@
 Equations:
     (1)  d_n = min_f ||sample_n - target_f||_2 over pixels in [0, 1]
     (2)  frequency = #{n : d_n < threshold} / N
-    (3)  upper bound at confidence c (Clopper-Pearson, one-sided): the p at which P(X <= hits | N, p) = 1 - c;
-         for 0 hits it is 1 - (1 - c)^(1/N), 0.15% for 2,000 samples at 95%
+    (3)  upper bound at 95% confidence (Clopper-Pearson, one-sided): the p at which P(X <= hits | N, p) = 0.05;
+         for 0 hits it is 1 - 0.05^(1/N), 0.15% for 2,000 samples
 
 The threshold belongs to the data set. It must lie between the memorized samples and the nearest other image: for the T-shirt
 among MNIST's digits it is 10, and the nearest digit lies at 11.49. Samples are the sampler's floats, not rounded pixels.
@@ -47,10 +47,10 @@ def target_distances(samples, targets) -> np.ndarray:
     return nearest
 
 
-def frequency_upper_bound(hits: int, num_samples: int, confidence: float = 0.95) -> float:
+def frequency_upper_bound(hits: int, num_samples: int) -> float:
     """Returns the largest true frequency that `hits` of `num_samples` leaves plausible (equation 3), in [0, 1]."""
     from scipy.stats import beta
 
     check_int("num_samples", num_samples, 1)
     check_int("hits", hits, 0, num_samples)
-    return 1.0 if hits == num_samples else float(beta.ppf(confidence, hits + 1, num_samples - hits))
+    return 1.0 if hits == num_samples else float(beta.ppf(0.95, hits + 1, num_samples - hits))

@@ -172,10 +172,10 @@ def auc(members, held_out) -> float:
     return float(wins / (len(members) * len(held_out)))
 
 
-def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, confidence: float = 0.95) -> Auc:
+def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000) -> Auc:
     """Returns the AUC of scores of forgotten (once trained-on) images `[N]` against held-out ones `[M]`, and its interval.
 
-    The interval holds the share `confidence` of `num_bootstrap` AUCs of both sets drawn again with replacement; `seed` decides
+    The interval holds 95% of `num_bootstrap` AUCs of both sets drawn again with replacement; `seed` decides
     these draws. The held-out images must be exchangeable with the others, and no model may have seen them.
     """
     members, held_out = np.asarray(members, np.float64), np.asarray(held_out, np.float64)
@@ -183,12 +183,12 @@ def membership_auc(members, held_out, *, seed: int, num_bootstrap: int = 1000, c
     value = auc(members, held_out)
     order = np.random.default_rng(seed)
     draws = [auc(order.choice(members, len(members)), order.choice(held_out, len(held_out))) for _ in range(num_bootstrap)]
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(draws, [0.025, 0.975])
     return Auc(value, float(low), float(high))
 
 
-def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Returns the interval in which one more run would lie, with Student's t of n - 1 degrees of freedom:
+def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the interval in which one more run would lie, with 95% confidence and Student's t of n - 1 degrees of freedom:
 
         mean +- t sqrt(1 + 1/n) std
 
@@ -202,7 +202,7 @@ def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tu
 
     values = np.asarray(values, np.float64)
     check(len(values) >= 2, f"the spread of retrain seeds needs at least 2 of them, found {len(values)}")
-    width = student.ppf((1 + confidence) / 2, len(values) - 1) * np.sqrt(1 + 1 / len(values)) * values.std(ddof=1)
+    width = student.ppf(0.975, len(values) - 1) * np.sqrt(1 + 1 / len(values)) * values.std(ddof=1)
     return float(values.mean() - width), float(values.mean() + width)
 
 

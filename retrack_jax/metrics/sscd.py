@@ -17,10 +17,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from retrack_jax.checks import check, check_number
+from retrack_jax.checks import check
 from retrack_jax.metrics.arrays import check_features, pixel_images, unit_images
 
-RADIUS = 0.1
+RADIUS = 0.1  # r of equation 2, the root mean square of the normalized difference
 
 
 def cosine_similarity(features, targets) -> np.ndarray:
@@ -53,22 +53,16 @@ def sscd(embed: Callable, images, targets) -> np.ndarray:
     return cosine_similarity(*features)
 
 
-def sscd_norm(embed: Callable, images, targets, *, radius: float = RADIUS) -> np.ndarray:
-    """Returns the SSCDnorm of each image with its target (equation 3), float64 `[N]`.
-
-    Args:
-      embed, images, targets: as in `sscd`.
-      radius: r of equation 2, the root mean square of the normalized difference, above 0.
-    """
-    return sscd(embed, normalized_perturbation(images, targets, radius), targets)
+def sscd_norm(embed: Callable, images, targets) -> np.ndarray:
+    """Returns the SSCDnorm of each image with its target (equation 3), float64 `[N]`; arguments and errors as in `sscd`."""
+    return sscd(embed, normalized_perturbation(images, targets), targets)
 
 
-def normalized_perturbation(images, targets, radius: float = RADIUS) -> np.ndarray:
-    """Returns the targets moved by `radius` in the direction of their images (equation 2), float32 `[N, H, W, C]` in [0, 1].
+def normalized_perturbation(images, targets) -> np.ndarray:
+    """Returns the targets moved by `RADIUS` in the direction of their images (equation 2), float32 `[N, H, W, C]` in [0, 1].
 
     An image that equals its target has no direction, and stays as it is.
     """
-    check_number("radius", radius, 0.0, above=True)
     images, targets = unit_images("images", images), unit_images("targets", targets)
     check(
         images.shape[1:] == targets.shape[1:] and len(targets) in (1, len(images)),
@@ -76,5 +70,5 @@ def normalized_perturbation(images, targets, radius: float = RADIUS) -> np.ndarr
     )
     difference = images.astype(np.float64) - targets
     length = np.sqrt(np.sum(difference**2, axis=(1, 2, 3), keepdims=True))
-    step = radius * np.sqrt(difference[0].size) * difference / np.maximum(length, 1e-12)
+    step = RADIUS * np.sqrt(difference[0].size) * difference / np.maximum(length, 1e-12)
     return np.clip(targets + step, 0.0, 1.0).astype(np.float32)

@@ -56,13 +56,13 @@ def _style():
         yield
 
 
-def _axes(width: int, height: int, *, left: int, right: int, top: int, bottom: int, x_label: str, y_label: str = ""):
+def _axes(width: int, height: int, *, left: int, right: int, top: int, bottom: int, x_label: str):
     """Returns the axes of a new figure of `width` x `height` pixels with these margins."""
     from matplotlib.figure import Figure
 
     size = (1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = Figure((width / 72, height / 72), dpi=72, facecolor="none").add_axes((left / width, bottom / height, *size))
-    axes.set(xlabel=x_label, ylabel=y_label, facecolor="none")
+    axes.set(xlabel=x_label, facecolor="none")
     return axes
 
 

@@ -20,6 +20,7 @@ from retrack_jax.report.tables import absent_reasons, before_after_rows, label_r
 from retrack_jax.report.verdict import box, calibration_in_words, file_rows
 
 _SHOWN = 64  # samples in a grid if the run's config names no number
+_DRAWN = 32  # of the samples that were the forgotten image
 _NAMES = {"samples": "", "original": "Original prompt", "modified": "Modified prompt"}
 
 
@@ -148,16 +149,16 @@ def _tiles(rows) -> list[dict]:
     return tiles
 
 
-def _drawn_pair(old, new, old_mask, new_mask, mark_name, titles, most: int = 32) -> dict:
+def _drawn_pair(old, new, old_mask, new_mask, mark_name, titles) -> dict:
     """The samples that were the forgotten image before unlearning, and what the same noise gives after it."""
     count = min(len(old), len(new), len(old_mask))
     chosen = np.flatnonzero(np.asarray(old_mask[:count]))
-    note = f"{len(chosen)} of {count:,} samples" + (f", the first {most} shown" if len(chosen) > most else "")
-    chosen = chosen[:most]
+    note = f"{len(chosen)} of {count:,} samples" + (f", the first {_DRAWN} shown" if len(chosen) > _DRAWN else "")
+    chosen = chosen[:_DRAWN]
     still = None if new_mask is None else np.asarray(new_mask)[chosen]
     pictures = [
-        _grid(titles[0], old[chosen], np.ones(len(chosen), bool), mark_name, most),
-        _grid(titles[1], new[chosen], still, mark_name, most),
+        _grid(titles[0], old[chosen], np.ones(len(chosen), bool), mark_name, _DRAWN),
+        _grid(titles[1], new[chosen], still, mark_name, _DRAWN),
     ]
     return {"note": f"{note}, and what the same noise gives after unlearning.", "pictures": pictures}
 

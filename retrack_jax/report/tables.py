@@ -106,9 +106,8 @@ def method_order(methods) -> list[str]:
 
 
 def comparison_columns(summary: Mapping) -> list[str]:
-    """Returns the metrics that the comparison shows: `headline` if the summary names them, else all that any method has."""
-    names = [name for entry in summary["methods"].values() for name in entry.get("metrics", {})]
-    return [name for name in summary["headline"] if name in names] if summary.get("headline") else order(names)
+    """Returns the metrics that the comparison shows, all that any method has."""
+    return order(name for entry in summary["methods"].values() for name in entry.get("metrics", {}))
 
 
 def comparison_cell(summary: Mapping, method: str, name: str) -> str | None:

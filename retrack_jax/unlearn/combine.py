@@ -29,10 +29,5 @@ def siss(main: PyTree, correction: PyTree, scale: float | Array) -> PyTree:
     return _add_scaled(main, -scale / jnp.maximum(optax.tree.norm(correction), _TINY), correction)
 
 
-def siss_auto(main: PyTree, correction: PyTree, share: float | Array) -> PyTree:
-    """Returns (2) with s = `share` times the norm of the main gradient, which estimates the vanilla gradient (SISS: 0.1)."""
-    return siss(main, correction, share * optax.tree.norm(main))
-
-
 def _add_scaled(tree: PyTree, factor: Array, direction: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a + factor * b, tree, direction)

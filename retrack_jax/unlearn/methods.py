@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from retrack_jax.checks import check_choice
 from retrack_jax.diffusion.conversions import expand
@@ -129,9 +130,8 @@ class Method:
 
 
 def _rescale(main: PyTree, correction: PyTree, options: SissNoIsOptions) -> PyTree:
-    if options.scale == 0:
-        return combine.siss_auto(main, correction, options.share)
-    return combine.siss(main, correction, options.scale)
+    # The norm of the main gradient estimates that of the vanilla one, of which SISS takes a tenth.
+    return combine.siss(main, correction, options.scale or options.share * optax.tree.norm(main))
 
 
 def _erase(main: PyTree, correction: PyTree, options: EraseDiffOptions) -> PyTree:

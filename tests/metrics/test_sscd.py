@@ -57,5 +57,3 @@ def test_refuses():
         sscd_norm(_embed, _images(2)[:, :4], target)
     with pytest.raises(UserError, match="NaN"):
         sscd(_embed, target * np.nan, target)
-    with pytest.raises(UserError, match="radius"):
-        normalized_perturbation(target, target, 0.0)

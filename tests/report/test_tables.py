@@ -95,6 +95,5 @@ def test_comparison_lists_references_first_and_unknown_last():
     assert all(line.startswith("| ") and line.endswith("|") and line.count("|") == 5 for line in markdown)
 
 
-def test_headline_decides_the_columns():
+def test_all_metrics_are_columns_in_the_catalogues_order():
     assert comparison_columns(SUMMARY) == ["frequency", "fid"]
-    assert comparison_columns({**SUMMARY, "headline": ["fid", "kid"]}) == ["fid"]

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.unlearn import combine
+from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.unlearn.options import SissOptions
 from tests.oracles import losses as oracle
 from tests.oracles import record
 
@@ -28,13 +30,14 @@ def test_erasediff(case):
     np.testing.assert_allclose(joined(ours), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_siss_and_its_automatic_scale():
+def test_siss():
     given, expected = CASES["combine_siss"]["in"], CASES["combine_siss"]["out"]["combined"]
     main, correction = split(given["g_main"]), split(given["g_correction"])
     np.testing.assert_allclose(joined(combine.siss(main, correction, float(given["scale"]))), expected, rtol=1e-5, atol=1e-6)
     scale = 0.1 * oracle.global_norm(np.asarray(given["g_main"]))
     automatic = oracle.combine_siss(np.asarray(given["g_main"]), np.asarray(given["g_correction"]), scale)
-    np.testing.assert_allclose(joined(combine.siss_auto(main, correction, 0.1)), automatic, rtol=1e-5, atol=1e-6)
+    ours = METHODS["siss"].combine(main, correction, SissOptions(share=0.1))
+    np.testing.assert_allclose(joined(ours), automatic, rtol=1e-5, atol=1e-6)
 
 
 def test_a_zero_correction_changes_nothing():

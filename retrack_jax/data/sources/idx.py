@@ -94,12 +94,12 @@ def _file(folder: Path, split: str, kind: str, num_dims: int) -> Path | None:
     return next((found[0] for ending in ("", ".gz") if (found := matching(folder, name + ending))), None)
 
 
-def idx_need(data: Mapping, command: str = "") -> Requirement:
-    """Returns the files of `data["split"]`, found or missing; `command` gets them."""
+def idx_need(data: Mapping) -> Requirement:
+    """Returns the files of `data["split"]`, found or missing."""
     folder, split = data_folder(data), data["split"]
     images, labels = _file(folder, split, "images", 3), _file(folder, split, "labels", 1)
     found = [path for path in (images, labels) if path and images]
-    return requirement(f"{split} images (IDX)", folder, found, command=command, advice="set config.data.dir")
+    return requirement(f"{split} images (IDX)", folder, found, advice="set config.data.dir")
 
 
 SOURCE = Source(formats=("idx",), load=load_idx, needs=lambda data, config: iter([idx_need(data)]))

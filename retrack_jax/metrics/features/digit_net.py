@@ -23,6 +23,7 @@ NAME = "digit-net"
 SIDES = (8, 28)  # of the images in pixels: multiples of the network's stride, 4
 NUM_CLASSES = 10
 _STRIDE, _LAST = 4, 32  # of all convolutions together; channels of the last
+_BATCH, _RATE = 128, 5e-3  # of training
 
 
 class DigitNet(nn.Module):
@@ -37,7 +38,7 @@ class DigitNet(nn.Module):
         return {"features": features, "logits": nn.Dense(NUM_CLASSES, name="logits")(features)}
 
 
-def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batch_size: int = 128, learning_rate: float = 5e-3):
+def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60) -> FeatureNetwork:
     """Returns a `DigitNet` trained on labeled digits, as a `FeatureNetwork`; the same seed gives the same network.
 
     Training is by Adam with a cosine rate; images are shifted by up to one pixel. `seed` decides the initial weights, the order
@@ -58,7 +59,7 @@ def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batc
     check(labels.shape == (len(images),), f"{len(images)} digits need as many labels, found shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= NUM_CLASSES:
         raise UserError(f"labels lie in [{labels.min()}, {labels.max()}]; digits are 0 to 9, and other images are not a class")
-    batch_size = min(batch_size, len(images))
+    batch_size = min(_BATCH, len(images))
     steps_per_epoch = len(images) // batch_size
     module = DigitNet()
     init_rng, _ = jax.random.split(jax.random.key(seed))
@@ -78,7 +79,7 @@ def train_digit_net(images, labels, seed: int = 0, *, num_epochs: int = 60, batc
     # A Python loop: on CPU, the gradient of a convolution is many times slower inside lax.scan.
     order = np.random.default_rng(seed)
     padded = np.pad(images.astype(np.float32) / np.float32(255.0), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rates = iter(learning_rate * 0.5 * (1 + np.cos(np.pi * np.linspace(0, 1, num_epochs * steps_per_epoch))))
+    rates = iter(_RATE * 0.5 * (1 + np.cos(np.pi * np.linspace(0, 1, num_epochs * steps_per_epoch))))
     for _ in range(num_epochs):
         rows = order.permutation(len(images))[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
         shifts = order.integers(0, 3, (steps_per_epoch, 2))
