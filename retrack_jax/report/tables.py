@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from retrack_jax.metrics.frequency import frequency_upper_bound
 from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label, order
@@ -158,21 +159,14 @@ def absent_reasons(results: Mapping | None) -> list[tuple[str, str]]:
 
 def provenance_rows(provenance: Mapping | None) -> list[tuple[str, str]]:
     """Returns (dotted name, text) of all in `provenance` that no other section shows."""
-    return flat({name: value for name, value in (provenance or {}).items() if name not in ("absent", "final")})
+    shown = {name: value for name, value in (provenance or {}).items() if name not in ("absent", "final")}
+    return [(name, _leaf(value)) for name, value in flatten_dict(shown, sep=".").items()]
 
 
-def flat(values: Mapping, prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (dotted name, text) for each leaf of nested mappings."""
-    rows = []
-    for name, value in values.items():
-        name = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            rows += flat(value, f"{name}.")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            rows.append((name, ", ".join(map(str, value))))
-        else:
-            rows.append((name, "–" if value is None else str(value)))
-    return rows
+def _leaf(value) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return "–" if value is None else str(value)
 
 
 def text_table(columns: Sequence[tuple[str, Sequence[str]]], *, markdown: bool = False) -> str:
