@@ -40,7 +40,6 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
     """Calls `write(temporary_path)`, then renames the result to `path`: a reader sees all of it or none.
 
     Args:
-      path: where the file is to be.
       write: writes it; it must catch any `OSError` of what it reads, which would be taken for an error of the disk written to.
       advice: how the user chooses another place.
 
@@ -181,7 +180,6 @@ def read_shaped(path, shape: Mapping):
     """Returns the JSON object in a file that an earlier command wrote, if it has the shape that this version writes.
 
     Args:
-      path: the file.
       shape: name -> the kind of its value: a type, several of them, another shape, or `NUMBERS`. The object may hold more.
 
     Raises:

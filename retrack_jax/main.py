@@ -1,10 +1,4 @@
-"""The command line: flags, process set-up, one call.
-
-    retrack --config=NAME[:METHOD] [--workdir=DIR] [--config.FIELD=VALUE ...]
-    python -m retrack_jax.main --config=configs/NAME.py[:METHOD] ...
-
-Both are the same command.
-"""
+"""The command line: flags (cli/flags.py has the usage), process set-up, one call."""
 
 import errno
 import sys

@@ -12,9 +12,7 @@ from retrack_jax.config.reading import default_config
 def base_config(name: str, *, pretrained_here: bool = True) -> ConfigDict:
     """Returns every field of options.py with its default, which all of the paper's experiments share.
 
-    Args:
-      name: of the config file.
-      pretrained_here: whether the config has a recipe for pretraining. One that has none needs `config.checkpoint`.
+    `name` is that of the config file. Without `pretrained_here` it has no recipe for pretraining, and needs `config.checkpoint`.
     """
     config = default_config()
     config.name = name
@@ -26,9 +24,7 @@ def base_config(name: str, *, pretrained_here: bool = True) -> ConfigDict:
 def with_method(config: ConfigDict, method: str | None) -> ConfigDict:
     """Returns `config` with `method` chosen and locked: an override of a field that does not exist fails with the nearest name.
 
-    Args:
-      config: the fields.
-      method: what follows the colon in `--config=FILE:METHOD`; None or empty keeps the default.
+    `method` is what follows the colon in `--config=FILE:METHOD`; None or empty keeps the default.
     """
     config.method = method or config.method
     config.lock()

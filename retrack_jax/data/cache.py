@@ -41,7 +41,6 @@ def decoded_images(
     """Returns the decoded images of a source, from the cache if it has them.
 
     Args:
-      name: what the source is called.
       encoded: yields (id, bytes or path) of each of `count` images; raises `UserError` for what it cannot read. Called only if
         images must be decoded.
       cache_dir: a local folder; an address such as `gs://` is refused.

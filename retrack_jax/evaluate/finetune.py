@@ -29,13 +29,7 @@ def make_finetune(
 ) -> Callable:
     """Returns `finetune(params, gather, num_images, should_stop) -> (state, train)`; what it compiles is shared by all models.
 
-    Args:
-      eps_fn: `(params, x_t, t, *condition) -> eps`.
-      schedule, how: of the network, as its pretraining takes them.
-      optimizer: the recipe.
-      batch_size: images per step, over all devices.
-      null: as in `train.step.Shared`.
-
+    `schedule`, `how` and `null` are the network's, as its pretraining takes them; `batch_size` is over all devices.
     `gather` is `positions -> batch` as in `data.batches.Batches`. `train(state, first_step, num_steps) -> state` continues from
     step `first_step`; step numbers decide its batches and noise, so a curve repeats itself. It donates its state, and raises
     `Preempted` where `should_stop` says so: nothing of a curve is kept.

@@ -61,10 +61,7 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
     """Returns the `wanted` metrics of `subject`, computing those that the file at `path` does not hold yet, or of another task.
 
     Args:
-      evaluators: the table of what can be computed.
-      wanted: names of metrics.
-      task: what is evaluated against, as the evaluators expect it.
-      subject: the model that is evaluated.
+      task, subject: what is evaluated against, and the model, as the evaluators expect them.
       path: the JSON file, written after every evaluator by process 0.
       should_stop: asked before every evaluator; true raises `Preempted`, and what was computed before is kept.
     """

@@ -26,11 +26,7 @@ Gather = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 class PixelCodec:
-    """Images are denoised as pixels, scaled to [-1, 1].
-
-    Args:
-      cache_dir: where neighbors are kept between runs.
-    """
+    """Images are denoised as pixels, scaled to [-1, 1]; neighbors are kept in `cache_dir` between runs."""
 
     digests: dict[str, str] = {}
     decode = None  # what is denoised are the images

@@ -47,7 +47,6 @@ class Denoiser:
     """A network, its noise schedule and what it predicts.
 
     Attributes:
-      module: the Linen module.
       schedule: the noise schedule, which says what the network predicts.
       shape: of what it denoises, (H, W, C).
       params: the checkpoint's parameters, on the host, since a training step donates what it is given; None: to be trained here.

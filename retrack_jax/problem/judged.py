@@ -26,10 +26,8 @@ class Judged:
     """Images as the network denoises them, float32 `[N, h, w, c]`: the forgotten ones, then remaining, then held-out ones.
 
     Attributes:
-      names: of the forgotten images; num_forgotten: how many distinct ones there are in all.
-      num_remaining: how many remain.
-      images: as above; turned: their turned copies; usable: bool `[N]`, whether those differ enough.
-      is_random: whether the forgotten images are a random part of the data.
+      names, num_forgotten, num_remaining, usable, is_random: as in `evaluate.verdict.Losses`.
+      images: as above; turned: their turned copies.
       conditions: under which the model remembers each, leaves `[N, ...]`; `[1, ...]`: the same for all; or None.
     """
 

@@ -33,7 +33,6 @@ class Labels(Conditioning):
     """Every image is denoised under its own label, or under the null label, which stands for none.
 
     Args:
-      options: the config.
       images: the training images.
       num_labels: how many labels the network knows; None: any number.
 

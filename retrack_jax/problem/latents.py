@@ -1,9 +1,9 @@
 """Latents of a set of pictures: the VAE's posterior, computed once, and draws from it.
 
 A latent is mean + std * eps, or of a VAE without a posterior (models/vqvae.py) the mean itself. The mean and std of each picture
-are cached in one file that is mapped into memory. Streams of
-pictures draw a fresh latent at each access (`data.dataset.to_x_0`); under ReTrack, forgotten pictures and neighbors are drawn
-once. A single cached latent would train on the same draw forever, which is not what the official code does.
+are cached in one file that is mapped into memory. Streams of pictures draw a fresh latent at each access
+(`data.dataset.to_x_0`); under ReTrack, forgotten pictures and neighbors are drawn once. A single cached latent would train on the
+same draw forever, which is not what the official code does.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,6 @@ def encode_set(
         called with `batch_size` pictures.
       vae_digest: says which VAE, at which precision, `encode_fn` is; with the pictures' digest it keys the cache.
       cache_dir: a local folder.
-      batch_size: pictures encoded at once.
 
     Raises:
       UserError: a posterior that is not finite, or no space on the disk.

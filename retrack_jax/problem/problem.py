@@ -58,12 +58,9 @@ class Problem:
     """What is unlearned, from what.
 
     Attributes:
-      options: the config.
       data: training images, and what targets name.
-      denoiser: network and noise schedule.
       codec: between pixels and the space that the network denoises.
       conditioning: the input that the network gets besides the noisy image and its time.
-      sampler: draws samples.
       evaluation: metrics and pictures.
     """
 

@@ -45,13 +45,10 @@ class ForgetData:
     """What the training step holds on the device about a target (train/step.py `Shared`), and what the report shows.
 
     Attributes:
-      forget: the distinct forgotten examples, as `data.dataset.to_x_0` takes them.
-      neighbors: their distinct neighbors, likewise; neighbor_rows: int `[F, K]`, rows of `neighbors`.
-      null_neighbor_rows: int `[F, K]`, the same for examples under the null label; None: there is none.
+      forget, neighbors, neighbor_rows, null_neighbor_rows, neighbor_bias, anchor: as in `Shared`.
       neighbor_positions: int `[F, K]`, the neighbors of `neighbor_rows` as rows of the target's images.
       distances: float32 `[F, K]`, Euclidean, in the space that the network denoises.
-      similarity, neighbor_bias: float32 `[F, K]`, of captioned images (neighbors/captions.py).
-      anchor: which forgotten examples follow the pretrained prediction, or None.
+      similarity: float32 `[F, K]`, of captioned images (neighbors/captions.py).
     """
 
     forget: PyTree

@@ -96,9 +96,7 @@ def samples_picture(
       titles: headings of the two grids.
       marked_before, marked_after: bool `[N]`, which samples are outlined, or None if that is unknown.
       mark_name: what the outlined ones are.
-      forgotten: uint8 `[F, H, W, C]` or None: shown below, outlined.
-      neighbors: uint8 `[F, K, H, W, C]` or None: shown to the right of it, nearest first.
-      distances: float `[F, K]` or None: written under the neighbors.
+      forgotten, neighbors, distances: as in `html.run_report`, or None: below, each image outlined and its neighbors beside it.
       count: how many samples of each are shown.
     """
     from PIL import Image

@@ -13,11 +13,7 @@ ROWS = 8  # forgotten images that a page shows
 def neighbor_strips(forgotten, neighbors, distances, mark_name) -> dict | None:
     """Returns `{"note", "rows"}`: the first forgotten images, each followed by its neighbors with their distances.
 
-    Args:
-      forgotten: uint8 `[F, H, W, C]`; without it there is nothing to show, and None comes back.
-      neighbors: uint8 `[F, K, H, W, C]` or None.
-      distances: float `[F, K]` or None.
-      mark_name: what a forgotten image is called.
+    The arguments are as in `html.run_report`. Without forgotten images there is nothing to show, and None comes back.
     """
     if forgotten is None:
         return None

@@ -29,16 +29,7 @@ _FOLDERS = {"data.dir", "data.cache_dir", "eval.weights_dir"}
 
 
 def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: False) -> dict:
-    """Runs every stage of every method, target and seed that is not done yet, and returns `summary.json`.
-
-    Args:
-      options: the config.
-      workdir: a folder or a `gs://` address.
-      should_stop: asked between stages, steps, batches and metrics; true saves and raises `checks.Preempted`.
-
-    Raises:
-      UserError: something that the user can mend.
-    """
+    """Runs every stage of every method, target and seed that is not done yet; arguments, result and errors as `api.run`'s."""
     if options.mode == "check":
         check_needs(options)
         return {}

@@ -21,7 +21,6 @@ def scalars_of_training(options: Options, folder, name: str, rate: Callable, sta
     """Yields a function that records the metrics of a step and its learning rate, or None if the config does not ask for it.
 
     Args:
-      options: the config.
       folder: of the training run.
       name: goes before `_learning_rate`.
       rate: step -> learning rate, counted from 0.

@@ -53,8 +53,6 @@ class Job:
       name: what logs call it: `pretrain`, `retrain` or `unlearn`.
       folder: where its checkpoints and log lie.
       seed: decides its data order and noise.
-      recipe: how it trains.
-      step: its compiled step.
       start: `() -> parameters` that it starts from.
       inputs: `() -> (batches, shared)`, what a step takes in addition to the state; built only if there is a step left to take.
       lora: the adapter to the pretrained network that it trains; None: it trains a network's parameters.

@@ -33,10 +33,7 @@ _FORMAT = 2  # of config.json
 
 
 class Workdir:
-    """The folder or `gs://` address that holds every file of an experiment.
-
-    Args:
-      root: its address; made if absent.
+    """The folder or `gs://` address that holds every file of an experiment; made if absent.
 
     Raises:
       UserError: it cannot be made or written, or (several processes) it is not shared by all of them.

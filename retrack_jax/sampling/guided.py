@@ -79,11 +79,10 @@ def make_guided_sample_fn(
     """Returns `sample_fn(GuidedParams, rngs [B]) -> images [B, H, W, 3]`, about [-1, 1], for `pmap_sample_fn` and `generate`.
 
     Args:
-      eps_fn: as in `guided_eps_fn`.
+      eps_fn, guidance: as in `guided_eps_fn`.
       decode_fn: `decode_fn(vae params, latents [B, h, w, C]) -> images [B, H, W, 3]`; None: what is denoised are the images.
       sampler: from `make_sampler`.
       latent_shape: (h, w, C).
-      guidance: the scale w.
     """
 
     def sample_fn(params: GuidedParams, rngs: Rng) -> Array:
