@@ -52,7 +52,8 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         if temporary != path:
-            _flush_to_disk(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or {advice}") from error
@@ -89,11 +90,6 @@ def _is_old(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > _DAY_SECONDS
     except FileNotFoundError:  # its owner has renamed it meanwhile
         return False
-
-
-def _flush_to_disk(path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def write_text(path, text: str, *, advice: str = IN_WORKDIR) -> None:

@@ -6,8 +6,7 @@ predicts, so its folder must be given.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +125,11 @@ def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None 
     with replacing(path, source) as folder:
         folder.mkdir(parents=True)
         others = markers | (file.besides_unet() if file else _parts_of_folder(source, layout))
-        tensors = [*_unet_tensors(unet_params, layout), *_as_tensors(others)]
+        unet = list(to_torch(unet_params))
+        where = places(layout.parts["unet"], [tensor.name for tensor in unet])
+        tensors = [tensor._replace(name=where[tensor.name].name) for tensor in unet]
+        for name, array in sorted(others.items()):
+            tensors.append(TorchTensor(name, array.dtype, array.shape, partial(np.ascontiguousarray, array)))
         write_whole(folder / NAME, lambda temporary: write_safetensors(temporary, tensors))
         write_files(folder, card_and_licenses(source, note))
 
@@ -139,12 +142,6 @@ def _layout_of_folder(pipeline) -> Layout:
     return SD2 if first.module.hidden_act == "gelu" else SD1  # OpenAI's encoder, of 1.x, has quick_gelu
 
 
-def _unet_tensors(params: PyTree, layout: Layout) -> list[TorchTensor]:
-    tensors = list(to_torch(params))
-    where = places(layout.parts["unet"], [tensor.name for tensor in tensors])
-    return [tensor._replace(name=where[tensor.name].name) for tensor in tensors]
-
-
 def _parts_of_folder(folder: Path, layout: Layout) -> dict[str, np.ndarray]:
     """Returns the VAE and the text encoders in `folder` as a single file keeps them."""
     _, vae = open_weights(folder / "vae", DIFFUSERS_WEIGHTS)
@@ -154,8 +151,3 @@ def _parts_of_folder(folder: Path, layout: Layout) -> dict[str, np.ndarray]:
         own = {name.removeprefix("text_model."): text[name] for name in text if not name.endswith("position_ids")}
         arrays |= in_file(layout.parts[part], own)
     return arrays
-
-
-def _as_tensors(arrays: Mapping[str, np.ndarray]) -> Iterator[TorchTensor]:
-    for name, array in sorted(arrays.items()):
-        yield TorchTensor(name, array.dtype, array.shape, lambda array=array: np.ascontiguousarray(array))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from retrack_jax.checks import UserError, check, check_number
+from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet, part
 from retrack_jax.data.target_names import resolve_target
 
@@ -16,9 +16,8 @@ def split_held_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet |
     alone: every run and seed holds out the same ones.
 
     Raises:
-      UserError: a share that is no number in [0, 1), or that leaves one of the two empty.
+      UserError: a share that leaves one of the two empty.
     """
-    check_number("config.data.held_out", share, 0.0, 1.0)
     if not share:
         return images, None
     count = round(share * len(images))

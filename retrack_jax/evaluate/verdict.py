@@ -145,7 +145,8 @@ def memory(losses: Losses) -> Memory:
     compared, copies = losses.before[losses.compared][usable], losses.turned[losses.compared][usable]
     count = len(compared)
     z = _quantile(count)
-    plain, of_copies = np.log(compared.mean(axis=1)), np.log(copies.mean(axis=1))
+    others = compared.mean(axis=1)
+    plain, of_copies = np.log(others), np.log(copies.mean(axis=1))
     mine_log, turned_log = np.log(mine.mean(axis=1)), np.where(usable_mine, np.log(turned.mean(axis=1)), np.nan)
     same_kind = abs(np.nanmean(turned_log) - of_copies.mean()) < z * of_copies.std(ddof=1)
     b = 0.0 if same_kind and plain.std() < (plain - of_copies).std() else 1.0
@@ -170,7 +171,7 @@ def memory(losses: Losses) -> Memory:
         group=group,
         single=single,
         log_unseen=log_unseen,
-        others=_range(compared.mean(axis=1)),
+        others=f"{_text(others.mean())} +- {_text(others.std(ddof=1))}",
         why=why,
     )
 
@@ -303,10 +304,6 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = (x.reshape(len(x), -1) - x.reshape(len(x), -1).mean(axis=1, keepdims=True) for x in (a, b))
     norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.where(norm > 0, (a * b).sum(axis=1) / np.where(norm > 0, norm, 1), 1.0)
-
-
-def _range(values: np.ndarray) -> str:
-    return f"{_text(values.mean())} +- {_text(values.std(ddof=1))}"
 
 
 def _text(value: float) -> str:

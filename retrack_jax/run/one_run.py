@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from functools import partial
 
 from etils import epath
 
@@ -42,36 +43,37 @@ def read_metrics(path) -> dict:
 def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     """Runs the stages that `config.mode` asks for."""
     run, mode = Run(context, method, context.targets[spec], seed), context.options.mode
+    stop_before = partial(parallel.stop_together, context.should_stop)
     parallel.together(lambda: _check_reads(run))
     if mode == "run" and parallel.from_main(lambda: _is_done(run)):
         return
     say(f"{method}, target {spec}, seed {seed}: {run.folder}", is_main=parallel.is_main_process())
-    _stop_if_asked(context, "pretraining")
+    stop_before("pretraining")
     _record_pretrained(run)
     if mode in ("run", "pretrain"):
         try:
             export_pretrained(context, pretrained(context, train))
         except Diverged as error:  # no run of the sweep has anything to start from
             raise UserError(str(error)) from error
-    _stop_if_asked(context, "unlearning")
+    stop_before("unlearning")
     if mode in ("run", "unlearn") and method != PRETRAINED:
         _record(run, "model", "inputs")
         if not parallel.from_main((run.folder / "losses.npz").exists):
             announce(run)
         calibrate.check_reference(run)
         model = calibrate.calibrated(run, train(unlearning(run), context))
-        _stop_if_asked(context, "the verdict")
+        stop_before("the verdict")
         verdict = judge(run, lambda: model.params)
         say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
-        _stop_if_asked(context, "the export")
+        stop_before("the export")
         export(run, model, verdict)
-    _stop_if_asked(context, "sampling")
+    stop_before("sampling")
     if mode in ("run", "sample"):
         _sample(run)
-    _stop_if_asked(context, "evaluation")
+    stop_before("evaluation")
     if mode in ("run", "eval"):
         _evaluate(run)
-    _stop_if_asked(context, "the report")
+    stop_before("the report")
     if mode in ("run", "report"):
         _report(run)
         if context.options.tensorboard:
@@ -79,10 +81,6 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     if mode == "run" and is_whole(exported := run.folder / "diffusers") and "://" not in str(exported):
         upload = f"hf upload ORGANIZATION/NAME {shlex.quote(str(exported))}"
         say(f"to publish the model: {upload}", is_main=parallel.is_main_process())
-
-
-def _stop_if_asked(context: RunContext, before: str) -> None:
-    parallel.stop_together(context.should_stop, before)
 
 
 def _reads(run: Run, method: str, digests: Mapping[str, str]) -> dict[str, dict]:
@@ -167,7 +165,10 @@ def _evaluate(run: Run) -> None:
         after = _results(run, run.folder, "evaluation.json")
         steps, seconds = record(unlearning(run), context)
     gold = None if method == RETRAIN else _retrained_run(run)
-    _check_same_networks(after.notes, {run.before: before.notes, **_noted(gold)}, run.folder)
+    others = {run.before: before.notes}
+    if gold is not None:
+        others[f"{RETRAIN}, seed {gold['seed']}"] = gold["provenance"]["metrics"]
+    _check_same_networks(after.notes, others, run.folder)
     metrics = {
         "config": json.loads(json.dumps(dataclasses.asdict(context.options))),
         "method": method,
@@ -227,11 +228,6 @@ def _report(run: Run) -> None:
         run_report(run.folder, **run.context.problem.evaluation.pictures(run.target, before, after))
 
     parallel.on_main(write)
-
-
-def _noted(run: dict | None) -> dict:
-    """What the metrics of a finished run were computed from, by its name in messages."""
-    return {} if run is None else {f"{RETRAIN}, seed {run['seed']}": run["provenance"]["metrics"]}
 
 
 def _check_same_networks(notes: Mapping, others: Mapping[object, Mapping], folder) -> None:

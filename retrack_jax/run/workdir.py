@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 
 from retrack_jax import files, parallel
@@ -156,8 +157,6 @@ class Workdir:
 
     def _check_shared(self) -> None:
         """Refuses a workdir that the processes do not share: process 0 writes a token and all must read it."""
-        import jax
-
         if jax.process_count() == 1:
             return
         path = self.root / ".shared-token"
