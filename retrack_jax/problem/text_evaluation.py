@@ -1,7 +1,7 @@
 """The metrics and the pictures of text-to-image models: a concept's two prompts, or the captions of images."""
 
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -28,25 +28,17 @@ class _OfText:
     evaluators: list[Evaluator]
 
     def __init__(self, options: Options, tokenizer, codec: LatentCodec):
-        self._options, self._tokenizer, self._codec = options, tokenizer, codec
+        self._options, self._codec, weights = options, codec, options.eval.weights_dir
+        self._networks = {
+            "sscd": cache(lambda: load_sscd(weights)),
+            "clip_iqa": cache(lambda: load_clip_iqa(weights, tokenizer, batch_size=4)),
+        }
         for name in options.eval.metrics:
             check_choice("config.eval.metrics", name, [one for evaluator in self.evaluators for one in evaluator.names])
 
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
         wanted = self._options.eval.metrics
         return evaluate(self.evaluators, wanted, self._task(target), model.arrays, model.path, model.should_stop)
-
-    @property
-    def _networks(self) -> dict:
-        return {"sscd": lambda: self._sscd, "clip_iqa": lambda: self._clip_iqa}
-
-    @cached_property
-    def _sscd(self):
-        return load_sscd(self._options.eval.weights_dir)
-
-    @cached_property
-    def _clip_iqa(self):
-        return load_clip_iqa(self._options.eval.weights_dir, self._tokenizer, batch_size=4)
 
 
 class PromptEvaluation(_OfText):

@@ -66,15 +66,8 @@ def losses_before(run: Run) -> Losses:
         return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
 
     arrays = _kept_losses(run.before / f"losses-{run.target.slug}.npz", ("before", "turned"), measure)
-    return Losses(
-        names=images.names,
-        num_forgotten=images.num_forgotten,
-        num_remaining=images.num_remaining,
-        before=arrays["before"],
-        turned=arrays["turned"],
-        usable=images.usable,
-        is_random=images.is_random,
-    )
+    about = {name: getattr(images, name) for name in ("names", "num_forgotten", "num_remaining", "usable", "is_random")}
+    return Losses(**about, before=arrays["before"], turned=arrays["turned"])
 
 
 def _kept_losses(path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

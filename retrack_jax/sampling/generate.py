@@ -115,7 +115,10 @@ def generate(
         progress(done, num_images)
 
     def fetch(index: np.ndarray, result: tuple[Array, Array]) -> np.ndarray:
-        made = _fetch(index, result)
+        made, finite = (rows[: len(index)] for rows in parallel.unshard_batch(result))
+        if not finite.all():
+            bad = f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first"
+            raise Diverged(f"{bad}; the model has diverged")
         if out_dir is not None and len(index):
             name = f"part-{index[0]:09d}-{len(index)}.npz"
             files.write_npz(epath.Path(out_dir) / name, images=made, index=index, fingerprint=np.array(fingerprint))
@@ -154,23 +157,10 @@ def _batches(p_sample, params, rng: Rng, todo: np.ndarray, batch_size: int) -> I
         yield waiting
 
 
-def _fetch(index: np.ndarray, result: tuple[Array, Array]) -> np.ndarray:
-    images, finite = (rows[: len(index)] for rows in parallel.unshard_batch(result))
-    if not finite.all():
-        raise Diverged(
-            f"{int((~finite).sum())} of {len(index)} samples are not finite, image {index[~finite][0]} the first; "
-            "the model has diverged"
-        )
-    return images
-
-
 def _read_parts(out_dir, fingerprint: str, first: int, num_images: int) -> tuple[np.ndarray | None, np.ndarray]:
     """Returns the images that parts hold (None if there are none) and which are missing, bool [num_images]."""
     images, missing = None, np.ones(num_images, bool)
-    folder = epath.Path(out_dir)
-    if not folder.exists():
-        return images, missing
-    for path in sorted(folder.glob("part-*.npz")):
+    for path in sorted(epath.Path(out_dir).glob("part-*.npz")):
         part = files.read_npz(path)
         if str(part["fingerprint"]) != fingerprint:
             continue
