@@ -14,8 +14,7 @@ from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.required_model import checkpoint_parts, metric_networks
 from retrack_jax.data.sources.load import known_names
-from retrack_jax.data.sources.source import complete_fields
-from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.data.sources.table import SOURCES, complete_fields
 from retrack_jax.data.target_names import parts_of, target_specs
 
 _SHOWN = 4  # files of one command
@@ -33,7 +32,7 @@ def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) 
     Raises:
       UserError: the config names no source that exists.
     """
-    data = complete_fields(config["data"], SOURCES)
+    data = complete_fields(config["data"])
     needed = [Requirement(description="setting", path=Path(name), found=False, advice=todo) for name, todo in unset.items()]
     needed += checkpoint_parts(config.get("checkpoint", ""), data["source"])
     needed += () if "config.data.dir" in unset else _files_of_data(data, config)

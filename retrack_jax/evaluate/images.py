@@ -50,14 +50,11 @@ def _label_frequency(task: Task, subject: Subject, wanted: Sequence[str]):
     mine = np.isin(subject.labels, task.condition)
     if not mine.any():
         return {}, {"why": "no sample is under the label of a forgotten image; add it to config.sampling.labels"}
-    under = dataclasses.replace(subject, samples=subject.samples[mine], samples_float=_rows(subject.samples_float, mine))
+    floats = None if subject.samples_float is None else subject.samples_float[mine]
+    under = dataclasses.replace(subject, samples=subject.samples[mine], samples_float=floats)
     values, note = _frequency(task, under, wanted)
     labels = np.unique(task.condition).tolist()
     return ({"label_frequency": values["frequency"]} if values else {}), note | {"labels": labels}
-
-
-def _rows(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
-    return None if array is None else array[rows]
 
 
 def _features(task: Task, subject: Subject, wanted: Sequence[str]):

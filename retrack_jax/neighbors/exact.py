@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import pixels_to_model
+from retrack_jax.data.dataset import RowView, pixels_to_model
 from retrack_jax.data.in_order import in_order
-from retrack_jax.data.row_view import RowView
 
 _CHUNK = 1024
 _BLOCK_VALUES = 1 << 22  # of images a block: it stays in the cache while it is used

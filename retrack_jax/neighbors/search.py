@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int
+from retrack_jax.data.dataset import RowView
 from retrack_jax.data.memory import available_memory
-from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors import exact
 from retrack_jax.neighbors.distinct import distinct_rows
 

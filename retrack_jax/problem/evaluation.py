@@ -11,8 +11,8 @@ from etils import epath
 from retrack_jax import files
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
+from retrack_jax.data.dataset import RowView
 from retrack_jax.data.labels import most_neighbors
-from retrack_jax.data.row_view import RowView
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import images
 from retrack_jax.evaluate.finetune import make_finetune

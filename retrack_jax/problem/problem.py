@@ -26,8 +26,7 @@ from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import most_neighbors
-from retrack_jax.data.sources.source import complete_fields
-from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.data.sources.table import SOURCES, complete_fields
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_resolution
@@ -127,7 +126,7 @@ class Problem:
 
 def check_problem(options: Options) -> None:
     """Raises `UserError`, before anything is loaded, for fields that the kind of data of the config cannot use."""
-    complete_fields(asdict(options.data), SOURCES)
+    complete_fields(asdict(options.data))
     files.check_writable(options.data.cache_dir, files.IN_CACHE)  # neighbors are cached long after training began
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)

@@ -61,7 +61,9 @@ def grid(images, *, columns: int, marked=None, smallest: int = 48, largest: int 
       smallest, largest: bounds on a tile's longer side in pixels, see `resize`.
     """
     tiles = resize(images, smallest, largest)
-    marked = _mask(marked, len(tiles))
+    marked = np.zeros(len(tiles), bool) if marked is None else np.asarray(marked, bool)
+    if marked.shape != (len(tiles),):
+        raise UserError(f"the outlines are {marked.shape} for {len(tiles)} images")
     height, width = tiles.shape[1] + _GAP, tiles.shape[2] + _GAP
     rows = max(1, math.ceil(len(tiles) / columns))
     canvas = np.zeros((rows * height + _GAP, columns * width + _GAP, 4), np.uint8)
@@ -167,13 +169,6 @@ def _line(text: str, size: int, ink=_INK) -> np.ndarray:
     canvas = Image.new("RGBA", (_GAP + math.ceil(font.getlength(text)), round(1.3 * size)), _PAPER)
     ImageDraw.Draw(canvas).text((_GAP, 0), text, font=font, fill=ink)
     return np.asarray(canvas)
-
-
-def _mask(marked, count: int) -> np.ndarray:
-    marked = np.zeros(count, bool) if marked is None else np.asarray(marked, bool)
-    if marked.shape != (count,):
-        raise UserError(f"the outlines are {marked.shape} for {count} images")
-    return marked
 
 
 def save_png(path, picture) -> None:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.dataset import ImageSet, RowView, image_set
 from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
-from retrack_jax.data.row_view import RowView
 from retrack_jax.main import main
 from tests.tiny import flags
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.data.dataset import ImageSet, image_set
+from retrack_jax.data.dataset import ImageSet, RowView, image_set
 from retrack_jax.data.left_out import split_held_out
-from retrack_jax.data.row_view import RowView
 from retrack_jax.neighbors.cache import cached_nearest_of_targets
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 5, 5, 1), dtype=np.uint8)

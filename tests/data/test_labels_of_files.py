@@ -7,8 +7,7 @@ from PIL import Image
 from retrack_jax.checks import UserError
 from retrack_jax.data.labels import labels_of_files
 from retrack_jax.data.sources.folder import load_folder, named_images
-from retrack_jax.data.sources.source import complete_fields
-from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.data.sources.table import complete_fields
 
 NAMES = ("10/a.png", "10/deep/c.png", "2/b.png", "cat/d.png")
 
@@ -23,7 +22,7 @@ def folder(tmp_path):
 
 
 def data(folder, **fields):
-    return complete_fields({"source": "folder", "dir": str(folder), "cache_dir": str(folder.parent / "cache"), **fields}, SOURCES)
+    return complete_fields({"source": "folder", "dir": str(folder), "cache_dir": str(folder.parent / "cache"), **fields})
 
 
 def test_a_folder_has_no_labels_unless_they_are_asked_for(folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrack_jax.data.row_view import RowView
+from retrack_jax.data.dataset import RowView
 from retrack_jax.neighbors import exact, nearest, search
 from retrack_jax.neighbors.distinct import distinct_rows
 

@@ -18,8 +18,7 @@ from retrack_jax.data.batches import Batches
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.log import Writer, read_log
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
-from retrack_jax.train.calls import calls_of
-from retrack_jax.train.loop import Preempted, restore, state_tree, train
+from retrack_jax.train.loop import Preempted, calls_of, restore, state_tree, train
 from retrack_jax.train.lora import LoraOptions, init
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
 from retrack_jax.train.state import TrainState, create_state

@@ -8,8 +8,7 @@ from retrack_jax.checks import check, shown
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.sources.concepts import Concept
 from retrack_jax.data.sources.folder import named_images
-from retrack_jax.data.sources.source import complete_fields
-from retrack_jax.data.sources.table import SOURCES
+from retrack_jax.data.sources.table import SOURCES, complete_fields
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ def load_images(data: Mapping) -> ImageSet:
     Raises:
       UserError: anything that the user can fix: an unknown source, missing or damaged files, images that do not agree.
     """
-    data = complete_fields(data, SOURCES)
+    data = complete_fields(data)
     check(
         not SOURCES[data["source"]].gives_concepts,
         f"config.data.source is {data['source']!r}, which holds concepts with prompts and not one set of images; choose another",
@@ -38,7 +37,7 @@ def load_captioned_images(data: Mapping) -> ImageSet:
     Raises:
       UserError: as `load_images`; the source has no captions; an image has none, or several.
     """
-    data = complete_fields(data, SOURCES)
+    data = complete_fields(data)
     source, names = SOURCES[data["source"]], [name for name, one in SOURCES.items() if one.captions]
     check(
         source.captions is not None,
@@ -54,7 +53,7 @@ def load_captioned_images(data: Mapping) -> ImageSet:
 
 def load_concepts(data: Mapping) -> Callable[[str], Concept]:
     """Returns `name -> concept` of those that the fields of `config.data` describe. Raises `UserError` for plain images."""
-    data = complete_fields(data, SOURCES)
+    data = complete_fields(data)
     names = ", ".join(name for name, source in SOURCES.items() if source.gives_concepts)
     check(
         SOURCES[data["source"]].gives_concepts,
@@ -69,5 +68,5 @@ def known_names(data: Mapping) -> ImageSet | None:
     Raises:
       UserError: the folder is missing or holds no image.
     """
-    data = complete_fields(data, SOURCES)
+    data = complete_fields(data)
     return named_images(data) if data["format"] == "folder" and data["dir"] else None

@@ -4,15 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrack_jax.checks import UserError, check, check_choice
+from retrack_jax.checks import UserError
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement
-
-_DEFAULTS = {
-    "dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": "",
-    "caption_column": "text",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +32,6 @@ class Source:
     checkpoint_command: Callable[[Path], str] = lambda folder: ""
     gives_concepts: bool = False
     reads: tuple[str, ...] = ()
-
-
-def complete_fields(data: Mapping, sources: Mapping[str, Source]) -> dict:
-    """Returns `data`, the fields of `config.data`, with defaults for absent ones and `format` resolved to a format of the source.
-
-    Raises:
-      UserError: an unknown source, a format that it does not have, or a field that it does not read.
-    """
-    data = _DEFAULTS | dict(data)
-    check_choice("config.data.source", data["source"], sources)
-    for name in ("copies_label", "labels"):
-        readers, value = [other for other, source in sources.items() if name in source.reads], data.get(name)
-        check(
-            value in (None, "") or data["source"] in readers,
-            f"config.data.{name} is {value!r}, which {data['source']!r} does not read, but {' or '.join(readers)}; leave it out",
-        )
-    formats = sources[data["source"]].formats
-    if data["format"]:
-        check_choice("config.data.format", data["format"], formats)
-    return data | {"format": data["format"] or formats[0]}
 
 
 def data_folder(data: Mapping) -> Path:

@@ -1,5 +1,8 @@
 """All sources of data by name. To add one, write a module that ends in its record and add that here."""
 
+from collections.abc import Mapping
+
+from retrack_jax.checks import check, check_choice
 from retrack_jax.data.sources import celebahq, cifar10, concepts, digits, folder, idx, mnist5k, mnist_tshirt, npz, parquet, tfds
 from retrack_jax.data.sources.source import Source
 
@@ -16,3 +19,27 @@ SOURCES: dict[str, Source] = {
     "tfds": tfds.SOURCE,
     "concepts": concepts.SOURCE,
 }
+_DEFAULTS = {
+    "dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": "",
+    "caption_column": "text",
+}  # fmt: skip
+
+
+def complete_fields(data: Mapping) -> dict:
+    """Returns `data`, the fields of `config.data`, with defaults for absent ones and `format` resolved to a format of the source.
+
+    Raises:
+      UserError: an unknown source, a format that it does not have, or a field that it does not read.
+    """
+    data = _DEFAULTS | dict(data)
+    check_choice("config.data.source", data["source"], SOURCES)
+    for name in ("copies_label", "labels"):
+        readers, value = [other for other, source in SOURCES.items() if name in source.reads], data.get(name)
+        check(
+            value in (None, "") or data["source"] in readers,
+            f"config.data.{name} is {value!r}, which {data['source']!r} does not read, but {' or '.join(readers)}; leave it out",
+        )
+    formats = SOURCES[data["source"]].formats
+    if data["format"]:
+        check_choice("config.data.format", data["format"], formats)
+    return data | {"format": data["format"] or formats[0]}
