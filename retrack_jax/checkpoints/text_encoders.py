@@ -44,7 +44,6 @@ class TextEncoder:
 
     Attributes:
       module, params: the network; parameters of T5 are as they are stored, float16 as a rule, because in float32 they take 19 GB.
-      tokenizer: turns prompts into its token ids.
       digest: `() -> SHA-256` over its config, weights and precision, which keys caches of its states.
     """
 

@@ -17,9 +17,7 @@ class Requirement:
     """A file, or a folder of them, that a config reads.
 
     Attributes:
-      description: what it is.
       path: where it is, or was looked for.
-      found: whether it is there.
       files: how many files it is.
       size: bytes in all.
       digest: SHA-256 of the file, or of the names and sizes of many files.

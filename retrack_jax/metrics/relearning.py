@@ -20,8 +20,6 @@ def relearning_curve(
 
     Args:
       train: `train(state, first_step, num_steps) -> state`, pure. The step numbers decide its batches.
-      measure: `measure(state) -> float`.
-      state: where fine-tuning starts.
       steps: rising numbers of steps, from above 0, after which to measure; 0 is always measured.
 
     Raises:

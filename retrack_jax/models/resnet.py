@@ -58,11 +58,9 @@ class ResnetOptions:
 
     Attributes:
       groups, eps: options of the group norms.
-      act_fn: name of the activation.
       time_scale_shift: "default" adds the projected embedding before the second norm; "scale_shift" acts after it.
       dropout: rate before the second convolution, from the rng collection "dropout".
-      dtype: the dtype of the computation; parameters and norm statistics stay float32.
-      remat: whether the backward pass computes the activations of a block again.
+      dtype, remat: as in `models.unet.UNet`.
     """
 
     groups: int = 32

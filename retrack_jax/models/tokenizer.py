@@ -58,13 +58,7 @@ class PromptTokenizer:
 
 @dataclass(frozen=True, eq=False)
 class ClipTokenizer(PromptTokenizer):
-    """CLIP's tokenizer.
-
-    Attributes:
-      bos_id: id that starts each prompt.
-      eos_id: id that ends each prompt.
-      pad_id: id that fills the rest.
-    """
+    """CLIP's tokenizer, with the ids that start, end and fill up each prompt."""
 
     bos_id: int
     eos_id: int

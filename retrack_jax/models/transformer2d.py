@@ -62,12 +62,10 @@ class Transformer2DModel(nn.Module):
 
     Attributes:
       heads: number of heads; each has C / heads channels.
-      num_layers: transformer blocks.
       norm_num_groups: groups of the first norm.
       use_linear_projection: whether proj_in and proj_out are dense layers (Stable Diffusion 2) or 1 x 1 convolutions
         (1.x). Both compute the same; the shapes of their weights differ.
-      dtype: the dtype of the computation.
-      remat: whether the backward pass computes the activations of each block again.
+      dtype, remat: as in `models.unet.UNet`.
     """
 
     heads: int

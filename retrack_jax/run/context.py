@@ -16,9 +16,7 @@ class RunContext:
     """What all runs of one command share.
 
     Attributes:
-      problem: data, network and how both meet.
       targets: every target of the command by its spec, resolved before the first run starts.
-      workdir: where results lie.
       should_stop: asked between stages, steps, batches and metrics; true saves and raises `Preempted`.
     """
 

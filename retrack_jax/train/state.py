@@ -18,9 +18,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, the number of updates done.
       params: what is trained, float32: the network's parameters, or an adapter's (lora.py).
-      opt_state: the optimizer's state.
       ema_params: the exponential moving average of `params`, or None if the recipe keeps none.
-      tx: the optimizer.
       ema_decay: `step -> decay` of the moving average, or None.
     """
 

@@ -33,7 +33,6 @@ class Shared:
     """What every device holds for the whole run.
 
     Attributes:
-      schedule: the noise schedule.
       forget: the forgotten examples, as `to_x_0` takes them, leaves `[F, ...]`; or None.
       neighbors: the distinct neighbors of all of them, leaves `[M, ...]`; or None.
       neighbor_rows: int `[F, K]`, rows of `neighbors`; or None.
@@ -65,7 +64,6 @@ class StepOptions:
     """How a step runs.
 
     Attributes:
-      options: the method's own options.
       num_steps: of the run, which options that change over it follow.
       accumulation: microbatches per step; gradients are averaged over them.
       t_min, t_max, logit_normal, log_normal: which timesteps are drawn, as in `Context`.

@@ -97,7 +97,6 @@ class Context:
     """What a method may use besides its streams.
 
     Attributes:
-      schedule: the noise schedule.
       eps_fn: `(x_t, t, condition, rngs) -> eps_pred`, the parameters being trained closed over.
       reference_fn: `(x_t, t, condition) -> eps_pred` with the frozen pretrained parameters, or None.
       distill: whether the retain loss is the distance to `reference_fn`.

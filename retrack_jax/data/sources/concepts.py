@@ -39,8 +39,6 @@ class Concept:
     """One concept's pictures and prompts.
 
     Attributes:
-      name: the folder's name.
-      folder: where it is.
       images: its labelled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
       memorised: the memorised picture, uint8 `[H, W, 3]`.
       memorised_name: its file name.
