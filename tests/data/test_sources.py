@@ -243,6 +243,12 @@ class TestNpz:
         np.testing.assert_array_equal(images.images[..., 0], pixels)
         assert images.ids == tuple("abcdef") and images.labels.dtype == np.int64
 
+    @pytest.mark.parametrize("ids", [np.array(["é.png", "b"]), np.array(["é.png".encode(), b"b"]), np.array([7, 8])])
+    def test_names_of_any_kind(self, tmp_path, ids):
+        np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8), ids=ids)
+        expected = ("7", "8") if ids.dtype.kind == "i" else ("é.png", "b")
+        assert load(tmp_path, "npz", dir=str(tmp_path / "a.npz")).ids == expected
+
     def test_npy_is_mapped(self, tmp_path):
         np.save(tmp_path / "a.npy", np.zeros((3, 4, 4, 3), np.uint8))
         images = load(tmp_path, "npz", dir=str(tmp_path / "a.npy"))

@@ -41,7 +41,8 @@ def load_npz(path) -> ImageSet:
     images = images[..., None] if images.ndim == 3 else images
     check(images.shape[3] in (1, 3), f"{path}: images have shape {images.shape}; expected 1 or 3 channels, last")
     labels = arrays.get("labels")
-    ids = [str(value) for value in arrays["ids"].reshape(-1)] if "ids" in arrays else [str(row) for row in range(len(images))]
+    names = arrays.get("ids", np.arange(len(images))).reshape(-1)
+    ids = [str(name) for name in (np.char.decode(names, errors="replace") if names.dtype.kind == "S" else names)]
     for key, values in (("labels", labels), ("ids", ids)):
         if values is not None and np.shape(values)[:1] != (len(images),):
             raise UserError(f"{path}: {len(images)} images but {np.size(values)} {key}")
