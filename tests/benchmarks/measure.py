@@ -29,6 +29,7 @@ class Table:
         """Writes `folder`/NAME.json."""
         from retrack_jax import __version__
 
+        folder.mkdir(parents=True, exist_ok=True)
         about = {"command": command, "version": __version__, "machine": machine, "date": f"{datetime.date.today()}"}
         lines = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in self._rows)
         head = json.dumps({**about, "columns": self._columns}, indent=2, ensure_ascii=False).removesuffix("\n}")
