@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrack_jax.checks import UserError, check_choice, shown
+from retrack_jax.checks import UserError, check_choice, check_int, shown
 from retrack_jax.data.in_order import in_order
 
 CROPS = ("center", "none")
@@ -49,6 +49,7 @@ class DecodeOptions:
     skip_corrupt: bool = False
 
     def __post_init__(self):
+        check_int("config.data.resolution", self.resolution, minimum=0)
         check_choice("config.data.crop", self.crop, CROPS)
         if self.channels not in (0, 1, 3):
             raise UserError(f"config.data.channels is {self.channels!r}; it must be 0 (as the images are), 1 or 3")

@@ -92,12 +92,13 @@ def nll_bits_per_dim(
     images = images.astype(jnp.result_type(float))
     sigma = jnp.asarray(schedule.sigma, images.dtype)
     options = {"eps_fn": eps_fn, "mode": mode, "rtol": float(rtol), "atol": float(atol)}
-    p_log_likelihoods = mapped(_log_likelihoods, (None, None, 0, None, 0, 0, 0), **options)
+    in_axes = (None, None, 0, None, 0, 0) if conditions is None else (None, None, 0, None, 0, 0, 0)
+    p_log_likelihoods = mapped(_log_likelihoods, in_axes, **options)
 
     def log_likelihoods(pairs: np.ndarray) -> Array:
         numbers, probes = pairs // num_probes, pairs % num_probes
-        condition = None if conditions is None else np.asarray(conditions)[numbers]
-        return p_log_likelihoods(params, sigma, images[numbers], rng, numbers, probes, condition)
+        condition = () if conditions is None else (np.asarray(conditions)[numbers],)
+        return p_log_likelihoods(params, sigma, images[numbers], rng, numbers, probes, *condition)
 
     # A solver that resolves 1e-5 cannot follow a network that an accelerator rounds to bfloat16 or TF32.
     with jax.default_matmul_precision("highest"):
