@@ -22,7 +22,7 @@ from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline, empty_prompt
 from retrack_jax.checkpoints.text_encoders import text_digest
 from retrack_jax.checks import check, check_int
-from retrack_jax.config.options import Options
+from retrack_jax.config.options import Options, SamplingOptions
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import most_neighbors
@@ -47,8 +47,7 @@ from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_p
 log = logging.getLogger(__name__)
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
-    "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False, "copies_label": None,
-    "labels": "",
+    "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False,
 }  # fmt: skip
 
 
@@ -136,6 +135,7 @@ def check_problem(options: Options) -> None:
     if kind is not _images:
         check_no_labels(options)
     else:
+        _check_no_prompts(options)
         if options.checkpoint:
             check_image_model(options.checkpoint)
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
@@ -193,9 +193,23 @@ def _check_concepts(options: Options) -> None:
 def _check_no_captions(options: Options) -> None:
     """Raises `UserError` for options that captions alone have a use for."""
     fields = ["config.data.caption_dropout"] if options.data.caption_dropout else []
+    fields += ["config.sampling.num_captions"] if options.sampling.num_captions != SamplingOptions.num_captions else []
     for name in options.method_names:
         fields += [f"config.unlearn.{name}.{one}" for one in options.recipe(name).own.only_for("captions")]
     check(not fields, f"{', '.join(fields)}: only images with captions of their own have a use for it; leave it out")
+
+
+def _check_no_prompts(options: Options) -> None:
+    """Raises `UserError` for options that networks with prompts alone have a use for."""
+    names = [
+        name
+        for name in ("guidance_scale", "negative_prompt")
+        if getattr(options.sampling, name) != getattr(SamplingOptions, name)
+    ]
+    fields = ", ".join(f"config.sampling.{name}" for name in names)
+    check(
+        not names, f"{fields}: the network takes no prompts and has no use for it; leave it out (of labels it is label_guidance)"
+    )
 
 
 def build_problem(options: Options) -> Problem:

@@ -10,8 +10,7 @@ import numpy as np
 from etils import epath
 
 from retrack_jax import files
-from retrack_jax.checks import check
-from retrack_jax.config.options import Options, SamplingOptions
+from retrack_jax.config.options import Options
 from retrack_jax.data.dataset import unit_to_pixels
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.models.vae import Autoencoder
@@ -93,16 +92,9 @@ class ProblemSampler:
 
 
 def _guidance(options: Options, denoiser: Denoiser) -> float:
-    """Returns the scale of guidance. Raises `UserError` if that of prompts is set for a network without prompts."""
-    sampling = options.sampling
-    if denoiser.condition and not denoiser.takes_labels:
-        return sampling.guidance_scale
-    check(
-        sampling.guidance_scale == SamplingOptions.guidance_scale,
-        f"config.sampling.guidance_scale is {sampling.guidance_scale:g}, which is for prompts, and the network takes none; "
-        + ("set label_guidance, the scale for labels" if denoiser.takes_labels else "leave it out"),
-    )
-    return sampling.label_guidance
+    """Returns the scale of guidance."""
+    prompts = denoiser.condition and not denoiser.takes_labels
+    return options.sampling.guidance_scale if prompts else options.sampling.label_guidance
 
 
 @lru_cache(maxsize=8)

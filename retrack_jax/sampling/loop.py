@@ -42,7 +42,7 @@ class Sampler(Protocol):
 
 @struct.dataclass
 class SingleStep:
-    """A deterministic sampler whose state is x_t alone."""
+    """A sampler whose state is x_t alone, deterministic unless a class says otherwise."""
 
     rows: Coefficients
     stochastic = False

@@ -46,7 +46,9 @@ def test_a_folder_that_was_emptied_leaves_the_others_their_labels(folder):
     assert list(load_folder(data(folder, labels="folders", skip_corrupt=True)).labels) == [2]
 
 
-def test_labels_are_refused_by_sources_that_do_not_read_them(folder):
+def test_fields_are_refused_by_sources_that_do_not_read_them(folder):
+    with pytest.raises(UserError, match="config.data.split is 'test', which 'folder' does not read, but cifar10 or .*parquet"):
+        data(folder, split="test")
     with pytest.raises(UserError, match="config.data.labels is 'folders', which 'npz' does not read, but celebahq or folder"):
         data(folder, source="npz", labels="folders")
 

@@ -118,8 +118,9 @@ def test_more_samples_are_added_and_metrics_computed_again(again, capsys):
 
 def test_guidance_is_refused_by_a_network_without_prompts(again, capsys):
     root, workdir = again
-    assert command(root, workdir, "sampling.guidance_scale=2.0") == 2
-    assert "config.sampling.guidance_scale is 2, which is for prompts" in capsys.readouterr().err
+    for field in ("guidance_scale=2.0", "negative_prompt=blurry", "num_captions=3"):
+        assert command(root, workdir, f"sampling.{field}") == 2
+        assert f"config.sampling.{field.partition('=')[0]}: " in capsys.readouterr().err
 
 
 def test_fewer_samples_are_refused(again, capsys):

@@ -74,5 +74,6 @@ SOURCE = Source(
     formats=("parquet", "tfds"),
     load=_load,
     needs=_needs,
+    reads=("split",),
     checkpoint_command=lambda folder: unzip(_ARCHIVE, "ddpm_ema_cifar10", folder),
 )

@@ -22,7 +22,7 @@ class Source:
       checkpoint_command: folder -> the shell command that downloads the checkpoint of this source's config into it; empty where
         no checkpoint is published.
       gives_concepts: whether it holds concepts with prompts rather than one set of images.
-      reads: which fields it reads of those that few sources do, `copies_label` and `labels`.
+      reads: which fields it reads of those that not every source does (table.py).
     """
 
     formats: tuple[str, ...]

@@ -23,6 +23,7 @@ _DEFAULTS = {
     "dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": "",
     "caption_column": "text",
 }  # fmt: skip
+_OF_SOME = {"copies_label": None, "labels": "", "split": "train", "tfds_name": ""}  # fields that not every source reads
 
 
 def complete_fields(data: Mapping) -> dict:
@@ -33,10 +34,10 @@ def complete_fields(data: Mapping) -> dict:
     """
     data = _DEFAULTS | dict(data)
     check_choice("config.data.source", data["source"], SOURCES)
-    for name in ("copies_label", "labels"):
-        readers, value = [other for other, source in SOURCES.items() if name in source.reads], data.get(name)
+    for name, unset in _OF_SOME.items():
+        readers, value = [other for other, source in SOURCES.items() if name in source.reads], data.get(name, unset)
         check(
-            value in (None, "") or data["source"] in readers,
+            value == unset or data["source"] in readers,
             f"config.data.{name} is {value!r}, which {data['source']!r} does not read, but {' or '.join(readers)}; leave it out",
         )
     formats = SOURCES[data["source"]].formats
