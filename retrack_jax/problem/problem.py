@@ -130,6 +130,8 @@ def check_problem(options: Options) -> None:
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
     kind = _kind(options)
+    if kind is _concepts:
+        _check_concepts(options)
     if kind is not _captioned_images:
         _check_no_captions(options)
     if kind is not _images:
@@ -141,8 +143,6 @@ def check_problem(options: Options) -> None:
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
         whole = options.export != "pipeline" or autoencoder_folder(options.checkpoint) is not None
         check(whole, "config.export is pipeline, and a model of pixels has no more parts than its network; choose unet")
-    if kind is _concepts:
-        _check_concepts(options)
     check(
         kind is not _captioned_images or options.export != "single_file" or not is_sd3(options.checkpoint),
         "config.export is single_file, which is not written for Stable Diffusion 3; choose unet or pipeline",

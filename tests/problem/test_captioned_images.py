@@ -267,7 +267,8 @@ def test_pictures_without_captions_end_the_command_with_one_line(tmp_path, pictu
 @pytest.mark.parametrize("field", ["data.caption_dropout=0.1", "unlearn.retrack.beta=2.0", "unlearn.retrack.anchor=0.5"])
 def test_options_of_captions_are_refused_without_any(tmp_path, pictures, field):
     name, value = field.split("=")
-    options = options_of(tmp_path, checkpoint=pixel_model(tmp_path / "model"), targets="circle_00.png", **{name: value})
+    only = {"sampling.num_captions": 8, name: value}
+    options = options_of(tmp_path, checkpoint=pixel_model(tmp_path / "model"), targets="circle_00.png", **only)
     with pytest.raises(UserError, match=f"config.{name}: only images with captions"):
         check_problem(options)
 
