@@ -48,7 +48,7 @@ class DataOptions:
     held_out: float = 0.0  # share of the images, drawn at random, that no model trains on; membership needs it
     exclude: str = ""  # images that an earlier run made the checkpoint forget, written as a target is
     skip_corrupt: bool = False  # leave out images that cannot be decoded, rather than refuse to run
-    cache_dir: str = "~/.cache/retrack_jax"  # decoded images, latents and neighbors
+    cache_dir: str = "~/.cache/retrack_jax"  # decoded images, latents, neighbors and the pretrained model's samples
     original_prompts: str = "original_prompts.json"  # of concepts: below data.dir, or absolute
     modified_prompts: str = "modified_prompts.json"
     caption_column: str = "text"  # which column of metadata.jsonl, metadata.csv or parquet holds the captions

@@ -46,9 +46,14 @@ class ProblemSampler:
             "float32" if options.save_float else "uint8",
         )
         self.digest = files.json_digest([
-            options.sampling.binding, denoiser.schedule.to_config(), options.save_float, denoiser.shape, codec.digests,
-            options.compute.dtype, options.compute.param_dtype,
+            options.sampling.binding, options.save_float, options.compute.dtype, options.compute.param_dtype, denoiser.shape,
+            denoiser.module.to_config(), denoiser.schedule.to_config(), denoiser.digests, codec.digests, conditioning.digests,
         ])  # fmt: skip
+
+    def depends_on(self, target: Target, fingerprint: str) -> dict[str, list[str]]:
+        """Returns name in `samples.npz` -> what they depend on besides their number; `fingerprint` is of the parameters."""
+        conditioning = self._conditioning
+        return {name: [fingerprint, self.digest, conditioning.describe(name, target)] for name in conditioning.sampled(target)}
 
     def total(self, target: Target) -> int:
         """Returns how many images `sample` draws."""
@@ -72,8 +77,8 @@ class ProblemSampler:
         options, arrays = self._options, {}
         count = options.num_images - first
         total = count * len(self._conditioning.sampled(target))
+        depends_on = self.depends_on(target, fingerprint)
         for number, (name, condition) in enumerate(self._conditioning.sampled(target).items()):
-            depends_on = [fingerprint, self.digest, self._conditioning.describe(name, target)]
             images = generate(
                 self._p_sample,
                 GuidedParams(params, self._vae_params, condition, self._conditioning.null),
@@ -82,7 +87,7 @@ class ProblemSampler:
                 first=first,
                 batch_size=options.batch_size,
                 out_dir=epath.Path(out_dir) / name,
-                fingerprint=files.json_digest(depends_on),
+                fingerprint=files.json_digest(depends_on[name]),
                 progress=lambda done, _, number=number: progress(number * count + done, total),
             )
             arrays |= {name: images} if images.dtype == np.uint8 else {name: unit_to_pixels(images), f"{name}_float": images}

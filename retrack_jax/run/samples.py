@@ -1,17 +1,23 @@
-"""The stage that draws samples, and their file."""
+"""The stage that draws samples, and their file.
+
+The pretrained model's samples are also kept in the cache under all that they depend on, so that another workdir, such as one that
+tries another recipe, does not draw them again.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from etils import epath
 
+import retrack_jax
 from retrack_jax import files, parallel
 from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import Preempted, check
-from retrack_jax.log import progress
+from retrack_jax.log import progress, say
 from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import Model
+from retrack_jax.unlearn.methods import PRETRAINED
 
 
 def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> None:
@@ -33,6 +39,13 @@ def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], ta
         parallel.on_main(lambda: parts.rmtree(missing_ok=True))  # left by a run that was killed before it removed them
         return
     params, total = model().params, sampler.total(target) * (wanted - first) // wanted
+    fingerprint = tree_digest(params)
+    shared = None
+    if name == PRETRAINED:
+        key = [retrack_jax.__version__, wanted, sampler.depends_on(target, fingerprint)]
+        shared = files.cache_path(context.options.data.cache_dir, "samples", key, "npz")
+    if parallel.from_main(lambda: shared is not None and _take(shared, folder)):
+        return
     with progress([], f"sample {name}", total=total, is_main=parallel.is_main_process(), unit="img") as bar:
 
         def advance(done: int, _: int) -> None:
@@ -41,17 +54,34 @@ def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], ta
             if done < total and parallel.any_process(context.should_stop()):
                 raise Preempted(f"sampling stopped at image {done} of {total}")
 
-        arrays = sampler.sample(target, params, out_dir=parts, fingerprint=tree_digest(params), progress=advance, first=first)
+        arrays = sampler.sample(target, params, out_dir=parts, fingerprint=fingerprint, progress=advance, first=first)
 
     def write() -> None:
         before = read(folder) if first else {}
-        for stale in (folder / "evaluation.json", *folder.glob("metrics-*.json")) if first else ():
-            stale.unlink(missing_ok=True)
         whole = {key: np.concatenate([before[key], array]) if first else array for key, array in arrays.items()}
-        files.write_npz(path, **whole)
+        if shared is not None:
+            files.write_npz(shared, advice=files.IN_CACHE, **whole)
+        _write(folder, whole)
 
     parallel.on_main(write)
-    parallel.on_main(lambda: parts.rmtree(missing_ok=True))
+
+
+def _take(shared: epath.Path, folder: epath.Path) -> bool:
+    """Writes `folder/samples.npz` from the cache; returns whether it was there."""
+    arrays = files.read_cached(shared, files.read_npz)
+    if arrays is None:
+        return False
+    say(f"samples of the pretrained model are read from {shared}")
+    _write(folder, arrays)
+    return True
+
+
+def _write(folder: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes `folder/samples.npz` and removes what it replaces: its parts, and metrics of fewer samples."""
+    for stale in (folder / "evaluation.json", *folder.glob("metrics-*.json")):
+        stale.unlink(missing_ok=True)
+    files.write_npz(folder / "samples.npz", **arrays)
+    (folder / "samples-parts").rmtree(missing_ok=True)
 
 
 def read(folder, count: int | None = None) -> dict[str, np.ndarray]:

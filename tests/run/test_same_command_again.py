@@ -170,3 +170,25 @@ def test_a_folder_in_place_of_the_summary_is_one_line(again, capsys):
     (workdir / "summary.json").mkdir()
     assert command(root, workdir) == 2
     assert f"error: cannot write {workdir / 'summary.json'}" in capsys.readouterr().err
+
+
+def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_path, capfd):
+    """They are marked there to see where they come from."""
+    write_model(tmp_path / "model", seed=1)
+    write_images(tmp_path / "images", seed=1)
+
+    def samples_of(name, *more):
+        assert command(tmp_path, tmp_path / name, "eval.metrics=()", "unlearn.num_steps=1", *more) == 0
+        return np.load(tmp_path / name / "pretrained" / "samples.npz")["samples"]
+
+    drawn = samples_of("first")
+    (kept,) = (tmp_path / "cache" / "samples").glob("*.npz")
+    np.testing.assert_array_equal(np.load(kept)["samples"], drawn)
+    np.savez(kept, samples=255 - drawn)
+    np.testing.assert_array_equal(samples_of("same"), 255 - drawn)
+    assert f"samples of the pretrained model are read from {kept}" in capfd.readouterr().err
+    assert not np.array_equal(samples_of("seed", "sampling.seed=1"), 255 - drawn)
+    kept.write_bytes(b"damaged")
+    np.testing.assert_array_equal(samples_of("damaged"), drawn)
+    write_model(tmp_path / "model", seed=9)
+    assert not np.array_equal(samples_of("weights"), drawn)
