@@ -6,7 +6,8 @@ A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, and co
 
     {"command": ..., "version": ..., "machine": ..., "date": ..., "columns": [...], "rows": [[...], ...]}
 
-A result may hold more columns than a document shows: `<!-- table NAME: a, b -->` shows columns a and b.
+A result may hold more columns than a document shows: `<!-- table NAME: a, b -->` shows columns a and b. What a text says of a
+measurement beside its table stands in `"quoted": [...]`, as the document has it; a result with quotes needs no table.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from retrack_jax.unlearn.methods import METHODS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-RESULT_FIELDS = {"command", "version", "machine", "date", "columns", "rows"}
+RESULT_FIELDS = {"command", "version", "machine", "date"}
 _CONFIG_HEAD = """# Configuration
 
 Every field, its default, and what it means, generated from the code (`make docs`). Files in `configs/` change the defaults, and

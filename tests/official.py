@@ -4,14 +4,18 @@ compared of the parameters."""
 from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import traverse_util
 
+from retrack_jax import parallel
 from retrack_jax.checkpoints import import_diffusers
 from retrack_jax.data.batches import Batches
-from retrack_jax.diffusion import Schedule
+from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.neighbors import nearest
-from retrack_jax.train.step import Shared
+from retrack_jax.train.optimizer import make_optimizer
+from retrack_jax.train.state import create_state
+from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.options import EraseDiffOptions, MethodOptions, RetrackOptions, SissOptions
 
@@ -72,6 +76,32 @@ def measured(params, first) -> np.ndarray:
     flat, before = map(_flat, (params, first))
     directions = np.random.default_rng(SEED).standard_normal((24, len(flat))) / np.sqrt(24)
     return np.append(np.linalg.norm(flat), directions @ (flat - before))
+
+
+def apart(method: str) -> dict[int, float]:
+    """Returns, after each of `MEASURED_AT` steps, how far our parameters are from the official ones, over how far those moved.
+
+    Raises AssertionError if their norms differ by more than 1e-6 of it.
+    """
+    module, params = start()
+    batches, shared = inputs(method)
+    how = StepOptions(options=OPTIONS[method], num_steps=STEPS, t_max=1000)
+    p_step = make_train_step(METHODS[method], make_eps_fn(module.apply, shared.schedule), how)
+    optimizer = make_optimizer(
+        learning_rate=RATE, num_steps=STEPS, b1=B1, b2=B2, eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=1.0
+    )
+    state, shared = parallel.replicate(create_state(parallel.copy(params), optimizer)), parallel.replicate(shared)
+    with np.load(RECORDED) as recorded:
+        theirs = dict(zip(MEASURED_AT, recorded[method], strict=True))
+    found = {}
+    for step in range(STEPS):
+        state, _ = p_step(state, batches(step), shared, jax.random.key(SEED))
+        parallel.block_on_cpu(state.step)
+        if step + 1 in theirs:
+            ours, expected = measured(jax.device_get(state.params), params), theirs[step + 1]
+            np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
+            found[step + 1] = float(np.linalg.norm(ours[1:] - expected[1:]) / np.linalg.norm(expected[1:]))
+    return found
 
 
 def _flat(params) -> np.ndarray:

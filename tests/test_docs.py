@@ -139,6 +139,17 @@ def test_generated_documents_are_current():
     assert not [path.name for path, text in pages.items() if path.read_text() != text]
 
 
+def test_what_documents_say_of_results_is_what_results_say():
+    """Every quote of docs/results/ stands in a document, and every result is shown or quoted."""
+    result = runpy.run_path(str(ROOT / "docs" / "generate.py"))["result"]
+    texts = [document.read_text() for document in DOCUMENTS]
+    words = [" ".join(text.split()) for text in texts]
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        quoted, shown = result(path.stem).get("quoted", []), f"<!-- table {path.stem}"
+        assert not [quote for quote in quoted if not any(quote in text for text in words)], path.name
+        assert quoted or any(re.search(rf"{shown}\b", text) for text in texts), path.name
+
+
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1000
 

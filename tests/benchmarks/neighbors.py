@@ -1,6 +1,6 @@
 """Neighbor search against scikit-learn's NearestNeighbors as the official ReTrack code uses it, in one run on this machine.
 
-    python -m tests.benchmarks.neighbors [queries|jpeg|tree|stream ...]
+    python -m tests.benchmarks.neighbors [queries|jpeg|tree|stream ...] [--results=docs/results]
 
     queries  606 queries x 60,000 x 784: one image 606 times, then distinct ones; and 1 to 3,000 distinct queries, by each engine
     jpeg     2,000 x 196,608 from JPEG files, decoding included, each side in a process of its own, whose peak memory is read
@@ -8,9 +8,10 @@
     stream   30,000 x 196,608 from a memory map: peak memory and time of one pass for ten targets
 
 Images are scikit-learn's digits, enlarged, shifted and blended to 28 x 28 (60,000 distinct ones), and random smooth colour
-images.
+images. Prints a table of the queries and one of the rest; `--results` gets them as neighbors.json and neighbors_large.json.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.measure import peak_resident_bytes
+from tests.benchmarks.measure import Table, peak_resident_bytes
 
 REPEATS = 3
+LARGE = "what", "scikit-learn", "exact", "ScaNN, brute force", "ScaNN, tree"
 
 
 def digits(count: int, seed: int = 0) -> np.ndarray:
@@ -68,29 +70,25 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), true.tolist(), strict=True)]))
 
 
-def queries_part() -> None:
+def queries_part() -> Table:
     from retrack_jax.neighbors import nearest
 
     images = digits(60_000)
     floats = as_floats(images)
     shirt = digits(1, seed=9)
     many = digits(3000, seed=1)
-    cases = [("606 x one image", np.repeat(shirt, 606, axis=0)), ("606 distinct", many[:606])]
-    cases += [(f"{count} distinct", many[:count]) for count in (1, 10, 100, 1000, 3000)]
-    print("| queries x 60,000 x 784 | scikit-learn | scann | exact | exact, uint8 | times faster: scann, exact uint8 | recall |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    cases = [("606 copies of one image", np.repeat(shirt, 606, axis=0)), ("606 distinct", many[:606])]
+    cases += [(f"{count:,} distinct", many[:count]) for count in (1, 10, 100, 1000, 3000)]
+    shown = Table("neighbors", "queries", "scikit-learn", "ScaNN, brute force", "exact, float32", "exact, uint8", "recall")
     for name, pixels in cases:
         queries = as_floats(pixels)
         theirs, _, true = best_of(lambda q=queries: sklearn_search(q, floats))
         scann, _, one = best_of(lambda q=queries: nearest(q, floats, 10, "scann")[0])
         exact, _, two = best_of(lambda q=queries: nearest(q, floats, 10, "exact")[0])
-        whole, first, three = best_of(lambda q=pixels: nearest(q, images, 10, "exact")[0])
-        recalls = "/".join(f"{recall(found, true):.4f}" for found in (one, two, three))
-        print(
-            f"| {name} | {theirs:.3f} | {scann:.3f} | {exact:.3f} | {whole:.3f} (first {first:.3f}) | "
-            f"{theirs / scann:.1f}, {theirs / whole:.1f} | {recalls} |",
-            flush=True,
-        )
+        whole, _, three = best_of(lambda q=pixels: nearest(q, images, 10, "exact")[0])
+        least = min(recall(found, true) for found in (one, two, three))
+        shown.add(name, *(f"{seconds:.2f}" for seconds in (theirs, scann, exact, whole)), f"{least:.4f}")
+    return shown
 
 
 def searches(counts: Sequence[int]) -> list[dict]:
@@ -159,23 +157,19 @@ def jpeg_ours(folder: str, cache_dir: str) -> dict:
     return {"seconds": time.perf_counter() - start, "peak": peak_resident_bytes(), "found": found.tolist()}
 
 
-def jpeg_part() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+def jpeg_part(shown: Table) -> None:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache_dir:
         write_jpegs(Path(folder), 2000)
-        for _ in range(2):
-            theirs = child("jpeg-theirs", folder)
-            with tempfile.TemporaryDirectory() as cache_dir:
-                ours, again = (child("jpeg-ours", folder, cache_dir) for _ in range(2))
-            print(
-                f"2,000 JPEGs of 256 x 256, 1 query: scikit-learn {theirs['seconds']:.2f} s, {theirs['peak'] / 1e9:.2f} GB; ours "
-                f"{ours['seconds']:.2f} s, {ours['peak'] / 1e9:.2f} GB, again from the cache {again['seconds']:.2f} s; "
-                f"{theirs['seconds'] / ours['seconds']:.2f} times faster, {ours['peak'] / theirs['peak']:.3f} of the memory, "
-                f"recall {recall(np.array(ours['found']), np.array(theirs['found'])):.2f}",
-                flush=True,
-            )
+        theirs = child("jpeg-theirs", folder)
+        ours, again = (child("jpeg-ours", folder, cache_dir) for _ in range(2))
+    found = recall(np.array(ours["found"]), np.array(theirs["found"]))
+    what = "1 query, 2,000 JPEGs of 256 x 256 and their decoding"
+    shown.add(f"{what}, s", f"{theirs['seconds']:.1f}", f"{ours['seconds']:.1f} (recall {found:.2f})", "", "")
+    shown.add("the same, peak memory of the process, GB", f"{theirs['peak'] / 1e9:.2f}", f"{ours['peak'] / 1e9:.2f}", "", "")
+    shown.add("the same, once they are decoded, s", "", f"{again['seconds']:.1f}", "", "")
 
 
-def tree_part() -> None:
+def tree_part(shown: Table) -> None:
     from retrack_jax.neighbors import exact, scann_search
 
     images, queries = digits(100_000), digits(1000, seed=1)
@@ -183,11 +177,8 @@ def tree_part() -> None:
     tree, _, (found, _) = best_of(lambda: scann_search.search(queries, images, 10, tree=True), 1)
     brute, _, _ = best_of(lambda: scann_search.search(queries, images, 10))
     whole, _, _ = best_of(lambda: exact.search(queries, images, 10))
-    print(
-        f"1,000 queries among 100,000 x 784, builds included: ScaNN's tree {tree:.2f} s at recall@10 {recall(found, true):.4f}, "
-        f"brute force {brute:.2f} s, the exact search {whole:.2f} s",
-        flush=True,
-    )
+    with_recall = f"{tree:.2f} (recall {recall(found, true):.4f})"
+    shown.add("1,000 queries, 100,000 x 784, building included, s", "", f"{whole:.2f}", f"{brute:.2f}", with_recall)
 
 
 def stream_ours(path: str, count: str) -> dict:
@@ -203,19 +194,18 @@ def stream_ours(path: str, count: str) -> dict:
     return {"seconds": time.perf_counter() - start, "peak": peak_resident_bytes(), "found": [rows.tolist() for rows, _ in found]}
 
 
-def stream_part(count: int = 30_000) -> None:
+def stream_part(shown: Table, count: int = 30_000) -> None:
     with tempfile.NamedTemporaryFile() as file:
         generator = np.random.default_rng(0)
         for _ in range(count // 100):
             file.write(generator.integers(0, 256, (100, 196_608), dtype=np.uint8).data)
         file.flush()
         ours = child("stream-ours", file.name, str(count))
-        print(
-            f"{count:,} x 196,608, one pass for 10 targets: {ours['seconds']:.1f} s, peak memory {ours['peak'] / 2**30:.2f} GiB"
-        )
+        shown.add(f"ten targets, {count:,} x 196,608 from a memory map, s", "", f"{ours['seconds']:.1f}", "", "")
+        shown.add("the same, peak memory of the process, GB", "", f"{ours['peak'] / 1e9:.2f}", "", "")
 
 
-PARTS = {"queries": queries_part, "jpeg": jpeg_part, "tree": tree_part, "stream": stream_part}
+PARTS = {"jpeg": jpeg_part, "tree": tree_part, "stream": stream_part}
 CHILDREN = {"--jpeg-theirs": jpeg_theirs, "--jpeg-ours": jpeg_ours, "--stream-ours": stream_ours}
 
 
@@ -223,8 +213,20 @@ def main(arguments: list[str]) -> None:
     if arguments and arguments[0] in CHILDREN:
         print(json.dumps(CHILDREN[arguments[0]](*arguments[1:])))
         return
-    for part in arguments or PARTS:
-        PARTS[part]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(["queries", *PARTS]))
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args(arguments)
+    names = options.parts or ["queries", *PARTS]
+    if unknown := sorted({*names} - {"queries", *PARTS}):
+        parser.error(f"unknown part {unknown[0]}")
+    tables = [queries_part()] if "queries" in names else []
+    if wanted := [part for name, part in PARTS.items() if name in names]:
+        tables.append(Table("neighbors_large", *LARGE))
+        for part in wanted:
+            part(tables[-1])
+    for table in tables if options.results else ():
+        table.write(options.results, "python -m tests.benchmarks.neighbors", "two cores of an Intel Xeon")
 
 
 if __name__ == "__main__":
