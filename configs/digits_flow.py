@@ -19,7 +19,9 @@ def get_config(method=None):
     config.sampling.sampler, config.sampling.num_steps = "flow_euler", 20
     config.pretrain.num_steps = 3000
     config.pretrain.logit_normal = config.unlearn.logit_normal = (0.0, 1.0)
-    # Chosen on seed 100, which no table uses. Without the cap and with lambda 0.005, 3 of 2,000 samples there were T-shirts.
-    config.unlearn.retrack.snr_cap, config.unlearn.retrack.lam = 5.0, 0.01
+    # Chosen on seeds 100 to 103, which no table uses: none of 8,000 samples is a T-shirt, and FID is 1.07 times the pretrained
+    # model's. With 64 remaining images and lambda 0.01, 2 of 8,000 are.
+    config.unlearn.retrack.snr_cap, config.unlearn.retrack.lam = 5.0, 0.005
+    config.unlearn.retrack.batch_size, config.unlearn.retrack.forget_batch_size = 256, 64
     config.compute.cpu_devices = 1
     return with_method(config, method)
