@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from retrack_jax.api import run, unlearn
-from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.config.reading import default_config
+from retrack_jax.train.run_store import tree_digest
 from retrack_jax.unlearn.methods import METHODS
 from tests import toys
 

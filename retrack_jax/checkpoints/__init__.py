@@ -1,4 +1,4 @@
-"""Checkpoints: diffusers' layout in and out, and this project's own runs."""
+"""Checkpoints of diffusers, in and out."""
 
 from retrack_jax.checkpoints.diffusers_export import export_diffusers
 from retrack_jax.checkpoints.diffusers_import import import_diffusers, read_schedule_config

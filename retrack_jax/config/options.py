@@ -13,9 +13,9 @@ from retrack_jax.config.recipes import MAX_SEED, PretrainOptions, UnlearnOptions
 from retrack_jax.data.decode import CROPS
 from retrack_jax.data.target_names import target_specs
 from retrack_jax.diffusion.flow import EULER, VELOCITY
-from retrack_jax.evaluate.concepts import CLASSIFIERS
-from retrack_jax.evaluate.networks import NETWORKS, SCORE_NETWORKS
+from retrack_jax.metrics.features.network import NETWORKS, SCORE_NETWORKS
 from retrack_jax.metrics.features.resize import RULES
+from retrack_jax.metrics.kmeans import CLASSIFIERS
 from retrack_jax.sampling import SAMPLERS
 from retrack_jax.train.lora import LoraOptions
 from retrack_jax.unlearn.methods import ALL, METHODS, PRETRAINED

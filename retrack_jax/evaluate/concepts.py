@@ -14,10 +14,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.sources.concepts import CLASSIFIER, KINDS, Concept
 from retrack_jax.evaluate.results import Evaluator, Unavailable
 from retrack_jax.evaluate.text import Samples, TextTask, evaluators, floats, precision
-from retrack_jax.metrics.kmeans import centers_from_labels, clusters, read_centers, success_rate
-
-# config.eval.classifier -> where its centers come from.
-CLASSIFIERS = {"joblib": "the shipped kmeans_classifier.joblib", "labels": "means of the shipped labels"}
+from retrack_jax.metrics.kmeans import CLASSIFIERS, centers_from_labels, clusters, read_centers, success_rate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,14 +19,11 @@ from retrack_jax.data.sources.tshirts import TSHIRT_LABEL, is_tshirt
 from retrack_jax.evaluate.results import Inapplicable, Unavailable
 from retrack_jax.files import file_digest
 from retrack_jax.metrics.features.inception import inception_network
-from retrack_jax.metrics.features.network import FeatureNetwork
+from retrack_jax.metrics.features.network import MNIST_RESNET, SCORE_NETWORKS, FeatureNetwork
 from retrack_jax.metrics.features.resnet import mnist_resnet_network, sscd_network
 from retrack_jax.metrics.inception_score import OFFICIAL
 from retrack_jax.weights.folder import open_file, present
 
-NETWORKS = ("digits", "inception")
-MNIST_RESNET = "mnist_resnet"
-SCORE_NETWORKS = ("features", MNIST_RESNET)  # behind the inception scores; features: the network behind fid
 MNIST_SHAPE = (28, 28, 1)
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from retrack_jax.checks import UserError, check
 from retrack_jax.weights.joblib_reader import read_joblib
 from retrack_jax.weights.pickle_machine import Record
 
+# config.eval.classifier -> where its centers come from.
+CLASSIFIERS = {"joblib": "the shipped kmeans_classifier.joblib", "labels": "means of the shipped labels"}
 _CLASSES = ("KMeans", "MiniBatchKMeans")
 
 

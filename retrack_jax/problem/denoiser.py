@@ -23,7 +23,6 @@ from retrack_jax.checkpoints.diffusers_export import export_lora
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
 from retrack_jax.checkpoints.pipeline_export import export_folder
-from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import DataOptions, Options
@@ -36,6 +35,7 @@ from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import ModelEpsFn, PyTree, Rng
 from retrack_jax.problem.codec import LatentCodec, PixelCodec
 from retrack_jax.train.lora import LoraOptions
+from retrack_jax.train.run_store import tree_digest
 from retrack_jax.weights.hub import local_model
 from retrack_jax.weights.kinds import autoencoder_folder, network_config
 

@@ -16,9 +16,10 @@ from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import images
 from retrack_jax.evaluate.finetune import make_finetune
-from retrack_jax.evaluate.networks import MNIST_RESNET, check_score_network, feature_network, load_mnist_resnet, load_sscd
+from retrack_jax.evaluate.networks import check_score_network, feature_network, load_mnist_resnet, load_sscd
 from retrack_jax.evaluate.results import Results, evaluate, is_complete, read_results
 from retrack_jax.evaluate.task import Subject, Task
+from retrack_jax.metrics.features.network import MNIST_RESNET
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.codec import LatentCodec, PixelCodec

@@ -11,12 +11,12 @@ from etils import epath
 
 import retrack_jax
 from retrack_jax import files, parallel
-from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import Preempted, check
 from retrack_jax.log import progress, say
 from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import Model
+from retrack_jax.train.run_store import tree_digest
 from retrack_jax.unlearn.methods import PRETRAINED
 
 

@@ -10,7 +10,6 @@ import optax
 from etils import epath
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.recipes import TrainingOptions, UnlearnOptions
 from retrack_jax.data.batches import Batches
@@ -20,6 +19,7 @@ from retrack_jax.run.context import Run, RunContext
 from retrack_jax.run.tensorboard import scalars_of_training
 from retrack_jax.train import loop
 from retrack_jax.train.lora import LoraOptions, init, merge
+from retrack_jax.train.run_store import RunStore
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS, Method, get_method

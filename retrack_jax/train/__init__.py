@@ -1,1 +1,1 @@
-"""Training: state, optimizer, one pmapped step, one loop."""
+"""Training: state, optimizer, one pmapped step, one loop, and the checkpoints that it keeps."""

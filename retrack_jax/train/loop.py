@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import Diverged, Preempted
 from retrack_jax.data.in_order import in_order
 from retrack_jax.log import Writer, progress
 from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.profile import profiled
+from retrack_jax.train.run_store import RunStore
 from retrack_jax.train.state import TrainState
 from retrack_jax.train.step import Shared
 

@@ -25,7 +25,6 @@ import numpy as np
 
 from configs.digits_tshirt import get_config
 from retrack_jax.checkpoints import import_diffusers, read_schedule_config
-from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.cli.process import set_up_jax
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.data.sources.digits import digits, tshirt
@@ -33,6 +32,7 @@ from retrack_jax.diffusion import Schedule, make_eps_fn
 from retrack_jax.metrics.gap import prediction_distances, two_sided_gap
 from retrack_jax.metrics.membership import denoising_losses, prediction_interval
 from retrack_jax.report.catalogue import method_label
+from retrack_jax.train.run_store import RunStore
 from retrack_jax.unlearn.methods import METHODS
 from tests.benchmarks.measure import Table
 

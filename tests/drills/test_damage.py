@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints.run_store import RunStore
 from retrack_jax.checks import UserError
+from retrack_jax.train.run_store import RunStore
 from tests.drills import cli
 
 RUN = "retrack/seed0-label_10"

@@ -11,7 +11,8 @@ import pytest
 from retrack_jax.api import run
 from retrack_jax.checkpoints.stable_diffusion import load_pipeline
 from retrack_jax.checks import UserError
-from retrack_jax.evaluate.concepts import CLASSIFIERS, EVALUATORS
+from retrack_jax.evaluate.concepts import EVALUATORS
+from retrack_jax.metrics.kmeans import CLASSIFIERS
 from retrack_jax.weights.names import TorchTensor
 from retrack_jax.weights.safetensors_io import write_safetensors
 from tests.metrics.feature_weights import random_state, sscd_shapes

@@ -8,11 +8,11 @@ import pytest
 
 from retrack_jax.api import run
 from retrack_jax.checkpoints import import_diffusers
-from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import Preempted, UserError
 from retrack_jax.cli.flags import parse
 from retrack_jax.main import main
 from retrack_jax.train.lora import LoraOptions, init, merge
+from retrack_jax.train.run_store import RunStore, tree_digest
 from tests.tiny import flags
 
 LORA = {"unlearn.adapter": "lora", "unlearn.lora.rank": 2, "unlearn.lora.layers": ("conv1", "conv2", "time_emb_proj")}

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import Diverged
 from retrack_jax.config.reading import default_config, read_config
 from retrack_jax.data.batches import Batches
@@ -21,6 +20,7 @@ from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
 from retrack_jax.train.loop import Preempted, calls_of, restore, state_tree, train
 from retrack_jax.train.lora import LoraOptions, init
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
+from retrack_jax.train.run_store import RunStore, tree_digest
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from retrack_jax import parallel
-from retrack_jax.checkpoints.run_store import RunStore, tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.data.batches import Batches
 from retrack_jax.data.in_order import in_order
@@ -18,6 +17,7 @@ from retrack_jax.log import Writer, read_log
 from retrack_jax.train import loop
 from retrack_jax.train.loop import Preempted, restore, train
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
+from retrack_jax.train.run_store import RunStore, tree_digest
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS
@@ -188,7 +188,7 @@ def test_wrong_values_with_whole_files_are_noticed(tmp_path, undisturbed, monkey
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
     with RunStore(tmp_path / "wrong") as store:
         digest = tree_digest
-        monkeypatch.setattr("retrack_jax.checkpoints.run_store.tree_digest", lambda tree: digest(tree)[::-1])
+        monkeypatch.setattr("retrack_jax.train.run_store.tree_digest", lambda tree: digest(tree)[::-1])
         store.save(1, {"a": jnp.arange(3.0)})
     monkeypatch.undo()
     with RunStore(tmp_path / "wrong") as store, pytest.raises(UserError, match="digest"):

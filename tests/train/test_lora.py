@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retrack_jax.checkpoints.run_store import tree_digest
 from retrack_jax.checks import UserError
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.train.lora import LoraOptions, adapted, init, merge, scaled
 from retrack_jax.train.optimizer import make_optimizer
+from retrack_jax.train.run_store import tree_digest
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import StepOptions, make_train_step
 from retrack_jax.unlearn.calibration import between

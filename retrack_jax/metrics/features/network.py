@@ -14,6 +14,10 @@ from retrack_jax.metrics.arrays import check_images, unit_images
 from retrack_jax.metrics.blocks import shown_progress
 from retrack_jax.notation import PyTree
 
+NETWORKS = ("digits", "inception")  # behind fid and the metrics like it
+MNIST_RESNET = "mnist_resnet"
+SCORE_NETWORKS = ("features", MNIST_RESNET)  # behind the inception scores; features: the network behind fid
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
