@@ -3,7 +3,7 @@
     python -m retrack_jax.main --config=configs/digits_flow.py            # ReTrack, seed 0
     python -m retrack_jax.main --config=configs/digits_flow.py:all --config.seeds=0,1,2   # every method, one comparison
 
-Hardware: any CPU; two cores are enough. Scores: docs/flows.md, measured.
+Hardware: any CPU; two cores are enough. Scores: docs/measurements/flows.md.
 """
 
 from retrack_jax.config.base import config_beside, with_method

@@ -14,7 +14,8 @@ from retrack_jax.models.dit import DiT
 from tests.messages import error_of
 from tests.tiny import flags
 
-TINY = {"dit.num_layers": 1, "dit.num_attention_heads": 1, "dit.attention_head_dim": 8}
+SIZES = {"unlearn.retrack.batch_size": 8, "unlearn.retrack.forget_batch_size": 8}
+TINY = {"dit.num_layers": 1, "dit.num_attention_heads": 1, "dit.attention_head_dim": 8, **SIZES}
 METRICS = ("frequency", "nll_bits_per_dim", "forget_loss")
 
 
