@@ -4,7 +4,6 @@ A `UserError` is what the user can fix: a config, a file, the data. Its message 
 looked for and what to do. The command line prints it as `error: ...` and exits with status 2; in Python it is a `ValueError`.
 """
 
-import difflib
 import math
 import numbers
 import sys
@@ -29,9 +28,11 @@ class Preempted(Exception):
     """The process was asked to stop; its work is saved, and the same command continues from there."""
 
 
-def nearest_names(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """Returns up to `count` of `choices` that look like `name`, best first."""
-    return difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=0.5)
+def nearest_names(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0.5) -> list[str]:
+    """Returns up to `count` of `choices` that look like `name`, best first; 1 is the `cutoff` of equal names."""
+    from difflib import get_close_matches  # here, because --help does without it
+
+    return get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=cutoff)
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 import traceback
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from retrack_jax.checks import UserError, check, nearest_names
@@ -261,10 +260,9 @@ def _unknown_field(argv: list[str], config_flag: str, error: Exception) -> str:
                 if f"{walked}.{name}" in _RENAMED:
                     return f"--{walked}.{name} is --{_RENAMED[f'{walked}.{name}']} now"
                 if not hasattr(node, "keys") or name not in node:
-                    near = nearest_names(name, node.keys() if hasattr(node, "keys") else (), count=1)
-                    close = near and SequenceMatcher(None, name, near[0]).ratio() > 0.75
+                    near = nearest_names(name, node.keys() if hasattr(node, "keys") else (), count=1, cutoff=0.75)
                     given = argument.removeprefix("--").partition("=")[0]
-                    hint = f"; did you mean {near[0]!r}?" if close else _meant(given, whole)
+                    hint = f"; did you mean {near[0]!r}?" if near else _meant(given, whole)
                     return f"there is no field {walked}.{name}{hint}"
                 node, walked = node[name], f"{walked}.{name}"
     return _one_line(error)

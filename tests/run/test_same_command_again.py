@@ -27,12 +27,12 @@ def finished(tmp_path_factory):
     return root
 
 
-def command(root, workdir, *more):
+def command(root, workdir, *more, method="retrack"):
     fields = ["unlearn.num_steps=2", "unlearn.batch_size=4", "unlearn.accumulation=1", "sampling.batch_size=4"]
     fields += ["sampling.num_images=4", "sampling.num_steps=2", "eval.metrics=('frequency','forget_loss')", "targets=3.png"]
     fields += ["eval.frequency_threshold=100.0", f"checkpoint={root / 'model'}", f"data.dir={root / 'images'}"]
     flags = [f"--config.{field}" for field in (*fields, f"data.cache_dir={root / 'cache'}", *more)]
-    return main(["retrack_jax", "--config=configs/custom.py", f"--workdir={workdir}", *flags])
+    return main(["retrack_jax", f"--config=configs/custom.py:{method}", f"--workdir={workdir}", *flags])
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_
     write_images(tmp_path / "images", seed=1)
 
     def samples_of(name, *more):
-        assert command(tmp_path, tmp_path / name, "eval.metrics=()", "unlearn.num_steps=1", *more) == 0
+        assert command(tmp_path, tmp_path / name, *more, method="pretrained") == 0
         return np.load(tmp_path / name / "pretrained" / "samples.npz")["samples"]
 
     drawn = samples_of("first")
@@ -188,6 +188,7 @@ def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_
     np.testing.assert_array_equal(samples_of("same"), 255 - drawn)
     assert f"samples of the pretrained model are read from {kept}" in capfd.readouterr().err
     assert not np.array_equal(samples_of("seed", "sampling.seed=1"), 255 - drawn)
+    np.testing.assert_array_equal(samples_of("more", "sampling.num_images=8")[:4], drawn)
     kept.write_bytes(b"damaged")
     np.testing.assert_array_equal(samples_of("damaged"), drawn)
     write_model(tmp_path / "model", seed=9)
