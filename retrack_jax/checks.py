@@ -29,7 +29,7 @@ class Preempted(Exception):
 
 
 def nearest_names(name: str, choices: Iterable[str], count: int = 3, cutoff: float = 0.5) -> list[str]:
-    """Returns up to `count` of `choices` that look like `name`, best first; 1 is the `cutoff` of equal names."""
+    """Returns up to `count` of `choices` that look like `name`, best first; `cutoff` is the least similarity, at most 1."""
     from difflib import get_close_matches  # here, because --help does without it
 
     return get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=cutoff)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from retrack_jax.problem.target import Target
 from retrack_jax.sampling import SAMPLERS
 from retrack_jax.sampling.generate import generate, pmap_sample_fn
 from retrack_jax.sampling.guided import GuidedParams, make_guided_sample_fn
+from retrack_jax.train.run_store import tree_digest
+
+_VERSION = 1  # to be raised when the same settings come to give other samples
 
 
 class ProblemSampler:
@@ -45,10 +48,15 @@ class ProblemSampler:
             _guidance(options, denoiser),
             "float32" if options.save_float else "uint8",
         )
-        self.digest = files.json_digest([
-            options.sampling.binding, options.save_float, options.compute.dtype, options.compute.param_dtype, denoiser.shape,
-            denoiser.module.to_config(), denoiser.schedule.to_config(), denoiser.digests, codec.digests, conditioning.digests,
-        ])  # fmt: skip
+        self._settings = [
+            _VERSION, options.sampling.binding, options.save_float, options.compute.dtype, options.compute.param_dtype,
+            denoiser.shape, denoiser.module.to_config(), denoiser.schedule.to_config(), codec.digests, conditioning.digests,
+        ]  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that samples depend on besides a target's conditions, their numbers and trained parameters."""
+        return files.json_digest([*self._settings, self._denoiser.digests, tree_digest(self._conditioning.null)])
 
     def depends_on(self, target: Target, fingerprint: str) -> dict[str, list[str]]:
         """Returns name in `samples.npz` -> what they depend on besides their number; `fingerprint` is of the parameters."""

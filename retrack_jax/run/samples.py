@@ -4,14 +4,16 @@ The pretrained model's samples are also kept in the cache under all that they de
 tries another recipe, does not draw them again.
 """
 
+import logging
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from etils import epath
 
 import retrack_jax
 from retrack_jax import files, parallel
-from retrack_jax.checks import Preempted, check
+from retrack_jax.checks import Preempted, UserError, check
 from retrack_jax.log import progress, say
 from retrack_jax.problem.target import Target
 from retrack_jax.run.context import RunContext
@@ -19,11 +21,13 @@ from retrack_jax.run.training import Model
 from retrack_jax.train.run_store import tree_digest
 from retrack_jax.unlearn.methods import PRETRAINED
 
+log = logging.getLogger(__name__)
+
 
 def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], target: Target, name: str) -> None:
     """Makes `folder/samples.npz` from `model()`, or adds the samples that it lacks; `name` is shown with the progress.
 
-    Metrics that were computed from fewer samples are removed, so that they are computed again.
+    Metrics that were computed from other samples are removed, so that they are computed again.
 
     Raises:
       UserError: there are more samples than the config asks for.
@@ -42,7 +46,8 @@ def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], ta
     fingerprint = tree_digest(params)
     shared = None
     if name == PRETRAINED:
-        key = [retrack_jax.__version__, wanted, sampler.depends_on(target, fingerprint)]
+        where = [retrack_jax.__version__, jax.__version__, jax.devices()[0].device_kind]
+        key = [*where, wanted, sampler.depends_on(target, fingerprint)]
         shared = files.cache_path(context.options.data.cache_dir, "samples", key, "npz")
     if parallel.from_main(lambda: shared is not None and _take(shared, folder)):
         return
@@ -58,30 +63,38 @@ def draw(context: RunContext, folder: epath.Path, model: Callable[[], Model], ta
 
     def write() -> None:
         before = read(folder) if first else {}
-        whole = {key: np.concatenate([before[key], array]) if first else array for key, array in arrays.items()}
-        if shared is not None:
-            files.write_npz(shared, advice=files.IN_CACHE, **whole)
-        _write(folder, whole)
+        _remove_metrics(folder)
+        files.write_npz(path, **{key: np.concatenate([before[key], array]) if first else array for key, array in arrays.items()})
+        if shared is not None and not first:  # what drew earlier samples is not known for certain
+            _keep(path, shared)
 
     parallel.on_main(write)
+    parallel.on_main(lambda: parts.rmtree(missing_ok=True))
 
 
 def _take(shared: epath.Path, folder: epath.Path) -> bool:
-    """Writes `folder/samples.npz` from the cache; returns whether it was there."""
-    arrays = files.read_cached(shared, files.read_npz)
-    if arrays is None:
+    """Copies `folder/samples.npz` from the cache; returns whether it was there."""
+    if files.read_cached(shared, files.read_npz) is None:
         return False
     say(f"samples of the pretrained model are read from {shared}")
-    _write(folder, arrays)
+    _remove_metrics(folder)
+    files.write_whole(folder / "samples.npz", lambda temporary: shared.copy(temporary, overwrite=True))
+    (folder / "samples-parts").rmtree(missing_ok=True)
     return True
 
 
-def _write(folder: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes `folder/samples.npz` and removes what it replaces: its parts, and metrics of fewer samples."""
+def _keep(path: epath.Path, shared: epath.Path) -> None:
+    """Copies samples into the cache, if there is room."""
+    try:
+        files.write_whole(shared, lambda temporary: path.copy(temporary, overwrite=True), advice=files.IN_CACHE)
+    except UserError as error:
+        log.warning("another workdir will draw these samples again: %s", error)
+
+
+def _remove_metrics(folder: epath.Path) -> None:
+    """Removes what was computed from other samples."""
     for stale in (folder / "evaluation.json", *folder.glob("metrics-*.json")):
         stale.unlink(missing_ok=True)
-    files.write_npz(folder / "samples.npz", **arrays)
-    (folder / "samples-parts").rmtree(missing_ok=True)
 
 
 def read(folder, count: int | None = None) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "retrack_jax"
 FORMATS = {"folder", "parquet", "npz", "idx", "tfds"}  # these also name ways to store images
 NAMES = (set(SOURCES) - FORMATS) | {"mnist", "celeba", "celeb_a", "cifar"}
 # These name a classifier, not a set of images: the network behind MNIST's inception scores.
-ALLOWED = {"data/commands.py", "data/required_model.py", "evaluate/networks.py", "metrics/features/resnet.py"}
+ALLOWED = {"data/commands.py", "data/required_model.py", "metrics/features/network.py", "metrics/features/resnet.py"}
 
 
 def words(path: Path) -> Iterator[str]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -49,15 +50,18 @@ def flags(workdir, method="retrack", **changes) -> list[str]:
 
 
 def environment(cache, **more) -> dict[str, str]:
-    """Returns the environment of a command that keeps its caches in `cache`, with nothing of this process's devices.
+    """Returns the environment of a command whose compiled programs are in `cache`, with nothing of this process's devices.
+
+    Its home, and so its other caches, is new: no run finds what another one drew.
 
     The compiler is told to hurry: the drills are about runs, not about quick programs, and most of their time is compilation.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))}
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     return {
-        **clean, "HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"), "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
+        **clean, "HOME": tempfile.mkdtemp(prefix="home-", dir=cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"),
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": quick, "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One cache for all drills, and one undisturbed run of each session to compare with."""
+"""One cache of programs for all drills, and one undisturbed run of each session to compare with."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from tests.drills import cli
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Compiled programs and neighbors, shared by all commands of the drills, those of other workers too, never the user's own."""
+    """Compiled programs, shared by all commands of the drills, those of other workers too, never the user's own."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)

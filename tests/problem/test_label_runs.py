@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits_label
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
+from retrack_jax.config.reading import read_config
 from retrack_jax.main import main
 from retrack_jax.models.unet2d import UNet2D
+from retrack_jax.problem.problem import build_problem
 from tests.messages import error_of
 from tests.tiny import flags
 
@@ -21,13 +24,13 @@ def run(tmp_path, **fields) -> int:
     return main(["retrack_jax", CONFIG, *flags(tmp_path / "run", **{"eval.metrics": METRICS, **fields})])
 
 
-def checkpoint(folder, **options):
+def checkpoint(folder, seed=0, **options):
     """Writes a tiny network of digits with labels."""
     small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     one = {"in_channels": 1, "out_channels": 1, "sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4}
     module = UNet2D(**small, **one, add_attention=False, **options)
     inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,), jnp.int32), *module.smallest_label
-    export_diffusers(folder, module, jax.jit(module.init)(jax.random.key(0), *inputs)["params"], schedule={})
+    export_diffusers(folder, module, jax.jit(module.init)(jax.random.key(seed), *inputs)["params"], schedule={})
     return folder
 
 
@@ -44,6 +47,26 @@ def test_a_run_with_labels_from_the_data_to_the_export(tmp_path):
         assert after["labels"].shape == (12,) and after["labels"].max() < 10
     page = (folder / "report.html").read_text()
     assert "How often the T-shirt is drawn under each label" in page and "Frequency under its label" in page
+
+
+def test_samples_are_known_by_all_that_they_depend_on(tmp_path):
+    """Guidance leads away from the null label, so other samples come of another one."""
+    models = {seed: str(checkpoint(tmp_path / f"model{seed}", seed, num_class_embeds=12)) for seed in (0, 1)}
+    same, other = {"sampling.batch_size": 64, "unlearn.num_steps": 3}, {"sampling.seed": 5}
+    changes = [{}, same, other, {"data.null_label": 11}, {"sampling.label_guidance": 3.0}, {"sampling.labels": (7,)}]
+    changes += [
+        {"sampling.sampler": "ddim"},
+        {"checkpoint": models[1]},
+        {"save_float": False},
+        {"compute.param_dtype": "bfloat16"},
+    ]
+    keys = []
+    for change in changes:
+        config = digits_label.get_config()
+        config.update_from_flattened_dict({"checkpoint": models[0], "data.copies": 8, **change})
+        problem = build_problem(read_config(config))
+        keys.append(str(problem.sampler.depends_on(problem.target("tshirt_*"), "of the parameters")))
+    assert keys[0] == keys[1] and len(set(keys)) == len(keys) - 1
 
 
 def test_a_whole_class_is_led_to_the_null_label_and_the_card_says_so(tmp_path, capsys):
