@@ -50,18 +50,17 @@ def flags(workdir, method="retrack", **changes) -> list[str]:
 
 
 def environment(cache, **more) -> dict[str, str]:
-    """Returns the environment of a command whose compiled programs are in `cache`, with nothing of this process's devices.
+    """Returns the environment of a command, with nothing of this process's devices.
 
-    Its home, and so its other caches, is new: no run finds what another one drew.
-
-    The compiler is told to hurry: the drills are about runs, not about quick programs, and most of their time is compilation.
+    Compiled programs and the list of fonts are in `cache`. The command's home, and so its other caches, is new: no run finds what
+    another one drew. The compiler is told to hurry: most of the drills' time is compilation.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))}
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     return {
         **clean, "HOME": tempfile.mkdtemp(prefix="home-", dir=cache), "JAX_COMPILATION_CACHE_DIR": str(Path(cache) / "xla"),
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": quick, "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
+        "MPLCONFIGDIR": str(Path(cache) / "matplotlib"), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": quick,
+        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()},
     }  # fmt: skip
 
 
