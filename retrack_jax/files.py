@@ -4,6 +4,7 @@ Paths are `etils.epath` paths, so that a workdir may be a folder or a `gs://` ad
 the same folder and renamed. In an object store an object appears only when it is whole, so it is written directly.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -59,7 +60,8 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or {advice}") from error
     finally:
         if temporary != path:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(NotADirectoryError):  # a file lies where its folder should be
+                Path(temporary).unlink(missing_ok=True)
 
 
 def beside(path, ending: str = "tmp"):

@@ -78,15 +78,16 @@ def _take(shared: epath.Path, folder: epath.Path) -> bool:
         return False
     say(f"samples of the pretrained model are read from {shared}")
     _remove_metrics(folder)
-    files.write_whole(folder / "samples.npz", lambda temporary: shared.copy(temporary, overwrite=True))
+    files.write_bytes(folder / "samples.npz", shared.read_bytes())
     (folder / "samples-parts").rmtree(missing_ok=True)
     return True
 
 
 def _keep(path: epath.Path, shared: epath.Path) -> None:
     """Copies samples into the cache, if there is room."""
+    data = path.read_bytes()
     try:
-        files.write_whole(shared, lambda temporary: path.copy(temporary, overwrite=True), advice=files.IN_CACHE)
+        files.write_whole(shared, lambda temporary: temporary.write_bytes(data), advice=files.IN_CACHE)
     except UserError as error:
         log.warning("another workdir will draw these samples again: %s", error)
 

@@ -172,7 +172,7 @@ def test_a_folder_in_place_of_the_summary_is_one_line(again, capsys):
     assert f"error: cannot write {workdir / 'summary.json'}" in capsys.readouterr().err
 
 
-def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_path, capfd):
+def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_path, capfd, caplog):
     """They are marked there to see where they come from."""
     write_model(tmp_path / "model", seed=1)
     write_images(tmp_path / "images", seed=1)
@@ -192,5 +192,8 @@ def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_
     np.testing.assert_array_equal(samples_of("more", "sampling.num_images=8")[:4], drawn)  # the marked ones are in one workdir
     kept.write_bytes(b"damaged")
     np.testing.assert_array_equal(samples_of("damaged"), drawn)
+    shutil.rmtree(kept.parent)
+    kept.parent.write_text("in the way")
     write_model(tmp_path / "model", seed=9)
     assert not np.array_equal(samples_of("weights"), drawn)
+    assert "another workdir will draw these samples again: cannot write" in caplog.text
