@@ -122,13 +122,13 @@ def test_a_cached_file_is_read_or_made_again(tmp_path, caplog):
     assert files.read_cached(path, files.read_npz) is None and "making it again" in caplog.text
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_a_file_where_the_folder_should_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*file/a.json: File exists; free some space or set X"):
         files.write_json(tmp_path / "file" / "a.json", {}, advice="set X")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_a_folder_that_this_user_may_not_write_is_refused_before_anything_is_written(tmp_path):
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     mine.mkdir(mode=0o777)

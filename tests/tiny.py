@@ -25,7 +25,7 @@ TINY = {
 
 def flags(workdir, **more) -> list[str]:
     """The command's arguments after `--config=...`."""
-    cache = {} if "://" in str(workdir) else {"data.cache_dir": f"{workdir}-cache"}  # no test finds what another one drew
+    cache = {} if "://" in str(workdir) else {"data.cache_dir": f"{workdir}-cache"}  # shared with no other test
     fields = {**TINY, **cache, **{name.replace("__", "."): value for name, value in more.items()}}
 
     def text(value):

@@ -1,7 +1,7 @@
 """Huge pages for the arrays of the CPU backend, which XLA takes from the system anew in every step and gives back after it.
 
-A step of the CIFAR-10 UNet touches 1.3 GB, and Linux maps 330,000 pages of 4 KiB for it, every time (what it costs:
-docs/measurements/speed.md). With the tunable below glibc's malloc asks for pages of 2 MiB; 800 are mapped then. glibc reads its
+A step of the CIFAR-10 UNet touches over a gigabyte, which Linux maps in pages of 4 KiB, every time (what it costs:
+docs/measurements/speed.md). With the tunable below glibc's malloc asks for pages of 2 MiB. glibc reads its
 tunables before a program's first line and never again, so the command starts itself a second time: the same process id,
 arguments and open files.
 """

@@ -52,8 +52,8 @@ def flags(workdir, method="retrack", **changes) -> list[str]:
 def environment(cache, **more) -> dict[str, str]:
     """Returns the environment of a command, with nothing of this process's devices.
 
-    Compiled programs and the list of fonts are in `cache`. The command's home, and so its other caches, is new: no run finds what
-    another one drew. The compiler is told to hurry: most of the drills' time is compilation.
+    All commands share compiled programs and matplotlib's list of fonts, in `cache`. Each has a new home folder, and so its own
+    caches of images and samples. XLA does not optimize here, because compiling takes most of the drills' time.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "RETRACK_", "SLURM_"))}
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -173,7 +173,7 @@ def test_a_folder_in_place_of_the_summary_is_one_line(again, capsys):
 
 
 def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_path, capfd, caplog):
-    """They are marked there to see where they come from."""
+    """Other samples are put into the cache, so that it shows which workdirs read it."""
     write_model(tmp_path / "model", seed=1)
     write_images(tmp_path / "images", seed=1)
 
@@ -189,7 +189,7 @@ def test_another_workdir_takes_the_pretrained_models_samples_from_the_cache(tmp_
     assert f"samples of the pretrained model are read from {kept}" in capfd.readouterr().err
     assert not np.array_equal(samples_of("seed", "sampling.seed=1"), 255 - drawn)
     np.testing.assert_array_equal(samples_of("same", "sampling.num_images=8")[:4], 255 - drawn)
-    np.testing.assert_array_equal(samples_of("more", "sampling.num_images=8")[:4], drawn)  # the marked ones are in one workdir
+    np.testing.assert_array_equal(samples_of("more", "sampling.num_images=8")[:4], drawn)  # "same" adds none to the cache
     kept.write_bytes(b"damaged")
     np.testing.assert_array_equal(samples_of("damaged"), drawn)
     shutil.rmtree(kept.parent)
