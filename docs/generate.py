@@ -8,6 +8,7 @@ A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, and co
 
 A result may hold more columns than a document shows: `<!-- table NAME: a, b -->` shows columns a and b. What a text says of a
 measurement beside its table stands in `"quoted": [...]`, as the document has it; a result with quotes needs no table.
+Quotes are copied by hand: a test notices when a document and its quote part, not that both are wrong.
 """
 
 import dataclasses
