@@ -1,0 +1,63 @@
+"""The loss of a forgotten image in all eight orientations, under the model before unlearning and under each model of a workdir.
+
+    python -m tests.benchmarks.orientations --config=configs/mnist5k_tshirt.py --workdir=runs/mnist5k [--results=docs/results]
+
+The verdict takes the loss of a turned copy, under the model before unlearning, for the loss that the image would have if it were
+unseen (evaluate/verdict.py). A retrained model has not seen any of the eight, so there all should have one loss, and that loss is
+what the copies before unlearning should have had. The draws are the verdict's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.cli import flags as command_line
+from retrack_jax.cli.process import set_up_jax
+from retrack_jax.config.reading import read_config
+from retrack_jax.problem.judged import losses
+from retrack_jax.problem.problem import build_problem
+from retrack_jax.report.catalogue import method_label
+from retrack_jax.run.context import Run, RunContext
+from retrack_jax.run.training import load, pretrained, unlearning
+from retrack_jax.run.workdir import Workdir
+from retrack_jax.unlearn.methods import METHODS, PRETRAINED
+from tests.benchmarks.measure import Table
+
+NAMES = "upright", "quarter left", "half", "quarter right", "mirrored", "and quarter left", "and half", "and quarter right"
+
+
+def orientations(image: np.ndarray) -> np.ndarray:
+    """Returns the eight orientations of `image` `[H, H, C]`, in the order of `NAMES`."""
+    return np.stack([np.rot90(each, turns) for each in (image, image[:, ::-1]) for turns in range(4)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--machine", default="two cores")
+    options, rest = parser.parse_known_args()
+    config, root = command_line.parse([sys.argv[0], *rest])
+    set_up_jax(config.compute.cpu_devices)
+    problem = build_problem(read_config(config))
+    spec, seeds = problem.options.target_specs[0], problem.options.seeds
+    target = problem.target(spec)
+    context = RunContext(problem, {spec: target}, Workdir(root), lambda: False)
+    images = orientations(problem.codec.clean(target.images, target.unique[:1])[0])
+    shown = Table(f"orientations_{config.name}", "loss on the image", *NAMES)
+
+    def row(name: str, params) -> None:
+        shown.add(name, *(f"{loss:.0f}" for loss in losses(problem, params, images, None, name).mean(axis=1)))
+
+    row(method_label(PRETRAINED), pretrained(context, load).params)
+    for run in (Run(context, method, target, seed) for method in METHODS for seed in seeds):
+        if (run.folder / "metrics.json").exists():
+            row(f"{method_label(run.method)}, seed {run.seed}", load(unlearning(run), context).params)
+    if options.results:
+        command = f"python -m tests.benchmarks.orientations --config=configs/{config.name}.py --workdir=runs/{config.name}"
+        shown.write(options.results, command, options.machine)
+
+
+if __name__ == "__main__":
+    main()
