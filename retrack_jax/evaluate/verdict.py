@@ -35,6 +35,9 @@ If the remaining images' losses rose by more than `MARGIN` and D is below its no
 
 Remaining images are damaged if their losses rose by more than `MARGIN`, and kept if not, each beyond the noise over R. Without
 held-out images C was trained on as well, so that "unseen" means: no better known than other training images.
+
+A model that strongly remembers an unusual image can be worse at its turned copies than a model that never saw it. Then u_i is too
+high, and even a retrained model is called unchanged (docs/metrics.md has such a case).
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ import numpy as np
 from retrack_jax.cli import flags as command_line
 from retrack_jax.cli.process import set_up_jax
 from retrack_jax.config.reading import read_config
-from retrack_jax.problem.judged import losses
+from retrack_jax.problem.judged import losses, remembered_conditions
 from retrack_jax.problem.problem import build_problem
 from retrack_jax.report.catalogue import method_label
 from retrack_jax.run.context import Run, RunContext
@@ -45,10 +45,11 @@ def main() -> None:
     target = problem.target(spec)
     context = RunContext(problem, {spec: target}, Workdir(root), lambda: False)
     images = orientations(problem.codec.clean(target.images, target.unique[:1])[0])
+    conditions = remembered_conditions(problem, target, [(target.images, target.unique[:1])])
     shown = Table(f"orientations_{config.name}", "loss on the image", *NAMES)
 
     def row(name: str, params) -> None:
-        shown.add(name, *(f"{loss:.0f}" for loss in losses(problem, params, images, None, name).mean(axis=1)))
+        shown.add(name, *(f"{loss:.0f}" for loss in losses(problem, params, images, conditions, name).mean(axis=1)))
 
     row(method_label(PRETRAINED), pretrained(context, load).params)
     for run in (Run(context, method, target, seed) for method in METHODS for seed in seeds):
