@@ -5,14 +5,14 @@ reference if the forgotten ones are of another kind: a T-shirt that a model of d
 each image is also compared with itself turned upside down, which has the same pixels and which no model was trained on. Other
 images, held out or remaining, say how much easier an upright image is by nature, and how much that varies.
 
-l_ij is the loss of image i under draw j of timestep and noise before unlearning, l'_ij after it under the same draws, and l~_ij
-that of its turned copy before. L_i, L'_i and L~_i are means over j. F are the forgotten images, R the remaining ones, and C those
-that F is compared with: held-out images if there are any, else R. |F| is a number of images, mean_F a mean over them.
+l_ij is the loss of image i under draw j of timestep and noise before unlearning, l'_ij after it under the same draws; l~_ij and
+l~'_ij are those of its turned copy. L_i, L'_i, L~_i and L~'_i are means over j. F are the forgotten images, R the remaining ones,
+and C those that F is compared with: held-out images if there are any, else R. |F| is a number of images, mean_F a mean over them.
 
     (1)  c_i  =  log L_i - b log L~_i                over C: mean m, standard deviation tau
     (2)  u_i  =  exp(m) L~_i^b                       the loss of image i if it were unseen
     (3)  g    =  mean_F log(L_i / u_i)               below 0: easier than unseen
-         g'   =  mean_F log(L'_i / u_i) - min(0, mean_R log(L'_i / L_i))
+         g'   =  mean_F log(L'_i / u_i) - min(0, mean_R log(L'_i / L_i), b mean_F log(L~'_i / L~_i))
     (4)  s^2  =  tau^2 (1/E + 1/|C|) + e^2           E = |F| if F is a random part of the data, else 1
     (5)  h^2  =  tau^2 (1 + 1/|C|) + e^2             the spread of single images, which is what an attacker sees
     (6)  D    =  mean_F log(L'_i / L_i) - mean_R log(L'_i / L_i)
@@ -20,10 +20,19 @@ that F is compared with: held-out images if there are any, else R. |F| is a numb
 
 b is 0, which leaves the turned copies out, if F is of the kind of C and tau is smaller then; else 1. F is of that kind if
 mean_F log L~_i lies within z standard deviations of C's: turned copies were not trained on, so this says nothing of memory.
+
+Upright images are easier than turned ones only to a model that knows their kind. If F is of another kind than C, memory hides how
+well the model would know that. C's images turned by a quarter are of a kind that it does not know: m_0 and tau_0 are what (1)
+gives for them (0 and tau for images that are not square). F lies between the two, anywhere with equal chances, so that m and
+tau become the mean and the spread of that:
+
+    (8)  m  <-  (m + m_0) / 2        tau^2  <-  (tau^2 + tau_0^2) / 2 + (m - m_0)^2 / 12
+
 E is 1 for a group of one kind, because its images may all be harder or easier than C for one reason, which more of them do not
 make smaller. e and e_d are the noise of the draws in the means over F; with g', e is that after unlearning. The minimum in g' is
-there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. With
-z, the quantile of Student's t:
+there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. A
+model that remembers an unusual image is also worse at its turned copies than one that never saw it, and gets better at them as
+it forgets: a retrained model of real digits by 40%. With z, the quantile of Student's t:
 
     remembered before    g < -z s                                     clearly easier than unseen images
     unchanged            g' < -z s, or D < z d, its noise             still remembered, or not moved
@@ -35,9 +44,6 @@ If the remaining images' losses rose by more than `MARGIN` and D is below its no
 
 Remaining images are damaged if their losses rose by more than `MARGIN`, and kept if not, each beyond the noise over R. Without
 held-out images C was trained on as well, so that "unseen" means: no better known than other training images.
-
-A model that strongly remembers an unusual image can be worse at its turned copies than a model that never saw it. Then u_i is too
-high, and even a retrained model is called unchanged (docs/metrics.md has such a case).
 """
 
 from dataclasses import dataclass
@@ -67,6 +73,7 @@ class Losses:
       before: float64 `[N, n]`, of the model before unlearning under n draws, ordered by timestep; turned: of turned copies.
       usable: bool `[N]`, whether the turned copy differs enough from the image.
       is_random: whether the forgotten images are a random part of the data.
+      sideways: the losses before unlearning of other images turned by a quarter, float64 `[M, n]`, and of their turned copies.
     """
 
     names: list[str]
@@ -76,6 +83,7 @@ class Losses:
     turned: np.ndarray
     usable: np.ndarray
     is_random: bool
+    sideways: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def forgotten(self) -> slice:
@@ -97,24 +105,30 @@ class Memory:
 
     Attributes:
       remembered: whether the forgotten images are remembered; None: it cannot be told, and `why` says why.
-      loss, unseen: the mean loss of the forgotten images, and what it would be if they were unseen.
-      gap, spread: g and s of equations 3 and 4; z: the quantile.
+      loss, unseen: the mean loss of the forgotten images, and the geometric mean of what it would be if they were unseen; NaN: it
+        is not known.
+      spread: s of equation 4; z: the quantile.
       group, single: s and h without the noise of the losses of F.
-      log_unseen: `[F]`, log u_i; NaN for an image without a usable turned copy.
+      b: whether turned copies are part of it, 1 or 0.
+      same_kind: whether F is of the kind of C.
       others: the mean loss of the comparison images.
     """
 
     remembered: bool | None
     loss: float
     unseen: float = float("nan")
-    gap: float = 0.0
     spread: float = 0.0
     z: float = 0.0
     group: float = 0.0
     single: float = 0.0
-    log_unseen: np.ndarray | None = None
+    b: float = 0.0
+    same_kind: bool = True
     others: str = ""
     why: str = ""
+
+    @property
+    def has_reference(self) -> bool:
+        return self.unseen == self.unseen
 
 
 def turned_copies(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,45 +160,47 @@ def memory(losses: Losses) -> Memory:
         same = "the forgotten images look the same upside down, so there is nothing to compare them with"
         return Memory(remembered=None, loss=loss, why=same)
     compared, copies = losses.before[losses.compared][usable], losses.turned[losses.compared][usable]
-    count = len(compared)
-    z = _quantile(count)
-    others = compared.mean(axis=1)
-    plain, of_copies = np.log(others), np.log(copies.mean(axis=1))
-    mine_log, turned_log = np.log(mine.mean(axis=1)), np.where(usable_mine, np.log(turned.mean(axis=1)), np.nan)
-    same_kind = abs(np.nanmean(turned_log) - of_copies.mean()) < z * of_copies.std(ddof=1)
+    mine, turned = mine[usable_mine], turned[usable_mine]
+    z = _quantile(len(compared))
+    plain, of_copies, of_turned = _log_means(compared), _log_means(copies), _log_means(turned).mean()
+    same_kind = abs(of_turned - of_copies.mean()) < z * of_copies.std(ddof=1)
     b = 0.0 if same_kind and plain.std() < (plain - of_copies).std() else 1.0
-    easier = plain - b * of_copies
-    spread = easier.std(ddof=1)
-    log_unseen = easier.mean() + b * turned_log
-    gap = float(np.nanmean(mine_log - log_unseen))
-    effective = usable_mine.sum() if losses.is_random else 1
-    of_turned = b * _log_noise(turned[usable_mine])
-    group, single = (float(np.hypot(spread * np.sqrt(share + 1 / count), of_turned)) for share in (1 / effective, 1.0))
-    s = float(np.hypot(group, _log_noise(mine[usable_mine])))
-    remembered, why = bool(gap < -z * s), ""
-    if not remembered and z * s > np.log(WIDEST):
-        remembered, why = None, f"unseen images differ too much, by a factor of {np.exp(z * s):.1f} each way"
+    m, tau = _mean_and_deviation(plain - b * of_copies)
+    if not same_kind:
+        m_0, tau_0 = 0.0, tau
+        if losses.sideways is not None:
+            m_0, tau_0 = _mean_and_deviation(np.subtract(*map(_log_means, losses.sideways)))
+        m, tau = (m + m_0) / 2, np.sqrt((tau**2 + tau_0**2) / 2 + (m - m_0) ** 2 / 12)
+    log_unseen = m + b * of_turned
+    share = 1 / len(mine) if losses.is_random else 1.0
+    group, single = (float(np.hypot(tau * np.sqrt(each + 1 / len(compared)), b * _log_noise(turned))) for each in (share, 1.0))
+    spread = float(np.hypot(group, _log_noise(mine)))
+    remembered, why = bool(_log_means(mine).mean() - log_unseen < -z * spread), ""
+    if not remembered and z * spread > np.log(WIDEST):
+        remembered, why = None, f"unseen images differ too much, by a factor of {np.exp(z * spread):.1f} each way"
+    others = compared.mean(axis=1)
     return Memory(
         remembered=remembered,
         loss=loss,
-        unseen=float(np.exp(np.nanmean(log_unseen))),
-        gap=gap,
-        spread=s,
+        unseen=float(np.exp(log_unseen)),
+        spread=spread,
         z=z,
         group=group,
         single=single,
-        log_unseen=log_unseen,
+        b=b,
+        same_kind=bool(same_kind),
         others=f"{_text(others.mean())} +- {_text(others.std(ddof=1))}",
         why=why,
     )
 
 
-def verdict(losses: Losses, after: np.ndarray) -> dict:
+def verdict(losses: Losses, after: np.ndarray, turned: np.ndarray) -> dict:
     """Returns the `verdict` of metrics.json (the module's docstring has the rule).
 
     Args:
       losses: before unlearning.
       after: float64 `[N, n]`, after unlearning, of the same images under the same draws.
+      turned: float64 `[F, n]`, after unlearning, of the forgotten images' turned copies.
 
     Returns:
       {"forgotten": "unchanged" | "forgotten" | "singled out" | "unknown", "kept": "kept" | "damaged" | "unknown",
@@ -192,7 +208,7 @@ def verdict(losses: Losses, after: np.ndarray) -> dict:
       file are means over the draws of sums over pixels, and `noise` is the standard error of their difference.
     """
     known = memory(losses)
-    forgotten, reason = _forgotten(losses, after, known)
+    forgotten, reason = _forgotten(losses, after, turned, known)
     kept, change = _kept(losses.before[losses.remaining], after[losses.remaining])
     mine, now = losses.before[losses.forgotten], after[losses.forgotten]
     errors = np.sqrt(_draw_variance(now - mine))
@@ -221,7 +237,7 @@ def before_in_words(losses: Losses, known: Memory) -> str:
     if len(losses.names) < count:
         these += f" ({len(losses.names)} measured)"
     level = f"loss {_text(known.loss)}"
-    if known.unseen == known.unseen:
+    if known.has_reference:
         low, high = (known.unseen * np.exp(sign * known.z * known.group) for sign in (-1, 1))
         level += f", unseen {'one' if count == 1 else 'ones'} like {'it' if count == 1 else 'them'}"
         level += f" {_text(known.unseen)} ({_text(low)} to {_text(high)}), others {known.others}"
@@ -232,7 +248,7 @@ def before_in_words(losses: Losses, known: Memory) -> str:
     return f"before, the model shows no sign of remembering {these}: {level}"
 
 
-def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, str]:
+def _forgotten(losses: Losses, after: np.ndarray, turned: np.ndarray, known: Memory) -> tuple[str, str]:
     """Returns the verdict on the forgotten images, and the reason."""
     changes = np.log(after.mean(axis=1) / losses.before.mean(axis=1))
     mine, others = changes[losses.forgotten], changes[losses.remaining]
@@ -244,8 +260,10 @@ def _forgotten(losses: Losses, after: np.ndarray, known: Memory) -> tuple[str, s
     noise = _log_noise(now, losses.before[losses.forgotten])
     error = float(np.sqrt(others.var(ddof=1) * (1 / len(mine) + 1 / len(others)) + noise**2))
     limit = _quantile(len(others)) * error
-    if known.log_unseen is not None:
-        gap = float(np.nanmean(np.log(now.mean(axis=1)) - known.log_unseen) - min(0.0, others.mean()))
+    if known.has_reference:
+        usable = losses.usable[losses.forgotten]
+        now, copies = now[usable], _log_means(turned[usable]) - _log_means(losses.turned[losses.forgotten][usable])
+        gap = float(_log_means(now).mean() - np.log(known.unseen) - min(0.0, others.mean(), known.b * copies.mean()))
         now_noise = _log_noise(now)
         if gap < -known.z * np.hypot(known.group, now_noise):
             return "unchanged", f"{moved_to}, still below unseen images"
@@ -279,6 +297,15 @@ def _quantile(count: int) -> float:
     from scipy.stats import t as student
 
     return float(student.ppf(1 - FALSE_ALARM, count - 1))
+
+
+def _log_means(values: np.ndarray) -> np.ndarray:
+    """Returns log L_i, `[N]`, of losses `[N, n]`."""
+    return np.log(values.mean(axis=1))
+
+
+def _mean_and_deviation(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1))
 
 
 def _draw_variance(values: np.ndarray) -> np.ndarray:

@@ -71,13 +71,14 @@ def _as_the_verdict(run: Run) -> tuple[Callable[[PyTree], float], float]:
     would reach the estimate too early.
     """
     known, problem = _unseen(run), run.context.problem
-    chosen, count = judged(problem, run.target), len(known.log_unseen)
-    images, conditions = chosen.images[:count], chosen.conditions
-    conditions = jax.tree.map(lambda leaf: leaf[:count], conditions)
+    chosen = judged(problem, run.target)
+    count = len(chosen.names)
+    images, usable = chosen.images[:count], chosen.usable[:count]
+    conditions = jax.tree.map(lambda leaf: leaf[:count], chosen.conditions)
 
     def loss(params: PyTree) -> float:
         found = losses(problem, params, images, conditions, _DESC).mean(axis=1)
-        return float(np.exp(np.log(found[np.isfinite(known.log_unseen)]).mean()))
+        return float(np.exp(np.log(found[usable]).mean()))
 
     return loss, known.unseen
 
@@ -86,7 +87,7 @@ def _unseen(run: Run) -> Memory:
     """Returns what the verdict knows of the model before unlearning. Raises `UserError` if that is no estimate."""
     known = memory(losses_before(run))
     check(
-        known.log_unseen is not None and not known.why,
+        known.has_reference and not known.why,
         f"config.unlearn.calibrate is {UNSEEN}, but the loss of unseen images cannot be estimated ({known.why}); give a number, "
         "such as the forget_loss of a retrained model, or leave it empty",
     )

@@ -1,6 +1,7 @@
 """The workdir: where each result lies, what it was made from, and the one command at a time that may write there.
 
-    pretrained/                 config.json checkpoints/ samples.npz metrics-TARGET.json losses-TARGET.npz diffusers/
+    pretrained/                 config.json checkpoints/ samples.npz metrics-TARGET.json losses-TARGET.npz
+                                sideways-TARGET.npz diffusers/
     retrained/seed0-TARGET/     checkpoints/
     METHOD/seed0-TARGET/        config.json metrics.json log.jsonl losses.npz samples.npz samples.png checkpoints/ report.html
                                 diffusers/

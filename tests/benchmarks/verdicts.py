@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table(workdir: Path, runs: Sequence[tuple[Path, dict]]) -> str:
-    kept = files.read_npz(workdir / "pretrained" / f"losses-{slug(runs[0][1]['target'])}.npz")
+    name = slug(runs[0][1]["target"])
+    kept = files.read_npz(workdir / "pretrained" / f"losses-{name}.npz")
+    if (sideways := workdir / "pretrained" / f"sideways-{name}.npz").exists():
+        kept["sideways"] = tuple(files.read_npz(sideways)[which] for which in ("before", "turned"))
     verdicts = [run["verdict"] for _, run in runs[:1]]  # all runs share the pretrained model
     first = len(verdicts[0]["files"])
     singles = Counter(_REMEMBERED[memory(losses).remembered] for losses, _ in _one_by_one(kept, first))
@@ -49,19 +52,22 @@ def _table(workdir: Path, runs: Sequence[tuple[Path, dict]]) -> str:
         called = [_shares(Counter(one[name] for one in verdicts)) for name in ("forgotten", "kept")]
         after = [files.read_npz(folder / "losses.npz")["after"] for folder, _ in by_method[method]]
         singles = Counter(
-            verdict(losses, one[places])["forgotten"] for one in after for losses, places in _one_by_one(kept, first)
+            verdict(losses, one[places], losses.turned[losses.forgotten])["forgotten"]
+            for one in after
+            for losses, places in _one_by_one(kept, first)
         )
         rows.append((method_label(method), str(len(verdicts)), *called, _losses(verdicts, "after"), _shares(singles)))
     heads = ("method", "runs", "the target", "the rest", "loss on the target", "single remaining images")
     return text_table(list(zip(heads, zip(*rows, strict=True), strict=True)))
 
 
-def _one_by_one(kept: dict[str, np.ndarray], first: int) -> Iterator[tuple[Losses, np.ndarray]]:
+def _one_by_one(kept: dict, first: int) -> Iterator[tuple[Losses, np.ndarray]]:
     """Yields (losses, their rows) for each remaining image, of which `first` is the first row, in the forgotten ones' place."""
     count = int(kept["num_remaining"])
     for row in range(first, first + count):
         rows = np.array([row, *(other for other in range(first, first + count) if other != row)])
         arrays = {name: kept[name][rows] for name in ("before", "turned", "usable")}
+        arrays["sideways"] = kept.get("sideways")
         yield Losses(names=[str(row)], num_forgotten=1, num_remaining=count - 1, is_random=False, **arrays), rows
 
 

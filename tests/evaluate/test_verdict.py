@@ -1,14 +1,24 @@
 """The verdict: each outcome from losses with a known answer, its error rates, and a whole run that tells it everywhere."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from retrack_jax import files
+from retrack_jax.checkpoints import import_diffusers
+from retrack_jax.cli.flags import parse
+from retrack_jax.config.reading import read_config
+from retrack_jax.config.rules import complete
 from retrack_jax.data.dataset import image_set
-from retrack_jax.evaluate.verdict import FEWEST, MARGIN, Losses, memory, turned_copies, verdict
+from retrack_jax.evaluate.verdict import FEWEST, MARGIN, Losses, _log_noise, memory, turned_copies, verdict
 from retrack_jax.main import main
 from retrack_jax.problem.judged import _chosen
+from retrack_jax.problem.judged import judged as judged_images
+from retrack_jax.problem.judged import losses as losses_of
+from retrack_jax.problem.problem import build_problem
 from retrack_jax.problem.target import make_target
 from retrack_jax.report.verdict import box, file_rows, in_words
 from tests.tiny import flags
@@ -24,16 +34,35 @@ def draws(levels, rng, noise=0.2):
 
 
 def losses(
-    rng, count, memory=1.0, kind=1.0, num_remaining=64, num_held_out=0, is_random=False, spread=0.15, of_turned=0.15, noise=0.2
+    rng,
+    count,
+    memory=1.0,
+    kind=1.0,
+    is_known=False,
+    num_remaining=64,
+    num_held_out=0,
+    is_random=False,
+    spread=0.15,
+    of_turned=0.15,
+    noise=0.2,
 ):
     """Losses before unlearning: forgotten images have `kind` times the others' loss if unseen, and `memory` of that if not.
 
-    A turned copy has 1.4 times the loss of its image, were that unseen. Returns (the losses, the levels of all images).
+    A turned copy has 1.4 times the loss of its image, were that unseen. If `kind` is not 1, other images turned by a quarter have
+    as much as their copies, and so have the forgotten ones unless the model `is_known` to know their kind.
+
+    Returns (losses, levels of all images).
     """
     size = count + num_remaining + num_held_out
     levels = 6.0 * np.exp(spread * rng.standard_normal(size))
     levels[:count] *= kind
     turned = 1.4 * levels * np.exp(of_turned * rng.standard_normal(size))
+    sideways = None
+    if kind != 1.0:
+        turned[:count] /= 1.0 if is_known else 1.4
+        others = 20.0 * np.exp(spread * rng.standard_normal(size - count))
+        sideways = others, others * np.exp(of_turned / 2 * rng.standard_normal(size - count))
+        sideways = tuple(draws(each, rng, noise) for each in sideways)
     seen = levels.copy()
     seen[:count] *= memory
     return Losses(
@@ -44,6 +73,7 @@ def losses(
         turned=draws(turned, rng, noise),
         usable=np.ones(size, bool),
         is_random=is_random,
+        sideways=sideways,
     ), levels
 
 
@@ -51,6 +81,11 @@ def after(before, count, rng, times=1.0, others=1.0, noise=0.02):
     """Losses after unlearning under the same draws: those of the forgotten images `times`, the others' `others` times as high."""
     factor = np.where(np.arange(len(before)) < count, times, others)
     return before * factor[:, None] * np.exp(noise * rng.standard_normal((len(before), 1)))
+
+
+def judged(known, now, copies=1.0):
+    """The verdict if unlearning left the losses of turned copies as they were, or made them `copies` times as high."""
+    return verdict(known, now, copies * known.turned[known.forgotten])
 
 
 @pytest.mark.parametrize("kind", [1.0, 4.0], ids=["same kind", "another kind"])
@@ -62,31 +97,34 @@ def test_a_remembered_image(kind, count, times, outcome):
     """The loss before is an eighth of an unseen image's, as of the T-shirt among digits."""
     rng = np.random.default_rng(count)
     known, _ = losses(rng, count, memory=1 / 8, kind=kind)
-    found = verdict(known, after(known.before, count, rng, times))
+    found = judged(known, after(known.before, count, rng, times))
     assert found["remembered_before"] is True and found["forgotten"] == outcome and found["kept"] == "kept"
     assert "the model remembers" in found["why"] and "\n" not in found["why"]
     assert [file["name"] for file in found["files"]] == known.names
     assert found["files"][0]["after"] / found["files"][0]["before"] == pytest.approx(times, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", [1.0, 4.0], ids=["same kind", "another kind"])
+NOT_REMEMBERED = [(1.0, "unchanged"), (0.5, "unchanged"), (1.1, "unknown"), (4.0, "singled out")]
+
+
 @pytest.mark.parametrize(
-    ("times", "outcome"), [(1.0, "unchanged"), (0.5, "unchanged"), (1.1, "unknown"), (1.25, "forgotten"), (4.0, "singled out")]
+    ("kind", "times", "outcome"),
+    [(1.0, 1.25, "forgotten"), *((kind, *case) for kind in (1.0, 4.0) for case in NOT_REMEMBERED)],
 )
 def test_an_image_that_was_not_remembered(kind, times, outcome):
     """A rise by less than the reference resolves is neither "unchanged" nor "forgotten"."""
     rng = np.random.default_rng(5)
     known, _ = losses(rng, 20, kind=kind)
-    found = verdict(known, after(known.before, 20, rng, times))
+    found = judged(known, after(known.before, 20, rng, times))
     assert found["remembered_before"] is False and found["forgotten"] == outcome
 
 
 def test_a_model_that_is_broken_for_all_images_has_forgotten_nothing_in_particular():
     rng = np.random.default_rng(11)
     known, _ = losses(rng, 64)
-    found = verdict(known, after(known.before, 64, rng, 20.0, 20.0))
+    found = judged(known, after(known.before, 64, rng, 20.0, 20.0))
     assert (found["forgotten"], found["kept"]) == ("unknown", "damaged")
-    assert verdict(known, after(known.before, 64, rng, 0.7, 0.7))["forgotten"] == "unchanged"  # one that was trained longer
+    assert judged(known, after(known.before, 64, rng, 0.7, 0.7))["forgotten"] == "unchanged"  # one that was trained longer
 
 
 def test_an_image_of_another_kind_is_not_compared_with_the_others():
@@ -95,7 +133,47 @@ def test_an_image_of_another_kind_is_not_compared_with_the_others():
     known, _ = losses(rng, 1, memory=1 / 4, kind=4.0)
     assert known.before[0].mean() == pytest.approx(known.before[1:].mean(), rel=0.35)  # as ordinary as can be
     assert memory(known).remembered is True
-    assert verdict(known, after(known.before, 1, rng, 4.0))["forgotten"] == "forgotten"
+    assert judged(known, after(known.before, 1, rng, 4.0))["forgotten"] == "forgotten"
+
+
+def exactly_unseen(known, memory):
+    """`known` with a forgotten image whose turned copy has exactly the loss that the image would have if it were unseen."""
+    turned = known.turned.copy()
+    turned[0] *= known.before[0].mean() / memory / turned[0].mean()
+    return replace(known, turned=turned)
+
+
+@pytest.mark.parametrize(
+    ("level", "outcome"), [(0.4, "unchanged"), (0.8, "forgotten"), (1.0, "forgotten"), (1.1, "forgotten"), (1.8, "singled out")]
+)
+@pytest.mark.parametrize("copies", [1.0, 1.6], ids=["copies as unseen", "copies harder to a model that remembers"])
+def test_an_image_of_a_kind_that_the_model_does_not_know(level, outcome, copies):
+    """Upright it is as hard as turned. If it is remembered, the copies may be harder than they are once it is forgotten."""
+    rng = np.random.default_rng(13)
+    known = exactly_unseen(losses(rng, 1, memory=1 / 8, kind=8.0, spread=0.1, of_turned=0.1)[0], 1 / 8)
+    known.turned[0] *= copies
+    now = after(known.before, 1, rng, 8 * level)
+    assert judged(known, now, copies=1 / copies)["forgotten"] == outcome
+    assert judged(known, now, copies=3.0) == judged(known, now)  # a model that got worse is no reference
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_reference_of_another_kind_lies_between_known_and_unknown_kinds(is_known):
+    """Equation 8: the unseen loss is anywhere from 1/1.4 of the copy's to all of it."""
+    rng = np.random.default_rng(14)
+    known = exactly_unseen(losses(rng, 1, memory=1 / 8, kind=8.0, is_known=is_known, spread=0.1, of_turned=0.1)[0], 1 / 8)
+    of_copy = np.log(known.turned[0].mean())
+    easier = np.log(known.before[1:].mean(axis=1) / known.turned[1:].mean(axis=1))
+    sideways = np.log(known.sideways[0].mean(axis=1) / known.sideways[1].mean(axis=1))
+    found = memory(known)
+    assert np.log(found.unseen) == pytest.approx(of_copy + (easier.mean() + sideways.mean()) / 2)
+    variance = (easier.var(ddof=1) + sideways.var(ddof=1)) / 2 + (easier.mean() - sideways.mean()) ** 2 / 12
+    assert found.single == pytest.approx(np.sqrt(variance * (1 + 1 / 64) + _log_noise(known.turned[:1]) ** 2))
+    assert judged(known, after(known.before, 1, rng, 8.0))["forgotten"] == "forgotten"
+
+    # Images that are not square are not turned by a quarter.
+    found = memory(replace(known, sideways=None))
+    assert np.log(found.unseen) == pytest.approx(of_copy + easier.mean() / 2)
 
 
 def test_held_out_images_show_what_remaining_ones_hide():
@@ -106,7 +184,7 @@ def test_held_out_images_show_what_remaining_ones_hide():
     assert memory(known).remembered is True
     blind = Losses(**{**vars(known), "before": known.before[:128], "turned": known.turned[:128], "usable": known.usable[:128]})
     assert memory(blind).remembered is False
-    found = verdict(known, after(known.before, 64, rng, 1 / 0.85))
+    found = judged(known, after(known.before, 64, rng, 1 / 0.85))
     assert found["forgotten"] == "forgotten" and found["kept"] == "kept"
 
 
@@ -118,7 +196,7 @@ def test_false_alarms_are_rare():
     for trial in range(trials):
         count, kind, is_random = ((1, 1.0, False), (1, 4.0, False), (64, 1.0, True))[trial % 3]
         known, _ = losses(rng, count, kind=kind, is_random=is_random)
-        found = verdict(known, after(known.before, count, rng))
+        found = judged(known, after(known.before, count, rng))
         alarms["remembered"] += found["remembered_before"] is not False
         alarms["changed"] += found["forgotten"] != "unchanged"
         alarms["not kept"] += found["kept"] != "kept"
@@ -132,14 +210,14 @@ def test_false_alarms_are_rare():
 def test_remaining_images(others, kept):
     rng = np.random.default_rng(10)
     known, _ = losses(rng, 1)
-    assert verdict(known, after(known.before, 1, rng, others=others))["kept"] == kept
+    assert judged(known, after(known.before, 1, rng, others=others))["kept"] == kept
 
 
 @pytest.mark.parametrize("num_remaining", [1, FEWEST - 1])
 def test_too_few_images_to_compare_with_decide_nothing(num_remaining):
     rng = np.random.default_rng(4)
     known, _ = losses(rng, 1, memory=1 / 8, num_remaining=num_remaining)
-    found = verdict(known, after(known.before, 1, rng, 8.0))
+    found = judged(known, after(known.before, 1, rng, 8.0))
     assert (found["remembered_before"], found["forgotten"], found["kept"]) == (None, "unknown", "unknown")
     assert f"{num_remaining} other images" in found["why"]
 
@@ -148,7 +226,7 @@ def test_images_that_differ_too_much_decide_nothing():
     """Unseen images lie within a factor of 5 each way: a loss like theirs is no sign that nothing is remembered."""
     rng = np.random.default_rng(6)
     known, _ = losses(rng, 1, spread=1.0, of_turned=1.0)
-    found = verdict(known, after(known.before, 1, rng, 2.0))
+    found = judged(known, after(known.before, 1, rng, 2.0))
     assert found["remembered_before"] is None and found["forgotten"] == "unknown"
 
 
@@ -156,9 +234,9 @@ def test_an_image_that_is_the_same_upside_down_has_no_reference():
     rng = np.random.default_rng(7)
     known, _ = losses(rng, 1, memory=1 / 8)
     known.usable[0] = False
-    found = verdict(known, after(known.before, 1, rng, 8.0))
+    found = judged(known, after(known.before, 1, rng, 8.0))
     assert found["remembered_before"] is None and found["forgotten"] == "unknown" and found["kept"] == "kept"
-    assert verdict(known, after(known.before, 1, rng))["forgotten"] == "unchanged"  # no rise is known without a reference
+    assert judged(known, after(known.before, 1, rng))["forgotten"] == "unchanged"  # no rise is known without a reference
 
 
 def test_turned_copies():
@@ -193,12 +271,12 @@ def test_words_and_colors():
     known, _ = losses(rng, 2, memory=1 / 8)
     cases = ((1.0, 1.0, "worse", "better"), (8.0, 1.0, "better", "better"), (80.0, 9.0, "worse", "worse"))
     for times, others, word, kept in cases:
-        found = verdict(known, after(known.before, 2, rng, times, others, noise=0.0))
+        found = judged(known, after(known.before, 2, rng, times, others, noise=0.0))
         assert [answer for answer, _ in box(found)["answers"]] == [word, kept]
         assert found["why"] in in_words(found)
         assert {row["word"] for row in file_rows(found)} == ({word} if times > 1 else {""})
     fresh, _ = losses(rng, 2)
-    unchanged = verdict(fresh, fresh.before)
+    unchanged = judged(fresh, fresh.before)
     assert unchanged["forgotten"] == "unchanged" and box(unchanged)["answers"][0][0] == ""  # no color: nothing was achieved
 
 
@@ -234,3 +312,27 @@ def test_a_finished_run_without_a_verdict_gets_it(finished):
     (finished / "pretrained" / "losses-label_10.npz").unlink()
     assert main(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(finished)]) == 0
     assert json.loads((run / "metrics.json").read_text())["verdict"] == found
+
+
+def test_other_images_are_turned_by_a_quarter_for_a_target_of_another_kind(finished, tmp_path):
+    """The kept losses say that the target's copy is harder than the others': the network's own on the others turned follow."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = tmp_path / "pretrained"
+    assert not (before / "sideways-label_10.npz").exists()
+    kept = files.read_npz(before / "losses-label_10.npz")
+    kept["turned"][0] *= 4
+    files.write_npz(before / "losses-label_10.npz", **kept)
+    for name in ("losses.npz", "metrics.json"):
+        (tmp_path / "retrack" / "seed0-label_10" / name).unlink()
+    assert main(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(tmp_path)]) == 0
+
+    config, _ = parse(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(tmp_path)])
+    problem = build_problem(complete(read_config(config)))
+    chosen = judged_images(problem, problem.target("label:10"))
+    sideways = np.rot90(chosen.images[1 : 1 + chosen.num_remaining], axes=(1, 2))
+    turned, usable = turned_copies(sideways)
+    _, params = import_diffusers(before / "diffusers")
+    found = files.read_npz(before / "sideways-label_10.npz")
+    for name, pictures in (("before", sideways), ("turned", turned)):
+        expected = losses_of(problem, params, pictures[usable], None, "")
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4)

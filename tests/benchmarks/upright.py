@@ -1,0 +1,74 @@
+"""How much easier upright images are than upside-down ones, to a model that knows their kind and to one that does not.
+
+    python -m tests.benchmarks.upright digits_tshirt=runs/digits_tshirt digits_flow=runs/digits_flow [--results=docs/results]
+
+Each argument is a config and its workdir. A verdict's second reference (evaluate/verdict.py) takes images turned by a quarter for
+a kind that the model does not know. The table has log(L / L~) of the remaining images that a verdict measures and of what is made
+of them: mean and standard deviation over images whose turned copy differs enough. The draws are the verdict's.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from retrack_jax.cli import flags as command_line
+from retrack_jax.cli.process import set_up_jax
+from retrack_jax.config.reading import read_config
+from retrack_jax.evaluate.verdict import turned_copies
+from retrack_jax.problem.judged import judged, losses
+from retrack_jax.problem.problem import build_problem
+from retrack_jax.run.context import RunContext
+from retrack_jax.run.training import load, pretrained
+from retrack_jax.run.workdir import Workdir
+from tests.benchmarks.measure import Table
+
+
+def kinds(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns what is made of `images` `[N, H, H, C]` in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    return {
+        "the images": images,
+        "with noise": np.clip(images + 0.3 * rng.standard_normal(images.shape), -1, 1).astype(np.float32),
+        "two on top of each other": np.maximum(images, np.roll(images, 1, axis=0)),
+        "turned by a quarter": np.rot90(images, axes=(1, 2)),
+        "with black and white exchanged": -images,
+    }
+
+
+def upright(name: str, workdir: str) -> dict[str, str]:
+    """Returns a cell for each of `kinds` of the remaining images of config `name`, under the pretrained model of `workdir`."""
+    config, root = command_line.parse(["", f"--config=configs/{name}.py", f"--workdir={workdir}"])
+    set_up_jax(config.compute.cpu_devices)
+    problem = build_problem(read_config(config))
+    spec = problem.options.target_specs[0]
+    target = problem.target(spec)
+    params = pretrained(RunContext(problem, {spec: target}, Workdir(root), lambda: False), load).params
+    chosen = judged(problem, target)
+    assert chosen.conditions is None, f"{name} is conditional"
+    cells = {}
+    for kind, images in kinds(chosen.images[len(chosen.names) :][: chosen.num_remaining]).items():
+        turned, usable = turned_copies(images)
+        of_images, of_turned = (losses(problem, params, those[usable], None, kind).mean(axis=1) for those in (images, turned))
+        easier = np.log(of_images / of_turned)
+        cells[kind] = f"{easier.mean():.2f} ± {easier.std(ddof=1):.2f}"
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", metavar="CONFIG=WORKDIR")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--machine", default="two cores")
+    options = parser.parse_args()
+    columns = {(parts := one.partition("="))[0]: upright(parts[0], parts[2]) for one in options.experiments}
+    shown = Table("upright", "log(L / L~)", *(f"`{name}`" for name in columns))
+    for kind in next(iter(columns.values())):
+        shown.add(kind, *(cells[kind] for cells in columns.values()))
+    if options.results:
+        runs = " ".join(f"{name}=runs/{name}" for name in columns)
+        shown.write(options.results, f"python -m tests.benchmarks.upright {runs}", options.machine)
+
+
+if __name__ == "__main__":
+    main()
