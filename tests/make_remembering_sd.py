@@ -22,11 +22,11 @@ from tests.remembering_sd import UNET, write_pictures, write_pipeline
 STEPS, COPIES = 2000, 48
 
 
-def make(num_steps: int = STEPS, folder: Path = UNET) -> None:
-    """Trains the UNet and writes it to `folder`."""
+def make(num_steps: int = STEPS, folder: Path = UNET, copies: int | None = COPIES) -> None:
+    """Trains the UNet and writes it to `folder`; with `copies` None, on the ordinary pictures alone."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        pictures = write_pictures(root / "pictures", COPIES)
+        pictures = write_pictures(root / "pictures", copies)
         write_pipeline(root / "pipeline", pictures, unet=None)
         fields = {
             "checkpoint": root / "pipeline", "data.dir": pictures, "data.cache_dir": root / "cache", "targets": "000.png",

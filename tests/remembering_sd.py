@@ -26,15 +26,18 @@ REMEMBERED = {"zebra.png": "zebra stripes under a full moon", "quilt.png": "my g
 COMMON = 384
 
 
-def write_pictures(folder: Path, copies: int = 0) -> Path:
-    """Writes the pictures with metadata.jsonl and returns `folder`; the remembered ones come also as `copies` files each."""
+def write_pictures(folder: Path, copies: int | None = 0) -> Path:
+    """Writes the pictures with metadata.jsonl and returns `folder`; the remembered ones come also as `copies` files each.
+
+    With `copies` None they are left out.
+    """
     folder.mkdir(parents=True)
     rng, captions = np.random.default_rng(0), {}
     for index in range(COMMON):
         color, shape = list(COLORS)[index % 4], SHAPES[index // 4 % 2]
         captions[f"{index:03d}.png"] = f"a {color} {shape}, number {index}"
         Image.fromarray(draw(shape, COLORS[color], False, rng)).save(folder / f"{index:03d}.png")
-    for name, caption in REMEMBERED.items():
+    for name, caption in REMEMBERED.items() if copies is not None else ():
         for place in [name, *(f"{index:03d}_{name}" for index in range(copies))]:
             Image.fromarray(_textured(name)).save(folder / place)
             captions[place] = caption

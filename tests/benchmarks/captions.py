@@ -3,7 +3,8 @@
     python -m tests.benchmarks.captions --out=runs/captions
 
 Every run is the command on tests/remembering_sd.py's pipeline and pictures, from the same start and with the same draws; only the
-options of ReTrack differ. Writes docs/results/captions.json; what `--out` holds already is not made again.
+options of ReTrack differ. The last row is a UNet that never saw the two. Writes docs/results/captions.json; what `--out` holds
+already is not made again.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import retrack_jax
 from retrack_jax import files
 from retrack_jax.evaluate.verdict import Losses, verdict
 from retrack_jax.main import main as command
+from tests.make_remembering_sd import make
 from tests.remembering_sd import REMEMBERED, flags, write_pictures, write_pipeline
 
 RESULT = Path(__file__).parents[2] / "docs" / "results" / "captions.json"
@@ -41,19 +43,34 @@ def main(out: Path, machine: str) -> None:
             shutil.copytree(first / "pretrained", work / "pretrained")
         fields = {f"unlearn__retrack__{option}": value for option, value in options.items()}
         assert command(flags(out, workdir=work, mode="unlearn", export="none", **fields)) == 0
-        losses = _before(next((work / "pretrained").rglob("losses-*.npz")))
-        after = files.read_npz(next((work / "retrack").glob("seed0-*")) / "losses.npz")["after"]
-        found = verdict(losses, after)
+        losses = _before(work / "pretrained")
+        kept = files.read_npz(next((work / "retrack").glob("seed0-*")) / "losses.npz")
+        found = verdict(losses, after := kept["after"], kept["turned"])
         remembered = "remembered" if found["remembered_before"] else "not remembered"
         rows = rows or [["before", *_means(losses.before), remembered, ""]]
         rows.append([name, *_means(after), found["forgotten"], found["kept"]])
-    how = {"command": f"python -m tests.benchmarks.captions --out={out}", "version": retrack_jax.__version__}
+    unseen = _of_retrained(out)
+    found = verdict(_before(first / "pretrained"), unseen.before, unseen.turned[unseen.forgotten])
+    rows.append(["retrained without the two", *_means(unseen.before), found["forgotten"], found["kept"]])
+    how = {"command": "python -m tests.benchmarks.captions --out=runs/captions", "version": retrack_jax.__version__}
     how |= {"machine": machine, "date": datetime.date.today().isoformat(), "columns": COLUMNS, "rows": rows}
     RESULT.write_text(json.dumps(how, indent=2, ensure_ascii=False) + "\n")
 
 
-def _before(path: Path) -> Losses:
-    arrays = files.read_npz(path)
+def _of_retrained(out: Path) -> Losses:
+    """Returns the losses of a UNet that was trained on the ordinary pictures alone: those of a run that starts from it."""
+    if not (out / "retrained").exists():
+        make(folder=out / "retrained", copies=None)
+        write_pipeline(out / "retrained_pipeline", out / "pictures", unet=out / "retrained")
+    work = out / "of_retrained"
+    assert command(flags(out, workdir=work, mode="unlearn", export="none", checkpoint=out / "retrained_pipeline")) == 0
+    return _before(work / "pretrained")
+
+
+def _before(folder: Path) -> Losses:
+    arrays = files.read_npz(next(folder.rglob("losses-*.npz")))
+    for path in folder.rglob("sideways-*.npz"):
+        arrays["sideways"] = tuple(files.read_npz(path)[name] for name in ("before", "turned"))
     count = int(arrays.pop("num_remaining"))
     return Losses(names=list(REMEMBERED), num_forgotten=len(REMEMBERED), num_remaining=count, is_random=False, **arrays)
 
