@@ -7,7 +7,8 @@ images, held out or remaining, say how much easier an upright image is by nature
 
 l_ij is the loss of image i under draw j of timestep and noise before unlearning, l'_ij after it under the same draws; l~_ij and
 l~'_ij are those of its turned copy. L_i, L'_i, L~_i and L~'_i are means over j. F are the forgotten images, R the remaining ones,
-and C those that F is compared with: held-out images if there are any, else R. |F| is a number of images, mean_F a mean over them.
+and C those that F is compared with: held-out images if there are at least `FEWEST`, else R. |F| is a number of images, mean_F a
+mean over them. Images whose turned copy is nearly themselves are left out of F and C in (1) to (5).
 
     (1)  c_i  =  log L_i - b log L~_i                over C: mean m, standard deviation tau
     (2)  u_i  =  exp(m) L~_i^b                       the loss of image i if it were unseen
@@ -23,8 +24,8 @@ mean_F log L~_i lies within z standard deviations of C's: turned copies were not
 
 Upright images are easier than turned ones only to a model that knows their kind. If F is of another kind than C, memory hides how
 well the model would know that. C's images turned by a quarter are of a kind that it does not know: m_0 and tau_0 are what (1)
-gives for them (0 and tau for images that are not square). F lies between the two, anywhere with equal chances, so that m and
-tau become the mean and the spread of that:
+gives for them (0 and tau if they cannot be turned: they are not square, or fewer than `FEWEST` differ from their copies). F lies
+between the two, anywhere with equal chances, so that m and tau become the mean and the spread of that:
 
     (8)  m  <-  (m + m_0) / 2        tau^2  <-  (tau^2 + tau_0^2) / 2 + (m - m_0)^2 / 12
 
@@ -32,15 +33,16 @@ E is 1 for a group of one kind, because its images may all be harder or easier t
 make smaller. e and e_d are the noise of the draws in the means over F; with g', e is that after unlearning. The minimum in g' is
 there because a model that is trained longer gets better at unseen images too; one that got worse is measured by what it was. A
 model that remembers an unusual image is also worse at its turned copies than one that never saw it, and gets better at them as
-it forgets: a retrained model of real digits by 40%. With z, the quantile of Student's t:
+it forgets: a retrained model of real digits by 40%. With z, the quantile of Student's t for |C| images (for |R| with d), the
+first that holds is said:
 
     remembered before    g < -z s                                     clearly easier than unseen images
-    unchanged            g' < -z s, or D < z d, its noise             still remembered, or not moved
-    singled out          g' > z h and D > max(z d, s)                 rose far above unseen images: it now stands out
-    forgotten            otherwise, if D > max(z d, s)                rose to the level of unseen images
-    unknown              otherwise                                    it moved by less than s, which the reference cannot resolve
-
-If the remaining images' losses rose by more than `MARGIN` and D is below its noise, the verdict is unknown instead of unchanged.
+    unchanged            g' < -z s                                    still remembered
+    unchanged            D < z d, its noise                           not moved; unknown if R's losses rose by more than `MARGIN`
+    unknown              nothing found before, and z s > log WIDEST   no reference that is of use
+    unknown              D < s                                        moved by less than the reference can resolve
+    singled out          g' > z h                                     rose far above unseen images: it now stands out
+    forgotten            otherwise                                    rose to the level of unseen images
 
 Remaining images are damaged if their losses rose by more than `MARGIN`, and kept if not, each beyond the noise over R. Without
 held-out images C was trained on as well, so that "unseen" means: no better known than other training images.
@@ -50,7 +52,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The probability of a false alarm in each comparison. A sweep of tens of runs asks tens of questions, so 5% would be too much.
+# The probability of a false alarm on each side of a comparison. A sweep of tens of runs asks tens of questions: 5% is too much.
 FALSE_ALARM = 0.01
 # With fewer comparison images the spread tau is itself a guess: of 8 images it is known to a factor of about 1.3.
 FEWEST = 8
@@ -263,7 +265,10 @@ def _forgotten(losses: Losses, after: np.ndarray, turned: np.ndarray, known: Mem
     if known.has_reference:
         usable = losses.usable[losses.forgotten]
         now, copies = now[usable], _log_means(turned[usable]) - _log_means(losses.turned[losses.forgotten][usable])
-        gap = float(_log_means(now).mean() - np.log(known.unseen) - min(0.0, others.mean(), known.b * copies.mean()))
+        unseen_now = known.unseen * np.exp(min(0.0, others.mean(), known.b * copies.mean()))
+        if _text(unseen_now) != _text(known.unseen):
+            moved_to += f", unseen {_text(unseen_now)} by now"
+        gap = float(_log_means(now).mean() - np.log(unseen_now))
         now_noise = _log_noise(now)
         if gap < -known.z * np.hypot(known.group, now_noise):
             return "unchanged", f"{moved_to}, still below unseen images"
@@ -272,7 +277,7 @@ def _forgotten(losses: Losses, after: np.ndarray, turned: np.ndarray, known: Mem
             return "unknown", f"{moved_to}, and the losses of all other images rose as much"
         return "unchanged", f"{moved_to}, no rise beyond the noise"
     if known.remembered is None:
-        return "unknown", f"{moved_to}, and no reference to compare it with"
+        return "unknown", f"{moved_to}, and {known.why}"
     if not change > known.spread:
         return "unknown", f"{moved_to}, too small a rise to tell from how images differ"
     if gap > known.z * np.hypot(known.single, now_noise):

@@ -50,10 +50,11 @@ def judge(run: Run, params: Callable[[], PyTree]) -> dict:
         images = judged(run.context.problem, run.target)
 
         def measure() -> dict[str, np.ndarray]:
+            unlearned = params()
             everyone, forgotten = np.arange(len(images.images)), np.arange(len(images.names))
             return {
-                "after": _losses(run, params(), images, images.images, everyone),
-                "turned": _losses(run, params(), images, images.turned[forgotten], forgotten),
+                "after": _losses(run, unlearned, images, images.images, everyone),
+                "turned": _losses(run, unlearned, images, images.turned[forgotten], forgotten),
             }
 
         arrays = _kept_losses(run.folder / "losses.npz", ("after", "turned"), measure)

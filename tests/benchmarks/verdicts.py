@@ -7,7 +7,8 @@ The pretrained model is known to remember the T-shirt, and the retrained models 
 rest, so their rows are the errors of the rule. The others are to be read together with their losses, which are printed too.
 
 Further errors come from the losses that are kept: each remaining image is taken for the forgotten one and compared with the
-others. A model that was unlearned from something else has neither remembered it in particular nor forgotten it.
+others. A model that was unlearned from something else has neither remembered it in particular nor forgotten it. Their turned
+copies after unlearning were not measured; those before stand for them.
 """
 
 import argparse

@@ -176,6 +176,23 @@ def test_the_reference_of_another_kind_lies_between_known_and_unknown_kinds(is_k
     assert np.log(found.unseen) == pytest.approx(of_copy + easier.mean() / 2)
 
 
+def test_the_line_says_what_unseen_images_have_by_now():
+    """A range from before unlearning would contradict the verdict if turned copies, or all images, became easier."""
+    rng = np.random.default_rng(16)
+    known, _ = losses(rng, 1, memory=1 / 8, kind=8.0)
+    unseen = memory(known).unseen
+    found = judged(known, after(known.before, 1, rng, 8.0), copies=0.5)
+    assert f"unseen {0.5 * unseen:.3g} by now" in found["why"]
+    assert "by now" not in judged(known, after(known.before, 1, rng, 8.0, others=1.01), copies=1.5)["why"]
+
+
+def test_what_is_still_remembered_is_so_in_a_model_that_got_worse_for_all_images():
+    rng = np.random.default_rng(17)
+    known, _ = losses(rng, 1, memory=1 / 8)
+    found = judged(known, after(known.before, 1, rng, 1.2, others=1.2))
+    assert (found["forgotten"], found["kept"]) == ("unchanged", "damaged")
+
+
 def test_held_out_images_show_what_remaining_ones_hide():
     """All training images are a tenth easier than unseen ones: among themselves nothing shows."""
     rng = np.random.default_rng(1)
@@ -322,8 +339,10 @@ def test_other_images_are_turned_by_a_quarter_for_a_target_of_another_kind(finis
     kept = files.read_npz(before / "losses-label_10.npz")
     kept["turned"][0] *= 4
     files.write_npz(before / "losses-label_10.npz", **kept)
-    for name in ("losses.npz", "metrics.json"):
-        (tmp_path / "retrack" / "seed0-label_10" / name).unlink()
+    run = tmp_path / "retrack" / "seed0-label_10"
+    (run / "metrics.json").unlink()
+    old = files.read_npz(run / "losses.npz")
+    files.write_npz(run / "losses.npz", after=old["after"])  # as a workdir has it whose runs were judged before copies were
     assert main(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(tmp_path)]) == 0
 
     config, _ = parse(["retrack_jax", "--config=configs/digits_tshirt.py", *flags(tmp_path)])
@@ -333,6 +352,7 @@ def test_other_images_are_turned_by_a_quarter_for_a_target_of_another_kind(finis
     turned, usable = turned_copies(sideways)
     _, params = import_diffusers(before / "diffusers")
     found = files.read_npz(before / "sideways-label_10.npz")
+    np.testing.assert_allclose(files.read_npz(run / "losses.npz")["turned"], old["turned"], rtol=1e-6)
     for name, pictures in (("before", sideways), ("turned", turned)):
         expected = losses_of(problem, params, pictures[usable], None, "")
         np.testing.assert_allclose(found[name], expected, rtol=1e-4)
