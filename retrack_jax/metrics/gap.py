@@ -12,6 +12,7 @@ were retrained from different seeds are apart too; what counts is how much farth
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax import parallel
@@ -68,5 +69,5 @@ def prediction_distances(
 
 
 def _pair_distances(params, other, schedule, images_NHWC, rng, pairs_B, *, eps_fn, num_noises):
-    x_t, t_B, _, _ = noisy_pairs(schedule, images_NHWC, None, rng, pairs_B, num_noises)
+    x_t, t_B, _, _ = noisy_pairs(schedule, images_NHWC, None, jnp.arange(len(images_NHWC)), rng, pairs_B, num_noises)
     return ((eps_fn(params, x_t, t_B) - eps_fn(other, x_t, t_B)) ** 2).sum(axis=(1, 2, 3))

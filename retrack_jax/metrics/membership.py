@@ -51,6 +51,7 @@ def denoising_losses(
     *,
     num_noises: int = 256,
     conditions: PyTree = None,
+    numbers: np.ndarray | None = None,
     batch_size: int | None = None,
     desc: str = "",
 ) -> np.ndarray:
@@ -66,6 +67,7 @@ def denoising_losses(
       rng: decides t and eps.
       num_noises: draws per image.
       conditions: of the images, as in `metrics.blocks.condition_of`.
+      numbers: int `[N]`, the number of each image; None: 0, ..., N - 1.
       batch_size, desc: as in `in_blocks`, for pairs of image and draw.
 
     Raises:
@@ -74,34 +76,35 @@ def denoising_losses(
     check_int("num_noises", num_noises, 1)
     images = parallel.replicate(np.asarray(images, np.float32))
     conditions = parallel.replicate(jax.tree.map(np.asarray, conditions))
-    p_losses = mapped(_pair_losses, (None, None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
+    numbers = parallel.replicate(np.arange(len(images), dtype=np.int32) if numbers is None else np.asarray(numbers, np.int32))
+    p_losses = mapped(_pair_losses, (None, None, None, None, None, None, 0), eps_fn=eps_fn, num_noises=num_noises)
 
     def of_pairs(pairs: np.ndarray) -> Array:
-        return p_losses(params, schedule, images, conditions, rng, pairs)
+        return p_losses(params, schedule, images, conditions, numbers, rng, pairs)
 
     losses = in_blocks(of_pairs, len(images) * num_noises, images.shape[1:], batch_size, desc).astype(np.float64)
     _check_finite("loss", losses)
     return losses.reshape(len(images), num_noises)
 
 
-def _pair_losses(params, schedule, images_NHWC, conditions, rng, pairs_B, *, eps_fn, num_noises):
-    x_t, t_B, target, condition = noisy_pairs(schedule, images_NHWC, conditions, rng, pairs_B, num_noises)
+def _pair_losses(params, schedule, images_NHWC, conditions, numbers_N, rng, pairs_B, *, eps_fn, num_noises):
+    x_t, t_B, target, condition = noisy_pairs(schedule, images_NHWC, conditions, numbers_N, rng, pairs_B, num_noises)
     return jnp.sum((eps_fn(params, x_t, t_B, *condition) - target) ** 2, axis=(1, 2, 3))
 
 
-def noisy_pairs(schedule, images_NHWC: Array, conditions: PyTree, rng: Rng, pairs_B: Array, num_noises: int):
+def noisy_pairs(schedule, images_NHWC: Array, conditions: PyTree, numbers_N: Array, rng: Rng, pairs_B: Array, num_noises: int):
     """Returns (x_t, t, target of the network, condition) of the pairs `image * num_noises + draw`, int `[B]`.
 
-    They are those of `denoising_losses`.
+    They are those of `denoising_losses` for images with these numbers.
     """
     image_B, draw_B = pairs_B // num_noises, pairs_B % num_noises
     x_0 = images_NHWC[image_B]
 
-    def draw(image, number):
-        time_rng, noise_rng = jax.random.split(jax.random.fold_in(jax.random.fold_in(rng, image), number))
+    def draw(number, j):
+        time_rng, noise_rng = jax.random.split(jax.random.fold_in(jax.random.fold_in(rng, number), j))
         return jax.random.uniform(time_rng), jax.random.normal(noise_rng, images_NHWC.shape[1:])
 
-    place_B, eps = jax.vmap(draw)(image_B, draw_B)
+    place_B, eps = jax.vmap(draw)(numbers_N[image_B], draw_B)
     num_timesteps = len(schedule.gamma)
     t_B = jnp.floor((draw_B.astype(jnp.float32) + place_B) * (num_timesteps / num_noises)).astype(jnp.int32)
     t_B = jnp.minimum(t_B, num_timesteps - 1)

@@ -76,14 +76,16 @@ def losses(
     conditions: PyTree,
     desc: str,
     num_noises: int | None = None,
+    numbers: np.ndarray | None = None,
     seed: int = _SEED,
 ) -> np.ndarray:
     """Returns the denoising losses of `images` under `conditions` (both as in `Judged`), float64 `[N, n]`.
 
-    `num_noises` is n; None: as many as a verdict takes. `seed` decides the draws; by default they are the verdict's.
+    `num_noises` is n; None: as many as a verdict takes. `seed` and `numbers` (as in `denoising_losses`) decide the draws; by
+    default they are the verdict's.
     """
     denoiser = problem.denoiser
-    how = {"num_noises": num_noises or _count(problem), "conditions": conditions, "desc": desc}
+    how = {"num_noises": num_noises or _count(problem), "conditions": conditions, "numbers": numbers, "desc": desc}
     return denoising_losses(denoiser.eps_fn, params, denoiser.schedule, images, jax.random.key(seed), **how)
 
 

@@ -48,16 +48,7 @@ def judge(run: Run, params: Callable[[], PyTree]) -> dict:
         if run.method == PRETRAINED:
             return verdict(found, found.before, found.turned[found.forgotten])
         images = judged(run.context.problem, run.target)
-
-        def measure() -> dict[str, np.ndarray]:
-            unlearned = params()
-            everyone, forgotten = np.arange(len(images.images)), np.arange(len(images.names))
-            return {
-                "after": _losses(run, unlearned, images, images.images, everyone),
-                "turned": _losses(run, unlearned, images, images.turned[forgotten], forgotten),
-            }
-
-        arrays = _kept_losses(run.folder / "losses.npz", ("after", "turned"), measure)
+        arrays = _kept_losses(run.folder / "losses.npz", ("after", "turned"), lambda: _of_images(run, params(), images, "after"))
         return verdict(found, arrays["after"], arrays["turned"])
     except Diverged as error:
         return unknown(str(error))
@@ -66,35 +57,57 @@ def judge(run: Run, params: Callable[[], PyTree]) -> dict:
 def losses_before(run: Run) -> Losses:
     """Returns the losses of the model before unlearning, which are kept in `run.before`."""
     images = judged(run.context.problem, run.target)
+    rows, count = np.arange(len(images.images)), len(images.names)
 
-    def measure(pictures: np.ndarray, turned: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def measure() -> dict[str, np.ndarray]:
         params = pretrained(run.context, load).params
-        return {name: _losses(run, params, images, those, rows) for name, those in (("before", pictures), ("turned", turned))}
+        arrays = _of_images(run, params, images, "before")
+        turned = _losses(run, params, images, images.turned[count:], rows[count:], rows[count:])
+        about = {"usable": images.usable, "num_remaining": np.array(images.num_remaining)}
+        return arrays | about | {"turned": np.concatenate([arrays["turned"], turned])}
 
-    def measure_upright() -> dict[str, np.ndarray]:
-        arrays = measure(images.images, images.turned, np.arange(len(images.images)))
-        return {**arrays, "usable": images.usable, "num_remaining": np.array(images.num_remaining)}
-
-    arrays = _kept_losses(run.before / f"losses-{run.target.slug}.npz", ("before", "turned"), measure_upright)
+    arrays = _kept_losses(run.before / f"losses-{run.target.slug}.npz", ("before", "turned"), measure)
     about = {name: getattr(images, name) for name in ("names", "num_forgotten", "num_remaining", "usable", "is_random")}
     found = Losses(**about, before=arrays["before"], turned=arrays["turned"])
+    return found if memory(found).same_kind else _with_sideways(run, images, found)
+
+
+def _with_sideways(run: Run, images: Judged, found: Losses) -> Losses:
+    """Returns `found` with the losses of the comparison images turned by a quarter, if they can be turned."""
     height, width = images.images.shape[1:3]
-    if memory(found).same_kind or height != width:
+    if height != width:
         return found
     sideways = np.rot90(images.images[found.compared], axes=(1, 2))
     turned, usable = turned_copies(sideways)
     if usable.sum() < FEWEST:
         return found
     rows = np.arange(len(images.images))[found.compared][usable]
-    path = run.before / f"sideways-{run.target.slug}.npz"
-    arrays = _kept_losses(path, ("before", "turned"), lambda: measure(sideways[usable], turned[usable], rows))
+
+    def measure() -> dict[str, np.ndarray]:
+        params, numbers = pretrained(run.context, load).params, np.arange(len(rows))
+        pictures = {"before": sideways[usable], "turned": turned[usable]}
+        return {name: _losses(run, params, images, those, rows, numbers) for name, those in pictures.items()}
+
+    arrays = _kept_losses(run.before / f"sideways-{run.target.slug}.npz", ("before", "turned"), measure)
     return replace(found, sideways=(arrays["before"], arrays["turned"]))
 
 
-def _losses(run: Run, params: PyTree, images: Judged, pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns the losses of `pictures` `[M, h, w, c]` under the conditions of `rows` of `images`, float64 `[M, n]`."""
-    conditions = jax.tree.map(lambda leaf: leaf if len(leaf) == 1 else leaf[rows], images.conditions)
-    return losses(run.context.problem, params, pictures, conditions, "verdict")
+def _of_images(run: Run, params: PyTree, images: Judged, name: str) -> dict[str, np.ndarray]:
+    """Returns the losses of all `images`, under `name`, and `turned`, those of the forgotten ones' copies."""
+    rows, count = np.arange(len(images.images)), len(images.names)
+    pictures, both = np.concatenate([images.images, images.turned[:count]]), np.concatenate([rows, rows[:count]])
+    found = _losses(run, params, images, pictures, both, both)
+    return {name: found[: len(rows)], "turned": found[len(rows) :]}
+
+
+def _losses(run: Run, params: PyTree, images: Judged, pictures: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Returns the losses of `pictures` `[M, h, w, c]` under the conditions of `rows` of `images`, float64 `[M, n]`.
+
+    `numbers` decide the draws. All calls are filled up to the same number of images, so that one program is compiled for them.
+    """
+    fill = np.arange(len(images.images) + len(images.names)) % len(pictures)
+    conditions = jax.tree.map(lambda leaf: leaf if len(leaf) == 1 else leaf[rows[fill]], images.conditions)
+    return losses(run.context.problem, params, pictures[fill], conditions, "verdict", numbers=numbers[fill])[: len(pictures)]
 
 
 def _kept_losses(path: epath.Path, names: tuple[str, ...], measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -67,6 +67,14 @@ def test_draws_do_not_depend_on_the_batch_size(sets, rng):
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+def test_draws_follow_the_number_of_an_image(sets, rng):
+    """A part of the images, in any order, has the losses that it has among all."""
+    every = denoising_losses(_memory_eps, sets[2], SCHEDULE, sets[0], rng, num_noises=8, batch_size=16)
+    numbers = np.array([3, 0, 2])
+    some = denoising_losses(_memory_eps, sets[2], SCHEDULE, sets[0][numbers], rng, num_noises=8, numbers=numbers, batch_size=16)
+    np.testing.assert_allclose(some, every[numbers], rtol=1e-4)
+
+
 @pytest.mark.parametrize("score", ["loss", "secmi"])
 def test_scores_tell_what_is_remembered_and_nothing_after_forgetting(sets, rng, score):
     members, held_out, other = sets
