@@ -37,9 +37,11 @@ it forgets: a retrained model of real digits by 40%. With z, the quantile of Stu
 first that holds is said:
 
     remembered before    g < -z s                                     clearly easier than unseen images
+    unknown              |R| < `FEWEST`                               too few to compare the change with
     unchanged            g' < -z s                                    still remembered
     unchanged            D < z d, its noise                           not moved; unknown if R's losses rose by more than `MARGIN`
-    unknown              nothing found before, and z s > log WIDEST   no reference that is of use
+    unknown              no reference, or not remembered before       nothing of use to compare it with
+                         and z s > log `WIDEST`
     unknown              D < s                                        moved by less than the reference can resolve
     singled out          g' > z h                                     rose far above unseen images: it now stands out
     forgotten            otherwise                                    rose to the level of unseen images
@@ -58,8 +60,6 @@ FALSE_ALARM = 0.01
 FEWEST = 8
 # A reference that spans more than this factor each way is of no use: memorized images lie below it by factors of 2 to 10.
 WIDEST = 2.0
-# A turned copy that is nearly the image itself, as of a ring, was seen in training too. Correlation of their pixels.
-TOO_ALIKE = 0.9
 # Models that were trained from other seeds differ by less on the digits, and this is far below what is seen in samples there.
 MARGIN = 0.1
 
@@ -130,24 +130,7 @@ class Memory:
 
     @property
     def has_reference(self) -> bool:
-        return self.unseen == self.unseen
-
-
-def turned_copies(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each image upside down or rotated by half a turn, whichever is less like it, and whether it differs enough.
-
-    Left and right are not swapped alone: many models are trained on images that are mirrored like that at random.
-
-    Args:
-      images: float `[N, H, W, C]`.
-
-    Returns:
-      (copies `[N, H, W, C]`, bool `[N]`)
-    """
-    candidates = np.stack([images[:, ::-1], images[:, ::-1, ::-1]])
-    likeness = np.stack([_correlation(images, copies) for copies in candidates])
-    best = likeness.argmin(axis=0)
-    return candidates[best, np.arange(len(images))], likeness.min(axis=0) < TOO_ALIKE
+        return not np.isnan(self.unseen)
 
 
 def memory(losses: Losses) -> Memory:
@@ -332,13 +315,6 @@ def _log_noise(now: np.ndarray, before: np.ndarray | None = None) -> float:
     if before is not None:
         values = values - before / before.mean(axis=1, keepdims=True)
     return float(np.sqrt(_draw_variance(values).sum()) / len(values))
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the correlation over pixels of each pair of images, `[N]`; 1 for images of one color."""
-    a, b = (x.reshape(len(x), -1) - x.reshape(len(x), -1).mean(axis=1, keepdims=True) for x in (a, b))
-    norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.where(norm > 0, (a * b).sum(axis=1) / np.where(norm > 0, norm, 1), 1.0)
 
 
 def _text(value: float) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.target_names import is_random
-from retrack_jax.evaluate.verdict import turned_copies
+from retrack_jax.evaluate.turned import turned_copies
 from retrack_jax.metrics.membership import denoising_losses
 from retrack_jax.neighbors.distinct import distinct_rows
 from retrack_jax.notation import PyTree

@@ -14,7 +14,8 @@ from etils import epath
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import Diverged
-from retrack_jax.evaluate.verdict import FEWEST, Losses, before_in_words, memory, turned_copies, unknown, verdict
+from retrack_jax.evaluate.turned import turned_copies
+from retrack_jax.evaluate.verdict import FEWEST, Losses, before_in_words, memory, unknown, verdict
 from retrack_jax.log import say
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.evaluation import label_of

@@ -8,7 +8,6 @@ one, that of the config's method and first seed, and the retrained one, as far a
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import jax
@@ -17,17 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from retrack_jax.checkpoints import import_diffusers
-from retrack_jax.cli import flags as command_line
-from retrack_jax.cli.process import set_up_jax
-from retrack_jax.config.reading import read_config
 from retrack_jax.data.dataset import pixels_to_model, unit_to_pixels
-from retrack_jax.problem.problem import build_problem
 from retrack_jax.report.catalogue import method_label
 from retrack_jax.report.grids import grid, samples_picture, save_png
 from retrack_jax.run import samples
-from retrack_jax.run.context import RunContext
-from retrack_jax.run.training import load, pretrained
-from retrack_jax.run.workdir import Workdir
+from tests.benchmarks.opened import opened
 
 LEVELS = (100, 250, 500, 750)  # timesteps of 1000
 _MARGIN, _LABEL, _LINE = 24, 210, 26  # pixels
@@ -63,14 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/images/before_after.png", type=Path)
     options, rest = parser.parse_known_args()
-    config, root = command_line.parse([sys.argv[0], *rest])
-    set_up_jax(config.compute.cpu_devices)
-    problem = build_problem(read_config(config))
-    spec, method = problem.options.target_specs[0], problem.options.method
-    target, workdir = problem.target(spec), Workdir(root)
-    context = RunContext(problem, {spec: target}, workdir, lambda: False)
+    context, params = opened(rest)
+    problem, workdir, (target,) = context.problem, context.workdir, context.targets.values()
+    method = problem.options.method
     image = np.asarray(target.images.images[target.unique[0]])
-    noised, before = estimates(problem.denoiser, pretrained(context, load).params, image)
+    noised, before = estimates(problem.denoiser, params, image)
     name = problem.options.eval.mark_name
     rows = {f"the {name}, noised": noised, "before unlearning": before}
     for made_by in (method, "retrain"):

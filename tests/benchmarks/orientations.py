@@ -8,22 +8,17 @@ what the copies before unlearning should have had. The draws are the verdict's.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.cli import flags as command_line
-from retrack_jax.cli.process import set_up_jax
-from retrack_jax.config.reading import read_config
 from retrack_jax.problem.judged import losses, remembered_conditions
-from retrack_jax.problem.problem import build_problem
 from retrack_jax.report.catalogue import method_label
-from retrack_jax.run.context import Run, RunContext
-from retrack_jax.run.training import load, pretrained, unlearning
-from retrack_jax.run.workdir import Workdir
+from retrack_jax.run.context import Run
+from retrack_jax.run.training import load, unlearning
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
 from tests.benchmarks.measure import Table
+from tests.benchmarks.opened import opened
 
 NAMES = "upright", "quarter left", "half", "quarter right", "mirrored", "and quarter left", "and half", "and quarter right"
 
@@ -38,25 +33,22 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--machine", default="two cores")
     options, rest = parser.parse_known_args()
-    config, root = command_line.parse([sys.argv[0], *rest])
-    set_up_jax(config.compute.cpu_devices)
-    problem = build_problem(read_config(config))
-    spec, seeds = problem.options.target_specs[0], problem.options.seeds
-    target = problem.target(spec)
-    context = RunContext(problem, {spec: target}, Workdir(root), lambda: False)
+    context, params = opened(rest)
+    problem, (target,) = context.problem, context.targets.values()
     images = orientations(problem.codec.clean(target.images, target.unique[:1])[0])
     conditions = remembered_conditions(problem, target, [(target.images, target.unique[:1])])
-    shown = Table(f"orientations_{config.name}", "loss on the image", *NAMES)
+    shown = Table(f"orientations_{context.options.name}", "loss on the image", *NAMES)
 
     def row(name: str, params) -> None:
         shown.add(name, *(f"{loss:.0f}" for loss in losses(problem, params, images, conditions, name).mean(axis=1)))
 
-    row(method_label(PRETRAINED), pretrained(context, load).params)
-    for run in (Run(context, method, target, seed) for method in METHODS for seed in seeds):
+    row(method_label(PRETRAINED), params)
+    for run in (Run(context, method, target, seed) for method in METHODS for seed in context.options.seeds):
         if (run.folder / "metrics.json").exists():
             row(f"{method_label(run.method)}, seed {run.seed}", load(unlearning(run), context).params)
     if options.results:
-        command = f"python -m tests.benchmarks.orientations --config=configs/{config.name}.py --workdir=runs/{config.name}"
+        name = context.options.name
+        command = f"python -m tests.benchmarks.orientations --config=configs/{name}.py --workdir=runs/{name}"
         shown.write(options.results, command, options.machine)
 
 

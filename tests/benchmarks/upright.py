@@ -12,16 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from retrack_jax.cli import flags as command_line
-from retrack_jax.cli.process import set_up_jax
-from retrack_jax.config.reading import read_config
-from retrack_jax.evaluate.verdict import turned_copies
+from retrack_jax.evaluate.turned import turned_copies
 from retrack_jax.problem.judged import judged, losses
-from retrack_jax.problem.problem import build_problem
-from retrack_jax.run.context import RunContext
-from retrack_jax.run.training import load, pretrained
-from retrack_jax.run.workdir import Workdir
 from tests.benchmarks.measure import Table
+from tests.benchmarks.opened import opened
 
 
 def kinds(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -38,12 +32,8 @@ def kinds(images: np.ndarray) -> dict[str, np.ndarray]:
 
 def upright(name: str, workdir: str) -> dict[str, str]:
     """Returns a cell for each of `kinds` of the remaining images of config `name`, under the pretrained model of `workdir`."""
-    config, root = command_line.parse(["", f"--config=configs/{name}.py", f"--workdir={workdir}"])
-    set_up_jax(config.compute.cpu_devices)
-    problem = build_problem(read_config(config))
-    spec = problem.options.target_specs[0]
-    target = problem.target(spec)
-    params = pretrained(RunContext(problem, {spec: target}, Workdir(root), lambda: False), load).params
+    context, params = opened([f"--config=configs/{name}.py", f"--workdir={workdir}"])
+    problem, (target,) = context.problem, context.targets.values()
     chosen = judged(problem, target)
     assert chosen.conditions is None, f"{name} is conditional"
     cells = {}

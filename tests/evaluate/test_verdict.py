@@ -13,7 +13,8 @@ from retrack_jax.cli.flags import parse
 from retrack_jax.config.reading import read_config
 from retrack_jax.config.rules import complete
 from retrack_jax.data.dataset import image_set
-from retrack_jax.evaluate.verdict import FEWEST, MARGIN, Losses, _log_noise, memory, turned_copies, verdict
+from retrack_jax.evaluate.turned import turned_copies
+from retrack_jax.evaluate.verdict import FEWEST, MARGIN, Losses, _log_noise, memory, verdict
 from retrack_jax.main import main
 from retrack_jax.problem.judged import _chosen
 from retrack_jax.problem.judged import judged as judged_images
