@@ -36,7 +36,7 @@ def get_config(method=None):
     config.compute.cpu_devices = 2
 
     config.sampling.num_images = 1000
-    config.sampling.batch_size = 250
+    config.sampling.batch_size = 16  # of 4 to 250 the fastest on two cores
     config.eval.metrics = ("frequency", "fid", "kid", "precision", "recall", "nll_bits_per_dim", "forget_loss")
     config.eval.features = "digits"
     config.eval.score_network = "features"

@@ -129,7 +129,7 @@ def unlearn(
         gather=lambda rows: {name: remain[rows]} | {field: each[rows] for field, each in of_remain.items()},
         num_remain=len(remain),
         forget_rows=np.arange(len(forget)),
-        remain_size=recipe.batch_size if "remain" in entry.streams else 0,
+        remain_size=recipe.remain_size(entry),
         forget_size=recipe.forget_size(entry),
         seed=int(jax.random.bits(order_rng, dtype="uint32")),
     )

@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -10,51 +12,77 @@ from retrack_jax import parallel
 from retrack_jax.checks import check
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import TrainingOptions, UnlearnOptions
+from retrack_jax.models.cpu.microbatch import images_at_once
 from retrack_jax.unlearn.methods import METHODS, Method
+from retrack_jax.weights.kinds import network_config
 
 log = logging.getLogger(__name__)
 
 
 def fit_to_devices(options: Options) -> Options:
-    """Returns `options` with fewer microbatches, and a larger batch of samples, if the devices at hand ask for it; logs both.
+    """Returns `options` with other microbatches, and a larger batch of samples, if the devices at hand ask for it; logs both.
 
-    The images of a step stay those of the recipe: D devices take the place of D microbatches. Either change moves results by
-    rounding alone.
+    The images of a step stay those of the recipe: D devices take the place of D microbatches, and a CPU takes as many
+    microbatches as its cache asks for (`models/cpu/microbatch.py`). Either change moves results by rounding alone.
 
     Raises:
       UserError: a batch that a run of these options takes does not divide evenly over the devices.
     """
-    methods = {name: _with_fewer_parts(recipe, "unlearn") for name, recipe in options.methods.items()}
+    most = images_at_once(_network(options)) if jax.default_backend() == "cpu" else None
+    methods, pretrain = {**options.methods}, options.pretrain
+    for name in [name for name in options.method_names if name in methods]:
+        recipe, method = methods[name], METHODS[name]
+        images = recipe.remain_size(method) + recipe.forget_size(method)
+        methods[name] = with_microbatches(recipe, f"unlearn.{name}", images, most)
+    if _pretrains(options):
+        pretrain = with_microbatches(pretrain, "pretrain", pretrain.batch_size, most)
     batch, devices = options.sampling.batch_size, jax.device_count()
     sampling = dataclasses.replace(options.sampling, batch_size=-(-batch // devices) * devices)
     if sampling.batch_size != batch:
         change = sampling.batch_size, batch, devices
         log.info("config.sampling.batch_size is %d in place of %d, a multiple of %d devices", *change)
-    pretrain = _with_fewer_parts(options.pretrain, "pretrain")
     options = dataclasses.replace(options, methods=methods, sampling=sampling, pretrain=pretrain)
     _check(options)
     return options
 
 
-def _with_fewer_parts(recipe: TrainingOptions, stage: str) -> TrainingOptions:
-    if recipe.batch_size is None:
-        return recipe
+def _network(options: Options) -> Mapping[str, Any]:
+    """Returns the config of the network that denoises, with diffusers' names; empty if it is in one file or not there."""
+    if not options.checkpoint:
+        return dataclasses.asdict(options.new_network)
+    _, config = network_config(options.checkpoint) or (None, {})
+    return config
+
+
+def with_microbatches(recipe: TrainingOptions, stage: str, images: int, most: int | None) -> TrainingOptions:
+    """Returns `recipe` with the most microbatches that it asks for and its batches can be divided into, and so many more that a
+    device takes at most `most` of the `images` of a step at once, if that is given.
+    """
     devices, parts = jax.device_count(), recipe.accumulation
     whole = math.gcd(recipe.batch_size, getattr(recipe, "forget_batch_size", 0))
-    each = whole // devices
-    if whole % devices or not each % parts:
+    if whole % devices:
         return recipe
-    fewer = max(number for number in range(1, parts + 1) if each % number == 0)
-    change = stage, fewer, parts, recipe.batch_size, devices
+    numbers = [number for number in range(1, whole // devices + 1) if whole // devices % number == 0]
+    fitting = max(number for number in numbers if number <= parts)
+    if most is not None:
+        enough = (number for number in numbers if images <= number * devices * most)
+        fitting = max(fitting, next(enough, numbers[-1]))
+    if fitting == parts:
+        return recipe
+    change = stage, fitting, parts, images, devices
     log.info("config.%s.accumulation is %d in place of %d: %d images per step over %d devices", *change)
-    return dataclasses.replace(recipe, accumulation=fewer)
+    return dataclasses.replace(recipe, accumulation=fitting)
+
+
+def _pretrains(options: Options) -> bool:
+    """Returns whether a model is trained from random weights."""
+    return not options.checkpoint or any(name in METHODS and METHODS[name].from_scratch for name in options.method_names)
 
 
 def _check(options: Options) -> None:
-    names = options.method_names
-    if not options.checkpoint or any(name in METHODS and METHODS[name].from_scratch for name in names):
+    if _pretrains(options):
         parallel.check_divisible("config.pretrain.batch_size", options.pretrain.batch_size, options.pretrain.accumulation)
-    for name in names:
+    for name in options.method_names:
         if name in options.methods:
             check_unlearning_step(options.methods[name], METHODS[name], "config.unlearn.")
     if {"relearning_steps", "relearning_steps_remain"} & {*options.eval.metrics}:

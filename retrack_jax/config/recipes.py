@@ -30,7 +30,7 @@ class TrainingOptions:
 
     num_steps: int | None
     batch_size: int | None = 128  # images per step, over all devices and microbatches
-    accumulation: int | None = 1  # microbatches per step
+    accumulation: int | None = 1  # microbatches per step; a CPU may take more (config/devices.py)
     learning_rate: float | None
     learning_rate_schedule: str = "constant"  # or cosine
     warmup_steps: int = 0
@@ -189,6 +189,10 @@ class UnlearnOptions(TrainingOptions):
         how = super().step_options(t_end if self.t_max is None else self.t_max, dropout, condition_dropout)
         distill, lora = self.retain_loss == "distillation", self.lora if self.has_adapter else None
         return replace(how, options=self.own, num_steps=self.num_steps, t_min=self.t_min, distill=distill, lora=lora)
+
+    def remain_size(self, method: Method) -> int:
+        """Returns how many remaining images a step of `method` takes."""
+        return self.batch_size if "remain" in method.streams else 0
 
     def forget_size(self, method: Method) -> int:
         """Returns how many forgotten images a step of `method` takes."""

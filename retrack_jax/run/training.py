@@ -122,7 +122,7 @@ def unlearning(run: Run) -> Job:
             gather=problem.gather(target.images, target.remain),
             num_remain=len(target.remain),
             forget_rows=target.copy_of,
-            remain_size=recipe.batch_size if "remain" in entry.streams else 0,
+            remain_size=recipe.remain_size(entry),
             forget_size=recipe.forget_size(entry),
             seed=seed,
         )

@@ -35,12 +35,12 @@ NETWORKS = {
 # The images in the remain and in the forget batch of one step; lambda and learning rate of the official recipes.
 BATCH = {"digits": (64, 64), "cifar10": (8, 8), "celebahq": (1, 1)}
 RECIPE = {
-    "digits": (0.005, 1e-4), "digits_tshirt": (0.005, 1e-4), "mnist_tshirt": (0.005, 1e-4), "cifar10": (0.02, 2e-5),
-    "celebahq": (0.005, 5e-6), "stable_diffusion": (0.5, 1e-5),
+    "digits": (0.005, 1e-4), "digits_tshirt": (0.005, 1e-4), "mnist_tshirt": (0.005, 1e-4), "mnist5k_tshirt": (0.005, 5e-5),
+    "cifar10": (0.02, 2e-5), "celebahq": (0.005, 5e-6), "stable_diffusion": (0.5, 1e-5),
 }  # fmt: skip
 # The paper's number of neighbors, and SISS's rescale factor.
 NUM_NEIGHBORS = 10
-SISS_SCALE = {"digits": 5.0, "cifar10": 5.0, "celebahq": 500.0}
+SISS_SCALE = {"digits": 5.0, "mnist_tshirt": 5.0, "mnist5k_tshirt": 5.0, "cifar10": 5.0, "celebahq": 500.0}
 
 
 def config_of(name: str) -> dict[str, Any]:

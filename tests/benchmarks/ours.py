@@ -8,7 +8,10 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_schedule_config
+from retrack_jax.config.devices import with_microbatches
+from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.diffusion import Schedule, make_eps_fn
+from retrack_jax.models.cpu.microbatch import images_at_once
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import PyTree
 from retrack_jax.sampling.ddpm import DDPM
@@ -17,12 +20,12 @@ from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import get_method
-from tests.benchmarks.networks import BATCH, NETWORKS, NUM_NEIGHBORS, RECIPE, SISS_SCALE
+from tests.benchmarks.networks import BATCH, NUM_NEIGHBORS, RECIPE, SISS_SCALE, config_of
 
 
 def make_module(network: str, dtype: str = "float32", **fields) -> tuple[UNet2D, PyTree]:
     """Returns the module and random parameters."""
-    module = UNet2D.from_config(NETWORKS[network], dtype=jnp.dtype(dtype), **fields)
+    module = UNet2D.from_config(config_of(network), dtype=jnp.dtype(dtype), **fields)
     size, channels = module.sample_size, module.in_channels
     x, t = jnp.zeros((1, size, size, channels)), jnp.zeros((1,), jnp.int32)
     return module, jax.jit(module.init)(jax.random.key(0), x, t)["params"]
@@ -30,7 +33,7 @@ def make_module(network: str, dtype: str = "float32", **fields) -> tuple[UNet2D,
 
 def make_data(network: str, remain: int, forget: int) -> tuple[PyTree, Shared]:
     """Returns a batch over all devices of random uint8 images, and one forgotten image with its neighbors on the devices."""
-    config, source = NETWORKS[network], np.random.default_rng(0)
+    config, source = config_of(network), np.random.default_rng(0)
     shape = (config["sample_size"], config["sample_size"], config["in_channels"])
 
     def pixels(count: int) -> dict:
@@ -69,15 +72,29 @@ def write_checkpoint(network: str, folder) -> None:
 
 
 def make_training(
-    network: str, method: str, batch: tuple[int, int] | None = None, dtype: str = "float32", checkpoint=None, **fields
+    network: str,
+    method: str,
+    batch: tuple[int, int] | None = None,
+    dtype: str = "float32",
+    checkpoint=None,
+    accumulation: int | None = None,
+    **fields,
 ) -> Callable:
     """Returns a function of no argument that takes one training step and waits for it.
 
-    `checkpoint` is a folder that the model is read from, in place of random weights.
+    `checkpoint` is a folder that the model is read from, in place of random weights. Without `accumulation` a CPU takes the
+    microbatches that the command takes.
     """
     module, params = import_diffusers(checkpoint) if checkpoint else make_module(network, dtype, **fields)
-    data, shared = make_data(network, *(batch or BATCH[network]))
-    step, state, rng = make_step(module, network, method), make_state(network, params), parallel.replicate(jax.random.key(1))
+    remain, forget = batch or BATCH[network]
+    data, shared = make_data(network, remain, forget)
+    if accumulation is None:
+        entry, recipe = get_method(method), UnlearnOptions(batch_size=remain, forget_batch_size=forget)
+        images = recipe.remain_size(entry) + recipe.forget_size(entry)
+        most = images_at_once(config_of(network)) if jax.default_backend() == "cpu" else None
+        accumulation = with_microbatches(recipe, "unlearn", images, most).accumulation
+    step, state = make_step(module, network, method, accumulation), make_state(network, params)
+    rng = parallel.replicate(jax.random.key(1))
 
     def run() -> None:
         nonlocal state

@@ -1,10 +1,11 @@
-"""What a CIFAR-10 step on CPU is made of, where the whole step does not show it: seconds of single parts, printed.
+"""What a step on CPU is made of, where the whole step does not show it: seconds of single parts, printed.
 
     python -m tests.benchmarks.parts gradients            # of kernels: XLA's direct form and Winograd's in strips
     python -m tests.benchmarks.parts update [DEVICES]     # averaging and applying gradients, whatever the batch
     python -m tests.benchmarks.parts start                # from a new process to the first step; run it twice for a warm cache
+    python -m tests.benchmarks.parts microbatches         # one step in 1, 2, 4, ... parts, and its memory
 
-Each prints seconds.
+The first three are of CIFAR-10's step.
 """
 
 import statistics
@@ -18,6 +19,7 @@ import numpy as np
 
 from retrack_jax import parallel
 from retrack_jax.models.cpu import winograd
+from tests.benchmarks.measure import Table, once
 
 BEGAN = time.perf_counter()
 # Images, pixels per side, channels in and out.
@@ -80,6 +82,25 @@ def update(devices: int = 2) -> None:
         print(f"{devices} devices, {name}: {statistics.median(seconds(run, rounds=8)):.3f} s", flush=True)
 
 
+# Images in each of the two batches of a step of ReTrack, and in how many parts they are taken.
+MICROBATCHES = {
+    "digits": (64, (1, 2, 4, 8)),
+    "mnist5k_tshirt": (128, (1, 4, 8, 16, 32)),
+    "mnist_tshirt": (128, (8, 16, 32, 64)),
+    "cifar10": (8, (1, 2, 4)),
+}
+
+
+def microbatches() -> None:
+    """Prints the seconds of a step on two devices, and the memory of its process, over the number of its microbatches."""
+    table = Table("speed_microbatches", "network", "microbatches", "images at once on a device", "s a step", "GiB")
+    for network, (images, numbers) in MICROBATCHES.items():
+        for parts in numbers:
+            same = {"network": network, "method": "retrack", "batch": (images, images), "num_devices": 2}
+            row = once("ours", "training", accumulation=parts, **same)
+            table.add(network, f"{parts}", f"{images // parts}", f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 2**30:.2f}")
+
+
 def start() -> None:
     """Prints the seconds of each stretch on the way to the first step; programs are kept in a cache of this benchmark's own."""
     kept = Path("~/.cache/retrack_jax/benchmarks").expanduser()
@@ -116,6 +137,7 @@ def start() -> None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     part, *rest = sys.argv[1:] or [""]
-    if part not in ("gradients", "update", "start"):
+    parts = {"gradients": gradients, "update": update, "start": start, "microbatches": microbatches}
+    if part not in parts:
         sys.exit(__doc__)
-    {"gradients": gradients, "update": update, "start": start}[part](*map(int, rest))
+    parts[part](*map(int, rest))

@@ -1,19 +1,24 @@
-"""The same command on other devices: microbatches give way to devices, and the batch of samples is rounded up to them."""
+"""The same command on other devices: microbatches give way to devices, the batch of samples is rounded up to them, and a CPU
+takes no more images at once than its cache holds.
+"""
 
+import json
 import logging
 
 import jax
 import pytest
 
-from configs import celebahq, digits_tshirt, stable_diffusion
+from configs import celebahq, cifar10, digits_tshirt, mnist5k_tshirt, stable_diffusion
 from retrack_jax.checks import UserError
 from retrack_jax.config.base import base_config
 from retrack_jax.config.devices import fit_to_devices
 from retrack_jax.config.reading import read_config
+from retrack_jax.models.cpu.microbatch import images_at_once
 
 
-def fitted(config, devices, monkeypatch):
+def fitted(config, devices, monkeypatch, platform="gpu"):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     return fit_to_devices(read_config(config))
 
 
@@ -28,6 +33,53 @@ def test_the_official_recipes_fit_other_devices(module, devices, accumulation, m
     recipe = options.recipe("retrack")
     assert recipe.accumulation == accumulation and recipe.batch_size == config.unlearn.batch_size
     assert ("accumulation is" in caplog.text) == (accumulation != config.unlearn.accumulation)
+
+
+# Of 2 MiB an image's widest level takes 2^13 bytes (digits), 25,088 * 4 (mnist5k), 2^19 (cifar10). At least 4 images at once.
+@pytest.mark.parametrize(
+    ("module", "method", "devices", "pretrain", "unlearn"),
+    [
+        (digits_tshirt, "retrack", 2, 1, 1),  # 64 + 64 of 256
+        (mnist5k_tshirt, "retrack", 2, 1, 8),  # 16 of 20, then 8 + 8 of 20 after 128 + 128
+        (mnist5k_tshirt, "retrack", 1, 2, 16),
+        (mnist5k_tshirt, "vanilla", 2, 1, 4),  # 16, no forgotten ones
+        (cifar10, "retrack", 2, 1, 32),  # 2 + 2 of 4; its model comes from a checkpoint
+        (cifar10, "siss", 64, 1, 1),  # 2 + 2
+    ],
+)
+def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds(
+    module, method, devices, pretrain, unlearn, monkeypatch, caplog, tmp_path
+):
+    config = module.get_config(method)
+    if config.checkpoint:  # its own network decides
+        config.checkpoint = str(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"sample_size": 32, "block_out_channels": [128, 256, 256, 256]}))
+    with caplog.at_level(logging.INFO):
+        options = fitted(config, devices, monkeypatch, "cpu")
+    recipe = options.recipe(method)
+    assert (options.pretrain.accumulation, recipe.accumulation) == (pretrain, unlearn)
+    assert recipe.batch_size == config.unlearn.batch_size
+    assert (f"config.unlearn.{method}.accumulation is {unlearn} in place of 1" in caplog.text) == (unlearn > 1)
+    assert fitted(config, devices, monkeypatch, "gpu").recipe(method).accumulation == 1
+
+
+def test_a_model_that_is_not_there_changes_nothing(monkeypatch):
+    """What is missing is said where it is read."""
+    assert fitted(cifar10.get_config(), 2, monkeypatch, "cpu").recipe("retrack").accumulation == 1
+
+
+def test_a_cpu_takes_no_more_images_than_the_config_says(monkeypatch):
+    config = mnist5k_tshirt.get_config()
+    config.unlearn.accumulation = 32
+    assert fitted(config, 2, monkeypatch, "cpu").recipe("retrack").accumulation == 32
+
+
+def test_images_of_the_widest_level_decide_and_other_networks_are_left_alone():
+    assert images_at_once({"sample_size": 32, "block_out_channels": (64,)}) == 8
+    assert images_at_once({"sample_size": [32, 16], "block_out_channels": [64, 512]}) == 16
+    assert images_at_once({"sample_size": 256, "block_out_channels": (128,)}) == 4
+    assert images_at_once({"sample_size": 32, "patch_size": 2}) is None
+    assert images_at_once({"sample_size": None, "block_out_channels": (64,)}) is None
 
 
 def test_samples_are_drawn_in_a_multiple_of_the_devices(monkeypatch):
