@@ -22,6 +22,7 @@ CPU_STEPS = (
     ("digits", "retrack", 15, 2),
     ("digits", "siss", 15, 2),
     ("digits", "vanilla", 15, 2),
+    ("mnist5k_tshirt", "retrack", 3, 2),
     ("cifar10", "retrack", 5, 2),
     ("cifar10", "retrack", 3, 1),
     ("cifar10", "siss", 3, 2),
@@ -29,7 +30,7 @@ CPU_STEPS = (
     ("celebahq", "retrack", 1, 1),
 )
 # Network, images, calls of the network.
-CPU_SAMPLING = (("digits", 128, 50), ("cifar10", 8, 3))
+CPU_SAMPLING = (("digits", 128, 50), ("mnist5k_tshirt", 16, 50), ("cifar10", 8, 3))
 NEIGHBOR_QUERIES = (1, 100, 1000)
 
 

@@ -33,7 +33,7 @@ NETWORKS = {
 }  # fmt: skip
 
 # The images in the remain and in the forget batch of one step; lambda and learning rate of the official recipes.
-BATCH = {"digits": (64, 64), "cifar10": (8, 8), "celebahq": (1, 1)}
+BATCH = {"digits": (64, 64), "mnist5k_tshirt": (128, 128), "cifar10": (8, 8), "celebahq": (1, 1)}
 RECIPE = {
     "digits": (0.005, 1e-4), "digits_tshirt": (0.005, 1e-4), "mnist_tshirt": (0.005, 1e-4), "mnist5k_tshirt": (0.005, 5e-5),
     "cifar10": (0.02, 2e-5), "celebahq": (0.005, 5e-6), "stable_diffusion": (0.5, 1e-5),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.measure import Table, Worker, compare, in_turns
-from tests.benchmarks.networks import BATCH, NETWORKS
+from tests.benchmarks.networks import BATCH, config_of
 
 METHODS = ("retrack", "siss", "vanilla")
 PASSES = {"retrack": 3, "vanilla": 3, "siss": 5}
@@ -27,7 +27,7 @@ def forward_flops(network: str) -> float:
 
     from tests.benchmarks.theirs import make_model
 
-    model, config = make_model(network), NETWORKS[network]
+    model, config = make_model(network), config_of(network)
     x = torch.zeros(1, config["in_channels"], config["sample_size"], config["sample_size"])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x, torch.zeros(1, dtype=torch.int64))
@@ -76,7 +76,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="cifar10", choices=NETWORKS)
+    parser.add_argument("--network", default="cifar10", choices=BATCH)
     parser.add_argument("--method", default="retrack", choices=METHODS)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--images", type=int, help="images in each of the two batches")
