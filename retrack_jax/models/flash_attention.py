@@ -4,7 +4,8 @@
 
 XLA stores the matrix of (1), float32 [B, heads, N, M] for N queries and M keys: 1 GiB for two images of 4096 tokens and 8 heads.
 A flash kernel computes it block by block and stores none of it. It sums in another order, so its results differ by rounding in
-the dtype of q. That is why float32, in which results must match those of other libraries, stays with XLA.
+the dtype of q. That is why float32, in which results must match those of other libraries, stays with XLA; on a CPU in the form
+of models/cpu/attention.py.
 
 The platform is chosen at lowering (`lax.platform_dependent`). The kernels differentiate in reverse mode only, and the likelihood
 needs forward mode. So the tangent of (1) is a primitive of this module: XLA computes it, and its transpose, which is the
@@ -23,18 +24,20 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from retrack_jax.checks import check_choice
+from retrack_jax.models.cpu import attention as cpu
 from retrack_jax.notation import Array
 
 log = logging.getLogger(__name__)
 
 _MOST_WIDE = 128  # channels per head: what cuDNN takes on all GPUs since Ampere, and the width of a TPU's registers
 _CUDNN_FROM, _PALLAS_FROM = 1024, 4096  # queries and keys
+_CPU_FROM = 64  # keys; with fewer the CPU's own form gains nothing
 _BLOCK = 512  # of queries and of keys, in the TPU's kernel
-_SWITCH = "RETRACK_ATTENTION"  # environment variable: auto, or xla for no flash kernel
+_SWITCH = "RETRACK_ATTENTION"  # environment variable: auto, or xla for jax's own form everywhere
 
 
 def attention_implementation(platform: str, dtype: jnp.dtype, head_width: int, queries: int, keys: int) -> str:
-    """Returns which implementation equation (1) takes: `xla`, `cudnn` or `pallas`.
+    """Returns which implementation equation (1) takes: `xla`, `cudnn`, `pallas` or `cpu`.
 
     Args:
       platform: what the program is lowered for: `cpu`, `cuda`, `rocm` or `tpu`.
@@ -43,6 +46,8 @@ def attention_implementation(platform: str, dtype: jnp.dtype, head_width: int, q
       queries, keys: how many tokens attend, and to how many.
     """
     shortest = min(queries, keys)
+    if platform == "cpu":
+        return "cpu" if dtype == jnp.float32 and keys >= _CPU_FROM else "xla"
     if head_width > _MOST_WIDE or head_width % 8:
         return "xla"
     if platform == "cuda" and dtype in (jnp.bfloat16, jnp.float16) and shortest >= _CUDNN_FROM:
@@ -58,6 +63,12 @@ def attend(query: Array, key: Array, value: Array) -> Array:
 
 
 def _by_xla(query: Array, key: Array, value: Array) -> Array:
+    if _switch() == "auto" and attention_implementation("cpu", *_shape(query, key)) == "cpu":
+        return lax.platform_dependent(query, key, value, cpu=cpu.attend, default=_by_jax)
+    return _by_jax(query, key, value)
+
+
+def _by_jax(query: Array, key: Array, value: Array) -> Array:
     # JAX's function promotes bfloat16 logits to float32 implicitly, which strict promotion refuses, in the gradient too.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(query, key, value)
@@ -78,15 +89,25 @@ def _by_pallas(query: Array, key: Array, value: Array) -> Array:
 
 def _kernels(query: Array, key: Array) -> dict[str, Callable]:
     """Returns for each platform that has one the kernel to take for arrays like these."""
-    switch = os.environ.get(_SWITCH, "auto")
-    check_choice(_SWITCH, switch, ("auto", "xla"))
-    shape = query.dtype, query.shape[-1], query.shape[1], key.shape[1]
+    if _switch() == "xla":
+        return {}
     kernels = {}
-    if switch == "auto" and attention_implementation("cuda", *shape) == "cudnn" and _cudnn_takes(query, key):
+    if attention_implementation("cuda", *_shape(query, key)) == "cudnn" and _cudnn_takes(query, key):
         kernels["cuda"] = _by_cudnn
-    if switch == "auto" and attention_implementation("tpu", *shape) == "pallas":
+    if attention_implementation("tpu", *_shape(query, key)) == "pallas":
         kernels["tpu"] = _by_pallas
     return kernels
+
+
+def _switch() -> str:
+    switch = os.environ.get(_SWITCH, "auto")
+    check_choice(_SWITCH, switch, ("auto", "xla"))
+    return switch
+
+
+def _shape(query: Array, key: Array) -> tuple[jnp.dtype, int, int, int]:
+    """Returns what the choice of an implementation depends on, but the platform."""
+    return query.dtype, query.shape[-1], query.shape[1], key.shape[1]
 
 
 def _cudnn_takes(query: Array, key: Array) -> bool:

@@ -1,5 +1,6 @@
 """Which implementation attention takes, and that all of them compute the same: value, gradient, tangent, and under vmap."""
 
+import re
 import types
 
 import jax
@@ -45,6 +46,11 @@ def cudnn_is_there(monkeypatch):
         ("cuda", F32, 64, 4096, 4096, "xla"),
         ("rocm", BF16, 64, 4096, 4096, "xla"),
         ("cpu", BF16, 64, 4096, 4096, "xla"),
+        ("cpu", F32, 8, 196, 196, "cpu"),  # MNIST's
+        ("cpu", F32, 512, 256, 256, "cpu"),  # google/ddpm's one head
+        ("cpu", F32, 40, 4096, 77, "cpu"),
+        ("cpu", F32, 8, 4096, 63, "xla"),
+        ("rocm", F32, 8, 196, 196, "xla"),
         ("tpu", BF16, 40, 4096, 4096, "pallas"),
         ("tpu", BF16, 64, 9216, 9216, "pallas"),  # Stable Diffusion 2.1 at 768 pixels
         ("tpu", BF16, 80, 1024, 1024, "xla"),
@@ -94,6 +100,41 @@ def test_under_vmap(cudnn_is_there):
 def test_float32_traces_to_the_same_program(cudnn_is_there):
     inputs = arrays(3, dtype=jnp.float32)
     assert str(jax.make_jaxpr(attend)(*inputs)) == str(jax.make_jaxpr(flash_attention._by_xla)(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "scale", "bound"), [(196, 196, 8, 1, 1e-6), (70, 77, 40, 1, 1e-6), (64, 64, 16, 30, 1e-4)]
+)
+def test_the_form_of_cpus_computes_attention(queries, keys, width, scale, bound):
+    """Value, tangent and gradient. With a scale, exp overflows unless something is subtracted from the logits; these, 1,000 times
+    as large, are less exact in both forms.
+    """
+    rngs = jax.random.split(jax.random.key(0), 7)
+    sizes = queries, keys, keys, queries, keys, keys, queries
+    q, k, v, *tangents, cotangent = (jax.random.normal(rng, (2, size, 3, width)) for rng, size in zip(rngs, sizes, strict=True))
+    q, k = scale * q, scale * k
+
+    def both(attention):
+        return jax.jit(lambda *qkv: (*tangent(attention, *qkv, *tangents), *gradient(attention, *qkv, cotangent)))(q, k, v)
+
+    for found, expected in zip(both(attend), both(flash_attention._by_jax), strict=True):
+        assert jnp.linalg.norm(found - expected) < bound * jnp.linalg.norm(expected)
+    assert not equal(both(attend), both(flash_attention._by_jax))  # it is another program
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_form_of_cpus_stands_in_no_other_program(platform):
+    """The choice adds to the text what a compiler removes, but no operation of attention."""
+
+    def operations(attention):
+        shape = jax.ShapeDtypeStruct((2, 196, 8, 8), jnp.float32)
+        program = jax.jit(lambda *arrays: gradient(attention, *arrays)).trace(*[shape] * 4).lower().as_text()
+        lines = re.findall(r"stablehlo\.(?:dot_general|exponential|divide|multiply|reduce\b).*", program)
+        return sorted(re.sub(r"%\w+(#\d+)?", "", line) for line in lines)
+
+    with lowering_for(platform):
+        found = operations(attend)
+        assert found == operations(flash_attention._by_jax) and len(found) > 10
 
 
 def text(of, count, tokens=4096) -> str:
