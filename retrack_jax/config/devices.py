@@ -28,14 +28,14 @@ def fit_to_devices(options: Options) -> Options:
     Raises:
       UserError: a batch that a run of these options takes does not divide evenly over the devices.
     """
-    most = images_at_once(_network(options)) if jax.default_backend() == "cpu" else None
+    network = _network(options)
     methods, pretrain = {**options.methods}, options.pretrain
     for name in [name for name in options.method_names if name in methods]:
         recipe, method = methods[name], METHODS[name]
         images = recipe.remain_size(method) + recipe.forget_size(method)
-        methods[name] = with_microbatches(recipe, f"unlearn.{name}", images, most)
+        methods[name] = with_microbatches(recipe, f"unlearn.{name}", images, network)
     if _pretrains(options):
-        pretrain = with_microbatches(pretrain, "pretrain", pretrain.batch_size, most)
+        pretrain = with_microbatches(pretrain, "pretrain", pretrain.batch_size, network)
     batch, devices = options.sampling.batch_size, jax.device_count()
     sampling = dataclasses.replace(options.sampling, batch_size=-(-batch // devices) * devices)
     if sampling.batch_size != batch:
@@ -54,10 +54,13 @@ def _network(options: Options) -> Mapping[str, Any]:
     return config
 
 
-def with_microbatches(recipe: TrainingOptions, stage: str, images: int, most: int | None) -> TrainingOptions:
-    """Returns `recipe` with the most microbatches that it asks for and its batches can be divided into, and so many more that a
-    device takes at most `most` of the `images` of a step at once, if that is given.
+def with_microbatches(recipe: TrainingOptions, stage: str, images: int, network: Mapping[str, Any]) -> TrainingOptions:
+    """Returns `recipe` with a number of microbatches that divides its batches evenly over the devices, and logs it if it changes.
+
+    It is the largest such number up to the recipe's own; on a CPU a larger one, if a device would take more than
+    `images_at_once(network)` of the `images` of a step at once.
     """
+    most = images_at_once(network) if jax.default_backend() == "cpu" else None
     devices, parts = jax.device_count(), recipe.accumulation
     whole = math.gcd(recipe.batch_size, getattr(recipe, "forget_batch_size", 0))
     if whole % devices:

@@ -11,7 +11,6 @@ from retrack_jax.checkpoints import export_diffusers, import_diffusers, read_sch
 from retrack_jax.config.devices import with_microbatches
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.diffusion import Schedule, make_eps_fn
-from retrack_jax.models.cpu.microbatch import images_at_once
 from retrack_jax.models.unet2d import UNet2D
 from retrack_jax.notation import PyTree
 from retrack_jax.sampling.ddpm import DDPM
@@ -91,8 +90,7 @@ def make_training(
     if accumulation is None:
         entry, recipe = get_method(method), UnlearnOptions(batch_size=remain, forget_batch_size=forget)
         images = recipe.remain_size(entry) + recipe.forget_size(entry)
-        most = images_at_once(config_of(network)) if jax.default_backend() == "cpu" else None
-        accumulation = with_microbatches(recipe, "unlearn", images, most).accumulation
+        accumulation = with_microbatches(recipe, "unlearn", images, config_of(network)).accumulation
     step, state = make_step(module, network, method, accumulation), make_state(network, params)
     rng = parallel.replicate(jax.random.key(1))
 

@@ -79,7 +79,13 @@ def test_images_of_the_widest_level_decide_and_other_networks_are_left_alone():
     assert images_at_once({"sample_size": [32, 16], "block_out_channels": [64, 512]}) == 16
     assert images_at_once({"sample_size": 256, "block_out_channels": (128,)}) == 4
     assert images_at_once({"sample_size": 32, "patch_size": 2}) is None
-    assert images_at_once({"sample_size": None, "block_out_channels": (64,)}) is None
+
+
+@pytest.mark.parametrize("size", [None, 0, -8, "32", [32], [32, 32, 3], [32, None], {"height": 32}, [[32], 32]])
+@pytest.mark.parametrize("widths", [(64,), (), None, 64, "64", [None], [0], ["64"]])
+def test_a_damaged_config_is_left_to_the_reader_of_the_network(size, widths):
+    assert images_at_once({"sample_size": size, "block_out_channels": widths}) is None
+    assert images_at_once({"sample_size": 32, "block_out_channels": widths}) == (8 if widths == (64,) else None)
 
 
 def test_samples_are_drawn_in_a_multiple_of_the_devices(monkeypatch):
