@@ -21,6 +21,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/retrack_jax/tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+assert jax.device_count() == 4  # jax has started: a command that a test runs in this process can no longer choose another number
 
 
 @pytest.fixture(autouse=True, scope="module")

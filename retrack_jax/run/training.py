@@ -161,7 +161,10 @@ def load(job: Job, context: RunContext) -> Model:
     mode = "pretrain" if job.name == "pretrain" else "unlearn"
     advice = f"run --config.mode={mode} first, or leave config.mode out to run every stage"
     unfinished = UserError(f"{job.folder} has no finished model; {advice}")
-    with RunStore(job.folder / "checkpoints") as store:
+    checkpoints = job.folder / "checkpoints"
+    if not checkpoints.exists():  # a store would make the folder
+        raise unfinished
+    with RunStore(checkpoints) as store:
         if store.latest_step() != job.recipe.num_steps:
             raise unfinished
         state, seconds = loop.restore(lambda: _state(job, context), job.recipe.num_steps, store)

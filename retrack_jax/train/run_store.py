@@ -106,8 +106,9 @@ class RunStore:
         return self
 
     def __exit__(self, *exception):
-        self.wait()
-        self._manager.close()
+        with _writing(self.directory):  # closing writes too
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def _restore_step(self, step: int, like: PyTree) -> tuple[tuple[PyTree, dict] | None, str | None]:
         """Returns ((state, meta), None), or (None, what is wrong with the checkpoint)."""

@@ -74,6 +74,7 @@ def test_stages_one_at_a_time_give_the_same(done, tmp_path):
 def test_a_stage_before_its_time_says_what_to_run(tmp_path, capsys):
     assert command(tmp_path, mode="unlearn") == 2
     assert "--config.mode=pretrain first" in error_line(capsys)
+    assert not (tmp_path / "pretrained/checkpoints").exists()  # looking for a model makes no folder
 
 
 def test_all_methods_share_one_pretrained_model(done, capsys):

@@ -174,6 +174,19 @@ def test_only_errors_of_the_disk_ask_for_space(tmp_path, monkeypatch):
                     store.save(1, {"a": jnp.ones(2)})
 
 
+def test_a_disk_that_is_full_when_the_store_closes_asks_for_space_too(tmp_path, monkeypatch):
+    """Closing writes what was put off, so a disk may be full only then."""
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=f"cannot save a checkpoint in {tmp_path}: No space left on device; free some space"):
+        with RunStore(tmp_path) as store:
+            close = store._manager.close
+            monkeypatch.setattr(store._manager, "close", fail)
+    close()
+
+
 def test_the_log_reaches_the_checkpoint(tmp_path, monkeypatch):
     """A bucket's log is written whole by `flush` alone: a kill after a save loses no record of the steps before it."""
     flushed, real = [], RunStore.save
