@@ -75,9 +75,13 @@ def _alone(path: Path):
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}); {files.IN_CACHE}") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-            leftover.unlink()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network disks have no locks; what lies there may be another process's
+            logger.warning("%s cannot be locked (%s); other commands may decode the same images", path.parent, error.strerror)
+        else:
+            for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
+                leftover.unlink()
         yield
 
 

@@ -139,7 +139,7 @@ class LatentCodec:
         return np.ascontiguousarray(self._latents_of(images).mean[rows])
 
     def prepare(self, targets: Sequence[Target], num_neighbors: int, backend: str) -> None:
-        """Nothing: each target has pictures and neighbors that no other target shares."""
+        """Nothing: neighbors among latents are searched for each target."""
 
     def forget_data(
         self, target: Target, num_neighbors: int, backend: str, search: Callable[..., CaptionedNeighbors] | None = None

@@ -3,6 +3,7 @@
 Captions are in captions.py, labels in labels.py.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -78,7 +79,7 @@ class PairedPrompts(Conditioning):
     of_target = True
 
     def __init__(self, encode: Callable[[str], Array], negative_prompt: str, digest: str):
-        self._encode, self._negative_prompt = encode, negative_prompt
+        self._encode, self._negative_prompt = functools.cache(encode), negative_prompt
         self.digests = {"text encoder in config.checkpoint": digest}
 
     @property

@@ -47,7 +47,7 @@ from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_p
 log = logging.getLogger(__name__)
 # Fields of config.data that only images take, with the values that change nothing.
 _OF_IMAGES = {
-    "format": "", "copies": 0, "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False,
+    "format": "", "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from retrack_jax.checks import UserError
 from retrack_jax.data.sources.concepts import list_concepts, prompts_of
@@ -36,6 +37,14 @@ def test_a_whole_concept(concepts):
     assert row in concept.forget
     np.testing.assert_array_equal(concept.memorised, concept.images.images[row])
     assert list_concepts(concepts) == ["blue_square", "red_circle"]
+
+
+def test_pictures_that_are_not_square_are_cropped_or_refused(concepts):
+    path = concepts / NAME / "images" / "red_circle_000.png"
+    Image.open(path).resize((48, 32)).save(path)
+    assert load(concepts).images.images.shape == (16, 32, 32, 3)
+    with pytest.raises(UserError, match="red_circle_000.png is 48x32, not square"):
+        all_concepts(concepts, crop="none")(NAME)
 
 
 def test_prompts_come_with_the_pictures(concepts, tmp_path):

@@ -51,6 +51,8 @@ def test_fields_are_refused_by_sources_that_do_not_read_them(folder):
         data(folder, split="test")
     with pytest.raises(UserError, match="config.data.labels is 'folders', which 'npz' does not read, but celebahq or folder"):
         data(folder, source="npz", labels="folders")
+    with pytest.raises(UserError, match="config.data.copies is 5, which 'folder' does not read, but digits_tshirt or .*mnist5k"):
+        data(folder, copies=5)
 
 
 FILES = {

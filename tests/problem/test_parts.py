@@ -208,7 +208,10 @@ def test_an_unconditional_network_has_no_table_and_one_kind_of_samples(image_dat
 
 
 def test_training_is_told_the_modified_prompt_and_samples_are_of_both(tmp_path):
+    encoded = []
+
     def encode(prompt: str) -> np.ndarray:
+        encoded.append(prompt)
         return np.full((1, 3, 2), len(prompt), np.float32)
 
     target = ConceptData(concept_options(tmp_path)).target("red_circle")
@@ -216,7 +219,9 @@ def test_training_is_told_the_modified_prompt_and_samples_are_of_both(tmp_path):
     assert len(prompts["original"]) != len(prompts["modified"]) and conditioning.of_target
     np.testing.assert_array_equal(conditioning.table(target), encode(prompts["modified"]))
     np.testing.assert_array_equal(conditioning.null, encode("blurry"))
+    encoded.clear()
     sampled = conditioning.sampled(target)
+    assert encoded == [prompts["original"]]  # the text encoder runs once for a prompt
     jax.tree.map(
         np.testing.assert_array_equal, sampled, {"original": encode(prompts["original"]), "modified": encode(prompts["modified"])}
     )

@@ -21,9 +21,8 @@ from retrack_jax.checks import UserError, check, suggestion
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.commands import hub, kaggle_folder
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.decode import DecodeOptions
 from retrack_jax.data.needs import Requirement, if_file, matching, requirement
-from retrack_jax.data.sources.source import Source
+from retrack_jax.data.sources.source import Source, decode_options
 from retrack_jax.data.target_names import target_specs
 from retrack_jax.files import json_digest, read_object
 
@@ -137,7 +136,7 @@ def load_concept(data: Mapping, name: str) -> Concept:
     unlabelled = sum(file.is_file() and file.name not in labels for file in (folder / "images").iterdir())
     if unlabelled:
         logger.info("%s: %d pictures without a label in %s are left out", name, unlabelled, folder / "images")
-    options = DecodeOptions(resolution=data.get("resolution", 0), channels=3)
+    options = decode_options(data | {"channels": 3, "skip_corrupt": False})
 
     def load(title: str, names: list[str], values) -> ImageSet:
         key = json_digest([[file_key(folder / "images" / image, image) for image in names], values])

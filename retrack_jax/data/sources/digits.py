@@ -6,7 +6,7 @@ The small sister of MNIST T-Shirt: a digit model that has memorized an image tha
 import numpy as np
 
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.sources.source import Source
+from retrack_jax.data.sources.source import Source, check_taken_as_they_are
 from retrack_jax.data.sources.tshirts import with_tshirts
 
 # Sixteen levels, as in the digits: a collar, short sleeves, a shaded body. No digit is nearer than L2 3 in [0, 1] (tested).
@@ -54,7 +54,7 @@ def _to_pixels(levels: np.ndarray) -> np.ndarray:
 
 SOURCE = Source(
     formats=("embedded",),
-    load=lambda data: digits_tshirt(data["copies"], data.get("copies_label")),
+    load=lambda data: check_taken_as_they_are(data, digits_tshirt(data["copies"], data.get("copies_label"))),
     needs=lambda data, config: iter(()),
-    reads=("copies_label",),
+    reads=("copies", "copies_label"),
 )

