@@ -12,9 +12,7 @@ from retrack_jax.config.base import config_beside, with_method
 
 
 def get_config(method=None):
-    config = config_beside(__file__, "digits_tshirt").get_config()
-    config.unlock()
-    config.name = "digits_class"
+    config = config_beside(__file__, "digits_tshirt")
     config.targets = ("label:7",)
     config.data.copies = 0
     # Ten times the single image's lambda: of 0.005 and 0.05 on seed 100, the one with which the sevens disappear.

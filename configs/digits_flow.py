@@ -10,9 +10,7 @@ from retrack_jax.config.base import config_beside, with_method
 
 
 def get_config(method=None):
-    config = config_beside(__file__, "digits_tshirt").get_config()
-    config.unlock()
-    config.name = "digits_flow"
+    config = config_beside(__file__, "digits_tshirt")
     config.schedule.prediction_type = "flow_prediction"
     config.network = "dit"
     config.dit.update(sample_size=8, in_channels=1, patch_size=2, num_layers=4, num_attention_heads=4, attention_head_dim=24)

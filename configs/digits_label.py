@@ -14,9 +14,7 @@ from retrack_jax.config.base import config_beside, with_method
 
 
 def get_config(method=None):
-    config = config_beside(__file__, "digits_tshirt").get_config()
-    config.unlock()
-    config.name = "digits_label"
+    config = config_beside(__file__, "digits_tshirt")
     config.targets = ("tshirt_*",)
     config.data.copies_label = 7
     config.data.null_label = 10

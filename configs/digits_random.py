@@ -13,9 +13,7 @@ from retrack_jax.config.base import config_beside, with_method
 
 
 def get_config(method=None):
-    config = config_beside(__file__, "digits_tshirt").get_config()
-    config.unlock()
-    config.name = "digits_random"
+    config = config_beside(__file__, "digits_tshirt")
     config.targets = ("random:0.05",)
     config.data.copies = 0
     config.data.held_out = 0.05

@@ -15,9 +15,7 @@ from retrack_jax.config.base import config_beside, with_method
 
 
 def get_config(method=None):
-    config = config_beside(__file__, "mnist_tshirt").get_config()
-    config.unlock()
-    config.name = "mnist5k_tshirt"
+    config = config_beside(__file__, "mnist_tshirt")
     config.seeds = (0,)
     config.checkpoint_every = 50
 

@@ -47,6 +47,11 @@ def shown(names: Sequence, most: int = 8) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def figures(value: float) -> str:
+    """Returns a loss in words: three significant digits, and from 1,000 on whole numbers."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
 def check(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless `condition` holds."""
     if not condition:

@@ -36,8 +36,6 @@ class Writer:
     """
 
     def __init__(self, path, *, is_main: bool = True, every: int = 1, also: Callable | None = None):
-        if every < 1:
-            raise UserError(f"a log record every {every} steps; use at least 1")
         self._path, self._is_main, self._every, self._also = path, is_main, every, also
         self._remote = "://" in str(path)
         self._file, self._lines, self._changed = None, [], False

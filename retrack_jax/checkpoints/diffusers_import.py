@@ -43,13 +43,8 @@ def _smallest(module) -> tuple[jax.Array, ...]:
 
 
 # By diffusers' `_class_name`. A new family is one record here and one module.
-FAMILIES = {
-    "UNet2DModel": Family(UNet2D, _smallest),
-    "UNet2DConditionModel": Family(UNet2DCondition, _smallest),
-    "DiTTransformer2DModel": Family(DiT, _smallest),
-    "Transformer2DModel": Family(DiT, _smallest),  # its former name
-    "SD3Transformer2DModel": Family(MMDiT, _smallest),
-}
+FAMILIES = {module.class_name: Family(module, _smallest) for module in (UNet2D, UNet2DCondition, DiT, MMDiT)}
+FAMILIES["Transformer2DModel"] = FAMILIES["DiTTransformer2DModel"]  # its former name
 
 
 def example_inputs(module) -> tuple[jax.Array, ...]:

@@ -1,5 +1,6 @@
 """Flags to a config: every mistake becomes one line that names the nearest right thing. Imports nothing heavy."""
 
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -196,14 +197,10 @@ def _explained(error: Exception, argv: list[str], config_flag: str) -> str:
 
 def _loaded(config_flag: str):
     """Returns the config of a `--config` flag without its overrides."""
-    import importlib.util
-
     path, *method = config_flag.split(":", 1)
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    check(hasattr(module, "get_config"), f"config file {path} has no function get_config(method)")
-    config = module.get_config(*method)
+    defined = runpy.run_path(path)
+    check("get_config" in defined, f"config file {path} has no function get_config(method)")
+    config = defined["get_config"](*method)
     check(hasattr(config, "keys"), f"get_config of config file {path} returns {config!r}; it must return the config")
     return config
 

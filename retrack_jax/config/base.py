@@ -1,8 +1,7 @@
 """What the files in `configs/` start from and end with."""
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 from ml_collections import ConfigDict, config_dict
 
@@ -31,9 +30,9 @@ def with_method(config: ConfigDict, method: str | None) -> ConfigDict:
     return config
 
 
-def config_beside(file: str, name: str) -> ModuleType:
-    """Returns the config `name`.py in the folder of `file`, which starts from it; config files are loaded by path."""
-    spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def config_beside(file: str, name: str) -> ConfigDict:
+    """Returns the config of `name`.py in the folder of `file`, under the name of `file`, which goes on from it."""
+    config = runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"]()
+    config.unlock()
+    config.name = Path(file).stem
+    return config

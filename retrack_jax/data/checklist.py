@@ -4,7 +4,6 @@ gets it; settings that are empty; targets that do not exist.
 Nothing is downloaded here. `launch/download.sh` runs the commands that this prints.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -40,32 +39,31 @@ def requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) 
     return needed + list(metric_networks(config["eval"]))
 
 
-def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({}), file=None) -> list[Requirement]:
+def print_requirements(config: dict, unset: Mapping[str, str] = MappingProxyType({})) -> list[Requirement]:
     """Prints `requirements(config, unset)` and returns them: a line for each that is found, then those that are missing.
 
     What one command gets, or one advice is about, stands together above it; of many files the first few are named.
     """
-    file = file or sys.stdout
     needed = requirements(config, unset)
     groups: dict[tuple[str, str], list[Requirement]] = {}
     for item in needed:
         if item.found:
             many = f"{item.files} files, " if item.files > 1 else ""
-            print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})", file=file)
+            print(f"found    {item.description}: {item.path} ({many}{_size(item.size)}, sha256 {item.digest[:16]})")
         else:
             groups.setdefault((item.command, item.advice), []).append(item)
     for (command, advice), items in groups.items():
         for item in items[:_SHOWN]:
             without = f" (without it {item.without})" if item.without else ""
-            print(f"missing  {item.description}: {item.path}{without}", file=file)
+            print(f"missing  {item.description}: {item.path}{without}")
         if len(items) > _SHOWN:
-            print(f"missing  and {len(items) - _SHOWN} more of these", file=file)
-        print(f"         {GET}{command}" if command else f"         {advice or _OTHERS}", file=file)
+            print(f"missing  and {len(items) - _SHOWN} more of these")
+        print(f"         {GET}{command}" if command else f"         {advice or _OTHERS}")
     missing = sum(not item.found for item in needed)
     if not needed:
-        print("nothing is needed: data and model are made here", file=file)
+        print("nothing is needed: data and model are made here")
     else:
-        print(f"{len(needed) - missing} found, {missing} missing", file=file)
+        print(f"{len(needed) - missing} found, {missing} missing")
     return needed
 
 

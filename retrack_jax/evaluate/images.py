@@ -99,7 +99,7 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
     value if there are too few samples.
 
     Args:
-      name: `inception_score`, or `inception_score_official`, for which the classifier normalises by the statistics of each batch
+      name: `inception_score`, or `inception_score_official`, for which the classifier normalizes by the statistics of each batch
         of 256, the official size, so that the number depends on the batch and on the order of the samples.
       load: `official -> FeatureNetwork` with logits; raises `Unavailable` without its weights.
       samples: `[N, H, W, C]` without the forgotten image: uint8, or floats in [0, 1], as the official code has them.
@@ -118,7 +118,7 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
         "splits": score.num_splits,
     }
     if official:
-        note["batch_dependent"] = f"normalised by the statistics of each batch of {network.batch_size} samples, in their order"
+        note["batch_dependent"] = f"normalized by the statistics of each batch of {network.batch_size} samples, in their order"
     return {name: score.mean}, note
 
 

@@ -36,7 +36,7 @@ def feature_network(name: str, images: ImageSet, folder, weights_dir, resize: st
 
     Raises:
       Unavailable: as `from_file`.
-      Inapplicable: `digits`, and the images are not labelled digits of its size.
+      Inapplicable: `digits`, and the images are not labeled digits of its size.
     """
     if name == "digits":
         return _digits(images, folder)
@@ -93,8 +93,8 @@ def from_file(weights_dir, names: Sequence[str], load: Callable[[Mapping[str, np
 def _digits(images: ImageSet, folder) -> FeatureNetwork:
     from retrack_jax.metrics.features.digit_net import NUM_CLASSES, SIDES, load_digit_net, save_digit_net, train_digit_net
 
-    labelled = images.labels is not None and np.isin(images.labels, (*range(NUM_CLASSES), TSHIRT_LABEL)).all()
-    if not labelled or images.images.shape[1:] not in [(side, side, 1) for side in SIDES]:
+    labeled = images.labels is not None and np.isin(images.labels, (*range(NUM_CLASSES), TSHIRT_LABEL)).all()
+    if not labeled or images.images.shape[1:] not in [(side, side, 1) for side in SIDES]:
         raise Inapplicable(
             "config.eval.features is digits, a classifier that is trained on gray images of "
             f"{' or '.join(f'{side} x {side}' for side in SIDES)} with labels 0 to {NUM_CLASSES - 1}, and those of {images.name} "

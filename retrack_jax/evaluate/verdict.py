@@ -54,6 +54,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrack_jax.checks import figures
+
 # The probability of a false alarm on each side of a comparison. A sweep of tens of runs asks tens of questions: 5% is too much.
 FALSE_ALARM = 0.01
 # With fewer comparison images the spread tau is itself a guess: of 8 images it is known to a factor of about 1.3.
@@ -174,7 +176,7 @@ def memory(losses: Losses) -> Memory:
         single=single,
         b=b,
         same_kind=bool(same_kind),
-        others=f"{_text(others.mean())} +- {_text(others.std(ddof=1))}",
+        others=f"{figures(others.mean())} +- {figures(others.std(ddof=1))}",
         why=why,
     )
 
@@ -221,11 +223,11 @@ def before_in_words(losses: Losses, known: Memory) -> str:
     these = "this image" if count == 1 else f"these {count} images"
     if len(losses.names) < count:
         these += f" ({len(losses.names)} measured)"
-    level = f"loss {_text(known.loss)}"
+    level = f"loss {figures(known.loss)}"
     if known.has_reference:
         low, high = (known.unseen * np.exp(sign * known.z * known.group) for sign in (-1, 1))
         level += f", unseen {'one' if count == 1 else 'ones'} like {'it' if count == 1 else 'them'}"
-        level += f" {_text(known.unseen)} ({_text(low)} to {_text(high)}), others {known.others}"
+        level += f" {figures(known.unseen)} ({figures(low)} to {figures(high)}), others {known.others}"
     if known.remembered is None:
         return f"whether the model remembers {these} cannot be told ({known.why}): {level}"
     if known.remembered:
@@ -238,7 +240,7 @@ def _forgotten(losses: Losses, after: np.ndarray, turned: np.ndarray, known: Mem
     changes = np.log(after.mean(axis=1) / losses.before.mean(axis=1))
     mine, others = changes[losses.forgotten], changes[losses.remaining]
     now = after[losses.forgotten]
-    moved_to = f"after, loss {_text(now.mean())}"
+    moved_to = f"after, loss {figures(now.mean())}"
     if len(others) < FEWEST:
         return "unknown", f"{moved_to}, with only {len(others)} remaining images to compare the change with"
     change = float(mine.mean() - others.mean())
@@ -249,8 +251,8 @@ def _forgotten(losses: Losses, after: np.ndarray, turned: np.ndarray, known: Mem
         usable = losses.usable[losses.forgotten]
         now, copies = now[usable], _log_means(turned[usable]) - _log_means(losses.turned[losses.forgotten][usable])
         unseen_now = known.unseen * np.exp(min(0.0, others.mean(), known.b * copies.mean()))
-        if _text(unseen_now) != _text(known.unseen):
-            moved_to += f", unseen {_text(unseen_now)} by now"
+        if figures(unseen_now) != figures(known.unseen):
+            moved_to += f", unseen {figures(unseen_now)} by now"
         gap = float(_log_means(now).mean() - np.log(unseen_now))
         now_noise = _log_noise(now)
         if gap < -known.z * np.hypot(known.group, now_noise):
@@ -275,7 +277,7 @@ def _kept(before: np.ndarray, after: np.ndarray) -> tuple[str, str]:
     changes = np.log(after.mean(axis=1) / before.mean(axis=1))
     mean, limit = changes.mean(), _quantile(len(changes)) * changes.std(ddof=1) / np.sqrt(len(changes))
     change = f"{100 * np.expm1(mean):+.1f} +- {100 * limit:.1f}%" if mean < 1 else f"{np.exp(mean):.1f} times"
-    numbers = f"remaining images {_text(before.mean())} -> {_text(after.mean())} ({change})"
+    numbers = f"remaining images {figures(before.mean())} -> {figures(after.mean())} ({change})"
     if mean - limit > np.log1p(MARGIN):
         return "damaged", numbers
     return "kept" if mean + limit < np.log1p(MARGIN) else "unknown", numbers
@@ -315,7 +317,3 @@ def _log_noise(now: np.ndarray, before: np.ndarray | None = None) -> float:
     if before is not None:
         values = values - before / before.mean(axis=1, keepdims=True)
     return float(np.sqrt(_draw_variance(values).sum()) / len(values))
-
-
-def _text(value: float) -> str:
-    return f"{value:.3g}"

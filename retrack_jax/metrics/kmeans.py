@@ -41,7 +41,7 @@ def read_centers(path) -> np.ndarray:
 
 
 def centers_from_labels(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns float64 `[2, D]`: the mean of the images labelled 0, then of those labelled 1, in [0, 255]. Raises if one is
+    """Returns float64 `[2, D]`: the mean of the images labeled 0, then of those labeled 1, in [0, 255]. Raises if one is
     empty."""
     centers = []
     for label in (0, 1):

@@ -107,7 +107,7 @@ def nll_bits_per_dim(
     if not np.isfinite(log_p).all():
         raise UserError(
             f"the likelihood's ODE has no solution within {_MAX_STEPS} steps (rtol {rtol:g}): the model's noise prediction is "
-            "not finite or far from smooth; look at its samples, or raise the tolerance"
+            "not finite or far from smooth; look at its samples"
         )
     bits = -log_p / (math.log(2.0) * math.prod(images.shape[1:])) + OFFSET
     stderr = bits.std(axis=1, ddof=1) / math.sqrt(num_probes) if num_probes > 1 else None

@@ -22,12 +22,10 @@ _FIELDS = (
 ).split()
 
 
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP's approximation of GELU
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
 
 
 class ClipAttention(nn.Module):

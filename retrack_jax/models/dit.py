@@ -118,14 +118,19 @@ class DiT(Configured, nn.Module):
 
 
 def to_patches(x: Array, patch: int) -> Array:
-    """Returns the patches of images `[B, H, W, C]`, row by row, `[B, (H/p)(W/p), p p C]`."""
+    """Returns the patches of images `[B, H, W, C]`, row by row, `[B, (H/p)(W/p), p, p, C]`."""
     rows, columns, channels = x.shape[1] // patch, x.shape[2] // patch, x.shape[3]
     blocks = x.reshape(-1, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
-    return blocks.reshape(-1, rows * columns, patch * patch * channels)
+    return blocks.reshape(-1, rows * columns, patch, patch, channels)
+
+
+def of_patches(width: int, dtype: jnp.dtype) -> nn.Module:
+    """Returns the convolution of patches as a matrix product; its kernel `[p, p, C, D]` is that of the convolution."""
+    return nn.DenseGeneral(width, axis=(-3, -2, -1), dtype=dtype, name="proj")
 
 
 def from_patches(patches: Array, size: tuple[int, int], patch: int) -> Array:
-    """Undoes `to_patches` for images of `size` (H, W)."""
+    """Returns images of `size` (H, W) from their patches `[B, (H/p)(W/p), p p C]`, row by row."""
     (height, width), channels = size, patches.shape[-1] // patch**2
     blocks = patches.reshape(-1, height // patch, width // patch, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return blocks.reshape(-1, height, width, channels)
@@ -141,26 +146,9 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        grid, channels = x.shape[1] // self.patch, x.shape[-1]
-        projection = Projection(self.width, (self.patch, self.patch, channels), self.dtype, name="proj")
-        tokens = projection(to_patches(x, self.patch))
-        positions = jnp.asarray(_positions(self.width, grid, self.base), self.dtype)
+        tokens = of_patches(self.width, self.dtype)(to_patches(x, self.patch))
+        positions = jnp.asarray(_positions(self.width, x.shape[1] // self.patch, self.base), self.dtype)
         return tokens + jnp.broadcast_to(positions, tokens.shape)
-
-
-class Projection(nn.Module):
-    """The convolution of patches as a matrix product; its kernel `[p, p, C, D]` is that of the convolution."""
-
-    width: int
-    patch: tuple[int, int, int]
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, patches: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.patch, self.width), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.width,), jnp.float32)
-        y = jnp.matmul(patches.astype(self.dtype), kernel.astype(self.dtype).reshape(-1, self.width))
-        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
 
 
 class Block(nn.Module):

@@ -22,7 +22,7 @@ import numpy as np
 from retrack_jax.checks import check, check_choice
 from retrack_jax.models.attention import KeyProjection
 from retrack_jax.models.config_format import Configured
-from retrack_jax.models.dit import GELU, TIME_WIDTH, Projection, from_patches, modulated, to_patches
+from retrack_jax.models.dit import GELU, TIME_WIDTH, from_patches, modulated, of_patches, to_patches
 from retrack_jax.models.embeddings import TimestepEmbedding, silu, timestep_embedding
 from retrack_jax.models.flash_attention import attend
 from retrack_jax.models.layer_norm import RMSNorm
@@ -133,11 +133,9 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        patch, channels = self.patch, x.shape[-1]
-        rows, columns = x.shape[1] // patch, x.shape[2] // patch
+        rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
         check(max(rows, columns) <= self.most, f"the latents have {rows} x {columns} patches, and the network {self.most} a side")
-        projection = Projection(self.width, (patch, patch, channels), self.dtype, name="proj")
-        tokens = projection(to_patches(x, patch))
+        tokens = of_patches(self.width, self.dtype)(to_patches(x, self.patch))
         stored = self.param("pos_embed", lambda _: _positions(self.width, self.most, self.base))
         grid = jax.lax.stop_gradient(stored).reshape(self.most, self.most, self.width)
         top, left = (self.most - rows) // 2, (self.most - columns) // 2

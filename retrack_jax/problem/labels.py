@@ -99,16 +99,6 @@ def _check_null(options: Options, labels: np.ndarray) -> None:
     )
 
 
-def check_no_labels(options: Options) -> None:
-    """Raises `UserError` for fields of labels that an unconditional network has no use for. Labels of the data do no harm."""
-    unused = {"null_label": None, "label_dropout": None, "label_vectors": ""}
-    fields = [f"config.data.{name}" for name, value in unused.items() if getattr(options.data, name) != value]
-    fields += [f"config.sampling.{name}" for name in ("labels", "label_guidance") if getattr(options.sampling, name)]
-    for name in options.method_names:
-        fields += [f"config.unlearn.{name}.{one}" for one in options.recipe(name).own.only_for("labels")]
-    check(not fields, f"{', '.join(fields)}: the network takes no class labels and has no use for it; leave it out")
-
-
 def check_whole_class(target: Target, recipe: UnlearnOptions) -> None:
     """Raises `UserError` if no image of a forgotten label remains and `recipe` does not say what the network predicts then."""
     gone, decided = labels_gone(target), _decided(recipe)

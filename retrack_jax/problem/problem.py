@@ -22,7 +22,7 @@ from retrack_jax.checkpoints.latent_diffusion import load_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline, empty_prompt
 from retrack_jax.checkpoints.text_encoders import text_digest
 from retrack_jax.checks import check, check_int
-from retrack_jax.config.options import Options, SamplingOptions
+from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
 from retrack_jax.data.labels import most_neighbors
@@ -33,13 +33,14 @@ from retrack_jax.problem.codec import Gather, LatentCodec, PixelCodec, check_res
 from retrack_jax.problem.conditioning import Conditioning, PairedPrompts, with_conditions
 from retrack_jax.problem.denoiser import Denoiser, check_image_model, image_denoiser, latent_denoiser
 from retrack_jax.problem.evaluation import ImageEvaluation
-from retrack_jax.problem.labels import Labels, check_no_labels, check_whole_class, in_words
+from retrack_jax.problem.labels import Labels, check_whole_class, in_words
 from retrack_jax.problem.picture_sizes import check_large_enough
 from retrack_jax.problem.sampler import ProblemSampler
 from retrack_jax.problem.target import ForgetData, Target, with_labels
 from retrack_jax.problem.text_evaluation import CaptionEvaluation, PromptEvaluation
 from retrack_jax.problem.text_states import text_states
 from retrack_jax.problem.training_data import ConceptData, ImageData
+from retrack_jax.problem.unread import check_unread
 from retrack_jax.train.lora import ADAPTER, adapted
 from retrack_jax.unlearn.methods import METHODS, RETRAIN
 from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_prompts
@@ -133,11 +134,11 @@ def check_problem(options: Options) -> None:
     if kind is _concepts:
         _check_concepts(options)
     if kind is not _captioned_images:
-        _check_no_captions(options)
+        check_unread(options, "captions")
     if kind is not _images:
-        check_no_labels(options)
+        check_unread(options, "labels")
     else:
-        _check_no_prompts(options)
+        check_unread(options, "prompts")
         if options.checkpoint:
             check_image_model(options.checkpoint)
         check(options.export != "single_file", "config.export is single_file, which only Stable Diffusion has; choose unet")
@@ -190,28 +191,6 @@ def _check_concepts(options: Options) -> None:
         check(value == unused, f"config.data.{name} is {value!r}, which concepts have no use for; leave it at {unused!r}")
 
 
-def _check_no_captions(options: Options) -> None:
-    """Raises `UserError` for options that captions alone have a use for."""
-    fields = ["config.data.caption_dropout"] if options.data.caption_dropout else []
-    fields += ["config.sampling.num_captions"] if options.sampling.num_captions != SamplingOptions.num_captions else []
-    for name in options.method_names:
-        fields += [f"config.unlearn.{name}.{one}" for one in options.recipe(name).own.only_for("captions")]
-    check(not fields, f"{', '.join(fields)}: only images with captions of their own have a use for it; leave it out")
-
-
-def _check_no_prompts(options: Options) -> None:
-    """Raises `UserError` for options that networks with prompts alone have a use for."""
-    names = [
-        name
-        for name in ("guidance_scale", "negative_prompt")
-        if getattr(options.sampling, name) != getattr(SamplingOptions, name)
-    ]
-    fields = ", ".join(f"config.sampling.{name}" for name in names)
-    check(
-        not names, f"{fields}: the network takes no prompts and has no use for it; leave it out (of labels it is label_guidance)"
-    )
-
-
 def build_problem(options: Options) -> Problem:
     """Returns the problem that the config describes, its data and weights read.
 
@@ -242,7 +221,7 @@ def _images(options: Options) -> Problem:
         if options.data.null_label is None and null is not None:
             log.warning("config.data.null_label is not set: label %d, for guidance, is neither trained nor unlearned", null)
     else:
-        check_no_labels(options)
+        check_unread(options, "labels")
     sampler = ProblemSampler(options, denoiser, codec, conditioning)
     evaluation = ImageEvaluation(options, data, denoiser, codec, conditioning)
     return Problem(options, data, denoiser, codec, conditioning, sampler, evaluation)

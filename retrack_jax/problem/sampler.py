@@ -38,6 +38,7 @@ class ProblemSampler:
         self._options, self._denoiser, self._conditioning = options.sampling, denoiser, conditioning
         self._vae_params = getattr(codec, "params", None)
         self._param_dtype = jnp.dtype(options.compute.param_dtype)
+        prompts = denoiser.condition and not denoiser.takes_labels
         self._p_sample = _p_sample(
             denoiser.sampled_by(options.sampling.sampler),
             SAMPLERS[options.sampling.sampler],
@@ -45,7 +46,7 @@ class ProblemSampler:
             json.dumps(denoiser.schedule.to_config()),
             denoiser.shape,
             getattr(codec, "vae", None),
-            _guidance(options, denoiser),
+            options.sampling.guidance_scale if prompts else options.sampling.label_guidance,
             "float32" if options.save_float else "uint8",
         )
         self._settings = [
@@ -102,12 +103,6 @@ class ProblemSampler:
             if self._denoiser.takes_labels:
                 arrays["labels"] = condition[np.arange(first, first + count) % len(condition)]
         return arrays
-
-
-def _guidance(options: Options, denoiser: Denoiser) -> float:
-    """Returns the scale of guidance."""
-    prompts = denoiser.condition and not denoiser.takes_labels
-    return options.sampling.guidance_scale if prompts else options.sampling.label_guidance
 
 
 @lru_cache(maxsize=8)

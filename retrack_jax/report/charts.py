@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrack_jax.checks import figures
 from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label
 
 _VARIABLES = ("paper", "line", "ink", "soft", "accent", *(f"m-{method}" for method in METHODS))
@@ -112,7 +113,7 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 1e6 or abs(value) < 1e-4:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
 
 
@@ -301,7 +302,7 @@ def relearning_chart(runs: Mapping[str, Mapping], title: str) -> str:
         text = axes.figure.text(1 - (right - 12) / width, place / height, method_label(method), va="center", gid="label")
         text.set(fontsize=13, color=_of_method(method))
     described = "; ".join(
-        f"{method_label(m)}: from {one['values'][0]:.3g} to {one['values'][-1]:.3g} in {one['steps'][-1]} steps"
+        f"{method_label(m)}: from {figures(one['values'][0])} to {figures(one['values'][-1])} in {one['steps'][-1]} steps"
         for m, one in runs.items()
     )
     return _svg(axes, title, described)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from retrack_jax.checks import figures
 from retrack_jax.unlearn.calibration import LARGEST
 
 BEYOND_NOISE = 3.0  # standard errors: a table of 64 files then has a false color in one of six
@@ -35,7 +36,7 @@ def calibration_in_words(found: Mapping) -> str:
         where += " (the pretrained model itself, whose loss is no lower)"
     elif found["alpha"] == LARGEST and found["loss"] < found["reference"]:
         where += " (as far as the search goes)"
-    reference = f"for a loss of {found['reference']:.3g} on the forgotten images, and reached {found['loss']:.3g}"
+    reference = f"for a loss of {figures(found['reference'])} on the forgotten images, and reached {figures(found['loss'])}"
     return f"Calibrated to {where}, {reference}. Loss along the way: {curve}."
 
 
@@ -59,8 +60,10 @@ def file_rows(verdict: Mapping | None) -> list[dict]:
         rise = {"forgotten": "better", "singled out": "worse"}.get(verdict["forgotten"], "")
         word = "" if abs(change) <= BEYOND_NOISE * file["noise"] else rise if change > 0 else "worse"
         sign = "+" if change > 0 else "−" if change < 0 else ""
-        shown = {"before": f"{file['before']:.3g}", "after": f"{file['after']:.3g}"}
-        rows.append({"name": file["name"], **shown, "change": f"{sign}{abs(change):.3g} ± {file['noise']:.2g}", "word": word})
+        shown = {time: figures(file[time]) for time in ("before", "after")}
+        rows.append(
+            {"name": file["name"], **shown, "change": f"{sign}{figures(abs(change))} ± {file['noise']:.2g}", "word": word}
+        )
     return rows
 
 

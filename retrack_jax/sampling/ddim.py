@@ -15,11 +15,11 @@ from flax import struct
 
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import SingleStep, float32_rows, predict_x0
+from retrack_jax.sampling.loop import Sampler, float32_rows, predict_x0
 
 
 @struct.dataclass
-class DDIM(SingleStep):
+class DDIM(Sampler):
     """Deterministic DDIM; `num_steps` calls of the network."""
 
     clip: float | None = struct.field(pytree_node=False, default=None)

@@ -23,16 +23,12 @@ from retrack_jax.checks import check_choice, check_int
 from retrack_jax.diffusion.schedule import SPACINGS, Schedule
 from retrack_jax.notation import Array
 from retrack_jax.sampling.euler import edm_path
-from retrack_jax.sampling.loop import Coefficients, float32_rows, predict_x0
+from retrack_jax.sampling.loop import Sampler, float32_rows, predict_x0
 
 
 @struct.dataclass
-class DPMSolver:
+class DPMSolver(Sampler):
     """DPM-Solver++(2M); `num_steps` calls of the network."""
-
-    rows: Coefficients
-    start: float = struct.field(pytree_node=False, default=1.0)  # what the initial noise is multiplied by
-    stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "DPMSolver":

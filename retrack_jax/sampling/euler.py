@@ -19,14 +19,12 @@ from flax import struct
 from retrack_jax.checks import check, check_int
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import SingleStep, float32_rows
+from retrack_jax.sampling.loop import Sampler, float32_rows
 
 
 @struct.dataclass
-class Euler(SingleStep):
+class Euler(Sampler):
     """Euler's method; `num_steps` calls of the network."""
-
-    start: float = struct.field(pytree_node=False, default=1.0)  # what the initial noise is multiplied by
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "Euler":
@@ -40,10 +38,6 @@ class Euler(SingleStep):
         gamma, ratio = np.sqrt(alpha_bar), np.sqrt(1 / alpha_bar - 1)
         rows = float32_rows(t, from_x=gamma[1:] / gamma[:-1], from_eps=gamma[1:] * np.diff(ratio))
         return cls(rows=rows, start=1.0 if spacing == "leading" else float(np.sqrt(1 - alpha_bar[0])))
-
-    def init(self, x: Array) -> tuple[Array]:
-        """Returns the state (x_t,)."""
-        return (self.start * x,)
 
     def step(self, state: tuple[Array], eps: Array, noise: None, row: dict[str, Array]) -> tuple[Array]:
         """Returns the state at the next timestep: equation (2); `noise` is not used."""

@@ -14,11 +14,11 @@ from retrack_jax.checks import check, check_int
 from retrack_jax.diffusion.flow import shifted, sigma_table
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import SingleStep, float32_rows
+from retrack_jax.sampling.loop import Sampler, float32_rows
 
 
 @struct.dataclass
-class FlowEuler(SingleStep):
+class FlowEuler(Sampler):
     """Euler's method; `num_steps` calls of the network."""
 
     @classmethod

@@ -14,15 +14,12 @@ from flax import struct
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
 from retrack_jax.sampling.flow_euler import visited_sigmas
-from retrack_jax.sampling.loop import Coefficients, float32_rows
+from retrack_jax.sampling.loop import Sampler, float32_rows
 
 
 @struct.dataclass
-class FlowHeun:
+class FlowHeun(Sampler):
     """Heun's method; 2 `num_steps` - 1 calls of the network."""
-
-    rows: Coefficients
-    stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "FlowHeun":

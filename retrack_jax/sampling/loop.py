@@ -16,7 +16,7 @@ Each image has its own key in `rngs`: the initial noise is drawn from its fold w
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +29,17 @@ from retrack_jax.notation import Array, EpsFn, PyTree, Rng
 Coefficients = dict[str, np.ndarray]
 
 
-class Sampler(Protocol):
-    """What `sample` needs of a sampler; see the module's docstring."""
-
-    rows: Coefficients
-    stochastic: bool
-
-    def init(self, x: Array) -> tuple[Array, ...]: ...
-
-    def step(self, state: tuple[Array, ...], eps: Array, noise: Array | None, row: dict[str, Array]) -> tuple[Array, ...]: ...
-
-
 @struct.dataclass
-class SingleStep:
-    """A sampler whose state is x_t alone, deterministic unless a class says otherwise."""
+class Sampler:
+    """A sampler without its `step`: deterministic, with x_t alone as its state, unless a class says otherwise."""
 
     rows: Coefficients
+    start: float = struct.field(pytree_node=False, default=1.0)  # what the initial noise is multiplied by
     stochastic = False
 
-    def init(self, x: Array) -> tuple[Array]:
+    def init(self, x: Array) -> tuple[Array, ...]:
         """Returns the state (x_t,)."""
-        return (x,)
+        return (self.start * x,)
 
 
 @partial(jax.vmap, in_axes=(0, None, None))

@@ -23,19 +23,17 @@ from flax import struct
 from retrack_jax.checks import UserError, check_int
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.notation import Array
-from retrack_jax.sampling.loop import Coefficients, float32_rows
+from retrack_jax.sampling.loop import Sampler, float32_rows
 
 _WEIGHTS = np.array([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
                      [55 / 24, -59 / 24, 37 / 24, -9 / 24]])  # fmt: skip
 
 
 @struct.dataclass
-class PNDM:
+class PNDM(Sampler):
     """PLMS; `num_steps` + 1 calls of the network."""
 
-    rows: Coefficients
     combines_v: bool = struct.field(pytree_node=False, default=False)
-    stochastic = False
 
     @classmethod
     def create(cls, schedule: Schedule, num_steps: int, *, spacing: str | None = None) -> "PNDM":

@@ -7,7 +7,6 @@ with an average, so combining any earlier gives another answer. Trees go in, one
   (2) siss        g = g_main - (s/||g_corr||) g_corr
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -21,13 +20,9 @@ def erasediff(main: PyTree, correction: PyTree, eta: float | Array) -> PyTree:
     """Returns EraseDiff's gradient (1): the retain gradient, pushed until it also descends the correction at rate `eta`."""
     inner = optax.tree.vdot(main, correction)
     squared_norm = jnp.maximum(jnp.square(optax.tree.norm(correction)), _TINY)
-    return _add_scaled(main, jnp.maximum(eta - inner / squared_norm, 0.0), correction)
+    return optax.tree.add_scale(main, jnp.maximum(eta - inner / squared_norm, 0.0), correction)
 
 
 def siss(main: PyTree, correction: PyTree, scale: float | Array) -> PyTree:
     """Returns SISS's gradient (2): ascent on the correction with its norm rescaled to `scale` (s)."""
-    return _add_scaled(main, -scale / jnp.maximum(optax.tree.norm(correction), _TINY), correction)
-
-
-def _add_scaled(tree: PyTree, factor: Array, direction: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: a + factor * b, tree, direction)
+    return optax.tree.add_scale(main, -scale / jnp.maximum(optax.tree.norm(correction), _TINY), correction)

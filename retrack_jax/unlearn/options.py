@@ -6,7 +6,7 @@ option's name, so that whoever makes a record can put before it where the user s
 
 import copy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 
@@ -15,19 +15,30 @@ from retrack_jax.notation import Array
 
 SHAPES = ("constant", "linear", "cosine")
 WHOLE_CLASS = ("null", "nearest")
-Kind = TypeVar("Kind", bound="MethodOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
-    """The options of a method that has none."""
+    """The options of a method that has none.
 
-    def at(self, step: Array, num_steps: int) -> "MethodOptions":
+    Attributes:
+      scheduled: the option, if any, that goes over the run to the value of `NAME_end` in the shape of `NAME_schedule`.
+    """
+
+    scheduled: ClassVar[str] = ""
+
+    def at(self, step: Array, num_steps: int) -> Self:
         """Returns the options at `step`, an int32 scalar in [0, num_steps): an option that follows a schedule becomes traced."""
-        return self
+        name = self.scheduled
+        if not name or getattr(self, f"{name}_schedule") == "constant":
+            return self
+        changed = copy.copy(self)
+        start, end, shape = (getattr(self, field) for field in (name, f"{name}_end", f"{name}_schedule"))
+        object.__setattr__(changed, name, _between(start, end, shape, step, num_steps))  # traced, so it cannot be checked
+        return changed
 
     def only_for(self, condition: str) -> list[str]:
-        """Returns the options that are set and that only networks with `condition`, "captions" or "labels", have a use for."""
+        """Returns the options that are set and that only networks with `condition` ("captions", "labels", ...) read."""
         return []
 
 
@@ -35,6 +46,7 @@ class MethodOptions:
 class RetrackOptions(MethodOptions):
     """ReTrack: lambda L_unlearn + (1 - lambda) L_R. For captions or labels: unlearn/losses.py, equations 9 and 10."""
 
+    scheduled: ClassVar[str] = "lam"
     lam: float | None = 0.005  # lambda, in [0, 1]: the weight of the unlearning term; None: left to the rules (config/rules.py)
     lam_schedule: str = "constant"  # or linear, cosine: from lam to lam_end over the run
     lam_end: float | None = None
@@ -57,12 +69,9 @@ class RetrackOptions(MethodOptions):
         _check_schedule("lam", self.lam_schedule, self.lam_end)
 
     def only_for(self, condition: str) -> list[str]:
-        names = {"captions": ("beta", "same_caption", "anchor"), "labels": ("whole_class",)}[condition]
+        names = {"captions": ("beta", "same_caption", "anchor"), "labels": ("whole_class",)}.get(condition, ())
         defaults = RetrackOptions()
         return [name for name in names if getattr(self, name) != getattr(defaults, name)]
-
-    def at(self, step: Array, num_steps: int) -> "RetrackOptions":
-        return _with(self, "lam", _scheduled(self.lam, self.lam_end, self.lam_schedule, step, num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,7 @@ class SissNoIsOptions(MethodOptions):
 class SissOptions(SissNoIsOptions):
     """SISS: points are noised from forgotten images with probability `mixture`, else from remaining ones."""
 
+    scheduled: ClassVar[str] = "mixture"
     mixture: float = 0.5  # lambda of the SISS paper, in [0, 1]
     mixture_schedule: str = "constant"  # or linear, cosine: from mixture to mixture_end over the run
     mixture_end: float | None = None
@@ -93,9 +103,6 @@ class SissOptions(SissNoIsOptions):
         super().__post_init__()
         check_number("mixture", self.mixture, 0.0, 1.0)
         _check_schedule("mixture", self.mixture_schedule, self.mixture_end)
-
-    def at(self, step: Array, num_steps: int) -> "SissOptions":
-        return _with(self, "mixture", _scheduled(self.mixture, self.mixture_end, self.mixture_schedule, step, num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +127,8 @@ def _check_schedule(name: str, shape: str, end: float | None) -> None:
         check_number(f"{name}_end", end, 0.0, 1.0)
 
 
-def _with(options: Kind, name: str, value: float | Array) -> Kind:
-    """Returns a copy of `options` with another value of one option, which may be traced and so cannot be checked."""
-    changed = copy.copy(options)
-    object.__setattr__(changed, name, value)
-    return changed
-
-
-def _scheduled(start: float, end: float | None, shape: str, step: Array, num_steps: int) -> float | Array:
-    """Returns `start` if `shape` is constant, else the value at `step` on a line or half a cosine from `start` to `end`."""
-    if shape == "constant":
-        return start
+def _between(start: float, end: float, shape: str, step: Array, num_steps: int) -> Array:
+    """Returns the value at `step` on a line, or half a cosine, from `start` to `end`."""
     progress = jnp.clip(step.astype(jnp.float32) / max(num_steps - 1, 1), 0.0, 1.0)
     if shape == "cosine":
         progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)

@@ -19,8 +19,10 @@ T5 = "text_encoder_3"  # of Stable Diffusion 3, which can do without
 
 def network_config(checkpoint) -> tuple[Path, dict[str, Any]] | None:
     """Returns (folder, its `config.json`) of the network in `checkpoint`: in one of `NETWORK_FOLDERS`, or itself; None if it
-    is not there.
+    is not there, or `checkpoint` is empty.
     """
+    if not checkpoint:
+        return None
     folder = local_model(checkpoint)
     places = [folder / name for name in (*NETWORK_FOLDERS, "")]
     place = next((place for place in places if (place / "config.json").is_file()), None)
@@ -52,7 +54,7 @@ def is_xl(checkpoint) -> bool:
 
 def is_sd3(checkpoint) -> bool:
     """Returns whether the network in `checkpoint` is Stable Diffusion 3's transformer."""
-    network = network_config(checkpoint) if checkpoint else None
+    network = network_config(checkpoint)
     return network is not None and network[1].get("_class_name") == _SD3
 
 
@@ -80,7 +82,7 @@ def autoencoder_folder(checkpoint) -> Path | None:
 
     Raises `UserError` if the pipeline's model_index.json lists an autoencoder that is not there.
     """
-    network = network_config(checkpoint) if checkpoint else None
+    network = network_config(checkpoint)
     if network is None:
         return None
     folder = network[0].resolve()

@@ -1,5 +1,6 @@
 """Shared by the tests of config.mode=check: configs by name, and what is printed for them."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -22,7 +23,7 @@ def config_of(name: str):
 
 def printed(config) -> str:
     """What config.mode=check prints for it."""
-    file = io.StringIO()
     options = read_config(config)
-    print_requirements(dataclasses.asdict(options), unset(options), file)
+    with contextlib.redirect_stdout(io.StringIO()) as file:
+        print_requirements(dataclasses.asdict(options), unset(options))
     return file.getvalue()

@@ -47,7 +47,7 @@ class TestFolder:
         (folder / "loop").symlink_to(folder)
         for name in ("more", "again"):
             (folder / name).symlink_to(tmp_path / "elsewhere")
-        assert list_images(folder) == ["00000.jpg", "00001.jpg", "00002.jpg", "again/a.png"]
+        assert list_images(folder)[0] == ["00000.jpg", "00001.jpg", "00002.jpg", "again/a.png"]
 
     def test_resize_and_crop(self, tmp_path):
         """A wide image: the shorter side is scaled and the centre cut, so the outer thirds go."""

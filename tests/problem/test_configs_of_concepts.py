@@ -50,9 +50,7 @@ def test_a_run_of_a_bad_config_is_refused_before_it_begins(tmp_path, change, mes
     assert not (tmp_path / "work" / "retrack").exists()
 
 
-@pytest.mark.parametrize(
-    "field, value", [("held_out", 0.05), ("exclude", "red_circle"), ("channels", 3), ("skip_corrupt", True), ("copies", 2)]
-)
+@pytest.mark.parametrize("field, value", [("held_out", 0.05), ("exclude", "red_circle"), ("channels", 3), ("skip_corrupt", True)])
 def test_a_field_that_concepts_have_no_use_for_is_refused(tmp_path, field, value):
     config = tiny_config(tmp_path)
     check_problem(read_config(config))

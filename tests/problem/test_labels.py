@@ -15,6 +15,7 @@ from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.problem import labels
 from retrack_jax.problem.codec import PixelCodec
 from retrack_jax.problem.target import make_target, with_labels
+from retrack_jax.problem.unread import check_unread
 from retrack_jax.unlearn import losses
 from retrack_jax.unlearn.options import RetrackOptions
 
@@ -201,6 +202,6 @@ def test_a_network_with_labels_and_images_without_are_refused():
     ],  # fmt: skip
 )
 def test_fields_of_labels_are_refused_for_an_unconditional_network(sampling, data):
-    labels.check_no_labels(options())
+    check_unread(options(), "labels")
     with pytest.raises(UserError, match="the network takes no class labels and has no use for it; leave it out"):
-        labels.check_no_labels(options(sampling, **data))
+        check_unread(options(sampling, **data), "labels")

@@ -189,6 +189,8 @@ def test_any_finite_values_give_a_chart_that_holds_them(values):
 
 def test_labels_of_ticks_are_short():
     assert [number(v) for v in (0, 0.05, 10_000, 2e6, 3e-6)] == ["0", "0.05", "10k", "2e6", "3e-6"]
+    # Ticks half a step apart have labels of their own.
+    assert [number(v) for v in (1.5e6, 2.5e6, -1.5e-5, 1.25e12)] == ["1.5e6", "2.5e6", "-1.5e-5", "1.25e12"]
 
 
 def test_the_same_numbers_give_the_same_bytes_in_another_process():

@@ -38,7 +38,7 @@ class Concept:
     """One concept's pictures and prompts.
 
     Attributes:
-      images: its labelled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
+      images: its labeled pictures, uint8 RGB of one size, in the order of the labels file; labels are 0 and 1.
       memorised: the memorised picture, uint8 `[H, W, 3]`.
       memorised_name: its file name.
       prompts: its two prompts, by kind.
@@ -75,7 +75,7 @@ def read_labels(folder) -> dict[str, int]:
     """Returns file name -> 0 or 1 from the concept's labels file.
 
     Raises:
-      UserError: there is no such file, a label is neither 0 nor 1, a labelled picture does not exist, or one label has no
+      UserError: there is no such file, a label is neither 0 nor 1, a labeled picture does not exist, or one label has no
         picture.
     """
     folder = Path(folder)
@@ -120,7 +120,7 @@ def load_concept(data: Mapping, name: str) -> Concept:
 
     Raises:
       UserError: there is no such concept; its labels are missing or do not fit its pictures; there is no memorised picture, or
-        it is labelled to remain; a picture cannot be decoded; a prompt is missing.
+        it is labeled to remain; a picture cannot be decoded; a prompt is missing.
     """
     root = Path(data["dir"]).expanduser()
     folder = root / name
@@ -133,9 +133,9 @@ def load_concept(data: Mapping, name: str) -> Concept:
             f"{folder / INFO} names {memorised} as the memorised picture and {folder / LABELS} labels it 0, to remain: it would "
             "be trained to stay; correct one of them"
         )
-    unlabelled = sum(file.is_file() and file.name not in labels for file in (folder / "images").iterdir())
-    if unlabelled:
-        logger.info("%s: %d pictures without a label in %s are left out", name, unlabelled, folder / "images")
+    unlabeled = sum(file.is_file() and file.name not in labels for file in (folder / "images").iterdir())
+    if unlabeled:
+        logger.info("%s: %d pictures without a label in %s are left out", name, unlabeled, folder / "images")
     options = decode_options(data | {"channels": 3, "skip_corrupt": False})
 
     def load(title: str, names: list[str], values) -> ImageSet:

@@ -24,8 +24,9 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", "
 logger = logging.getLogger(__name__)
 
 
-def list_images(folder, skip_broken: bool = False) -> list[str]:
-    """Returns the images below `folder` by their paths relative to it, sorted; hidden files and folders are left out.
+def list_images(folder: Path, skip_broken: bool = False) -> tuple[list[str], Counter]:
+    """Returns the images below `folder` by their paths relative to it, sorted, and how many files of each other kind there are;
+    hidden files and folders are left out.
 
     Links to folders are followed, each folder once: under a second name a copy of a forgotten image would remain.
 
@@ -35,12 +36,6 @@ def list_images(folder, skip_broken: bool = False) -> list[str]:
     Raises:
       UserError: no such folder, no image in it, or broken links among the images.
     """
-    names, _ = _files_below(Path(folder).expanduser(), skip_broken)
-    return names
-
-
-def _files_below(folder: Path, skip_broken: bool) -> tuple[list[str], Counter]:
-    """(the images, sorted; how many files of each other kind there are)."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; set config.data.dir to the folder that holds the images")
     names, broken, others, seen = [], [], Counter(), set()
@@ -83,7 +78,7 @@ def named_images(data: Mapping) -> ImageSet:
     before anything is decoded. Raises as `list_images` does.
     """
     folder = data_folder(data)
-    names = list_images(folder, data.get("skip_corrupt", False))
+    names, _ = list_images(folder, data.get("skip_corrupt", False))
     nothing, labels = np.broadcast_to(np.uint8(0), (len(names), 1, 1, 1)), labels_of_files(names, data, folder)
     return ImageSet(images=nothing, ids=tuple(names), labels=labels, digest="", name=data["source"], folder=folder)
 
@@ -93,7 +88,7 @@ def load_folder(data: Mapping) -> ImageSet:
     where they come from. Raises as `list_images`, `decoded_images` and `labels_of_files` do.
     """
     folder, options = data_folder(data), decode_options(data)
-    names, others = _files_below(folder, options.skip_corrupt)
+    names, others = list_images(folder, options.skip_corrupt)
     if others:
         logger.info("%s: %d files of other kinds are left out (%s)", folder, others.total(), _described(others))
     key = files.json_digest([file_key(folder / image, image) for image in names])
@@ -112,7 +107,7 @@ def folder_need(data: Mapping, command: str = "") -> Requirement:
     """Returns the images below `data["dir"]`, found or missing; `command` gets them."""
     folder = data_folder(data)
     try:
-        found, advice = [folder / name for name in list_images(folder, data.get("skip_corrupt", False))], ""
+        found, advice = [folder / name for name in list_images(folder, data.get("skip_corrupt", False))[0]], ""
     except UserError as error:
         found, advice = [], str(error)
     return requirement("images", folder, found, command=command, advice=advice)

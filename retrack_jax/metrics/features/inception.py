@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retrack_jax.metrics.arrays import pixel_images
-from retrack_jax.metrics.features.layers import BatchNorm, avg_pool_3x3, conv, max_pool
+from retrack_jax.metrics.features.layers import BatchNorm, avg_pool, conv, max_pool
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb
 from retrack_jax.metrics.features.resize import resize_matrix
 from retrack_jax.notation import Array
@@ -53,7 +53,7 @@ class InceptionA(nn.Module):
         b5 = ConvBlock(64, 5, padding=2, name="branch5x5_2")(ConvBlock(48, name="branch5x5_1")(x))
         b3 = ConvBlock(96, 3, padding=1, name="branch3x3dbl_2")(ConvBlock(64, name="branch3x3dbl_1")(x))
         b3 = ConvBlock(96, 3, padding=1, name="branch3x3dbl_3")(b3)
-        pool = ConvBlock(self.pool_features, name="branch_pool")(avg_pool_3x3(x))
+        pool = ConvBlock(self.pool_features, name="branch_pool")(avg_pool(x))
         return jnp.concatenate([b1, b5, b3, pool], axis=-1)
 
 
@@ -65,7 +65,7 @@ class InceptionB(nn.Module):
         b3 = ConvBlock(384, 3, 2, name="branch3x3")(x)
         double = ConvBlock(96, 3, padding=1, name="branch3x3dbl_2")(ConvBlock(64, name="branch3x3dbl_1")(x))
         double = ConvBlock(96, 3, 2, name="branch3x3dbl_3")(double)
-        return jnp.concatenate([b3, double, max_pool(x, 3, 2)], axis=-1)
+        return jnp.concatenate([b3, double, max_pool(x, 2)], axis=-1)
 
 
 class InceptionC(nn.Module):
@@ -85,7 +85,7 @@ class InceptionC(nn.Module):
         double = ConvBlock(self.width, **row, name="branch7x7dbl_3")(double)
         double = ConvBlock(self.width, **column, name="branch7x7dbl_4")(double)
         double = ConvBlock(192, **row, name="branch7x7dbl_5")(double)
-        pool = ConvBlock(192, name="branch_pool")(avg_pool_3x3(x))
+        pool = ConvBlock(192, name="branch_pool")(avg_pool(x))
         return jnp.concatenate([b1, b7, double, pool], axis=-1)
 
 
@@ -99,7 +99,7 @@ class InceptionD(nn.Module):
         b7 = ConvBlock(192, (1, 7), padding=(0, 3), name="branch7x7x3_2")(b7)
         b7 = ConvBlock(192, (7, 1), padding=(3, 0), name="branch7x7x3_3")(b7)
         b7 = ConvBlock(192, 3, 2, name="branch7x7x3_4")(b7)
-        return jnp.concatenate([b3, b7, max_pool(x, 3, 2)], axis=-1)
+        return jnp.concatenate([b3, b7, max_pool(x, 2)], axis=-1)
 
 
 class InceptionE(nn.Module):
@@ -115,7 +115,7 @@ class InceptionE(nn.Module):
         b3 = [ConvBlock(384, **row, name="branch3x3_2a")(b3), ConvBlock(384, **column, name="branch3x3_2b")(b3)]
         double = ConvBlock(384, 3, padding=1, name="branch3x3dbl_2")(ConvBlock(448, name="branch3x3dbl_1")(x))
         double = [ConvBlock(384, **row, name="branch3x3dbl_3a")(double), ConvBlock(384, **column, name="branch3x3dbl_3b")(double)]
-        pooled = max_pool(x, 3, 1, 1) if self.max_pool else avg_pool_3x3(x)
+        pooled = max_pool(x, 1, 1) if self.max_pool else avg_pool(x)
         return jnp.concatenate([b1, *b3, *double, ConvBlock(192, name="branch_pool")(pooled)], axis=-1)
 
 
@@ -138,9 +138,9 @@ class InceptionV3(nn.Module):
         x = ConvBlock(32, 3, 2, name="Conv2d_1a_3x3")(x)
         x = ConvBlock(32, 3, name="Conv2d_2a_3x3")(x)
         x = ConvBlock(64, 3, padding=1, name="Conv2d_2b_3x3")(x)
-        x = ConvBlock(80, name="Conv2d_3b_1x1")(max_pool(x, 3, 2))
+        x = ConvBlock(80, name="Conv2d_3b_1x1")(max_pool(x, 2))
         x = ConvBlock(192, 3, name="Conv2d_4a_3x3")(x)
-        x = max_pool(x, 3, 2)
+        x = max_pool(x, 2)
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = InceptionA(pool_features, name=name)(x)
         x = InceptionB(name="Mixed_6a")(x)

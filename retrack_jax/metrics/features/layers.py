@@ -35,21 +35,15 @@ def conv(
     features: int, size: int | tuple[int, int], strides: int = 1, padding: int | tuple[int, int] = 0, name: str | None = None
 ):
     """Returns a convolution without bias, with PyTorch's symmetric padding."""
-    size, padding = ((value, value) if isinstance(value, int) else value for value in (size, padding))
-    pads = tuple((pad, pad) for pad in padding)
-    return nn.Conv(features, size, strides=strides, padding=pads, use_bias=False, name=name)
+    size = (size, size) if isinstance(size, int) else size
+    return nn.Conv(features, size, strides=strides, padding=padding, use_bias=False, name=name)
 
 
-def max_pool(x: Array, size: int, strides: int, padding: int = 0) -> Array:
-    """Returns the maximum over windows; the padding never wins."""
-    return nn.max_pool(x, (size, size), (strides, strides), ((padding, padding),) * 2)
+def max_pool(x: Array, strides: int, padding: int = 0) -> Array:
+    """Returns the maximum over windows of 3 x 3; the padding never wins."""
+    return nn.max_pool(x, (3, 3), (strides, strides), ((padding, padding),) * 2)
 
 
-def avg_pool_3x3(x: Array) -> Array:
+def avg_pool(x: Array) -> Array:
     """Returns 3 x 3 averages at stride 1 that leave the padding out of the count, as TensorFlow's do."""
-    window, pads = (1, 3, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
-    total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, window, (1, 1, 1, 1), pads)
-    count = lax.reduce_window(
-        jnp.ones((1, *x.shape[1:3], 1), x.dtype), jnp.zeros((), x.dtype), lax.add, window, (1, 1, 1, 1), pads
-    )
-    return total / jnp.broadcast_to(count, total.shape)
+    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)

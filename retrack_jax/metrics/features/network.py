@@ -49,7 +49,7 @@ class FeatureNetwork:
 
     @cached_property
     def _apply(self) -> Callable:
-        """Returns prepared images to outputs, both `[n, ...]`; compiled once for every n."""
+        """Returns the function from prepared images to outputs, both `[n, ...]`; compiled once for every n."""
 
         def apply(params, batch):
             # TPU and GPU would otherwise multiply in bfloat16 or TF32, too coarse for features that are quoted to 1e-4.

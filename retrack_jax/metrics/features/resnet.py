@@ -64,7 +64,7 @@ class ResNetTrunk(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = conv(64, 7, 2, 3, name="conv1")(x)
-        x = max_pool(nn.relu(BatchNorm(1e-5, self.batch_statistics, name="bn1")(x)), 3, 2, 1)
+        x = max_pool(nn.relu(BatchNorm(1e-5, self.batch_statistics, name="bn1")(x)), 2, 1)
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
                 strides = 2 if stage > 0 and index == 0 else 1
