@@ -87,9 +87,7 @@ def apart(method: str) -> dict[int, float]:
     batches, shared = inputs(method)
     how = StepOptions(options=OPTIONS[method], num_steps=STEPS, t_max=1000)
     p_step = make_train_step(METHODS[method], make_eps_fn(module.apply, shared.schedule), how)
-    optimizer = make_optimizer(
-        learning_rate=RATE, num_steps=STEPS, b1=B1, b2=B2, eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=1.0
-    )
+    optimizer = make_optimizer(learning_rate=RATE, b1=B1, b2=B2, eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=1.0)
     state, shared = parallel.replicate(create_state(parallel.copy(params), optimizer)), parallel.replicate(shared)
     with np.load(RECORDED) as recorded:
         theirs = dict(zip(MEASURED_AT, recorded[method], strict=True))

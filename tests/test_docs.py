@@ -237,7 +237,7 @@ def test_the_conditioning_of_the_guide_reaches_the_network(extending):
     def eps_fn(params, x_t, t, label):
         return x_t * params["of_label"][label][:, None, None, None]
 
-    optimizer = make_optimizer(learning_rate=0.1, num_steps=1, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
+    optimizer = make_optimizer(learning_rate=0.1, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
     step = make_train_step(METHODS["vanilla"], eps_fn, StepOptions(t_max=1000))
     batch = {"remain": {"pixels": toys.images(8)}, "remain_index": np.arange(8, dtype=np.int32)}
     state = parallel.replicate(create_state({"of_label": jnp.ones(10)}, optimizer))

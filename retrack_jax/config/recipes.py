@@ -89,17 +89,10 @@ class TrainingOptions:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns AdamW as these options describe it."""
-        return make_optimizer(
-            learning_rate=self.learning_rate,
-            num_steps=self.num_steps or 1,
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            schedule=self.learning_rate_schedule,
-            warmup_steps=self.warmup_steps,
-        )
+        constant = self.learning_rate_schedule == "constant" and not self.warmup_steps  # needs no counter in the state
+        rate = self.learning_rate if constant else self.rate()
+        own = {name: getattr(self, name) for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
+        return make_optimizer(learning_rate=rate, **own)
 
     def ema_decay(self) -> Callable[[Array], Array] | None:
         """Returns `step -> decay` of the moving average, or None if there is none."""

@@ -26,21 +26,10 @@ def make_rate(learning_rate: float, num_steps: int, schedule: str = "constant", 
 
 
 def make_optimizer(
-    *,
-    learning_rate: float,
-    num_steps: int,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
+    *, learning_rate: float | optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
     """Returns AdamW with decoupled weight decay after clipping the global gradient norm at `clip_norm` (0: no clipping)."""
-    changes = schedule != "constant" or warmup_steps
-    rate = make_rate(learning_rate, num_steps, schedule, warmup_steps) if changes else learning_rate
-    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return _packed(optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw)
 
 

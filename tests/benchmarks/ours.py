@@ -59,9 +59,7 @@ def make_step(module: UNet2D, network: str, method: str, accumulation: int = 1) 
 
 def make_state(network: str, params: PyTree) -> TrainState:
     """Returns the state at step 0 with the official AdamW."""
-    tx = make_optimizer(
-        learning_rate=RECIPE[network][1], num_steps=60, b1=0.95, b2=0.999, eps=1e-8, weight_decay=1e-6, clip_norm=1.0
-    )
+    tx = make_optimizer(learning_rate=RECIPE[network][1], b1=0.95, b2=0.999, eps=1e-8, weight_decay=1e-6, clip_norm=1.0)
     return parallel.replicate(create_state(params, tx))
 
 

@@ -127,7 +127,7 @@ def arguments() -> None:
     """Adds up parameters and optimizer of a step, and the frozen base of an adapter; compiles nothing."""
     inputs = jnp.ones((1, *LATENT)), jnp.array([500], jnp.int32), jnp.ones(PROMPT)
     params = jax.eval_shape(UNet2DCondition.from_config(SD14_UNET).init, jax.random.key(0), *inputs)["params"]
-    optimizer = make_optimizer(learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
+    optimizer = make_optimizer(learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
 
     def size(tree) -> int:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -150,7 +150,7 @@ def step(name: str, method_name: str, option: str) -> None:
     schedule = Schedule.create(class_name="PNDMScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     inputs = example_inputs(module)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    optimizer = make_optimizer(learning_rate=1e-5, num_steps=30, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
+    optimizer = make_optimizer(learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0)
     state = trained_state(option, params, optimizer)
     method, accumulation = get_method(method_name), 16
     count = accumulation * size

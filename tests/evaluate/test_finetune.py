@@ -14,7 +14,7 @@ from retrack_jax.train.step import StepOptions
 from tests import toys
 
 SCHEDULE, IMAGES = toys.schedule(), toys.images(40)
-TX = make_optimizer(learning_rate=1e-3, num_steps=1, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+TX = make_optimizer(learning_rate=1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 FINETUNE = make_finetune(make_eps_fn(toys.ToyNet().apply, SCHEDULE), SCHEDULE, StepOptions(t_max=1000), TX, batch_size=8)
 
 

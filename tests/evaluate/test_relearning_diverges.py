@@ -14,7 +14,7 @@ from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.step import StepOptions
 from tests import toys
 
-RECIPE = {"num_steps": 4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
+RECIPE = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
 
 
 def test_one_curve_diverges(tmp_path):

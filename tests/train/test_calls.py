@@ -19,7 +19,7 @@ from retrack_jax.log import Writer, read_log
 from retrack_jax.run.reads import evaluation_reads, model_reads, sample_reads
 from retrack_jax.train.loop import Preempted, calls_of, restore, state_tree, train
 from retrack_jax.train.lora import LoraOptions, init
-from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
+from retrack_jax.train.optimizer import make_ema_decay, make_optimizer, make_rate
 from retrack_jax.train.run_store import RunStore, tree_digest
 from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
@@ -29,7 +29,7 @@ from tests.lowering import donated, lowered, lowering_for
 
 SCHEDULE, IMAGES, LORA = toys.schedule(), toys.images(40), LoraOptions(rank=2, layers=("Dense_0", "Dense_1"))
 ADAMW = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-6, "clip_norm": 1.0}
-TX = make_optimizer(learning_rate=1e-3, num_steps=9, schedule="cosine", warmup_steps=2, **ADAMW)
+TX = make_optimizer(learning_rate=make_rate(1e-3, 9, "cosine", 2), **ADAMW)
 AVERAGE = make_ema_decay(power=0.75, inv_gamma=1.0, max_decay=0.999)
 
 

@@ -25,7 +25,7 @@ from tests import toys
 
 SCHEDULE, IMAGES = toys.schedule(), toys.images(40)
 STEP = make_train_step(METHODS["vanilla"], make_eps_fn(toys.ToyNet().apply, SCHEDULE), StepOptions(t_max=1000))
-TX = make_optimizer(learning_rate=1e-3, num_steps=9, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+TX = make_optimizer(learning_rate=1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 BATCHES = Batches(
     gather=lambda rows: {"pixels": IMAGES[rows]}, num_remain=40, forget_rows=None, remain_size=8, forget_size=0, seed=0
 )

@@ -23,7 +23,7 @@ from tests import toys
 
 SCHEDULE = toys.schedule()
 REMAIN, FORGET = toys.images(40), toys.images(2, seed=1)
-ADAMW = dict(learning_rate=1e-3, num_steps=10, b1=0.95, b2=0.999, eps=1e-8, weight_decay=1e-6, clip_norm=1.0)
+ADAMW = dict(learning_rate=1e-3, b1=0.95, b2=0.999, eps=1e-8, weight_decay=1e-6, clip_norm=1.0)
 
 
 def shared(**fields):
