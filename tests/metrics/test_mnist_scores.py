@@ -33,7 +33,7 @@ def test_a_run_without_the_weights_says_so_and_the_same_command_adds_the_scores(
     config = mnist_tshirt.get_config("pretrained")  # one model to score, and nothing to unlearn
     with config.unlocked():
         config.update_from_flattened_dict({name: value for name, value in TINY.items() if name != "data.copies"})
-        config.data.source, config.data.dir = "npz", str(tmp_path / "data.npz")
+        config.data.source, config.data.dir, config.data.copies = "npz", str(tmp_path / "data.npz"), 0
         config.data.cache_dir = str(tmp_path / "cache")
         config.seeds = (0,)
         config.eval.metrics = ("fid", "inception_score", OFFICIAL)
