@@ -5,10 +5,12 @@
     python -m tests.benchmarks.parts attention            # jax's form and the CPU's own
     python -m tests.benchmarks.parts start                # from a new process to the first step; run it twice for a warm cache
     python -m tests.benchmarks.parts microbatches         # one step in 1, 2, 4, ... parts, and its memory
+    python -m tests.benchmarks.parts flags                # one step of pretraining under flags of XLA, in turns
 
 Gradients, update and start are of CIFAR-10's step.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -21,7 +23,7 @@ import numpy as np
 from retrack_jax import parallel
 from retrack_jax.models.cpu import attention as cpu
 from retrack_jax.models.cpu import winograd
-from tests.benchmarks.measure import Table, once
+from tests.benchmarks.measure import Table, Worker, in_turns, once
 
 BEGAN = time.perf_counter()
 # Images, pixels per side, channels in and out.
@@ -119,6 +121,32 @@ def microbatches() -> None:
             table.add(network, f"{parts}", f"{images // parts}", f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 2**30:.2f}")
 
 
+_YNN = "--xla_cpu_experimental_ynn_fusion_type"
+FLAGS = (
+    "",
+    "--xla_cpu_prefer_vector_width=512",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_experimental_onednn_custom_call=true",
+    f"{_YNN}=LIBRARY_FUSION_TYPE_DOT",
+    f"{_YNN}=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    f"{_YNN}=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
+)
+
+
+def flags() -> None:
+    """Prints the seconds of a step of 32 real digits on two devices under XLA's flags, in turns."""
+    same = {"network": "mnist5k_tshirt", "method": "vanilla", "batch": (32, 32), "num_devices": 2}
+    workers = {}
+    for flag in FLAGS:
+        os.environ["XLA_FLAGS"] = flag
+        workers[flag] = Worker("ours", "training", **same)
+    found = in_turns(workers, 5)
+    table = Table("speed_flags", "XLA_FLAGS", "s a step", "times as long as without")
+    for flag, row in found.items():
+        shown = f"`{flag.replace('LIBRARY_FUSION_TYPE_', '')}`" if flag else "none"
+        table.add(shown, f"{row['seconds']:.3f}", f"{row['seconds'] / found['']['seconds']:.2f}")
+
+
 def start() -> None:
     """Prints the seconds of each stretch on the way to the first step; programs are kept in a cache of this benchmark's own."""
     kept = Path("~/.cache/retrack_jax/benchmarks").expanduser()
@@ -155,7 +183,7 @@ def start() -> None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     part, *rest = sys.argv[1:] or [""]
-    parts = {"gradients": gradients, "update": update, "attention": attention, "start": start, "microbatches": microbatches}
+    parts = {one.__name__: one for one in (gradients, update, attention, start, microbatches, flags)}
     if part not in parts:
         sys.exit(__doc__)
     parts[part](*map(int, rest))

@@ -80,7 +80,7 @@ TEN = [
     ("a value out of range", lambda work: cli.flags(work, unlearn__retrack__lam=1.5)),
     ("more neighbors than images", lambda work: cli.flags(work, unlearn__num_neighbors=5000)),
     ("a target that is not there", lambda work: cli.flags(work, targets="label:99")),
-    ("data that are not there", lambda work: cli.flags(work, data__source="folder", data__dir="/no/such/folder")),
+    ("data that are not there", lambda work: cli.flags(work, data__source="folder", data__dir="/no/such/folder", data__copies=0)),
     ("a checkpoint that is not there", lambda work: cli.flags(work, checkpoint="/no/such/checkpoint")),
 ]
 
@@ -96,7 +96,11 @@ def test_ten_through_a_real_process(what, flags, cache, tmp_path):
 
 @pytest.mark.parametrize(
     "mistake",
-    [{"model__norm_num_groups": 7}, {"unlearn__num_neighbors": 5000}, {"data__source": "folder", "data__dir": "/no"}],
+    [
+        {"model__norm_num_groups": 7},
+        {"unlearn__num_neighbors": 5000},
+        {"data__source": "folder", "data__dir": "/no", "data__copies": 0},
+    ],
 )
 def test_a_mistake_does_not_claim_the_workdir(mistake, cache, tmp_path):
     """After the mistake is mended the same workdir takes the run: nothing there says that it is another config's."""

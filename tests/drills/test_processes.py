@@ -111,7 +111,7 @@ def test_hosts_with_other_images_do_not_train_together(cache, tmp_path):
         (tmp_path / f"host{host}").mkdir()
         images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
         np.savez(tmp_path / f"host{host}" / "images.npz", images=images)
-    changes = {"data__source": "npz", "data__dir": "HOST/images.npz", "targets": "0"}
+    changes = {"data__source": "npz", "data__dir": "HOST/images.npz", "data__copies": 0, "targets": "0"}
     arguments = cli.flags(tmp_path / "work", "vanilla", **changes)
     status, both = on_two_hosts(arguments, cache, tmp_path)
     assert status == 2 and both.count("error: the processes differ in the files: images (") == 2, both[-3000:]

@@ -44,7 +44,8 @@ def complete_fields(data: Mapping) -> dict:
         readers, value = [other for other, source in SOURCES.items() if name in source.reads], data.get(name, unset)
         check(
             value == unset or data["source"] in readers,
-            f"config.data.{name} is {value!r}, which {data['source']!r} does not read, but {' or '.join(readers)}; leave it at {unset!r}",
+            f"config.data.{name} is {value!r}, which {data['source']!r} does not read, but {' or '.join(readers)}; "
+            f"leave it at {unset!r}",
         )
     formats = SOURCES[data["source"]].formats
     if data["format"]:
