@@ -31,7 +31,7 @@ def with_method(config: ConfigDict, method: str | None) -> ConfigDict:
 
 
 def config_beside(file: str, name: str) -> ConfigDict:
-    """Returns the config of `name`.py in the folder of `file`, under the name of `file`, which goes on from it."""
+    """Returns the config of `name`.py, which lies beside `file`, unlocked and renamed to `file`, so that `file` can change it."""
     config = runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"]()
     config.unlock()
     config.name = Path(file).stem

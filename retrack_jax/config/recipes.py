@@ -89,7 +89,7 @@ class TrainingOptions:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns AdamW as these options describe it."""
-        constant = self.learning_rate_schedule == "constant" and not self.warmup_steps  # needs no counter in the state
+        constant = self.learning_rate_schedule == "constant" and not self.warmup_steps  # then the state needs no counter of steps
         rate = self.learning_rate if constant else self.rate()
         own = {name: getattr(self, name) for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
         return make_optimizer(learning_rate=rate, **own)

@@ -82,7 +82,12 @@ def test_any_damaged_file_of_the_newest_falls_back_or_changes_nothing(damage, sa
             assert "/4 is damaged" in caplog.text.replace(str(copy), "") and "/2" in caplog.text, name
     print(f"{damage}: {len(fell_back)} of {len(files)} files made the run fall back to the checkpoint before")
     weights = max(files, key=lambda name: (folder / name).stat().st_size)
-    assert fell_back >= {weights, *(Path("4") / name for name in ("meta/metadata", "state/_METADATA", "state/manifest.ocdbt"))}
+    index = {name for name in files if name.match("4/state/d/*")}
+    assert index and fell_back >= {
+        weights,
+        *index,
+        *(Path("4") / name for name in ("meta/metadata", "state/_METADATA", "state/manifest.ocdbt")),
+    }
 
 
 def test_a_newest_checkpoint_that_is_an_empty_folder(saved, tmp_path):
