@@ -32,8 +32,7 @@ def fit_to_devices(options: Options) -> Options:
     methods, pretrain = {**options.methods}, options.pretrain
     for name in [name for name in options.method_names if name in methods]:
         recipe, method = methods[name], METHODS[name]
-        images = recipe.remain_size(method) + recipe.forget_size(method)
-        methods[name] = with_microbatches(recipe, f"unlearn.{name}", images, network)
+        methods[name] = with_microbatches(recipe, f"unlearn.{name}", recipe.images_of_a_pass(method), network)
     if _pretrains(options):
         pretrain = with_microbatches(pretrain, "pretrain", pretrain.batch_size, network)
     batch, devices = options.sampling.batch_size, jax.device_count()
@@ -58,7 +57,7 @@ def with_microbatches(recipe: TrainingOptions, stage: str, images: int, network:
     """Returns `recipe` with a number of microbatches that divides its batches evenly over the devices, and logs it if it changes.
 
     It is the largest such number up to the recipe's own; on a CPU a larger one, if a device would take more than
-    `images_at_once(network)` of the `images` of a step at once.
+    `images_at_once(network)` of the `images` of a pass through the network.
     """
     most = images_at_once(network) if jax.default_backend() == "cpu" else None
     devices, parts = jax.device_count(), recipe.accumulation
@@ -73,7 +72,7 @@ def with_microbatches(recipe: TrainingOptions, stage: str, images: int, network:
     if fitting == parts:
         return recipe
     change = stage, fitting, parts, images, devices
-    log.info("config.%s.accumulation is %d in place of %d: %d images per step over %d devices", *change)
+    log.info("config.%s.accumulation is %d in place of %d: %d images per pass over %d devices", *change)
     return dataclasses.replace(recipe, accumulation=fitting)
 
 

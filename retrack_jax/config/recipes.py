@@ -191,6 +191,10 @@ class UnlearnOptions(TrainingOptions):
         """Returns how many forgotten images a step of `method` takes."""
         return (self.forget_batch_size or self.batch_size) if "forget" in method.streams else 0
 
+    def images_of_a_pass(self, method: Method) -> int:
+        """Returns how many images the network takes at once in a step of `method`, over all devices and microbatches."""
+        return (sum if method.one_pass else max)((self.remain_size(method), self.forget_size(method)))
+
 
 def _check_calibrate(value: str) -> None:
     """Raises `UserError` unless `value` is empty, "unseen" or a number above 0, as text."""

@@ -122,22 +122,25 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions, *, sev
             return method.terms(context, *_streams(method, microbatch, shared, step_rng, how.condition_dropout))
 
         def gradients(microbatch: PyTree):
-            # The two gradients are computed separately; the compiler shares their common forward pass.
-            def main(params):
+            def losses(params):
                 loss = terms(params, microbatch)
                 logs = {"loss": loss.main, **loss.logs}
                 if loss.correction is not None:
                     logs["correction"] = loss.correction
-                return loss.main, logs
+                return (loss.main, loss.correction), logs
 
-            main_grad, logs = jax.grad(main, has_aux=True)(state.params)
-            if method.combine is None:
-                return main_grad, None, logs
-            return main_grad, jax.grad(lambda params: terms(params, microbatch).correction)(state.params), logs
+            # One forward pass for both gradients; each goes back only through what its term depends on.
+            _, tangents, logs = jax.linearize(losses, state.params, has_aux=True)
 
+            def gradient(term: int):
+                return jax.linear_transpose(lambda params: tangents(params)[term], state.params)(jnp.float32(1))[0]
+
+            return (gradient(0), None if method.combine is None else gradient(1)), logs
+
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, None if method.combine is None else state.params))
         # Small leaves are averaged as one vector (packing.py); accelerators' compilers do the same by themselves.
-        packed, unpack = pack(_accumulate(gradients, batch, how.accumulation))
-        main_grad, correction_grad, logs = unpack(parallel.pmean(packed))
+        packed, unpack = pack(_accumulate(gradients, zeros, batch, how.accumulation))
+        (main_grad, correction_grad), logs = unpack(parallel.pmean(packed))
         grad = main_grad if method.combine is None else method.combine(main_grad, correction_grad, options)
         # Packed as the optimizer packs it, so that the compiler computes the norm once for this and for the clipping.
         metrics = {**logs, "grad_norm": optax.tree.norm(pack(grad)[0])}
@@ -233,16 +236,15 @@ def _stream_rngs(step_rng: Rng, stream: int, index: Array) -> tuple[Rng, Rng]:
     return rngs, jax.vmap(lambda rng: jax.random.fold_in(rng, POSTERIOR))(rngs)
 
 
-def _accumulate(gradients: Callable, batch: PyTree, accumulation: int) -> PyTree:
-    """Averages `gradients` over `accumulation` equal microbatches of `batch`, in one loop."""
+def _accumulate(gradients: Callable, zeros: PyTree, batch: PyTree, accumulation: int) -> tuple[PyTree, PyTree]:
+    """Averages the gradients, like `zeros`, and the logs of `accumulation` equal microbatches of `batch`, in one loop."""
     if accumulation == 1:
         return gradients(batch)
-    split = jax.tree.map(lambda leaf: leaf.reshape((accumulation, -1) + leaf.shape[1:]), batch)
-    first = jax.tree.map(lambda leaf: leaf[0], split)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, first))
 
     def body(total, microbatch):
-        return jax.tree.map(jnp.add, total, gradients(microbatch)), None
+        grads, logs = gradients(microbatch)
+        return jax.tree.map(jnp.add, total, grads), logs
 
-    total, _ = jax.lax.scan(body, zeros, split)
-    return jax.tree.map(lambda leaf: leaf / accumulation, total)
+    split = jax.tree.map(lambda leaf: leaf.reshape((accumulation, -1) + leaf.shape[1:]), batch)
+    total, logs = jax.lax.scan(body, zeros, split)
+    return jax.tree.map(lambda leaf: leaf / accumulation, total), jax.tree.map(jnp.mean, logs)

@@ -118,6 +118,7 @@ class Method:
       options: the record of its own options, with their defaults.
       combine: `(main gradient, correction gradient, options) -> gradient` for a method with two terms, else None.
       paired: whether remain and forget batches are used in pairs and so must be of one size.
+      one_pass: whether both go through the network as one batch.
       from_scratch: whether training starts from random weights rather than from the pretrained ones.
     """
 
@@ -126,6 +127,7 @@ class Method:
     options: type[MethodOptions] = MethodOptions
     combine: Callable[[PyTree, PyTree, MethodOptions], PyTree] | None = None
     paired: bool = False
+    one_pass: bool = False
     from_scratch: bool = False
 
 
@@ -141,7 +143,7 @@ def _erase(main: PyTree, correction: PyTree, options: EraseDiffOptions) -> PyTre
 _BOTH = frozenset({"remain", "forget"})
 
 METHODS: dict[str, Method] = {
-    "retrack": Method(streams=_BOTH | {"neighbors"}, terms=retrack, options=RetrackOptions),
+    "retrack": Method(streams=_BOTH | {"neighbors"}, terms=retrack, options=RetrackOptions, one_pass=True),
     "siss": Method(streams=_BOTH, terms=siss, options=SissOptions, combine=_rescale, paired=True),
     "siss_no_is": Method(streams=_BOTH, terms=siss_no_is, options=SissNoIsOptions, combine=_rescale),
     "erasediff": Method(streams=_BOTH, terms=erasediff, options=EraseDiffOptions, combine=_erase),

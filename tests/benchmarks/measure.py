@@ -4,6 +4,7 @@ A machine's speed drifts by tens of percent within minutes, so two numbers are c
 processes of their own keep one library's spinning threads, caches and allocator out of the other's time.
 """
 
+import ctypes
 import datetime
 import json
 import statistics
@@ -37,9 +38,15 @@ class Table:
 
 
 def peak_resident_bytes() -> int:
-    """Returns the most resident memory of this process so far. Not `ru_maxrss`: a process takes that over from its starter."""
+    """Returns the most resident memory of this process since `forget_peak`. Not `ru_maxrss`: a process takes that over from its starter."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Makes `peak_resident_bytes` count from here on: what imports and compiling took once is not what a step takes."""
+    ctypes.CDLL(None).malloc_trim(0)  # what they gave back, glibc's allocator may still hold
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 class Worker:

@@ -87,8 +87,7 @@ def make_training(
     data, shared = make_data(network, remain, forget)
     if accumulation is None:
         entry, recipe = get_method(method), UnlearnOptions(batch_size=remain, forget_batch_size=forget)
-        images = recipe.remain_size(entry) + recipe.forget_size(entry)
-        accumulation = with_microbatches(recipe, "unlearn", images, config_of(network)).accumulation
+        accumulation = with_microbatches(recipe, "unlearn", recipe.images_of_a_pass(entry), config_of(network)).accumulation
     step, state = make_step(module, network, method, accumulation), make_state(network, params)
     rng = parallel.replicate(jax.random.key(1))
 

@@ -44,7 +44,9 @@ def test_the_official_recipes_fit_other_devices(module, devices, accumulation, m
         (mnist5k_tshirt, "retrack", 1, 2, 16),
         (mnist5k_tshirt, "vanilla", 2, 1, 4),  # 16, no forgotten ones
         (cifar10, "retrack", 2, 1, 32),  # 2 + 2 of 4; its model comes from a checkpoint
-        (cifar10, "siss", 64, 1, 1),  # 2 + 2
+        (cifar10, "siss", 2, 1, 16),  # 4 of 4: one point for each pair
+        (cifar10, "erasediff", 2, 1, 16),  # 4, and in another pass 4
+        (cifar10, "siss", 64, 1, 1),  # 2
     ],
 )
 def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds(
