@@ -118,7 +118,7 @@ class Method:
       options: the record of its own options, with their defaults.
       combine: `(main gradient, correction gradient, options) -> gradient` for a method with two terms, else None.
       paired: whether remain and forget batches are used in pairs and so must be of one size.
-      one_pass: whether both go through the network as one batch.
+      one_pass: whether all images go through the network as one batch; else one of each pair, or one stream after the other.
       from_scratch: whether training starts from random weights rather than from the pretrained ones.
     """
 
@@ -127,7 +127,7 @@ class Method:
     options: type[MethodOptions] = MethodOptions
     combine: Callable[[PyTree, PyTree, MethodOptions], PyTree] | None = None
     paired: bool = False
-    one_pass: bool = False
+    one_pass: bool = True
     from_scratch: bool = False
 
 
@@ -143,10 +143,10 @@ def _erase(main: PyTree, correction: PyTree, options: EraseDiffOptions) -> PyTre
 _BOTH = frozenset({"remain", "forget"})
 
 METHODS: dict[str, Method] = {
-    "retrack": Method(streams=_BOTH | {"neighbors"}, terms=retrack, options=RetrackOptions, one_pass=True),
-    "siss": Method(streams=_BOTH, terms=siss, options=SissOptions, combine=_rescale, paired=True),
-    "siss_no_is": Method(streams=_BOTH, terms=siss_no_is, options=SissNoIsOptions, combine=_rescale),
-    "erasediff": Method(streams=_BOTH, terms=erasediff, options=EraseDiffOptions, combine=_erase),
+    "retrack": Method(streams=_BOTH | {"neighbors"}, terms=retrack, options=RetrackOptions),
+    "siss": Method(streams=_BOTH, terms=siss, options=SissOptions, combine=_rescale, paired=True, one_pass=False),
+    "siss_no_is": Method(streams=_BOTH, terms=siss_no_is, options=SissNoIsOptions, combine=_rescale, one_pass=False),
+    "erasediff": Method(streams=_BOTH, terms=erasediff, options=EraseDiffOptions, combine=_erase, one_pass=False),
     "neggrad": Method(streams=frozenset({"forget"}), terms=neggrad),
     "vanilla": Method(streams=frozenset({"remain"}), terms=vanilla),
     "retrain": Method(streams=frozenset({"remain"}), terms=vanilla, from_scratch=True),

@@ -38,7 +38,10 @@ class Table:
 
 
 def peak_resident_bytes() -> int:
-    """Returns the most resident memory of this process since `forget_peak`. Not `ru_maxrss`: a process takes that over from its starter."""
+    """Returns the most resident memory of this process since `forget_peak`, or ever.
+
+    Not `ru_maxrss`: a process takes that over from its starter.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 

@@ -172,7 +172,7 @@ def start() -> None:
     batch, shared = make_data("cifar10", *BATCH["cifar10"])
     state, rng = make_state("cifar10", params), parallel.replicate(jax.random.key(1))
     lap("state and data")
-    lowered = make_step(module, "cifar10", "retrack").lower(state, batch, shared, rng)
+    lowered = make_step(module, "cifar10", "retrack", accumulation=2).lower(state, batch, shared, rng)
     lap("tracing and lowering")
     compiled = lowered.compile()
     lap("compiling, or reading the cache")
