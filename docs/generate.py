@@ -91,7 +91,7 @@ def _comments(record: type) -> dict[str, str]:
     found = {}
     for kind in reversed(record.__mro__[:-1]):
         found |= dict(re.findall(r"^    (\w+): [^\n]*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
-    return {name: text[:1].upper() + text[1:].replace("|", "\\|") for name, text in found.items()}
+    return {name: text.replace("|", "\\|") for name, text in found.items()}
 
 
 def pages() -> dict[Path, str]:

@@ -4,7 +4,7 @@
 
 "Relabel" teaches the network, at noisy versions of a forgotten image, the noise that leads to a *random* remaining image: ReTrack
 without neighbors. Devices, accumulation, clipping, resuming and evaluation work for it as for every other method, and the
-command takes it as `--config=configs/digits_tshirt.py:relabel` once this module is imported.
+command takes it as `--config=mine.py:relabel` if mine.py, a copy of a file in `configs/`, imports this module.
 """
 
 from dataclasses import dataclass

@@ -130,6 +130,9 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     scheduler = read_schedule_config(folder)
     schedule = Schedule.from_config(scheduler) if file is None else file.schedule(scheduler, folder)
     check(schedule.is_flow or not sd3, f"{folder}: the scheduler is no flow's, and Stable Diffusion 3 is one; give its own")
+    if len(parts) == 1 and schedule.has_betas and (schedule.clip_sample or schedule.steps_offset != 1):
+        # As diffusers' StableDiffusionPipeline does: early configs leave the two out, and latents go beyond [-1, 1].
+        schedule = Schedule.from_config(schedule.to_config() | {"clip_sample": False, "steps_offset": 1})
 
     pixels, ids = jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), jnp.zeros((1, 1), jnp.int32)
 

@@ -79,12 +79,9 @@ def _clip(folder: Path, part: str, dtype, projects: bool) -> tuple[ClipTextEncod
         check("projection_dim" in config, f"{folder / part}: the config has no projection_dim; give the folder of one model")
         own["projection_dim"] = config["projection_dim"]
     module = ClipTextEncoder.from_config(config, dtype=dtype, **own)
-    tokenizer = load_tokenizer(folder / tokenizer_of(part))
-    known = max(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < module.vocab_size
-    check(
-        known and tokenizer.length <= module.max_position_embeddings,
-        f"{folder}: the tokenizer's ids or length do not fit the text encoder's {module.vocab_size} tokens",
-    )
+    tokenizer = load_tokenizer(folder / tokenizer_of(part), module.max_position_embeddings)
+    size = tokenizer.backend.get_vocab_size()
+    check(size <= module.vocab_size, f"{folder}: the tokenizer has {size} tokens, the text encoder {module.vocab_size}")
     return module, tokenizer
 
 

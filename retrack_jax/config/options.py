@@ -31,7 +31,7 @@ EXPORTS = ("pipeline", "unet", "single_file", "none")
 class DataOptions:
     """`config.data`: which images, and how they become pixels."""
 
-    source: str = ""  # a key of data.sources.SOURCES
+    source: str = ""  # `folder`, `npz`, `parquet`, `tfds`, `idx`, or that of an experiment (data/sources/table.py)
     dir: str = ""  # where the files are; ~ is expanded; with parquet also an id of the hub
     format: str = ""  # how that source's files are stored: tfds, parquet, idx, folder; empty: its first
     tfds_name: str = ""  # with source tfds: its name there, such as mnist

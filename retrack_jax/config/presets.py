@@ -8,6 +8,7 @@ import dataclasses
 import logging
 
 from retrack_jax.checkpoints.diffusers_import import read_schedule_config
+from retrack_jax.checkpoints.stable_diffusion import pipeline_folder
 from retrack_jax.checks import check
 from retrack_jax.config.options import Options
 from retrack_jax.diffusion.flow import CLASSES as FLOWS
@@ -29,15 +30,14 @@ def with_preset(options: Options) -> Options:
     sampling = options.sampling
     if not sampling.preset:
         return options
-    schedule = _schedule(options)
+    schedule = schedule_config(options)
     name = schedule.get("_class_name", "")
     check(
         name not in DISTILLED,
         f"config.sampling.preset is {sampling.preset}, which has no sampler for {name}, the schedule of a distilled model; "
         "set config.sampling.sampler and config.sampling.num_steps",
     )
-    is_flow = name in FLOWS or schedule.get("prediction_type") == VELOCITY
-    sampler, num_steps = _PRESETS[sampling.preset][is_flow]
+    sampler, num_steps = _PRESETS[sampling.preset][is_flow(schedule)]
     meant = f"config.sampling.preset={sampling.preset} is {sampler} with {num_steps} steps"
     for field, value in (("sampler", sampler), ("num_steps", num_steps)):
         own = getattr(sampling, field)
@@ -50,8 +50,15 @@ def with_preset(options: Options) -> Options:
     return dataclasses.replace(options, sampling=chosen)
 
 
-def _schedule(options: Options) -> dict:
-    """Returns the schedule's config: the checkpoint's, or the config's own if it has none. One file is never a flow's."""
-    path = local_model(options.checkpoint) if options.checkpoint else None
-    stored = None if path is None or path.is_file() else read_schedule_config(path)
+def schedule_config(options: Options) -> dict:
+    """Returns the schedule's config: the checkpoint's, or that of `config.pipeline`; the config's own if it has none."""
+    place = None
+    if options.checkpoint:
+        place = pipeline_folder(options.checkpoint, options.pipeline) if options.pipeline else local_model(options.checkpoint)
+    stored = None if place is None or place.is_file() else read_schedule_config(place)
     return stored or options.schedule.to_config()
+
+
+def is_flow(schedule: dict) -> bool:
+    """Whether the config of a schedule is a flow's."""
+    return schedule.get("_class_name") in FLOWS or schedule.get("prediction_type") == VELOCITY

@@ -32,7 +32,7 @@ class TrainingOptions:
     batch_size: int | None = 128  # images per step, over all devices and microbatches
     accumulation: int | None = 1  # microbatches per step; a CPU may take more (config/devices.py)
     learning_rate: float | None
-    learning_rate_schedule: str = "constant"  # or cosine
+    learning_rate_schedule: str = "constant"  # `constant` or `cosine`
     warmup_steps: int = 0
     b1: float = 0.95
     b2: float = 0.999

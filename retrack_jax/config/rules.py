@@ -24,17 +24,17 @@ pipeline for a latent model without prompts, whose network alone makes no images
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
 
-from retrack_jax.checkpoints.diffusers_import import read_schedule_config
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
 from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options
-from retrack_jax.config.presets import DISTILLED, with_preset
+from retrack_jax.config.presets import DISTILLED, is_flow, schedule_config, with_preset
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
@@ -52,7 +52,7 @@ _IMAGE_METRICS = ("fid", "sscd", "nll_bits_per_dim")
 _TEXT_METRICS = ("sscd_forgotten", "sscd_kept", "clip_iqa_forgotten", "clip_iqa_kept")
 # (group, field) -> its value for each kind.
 _BY_KIND = {
-    ("sampling", "sampler"): ("ddpm", "ddpm", "ddpm", "euler", "flow_euler"),  # but dpm_solver if that is XL's own scheduler
+    ("sampling", "sampler"): ("ddpm", "ddpm", "ddpm", "euler", "flow_euler"),  # unless the schedule asks for another
     ("sampling", "num_images"): (1000, 1000, 4, 4, 4),  # with captions, of each
     ("sampling", "batch_size"): (32, 32, 4, 1, 1),
     ("compute", "remat"): (False, True, True, True, True),  # 17 GB less with Stable Diffusion
@@ -141,6 +141,9 @@ def complete(options: Options) -> Options:
         own = side if height == width else 0
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, resolution=own))
     chosen = rules(_fewest_remaining(options) if "num_neighbors" in names else 1, side // pixels, kind)
+    if options.sampling.sampler is None:
+        own = dataclasses.replace(options.sampling, sampler=_own_sampler(options, kind))
+        options = dataclasses.replace(options, sampling=own)
     options = chosen_by_kind(options, kind)
     chosen |= {f"{group}.{name}": getattr(getattr(options, group), name) for group, name in _BY_KIND}
     if options.export is None:
@@ -160,23 +163,28 @@ def chosen_by_kind(options: Options, kind: int) -> Options:
     for (group, name), values in _BY_KIND.items():
         record = getattr(options, group)
         if getattr(record, name) is None:
-            value = _own_sampler(options) if kind == XL and name == "sampler" else values[kind]
-            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: value})})
+            options = dataclasses.replace(options, **{group: dataclasses.replace(record, **{name: values[kind]})})
     return options
 
 
-def _own_sampler(options: Options) -> str:
-    """Returns our name of the sampler that an XL pipeline has by default, if it is one of ours, else Euler's."""
-    given = pipeline_folder(options.checkpoint, options.pipeline) if options.pipeline else options.checkpoint
-    config = read_schedule_config(given) or {}
-    distilled = config.get("_class_name") in DISTILLED or config.get("timestep_spacing") == "trailing"
-    if distilled:
+def _own_sampler(options: Options, kind: int) -> str:
+    """Returns our name of the sampler that the model's schedule asks for; of its kind of model if that is any.
+
+    Flows and EDM have no betas, which the ancestral sampler needs. An XL pipeline's own sampler is taken if it is one of ours.
+    """
+    config = schedule_config(options)
+    name = config.get("_class_name")
+    if kind == XL and (name in DISTILLED or config.get("timestep_spacing") == "trailing"):
         log.warning(
             "%s seems to be distilled (turbo, lightning, LCM): its training and its samples are not those of the base model; set "
             "config.sampling.num_steps to its few steps and config.sampling.guidance_scale to 1",
             options.checkpoint,
         )
-    return "dpm_solver" if config.get("_class_name") in ("DPMSolverMultistepScheduler", edm.DPM_SOLVER) else "euler"
+    if is_flow(config):
+        return "flow_euler"
+    if name == edm.DPM_SOLVER or (kind == XL and name == "DPMSolverMultistepScheduler"):
+        return "dpm_solver"
+    return "euler" if name == edm.EULER else _BY_KIND["sampling", "sampler"][kind]
 
 
 def _filled(options: Options, chosen: dict, of_adapters: Mapping = MappingProxyType({})) -> Options:
@@ -222,8 +230,17 @@ def _sample_size(options: Options, pixels: int) -> tuple[int, int]:
     """The (height, width) of the images that the model makes, in pixels."""
     prompts = takes_prompts(options.checkpoint)
     folder = model_folder(pipeline_folder(options.checkpoint, options.pipeline) if prompts else options.checkpoint)
-    size = read_config(folder).get("sample_size")
+    config = read_config(folder)
+    size = config.get("sample_size")
+    if prompts and isinstance(size, int) and size < 64 and _is_before_0_9(config.get("_diffusers_version")):
+        size = 64  # as diffusers' StableDiffusionPipeline takes it: early configs of models of 512 pixels say 32
     pair = size if isinstance(size, list) else [size, size]
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{folder} has no sample_size of one or two whole numbers ({size!r}); set config.data.resolution")
     return pair[0] * pixels, pair[1] * pixels
+
+
+def _is_before_0_9(version) -> bool:
+    """Whether a config's `_diffusers_version`, such as 0.2.4 or 0.9.0.dev0, is below 0.9; False if there is none."""
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return numbers is not None and tuple(map(int, numbers.groups())) < (0, 9)

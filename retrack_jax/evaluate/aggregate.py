@@ -50,7 +50,12 @@ def summarize(runs: Sequence[Mapping]) -> dict:
                 "relearning": _curves(mine),
                 "unlearn_seconds": _statistics([run["unlearn_seconds"] for run in mine]),
             }
-    absent = {name: why for run in runs for name, why in run["provenance"].get("absent", {}).items()}
+    measured = {name for run in runs for name in run["unlearned"]}
+    absent = {
+        name: f"{run['method']}: {why}" if name in measured else why  # others have a value
+        for run in runs
+        for name, why in run["provenance"].get("absent", {}).items()
+    }
     return {"methods": methods, "absent": absent, "provenance": runs[0]["provenance"] if runs else {}}
 
 
@@ -96,7 +101,8 @@ def _curves(runs: Sequence[Mapping]) -> dict[str, dict]:
         notes = [note for note in notes if note]
         if notes:
             values = [statistics.fmean(column) for column in zip(*(note[name]["values"] for note in notes), strict=True)]
-            curves[name] = {"steps": notes[0][name]["steps"], "values": values, "threshold": notes[0]["threshold"]}
+            threshold = statistics.fmean(note["threshold"] for note in notes)  # targets differ in theirs
+            curves[name] = {"steps": notes[0][name]["steps"], "values": values, "threshold": threshold}
     return curves
 
 

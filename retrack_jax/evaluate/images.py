@@ -18,7 +18,7 @@ from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.feature_metrics import FEATURE_METRICS, cached_feature_stats, evaluate_features, feature_stats, too_few
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.frequency import frequency_upper_bound, target_distances
-from retrack_jax.metrics.inception_score import NUM_SPLITS, OFFICIAL, inception_score
+from retrack_jax.metrics.inception_score import NUM_SPLITS, OFFICIAL, few_samples_note, inception_score
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
 from retrack_jax.metrics.sscd import sscd, sscd_norm
 
@@ -32,7 +32,9 @@ def forgotten_samples(task: Task, subject: Subject) -> np.ndarray:
 
 def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
     if not task.threshold:
-        return {}, {"why": "config.eval.frequency_threshold is 0, so no distance makes a sample the forgotten image; set it"}
+        return {}, {
+            "why": "config.eval.frequency_threshold is 0: no sample counts as the forgotten image; set it, in another --workdir"
+        }
     hits = forgotten_samples(task, subject)
     note = {
         "num_samples": len(hits),
@@ -49,7 +51,8 @@ def _label_frequency(task: Task, subject: Subject, wanted: Sequence[str]):
         return {}, {"why": "the network takes no labels"}
     mine = np.isin(subject.labels, task.condition)
     if not mine.any():
-        return {}, {"why": "no sample is under the label of a forgotten image; add it to config.sampling.labels"}
+        advice = "add it to config.sampling.labels, in another --workdir"
+        return {}, {"why": f"no sample is under the label of a forgotten image; {advice}"}
     floats = None if subject.samples_float is None else subject.samples_float[mine]
     under = dataclasses.replace(subject, samples=subject.samples[mine], samples_float=floats)
     values, note = _frequency(task, under, wanted)
@@ -78,7 +81,7 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
     images = task.clean()
     try:
         bits, stderr = nll_bits_per_dim(
-            task.eps_fn, subject.params, task.schedule, images, task.rng,
+            task.eps_fn, subject.params, task.schedule, images, task.protocol_rng,
             num_probes=task.nll_probes, conditions=task.condition, desc="nll_bits_per_dim",
         )  # fmt: skip
     except UserError as reason:  # another schedule, or an ODE that cannot be solved: the other metrics have a value all the same
@@ -116,6 +119,7 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
         "samples": str(samples.dtype),
         "std": score.std,
         "splits": score.num_splits,
+        **few_samples_note(score, len(samples)),
     }
     if official:
         note["batch_dependent"] = f"normalized by the statistics of each batch of {network.batch_size} samples, in their order"
@@ -128,7 +132,8 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     if (last := task.schedule.num_train_timesteps - 1) < INJECTED_T:
         return {}, {"why": f"its protocol restores images noised to t = {INJECTED_T}, and this model's schedule ends at {last}"}
     network = task.sscd()
-    given, made = restore(task.eps_fn, subject.params, task.schedule, task.clean(), task.rng, task.condition, task.decode)
+    how = task.protocol_rng, task.condition, task.decode
+    given, made = restore(task.eps_fn, subject.params, task.schedule, task.clean(), *how)
     scores = {"sscd": sscd(network, made, task.forgotten)}
     if "sscd_norm" in wanted:
         scores["sscd_norm"] = sscd_norm(network, made, task.forgotten)

@@ -98,7 +98,7 @@ def _digits(images: ImageSet, folder) -> FeatureNetwork:
         raise Inapplicable(
             "config.eval.features is digits, a classifier that is trained on gray images of "
             f"{' or '.join(f'{side} x {side}' for side in SIDES)} with labels 0 to {NUM_CLASSES - 1}, and those of {images.name} "
-            "are not such; set it to inception"
+            "are not such; set it to inception, in another --workdir"
         )
     path = folder / "digit_net.npz"
 

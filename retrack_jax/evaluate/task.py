@@ -35,8 +35,9 @@ class Task:
       pretrained: `() -> params` of the model before unlearning.
       threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
       nll_probes: Rademacher probes of the likelihood's divergence.
-      rng: decides all that evaluation draws, the same for every model: the likelihood's probes, the t and noises of the losses,
-        the noise that SSCD's images are restored from.
+      rng: decides the t and noises of the losses, the same for every model.
+      protocol_rng: decides the likelihood's probes and the noise that SSCD's images are restored from: `rng`, or the run's own,
+        as in the official protocol.
     """
 
     forgotten: np.ndarray
@@ -57,6 +58,7 @@ class Task:
     threshold: float
     nll_probes: int
     rng: Rng
+    protocol_rng: Rng
     decode: Callable[[np.ndarray], np.ndarray] | None = None
     classifier: Callable[[bool], FeatureNetwork] | None = None
     condition: np.ndarray | None = None

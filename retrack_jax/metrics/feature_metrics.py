@@ -10,7 +10,7 @@ from retrack_jax import files, parallel
 from retrack_jax.checks import UserError, check_choice
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.fid import fid, unstable_reason
-from retrack_jax.metrics.inception_score import inception_score
+from retrack_jax.metrics.inception_score import few_samples_note, inception_score
 from retrack_jax.metrics.kid import kid
 from retrack_jax.metrics.moments import Moments, moments_of
 from retrack_jax.metrics.precision_recall import NEIGHBORS, precision_recall
@@ -93,13 +93,16 @@ def evaluate_features(
     if "kid" in wanted:
         result = kid(samples.rows, reference.rows, seed=0)
         values["kid"] = result.mean
-        notes |= {"kid_std": result.std, "kid_subsets": f"{result.num_subsets} of {result.subset_size} images"}
+        notes["kid_subsets"] = f"{result.num_subsets} of {result.subset_size} images"
+        if result.std is not None:
+            notes["kid_std"] = result.std
     if "inception_score" in wanted:
         if samples.logits is None:
             raise UserError(f"{samples.network} has no classes, so it gives no inception_score; leave that metric out")
         score = inception_score(samples.logits, seed=0)
         values["inception_score"] = score.mean
         notes |= {"inception_score_std": score.std, "inception_score_splits": score.num_splits}
+        notes |= few_samples_note(score, len(samples.logits))
     if "precision" in wanted or "recall" in wanted:
         shares = precision_recall(samples.rows, reference.rows)._asdict()
         values |= {name: value for name, value in shares.items() if name in wanted}

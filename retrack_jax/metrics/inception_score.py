@@ -8,6 +8,7 @@ Published numbers are the mean over 10 splits after a random permutation. The lo
 bias. Splits are as even as can be; torchmetrics, and so the official code, cuts N images into parts of ceil(N / 10).
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from retrack_jax.metrics.arrays import check_features
 
 OFFICIAL = "inception_score_official"  # the metric whose network is in training mode, as the official code leaves it
 NUM_SPLITS = 10
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ def inception_score(logits, *, seed: int, num_splits: int = NUM_SPLITS, official
     scores = split_scores(logits[np.random.default_rng(seed).permutation(len(logits))], num_splits, official)
     # torchmetrics divides by splits - 1, torch-fidelity by splits; the spread here is torch-fidelity's.
     return InceptionScore(float(scores.mean()), float(scores.std()), len(scores))
+
+
+def few_samples_note(score: InceptionScore, num_samples: int) -> dict[str, str]:
+    """Returns a note, which is logged too, if a score is more than half of what so few samples allow; else an empty one.
+
+    The score of n images is at most n, so it then says more about their number than about the images.
+    """
+    most = num_samples // score.num_splits
+    if score.mean <= most / 2:
+        return {}
+    warning = f"the inception score of {num_samples} samples is at most about {most}, as many as a split has; draw more samples"
+    _log.warning("%s", warning)
+    return {"inception_score_warning": warning}
 
 
 def split_scores(logits: np.ndarray, num_splits: int, official: bool = False) -> np.ndarray:

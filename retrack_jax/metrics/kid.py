@@ -18,10 +18,13 @@ from retrack_jax.metrics.arrays import check_features
 
 @dataclass(frozen=True)
 class Kid:
-    """The mean and standard deviation over subsets of the squared distance, and how many subsets of how many rows."""
+    """The mean and standard deviation over subsets of the squared distance, and how many subsets of how many rows.
+
+    The deviation is None if each subset is the whole of a set: it would not show how much that set's choice matters.
+    """
 
     mean: float
-    std: float
+    std: float | None
     num_subsets: int
     subset_size: int
 
@@ -54,7 +57,8 @@ def kid(samples, reference, *, seed: int, num_subsets: int = 100, subset_size: i
         y = reference[order.choice(len(reference), size, replace=False)]
         within = _off_diagonal_sum(x) + _off_diagonal_sum(y)
         values[subset] = within / (size * (size - 1)) - 2.0 * _kernel(x, y).sum(dtype=np.float64) / size**2
-    return Kid(float(values.mean()), float(values.std()), num_subsets, size)
+    whole = size in (len(samples), len(reference))
+    return Kid(float(values.mean()), None if whole else float(values.std()), num_subsets, size)
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:

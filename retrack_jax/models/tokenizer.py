@@ -77,8 +77,11 @@ def load_t5_tokenizer(path) -> PromptTokenizer:
     return PromptTokenizer(T5_LENGTH, backend)
 
 
-def load_tokenizer(path) -> ClipTokenizer:
-    """Reads the folder of a CLIP tokenizer. Raises `UserError` if files are missing or are not those of a CLIP tokenizer."""
+def load_tokenizer(path, positions: int = 77) -> ClipTokenizer:
+    """Reads the folder of a CLIP tokenizer, for an encoder that reads at most `positions` ids.
+
+    Raises `UserError` if files are missing or are not those of a CLIP tokenizer.
+    """
     from tokenizers import AddedToken, processors
 
     folder = epath.Path(path)
@@ -109,9 +112,10 @@ def load_tokenizer(path) -> ClipTokenizer:
     if backend.get_added_tokens_decoder() == {}:  # a tokenizer.json brings its own, with their flags
         by_text = {token["content"]: token for token in special.values()}  # the last role decides
         backend.add_special_tokens([AddedToken(**token, special=True) for token in by_text.values()])
+        _add_tokens(folder, backend, config, {*by_text})
     longest = config.get("model_max_length", 77)
     check_number(f"{folder}: model_max_length", longest, 3)  # start, end and one token; transformers writes 1e30 for no limit
-    length = int(min(longest, 77))
+    length = int(min(longest, positions))
     ends = ((text["eos_token"], ids["eos_token"]), (text["bos_token"], ids["bos_token"]))
     backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     backend.enable_truncation(length)
@@ -130,6 +134,28 @@ def _token(folder, role: str, value) -> dict:
         f"{folder}: the {role} is {value!r}, neither a text nor an object with its content and flags; download the folder again",
     )
     return {"content": value["content"], **flags}
+
+
+def _add_tokens(folder, backend, config: dict, special: set[str]) -> None:
+    """Adds the tokens beyond the vocabulary, such as those of textual inversion, by the ids that the folder gives them."""
+    from tokenizers import AddedToken
+
+    added = {}
+    if "added_tokens_decoder" in config:
+        for number, token in config["added_tokens_decoder"].items():
+            added[int(number)] = _token(folder, f"added token {number}", token)
+    elif (folder / "added_tokens.json").exists():
+        for content, number in read_object(folder / "added_tokens.json").items():
+            added[number] = {"content": content, "normalized": content not in special}
+    for number, token in sorted(added.items()):
+        content = token["content"]
+        if backend.token_to_id(content) is None:
+            backend.add_tokens([AddedToken(**token)])
+        given = backend.token_to_id(content)
+        check(
+            given == number,
+            f"{folder}: the added token {content!r} has id {number}, by the vocabulary {given}; use the files of one checkpoint",
+        )
 
 
 def _bpe(folder, unknown: str):

@@ -30,7 +30,7 @@ _FIXED = {
     "time_embedding_type": "positional", "timestep_post_act": None,
 }  # fmt: skip
 # Ignored: they matter only with an option above, or ask for a precision that is always used here (logits in float32).
-_PASSED_OVER = ("addition_embed_type_num_heads", "upcast_attention", "attention_upcast")
+_PASSED_OVER = ("addition_embed_type_num_heads", "attention_upcast")
 Condition = Array | dict[str, Array]
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -44,6 +44,7 @@ class UNet2DCondition(UNet):
       cross_attention_dim: features of the prompt's tokens.
       transformer_layers_per_block: one for all blocks or one for each.
       reverse_transformer_layers_per_block: those of the up blocks, first to last; None: the down blocks' in reverse.
+      upcast_attention: kept for an export; logits are float32 here in any case.
       addition_embed_type: "text_time" for equation (1), or None.
       addition_time_embed_dim: features of each e(s_i).
       projection_class_embeddings_input_dim: features of [p, e(s_1), ..., e(s_6)].
@@ -60,6 +61,7 @@ class UNet2DCondition(UNet):
     transformer_layers_per_block: int | tuple[int, ...] = 1
     reverse_transformer_layers_per_block: tuple[int, ...] | None = None
     use_linear_projection: bool = False
+    upcast_attention: bool | None = False
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None

@@ -84,6 +84,7 @@ class ImageEvaluation:
 
     def _task(self, target: Target, model: EvaluatedModel) -> Task:
         options, data, denoiser, codec = self._options.eval, self._data, self._denoiser, self._codec
+        seed = self._options.sampling.seed
         held_out = data.held_out if is_random(target.spec) else None
         everything = options.fid_reference == "all"
         rows = np.arange(len(target.images)) if everything else target.remain
@@ -111,7 +112,8 @@ class ImageEvaluation:
             pretrained=model.pretrained,
             threshold=options.frequency_threshold,
             nll_probes=options.nll_probes,
-            rng=jax.random.key(model.seed if options.official_draws and model.seed is not None else self._options.sampling.seed),
+            rng=jax.random.key(seed),
+            protocol_rng=jax.random.key(model.seed if options.official_draws and model.seed is not None else seed),
         )
 
     def _finetune(self, params: PyTree, target: Target, with_forgotten: bool, should_stop: Callable[[], bool]):

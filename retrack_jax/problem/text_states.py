@@ -1,7 +1,7 @@
 """The text encoder's states of a set of captions, computed once and cached, and what follows from them.
 
 A state is what the network gets, `[N, D]` for the N tokens of a caption: 236 kB with Stable Diffusion 1.x. XL's network gets a
-dict of arrays (checkpoints/text_encoders.py), 636 kB, and so does Stable Diffusion 3's, 4.8 MB with T5; without,
+dict of arrays (checkpoints/text_encoders.py), 636 kB, and so does Stable Diffusion 3's, 639 kB, or 4.8 MB with T5; without T5
 zeros take its place when a row is read. They are mapped into memory, and a batch reads the rows that it needs.
 """
 

@@ -86,8 +86,8 @@ _METRICS = (
            "How well an attack by the loss tells forgotten from held-out images; 0.5 is chance, and retrain is the measure."),
     Metric("membership_auc_secmi", "Membership AUC (SecMI)", "", "", "number", 3,
            "The same for an attack by the error of a DDIM step there and back."),
-    Metric("label_share", "Label share", "lower", "forgetting", "percent", 2,
-           "Share of samples that the classifier takes for the forgotten label."),
+    Metric("label_share", "Label share", "", "forgetting", "percent", 2,
+           "Share of samples that the classifier takes for the forgotten label; retrain is the measure."),
     Metric("relearning_steps", "Relearning steps", "", "", "count", 3,
            "Steps of fine-tuning on the remaining images and one copy of each forgotten one, until the loss on the "
            "forgotten is at most twice the pretrained model's; a curve that never gets there counts its last step."),

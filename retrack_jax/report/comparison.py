@@ -214,10 +214,10 @@ def _samples(samples: Mapping, marked: Mapping, mark_name: str) -> dict | None:
         return None
     count = min(len(images) for images in samples.values())
     photo = max(next(iter(samples.values())).shape[1:3]) > 64
-    columns = _COLUMNS // 2 if photo else _COLUMNS
+    columns = min(count, _COLUMNS // 2 if photo else _COLUMNS)
     before = np.asarray(marked.get("pretrained", np.zeros(count, bool)))[:count]
     drawn = np.flatnonzero(before)[:columns]
-    chosen = np.concatenate([np.arange(min(columns, count)), drawn]).astype(int)
+    chosen = np.concatenate([np.arange(columns), drawn]).astype(int)
     pictures = []
     for method in method_order(samples):
         label, mask = method_label(method), None

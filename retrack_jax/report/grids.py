@@ -126,11 +126,13 @@ def samples_picture(
 
 
 def _chosen(before, after, marked_before, most: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows to show: up to `most` that were the forgotten image before, then the first of all, `count` together."""
+    """Returns the rows to show: up to `most` that were the forgotten image before, at most half of `count`, and then the first
+    of all, `count` together.
+    """
     shared = len(after) if before is None else min(len(before), len(after))
     marked = np.zeros(shared, bool) if before is None or marked_before is None else np.asarray(marked_before)[:shared]
-    drawn = np.flatnonzero(marked)[:most]
-    return drawn, np.arange(min(shared, count - (most if len(drawn) else 0)))
+    drawn = np.flatnonzero(marked)[: min(most, count // 2)]
+    return drawn, np.arange(min(shared, count - len(drawn)))
 
 
 def _part(images, mask, rows, columns: int) -> np.ndarray:

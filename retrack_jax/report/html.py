@@ -19,7 +19,6 @@ from retrack_jax.report.strips import caption_strips, neighbor_strips, restored_
 from retrack_jax.report.tables import absent_reasons, before_after_rows, label_rows, provenance_rows
 from retrack_jax.report.verdict import box, calibration_in_words, file_rows
 
-_SHOWN = 64  # samples in a grid if the run's config names no number
 _DRAWN = 32  # of the samples that were the forgotten image
 _NAMES = {"samples": "", "original": "Original prompt", "modified": "Modified prompt"}
 
@@ -37,6 +36,7 @@ def run_report(
     distances=None,
     captions=None,
     labels=None,
+    count=64,
 ) -> epath.Path:
     """Writes `samples.png` and `report.html` in `run_dir` and returns the page's path.
 
@@ -52,6 +52,7 @@ def run_report(
       distances: float `[F, K]`, in the units of the search.
       captions: of captioned images, what `strips.caption_strips` takes; they are shown in place of the grids of samples.
       labels: int `[N]`, under which the samples of both models were drawn, if the network takes any.
+      count: how many samples of each model are shown.
 
     Raises:
       UserError: `metrics.json` is missing or broken, or an array does not fit the others.
@@ -59,7 +60,6 @@ def run_report(
     run_dir = epath.Path(run_dir)
     metrics = read_json(run_dir / "metrics.json")
     config = metrics.get("config") or {}
-    count = (config.get("eval") or {}).get("grid_images", _SHOWN)
     before, after, *masks = map(_named, (before, after, marked_before, marked_after))
     label = method_label(metrics.get("method", ""))
     titles = ("Before: pretrained", f"After: {label}")

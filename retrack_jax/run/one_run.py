@@ -225,7 +225,8 @@ def _report(run: Run) -> None:
     def write() -> None:
         before = samples.read(run.before)
         after = before if run.method == PRETRAINED else samples.read(run.folder)
-        run_report(run.folder, **run.context.problem.evaluation.pictures(run.target, before, after))
+        pictures = run.context.problem.evaluation.pictures(run.target, before, after)
+        run_report(run.folder, **pictures, count=run.context.options.eval.grid_images)
 
     parallel.on_main(write)
 

@@ -32,11 +32,20 @@ def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]
     runs = parallel.from_main(lambda: _finished_runs(context.workdir))
     if not runs:
         return {}
-    counts = sorted({run["provenance"]["num_samples"] for run in runs})
+    root = context.workdir.root
+    counts = sorted({run["config"]["sampling"]["num_images"] for run in runs})
     if len(counts) > 1:
         log.warning(
-            "runs of %s have from %d to %d samples: give each as many, by config.sampling.num_images, before you compare them",
-            context.workdir.root, counts[0], counts[-1],
+            "runs of %s have config.sampling.num_images from %d to %d: give each as many before you compare them",
+            root, counts[0], counts[-1],
+        )  # fmt: skip
+    notes = [note for run in runs for note in run["provenance"]["metrics"].values()]
+    classifiers = sorted({note["classifier"] for note in notes if "classifier" in note})
+    if len(classifiers) > 1:
+        log.warning(
+            "success rates of %s are by different classifiers (%s): run every method with one config.eval.classifier before you "
+            "compare them",
+            root, "; ".join(classifiers),
         )  # fmt: skip
     summary = summarize(runs)
     parallel.on_main(lambda: _write(context, sweep, runs, summary))

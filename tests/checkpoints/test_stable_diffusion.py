@@ -27,6 +27,25 @@ def test_half_precision_files_become_float32(pipeline):
     assert list(pipeline.schedule.timesteps(50)[[0, 1, -1]]) == [981, 961, 1]
 
 
+@pytest.mark.parametrize("old", [{}, {"clip_sample": True, "steps_offset": 0}])
+def test_an_early_schedule_is_mended_as_diffusers_pipeline_does(pipeline_folder, old):
+    """Latents are not clipped to [-1, 1], and the leading steps have an offset of 1, whatever the config leaves out or says."""
+    path = pipeline_folder / "scheduler" / "scheduler_config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("clip_sample", "steps_offset")}
+    path.write_text(json.dumps(config | {"_class_name": "DDIMScheduler"} | old))
+    schedule = load_pipeline(pipeline_folder).schedule
+    assert not schedule.clip_sample and list(schedule.timesteps(50)[[0, -1]]) == [981, 1]
+    assert schedule.to_config()["clip_sample"] is False  # in an export, too
+
+
+def test_an_export_keeps_attention_in_float32(pipeline_folder, tmp_path):
+    """Stable Diffusion 2.1's UNet overflows in float16 without it."""
+    edit(pipeline_folder / "unet" / "config.json", upcast_attention=True)
+    pipeline = load_pipeline(pipeline_folder)
+    export_pipeline(tmp_path / "out", pipeline, pipeline.unet_params)
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["upcast_attention"] is True
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -44,7 +63,7 @@ def test_half_precision_files_become_float32(pipeline):
         (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "noise schedule"),
         (lambda f: edit(f / "unet" / "config.json", in_channels=9), "inpainting, depth and upscaling"),
         (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=24), "24 features, the text encoder gives 16"),
-        (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=100), "do not fit the text encoder's 100 tokens"),
+        (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=100), "the tokenizer has .* tokens, the text encoder 100"),
         (lambda f: edit(f / "unet" / "config.json", layers_per_block=2), "missing"),
         (lambda f: edit(f / "vae" / "config.json", latent_channels=8), "latents have 8"),
         (lambda f: edit(f / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[2.0] * 4), "heeds with .* XL alone"),

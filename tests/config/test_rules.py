@@ -1,5 +1,7 @@
 """The recipe of custom data: rules that meet the official recipes, and fill only what is not given."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,24 @@ def test_custom_k_is_at_most_what_remains_of_the_largest_target(tmp_path, jpeg_f
     config.targets = ("nobody.jpg",)
     with pytest.raises(UserError, match="no image of folder, training part is named 'nobody.jpg'"):
         complete(config)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler"),
+    [
+        ({"_class_name": "DDPMScheduler"}, "ddpm"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "ddpm"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow_euler"),
+        ({"_class_name": "EDMEulerScheduler"}, "euler"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "dpm_solver"),
+    ],
+)
+def test_custom_takes_a_sampler_of_the_models_schedule(tmp_path, jpeg_folder, schedule, sampler):
+    config = custom_config(tmp_path, "folder", jpeg_folder(3)[0], ("00001.jpg",))
+    (tmp_path / "model" / "scheduler_config.json").write_text(json.dumps(schedule))
+    assert complete(config).sampling.sampler == sampler
+    config.sampling.sampler = "plms"
+    assert complete(config).sampling.sampler == "plms"
 
 
 @pytest.mark.parametrize("source", ["npz", "parquet"])

@@ -107,3 +107,18 @@ def test_one_file_is_taken_whatever_its_name(tmp_path, parquet_file):
     folder, pixels = parquet_file(range(4), name="small-test.parquet")
     data = {"source": "parquet", "dir": str(folder / "small-test.parquet"), "cache_dir": str(tmp_path / "cache")}
     np.testing.assert_array_equal(load_images(data).images, pixels)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00001-of-00002"],
+        ["train-00000-of-00003", "train-00002-of-00003"],
+        ["train-00000-of-00001-5a3b0f", "train-00000-of-00002", "train-00001-of-00002"],
+    ],
+)
+def test_a_split_that_is_not_whole_is_refused(tmp_path, names):
+    """An image is named by its row over all files of the split: without the first, `hf:0` would be another."""
+    make(tmp_path, *names)
+    with pytest.raises(UserError, match=r"train-\*.parquet are not the files 0 to \d of \d \(there are \d of \d"):
+        parquet_files(tmp_path)

@@ -42,14 +42,22 @@ def test_too_few_retrained_models_decide_nothing(losses, why):
     assert found["too_few"]["label:10"].startswith("too few to tell") and why in found["too_few"]["label:10"]
 
 
+def test_a_metric_that_some_runs_have_is_absent_of_the_others_alone():
+    runs = [run("retrack", 0, 40.0), run("neggrad", 0, 90.0)]
+    runs[0]["provenance"] = {"absent": {"fid": "no file of weights"}}
+    runs[1]["provenance"] = {"absent": {"fid": "no file of weights", "relearning_steps": "it diverged"}}
+    runs[0]["unlearned"]["relearning_steps"] = 10
+    assert summarize(runs)["absent"] == {"fid": "no file of weights", "relearning_steps": "neggrad: it diverged"}
+
+
 def test_relearning_curves_are_averaged_over_runs():
     runs = []
     for seed, shift in enumerate((0.0, 2.0)):
         runs.append(run("retrack", seed, 40.0))
         curve = {"steps": [0, 10], "values": [40.0 + shift, 8.0 + shift], "censored": True}
-        runs[-1]["provenance"] = {"metrics": {"relearning_steps": {"threshold": 5.0, "relearning_steps": curve}}}
+        runs[-1]["provenance"] = {"metrics": {"relearning_steps": {"threshold": 5.0 + shift, "relearning_steps": curve}}}
     found = summarize(runs)["methods"]["retrack"]["relearning"]
-    assert found == {"relearning_steps": {"steps": [0, 10], "values": [41.0, 9.0], "threshold": 5.0}}
+    assert found == {"relearning_steps": {"steps": [0, 10], "values": [41.0, 9.0], "threshold": 6.0}}
 
 
 def test_one_retrained_model_has_no_spread_to_be_inside_of():

@@ -9,7 +9,7 @@ from retrack_jax.checks import UserError
 from retrack_jax.metrics import feature_metrics
 from retrack_jax.metrics.feature_metrics import cached_feature_stats, evaluate_features, feature_stats, stats_of, too_few
 from retrack_jax.metrics.features.network import FeatureNetwork, to_rgb, unit_grey
-from retrack_jax.metrics.inception_score import inception_score, split_scores
+from retrack_jax.metrics.inception_score import few_samples_note, inception_score, split_scores
 from retrack_jax.metrics.kid import kid
 from retrack_jax.metrics.precision_recall import precision_recall
 
@@ -30,6 +30,13 @@ def test_kid_of_one_full_subset_is_the_estimator_written_out():
     result = kid(x, y, seed=0, num_subsets=1)
     assert result.mean == pytest.approx(within - 2 * between, rel=1e-5)
     assert (result.num_subsets, result.subset_size) == (1, 7)
+    assert result.std is None  # every subset would be the whole set
+
+
+@pytest.mark.parametrize(("samples", "reference", "known"), [(600, 600, True), (100, 600, False), (600, 100, False)])
+def test_kid_has_a_spread_only_where_subsets_of_both_sides_differ(samples, reference, known):
+    result = kid(_normal(samples, 8), _normal(reference, 8, seed=1), seed=0, num_subsets=5, subset_size=100)
+    assert (result.std is not None) == known and (not known or result.std > 0)
 
 
 def test_kid_is_unbiased_around_zero_for_one_distribution_and_grows_with_the_shift():
@@ -63,6 +70,14 @@ def test_inception_score_permutes_before_it_splits():
     by_class = np.repeat(np.eye(2, dtype=np.float32) * 100, 50, axis=0)  # sorted: every split has one class, and scores 1
     assert split_scores(by_class, 10).mean() == pytest.approx(1.0)
     assert inception_score(by_class, seed=0).mean > 1.8
+
+
+@pytest.mark.parametrize(("num_samples", "warned"), [(10, True), (30, True), (100, False)])
+def test_an_inception_score_near_the_number_of_images_of_a_split_is_noted(num_samples, warned):
+    """Of one image a split the score is 1, whatever the model; here the images are of two sure classes in turns."""
+    logits = np.tile(np.eye(2, dtype=np.float32) * 100, (num_samples // 2, 1))
+    note = few_samples_note(inception_score(logits, seed=0), num_samples)
+    assert bool(note) == warned and (not warned or f"at most about {num_samples // 10}" in note["inception_score_warning"])
 
 
 def test_precision_and_recall_agree_with_loops():

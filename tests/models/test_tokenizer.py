@@ -69,3 +69,30 @@ def test_a_special_token_outside_the_vocabulary_is_refused(pipeline_folder):
     path.write_text(json.dumps({**special, "pad_token": "<pad>"}))
     with pytest.raises(UserError, match="pad_token '<pad>' is not in the vocabulary"):
         load_tokenizer(pipeline_folder / "tokenizer")
+
+
+@pytest.mark.parametrize("stored", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_keep_their_ids(pipeline_folder, stored):
+    """Those of textual inversion: read in pieces, a caption would be another condition than the model knows."""
+    folder = pipeline_folder / "tokenizer"
+    plain = load_tokenizer(folder)
+    number = plain.backend.get_vocab_size()
+    path = folder / stored
+    config = json.loads(path.read_text()) if path.exists() else {}
+    token = {"content": "<cat-toy>", "normalized": True, "special": False}
+    config |= {"<cat-toy>": number} if stored == "added_tokens.json" else {"added_tokens_decoder": {str(number): token}}
+    path.write_text(json.dumps(config))
+    (ids,) = load_tokenizer(folder)(["a <cat-toy> here"])
+    (pieces,) = plain(["a <cat-toy> here"])
+    assert number in ids and number not in pieces
+    np.testing.assert_array_equal(load_tokenizer(folder)(PROMPTS), plain(PROMPTS))
+    path.write_text(path.read_text().replace(str(number), str(number + 5)))
+    with pytest.raises(UserError, match=f"'<cat-toy>' has id {number + 5}, by the vocabulary {number}"):
+        load_tokenizer(folder)
+
+
+def test_a_longer_encoder_reads_longer_prompts(pipeline_folder):
+    path = pipeline_folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 248}))
+    assert load_tokenizer(pipeline_folder / "tokenizer")([""]).shape == (1, 77)
+    assert load_tokenizer(pipeline_folder / "tokenizer", positions=248)([""]).shape == (1, 248)

@@ -1,6 +1,7 @@
 """Stable Diffusion's parts against diffusers and transformers, on random weights, and the whole guided pipeline from the
 same latents."""
 
+import json
 import shutil
 
 import jax
@@ -170,20 +171,34 @@ def test_text_encoder(options):
     assert relative(ours.apply({"params": params}, ids), expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2 pads with !", "saved by transformers 5"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", "sd2 pads with !", "saved by transformers 5", "added_tokens.json", "added_tokens_decoder"]
+)
 def test_tokenizer_ids_of_200_prompts(tmp_path, kind):
     folder = tmp_path / "tokenizer"
     shutil.copytree(PIPELINE / "tokenizer", folder)
     if kind.startswith("sd2"):
         special = folder / "special_tokens_map.json"
         special.write_text(special.read_text().replace('"pad_token": "<|endoftext|>"', '"pad_token": "!"'))
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    if kind == "added_tokens.json":
+        (folder / kind).write_text(json.dumps({"<cat-toy>": size, "sks": size + 1}))
+    if kind == "added_tokens_decoder":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": False}
+        added = {f"{size}": {"content": "<cat-toy>", "normalized": True, **flags}}
+        added[f"{size + 1}"] = {"content": "sks", "normalized": False, **flags}
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, kind: added}))
     theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    if kind.startswith("added"):
+        assert theirs.convert_tokens_to_ids("sks") == size + 1
     if kind.startswith("saved"):
         folder = tmp_path / "saved"
         theirs.save_pretrained(folder)
         assert not (folder / "merges.txt").exists()
-    expected = theirs(list(PROMPTS), max_length=77, padding="max_length", truncation=True).input_ids
-    np.testing.assert_array_equal(load_tokenizer(folder)(PROMPTS), np.array(expected))
+    prompts = [*PROMPTS, "a <cat-toy> here", "A <CAT-TOY>, SKS", "<cat-toy>s and<cat-toy>,sks dog"]
+    expected = theirs(prompts, max_length=77, padding="max_length", truncation=True).input_ids
+    np.testing.assert_array_equal(load_tokenizer(folder)(prompts), np.array(expected))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,20 @@ def test_what_a_config_leaves_open_is_stable_diffusions(tmp_path, pictures):
     assert whole.recipe("retrack").learning_rate == 1e-5 and whole.sampling.num_images == 4
     assert "sscd_forgotten" in whole.eval.metrics and "fid" not in whole.eval.metrics
     check_problem(whole)
+
+
+@pytest.mark.parametrize(
+    ("version", "resolution"), [("0.2.4", 256), ("0.8.1", 256), ("0.9.0.dev0", 32), ("0.42.1", 32), (None, 32)]
+)
+def test_an_early_unets_size_is_that_of_stable_diffusion(tmp_path, pictures, version, resolution):
+    """Before 0.9 the configs of models of 512 pixels said 32; diffusers' pipeline takes 64, and here 4 pixels are one latent."""
+    folder = tmp_path / "model"
+    shutil.copytree(PIPELINE, folder)
+    path = folder / "unet" / "config.json"
+    config = {**json.loads(path.read_text()), "_diffusers_version": version}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    options = options_of(tmp_path, targets="circle_00.png", checkpoint=folder)
+    assert complete(options).data.resolution == resolution
 
 
 @pytest.mark.parametrize("mode", ["run", "check"])

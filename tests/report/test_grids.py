@@ -104,8 +104,10 @@ def test_samples_that_were_the_forgotten_image_are_shown_first():
     before, after = some_images(70), some_images(70)[::-1].copy()
     marked = np.arange(70) == 65
     drawn, first = grids._chosen(before, after, marked, 16, 64)
-    assert drawn.tolist() == [65] and first.tolist() == list(range(48))
+    assert drawn.tolist() == [65] and first.tolist() == list(range(63))
     assert grids._chosen(before, after, None, 16, 64)[1].tolist() == list(range(64))
     assert grids._chosen(None, after, marked, 16, 64)[0].size == 0
+    drawn, first = grids._chosen(before, after, np.ones(70, bool), 16, 8)  # few are shown: half of them are the first of all
+    assert drawn.tolist() == first.tolist() == [0, 1, 2, 3]
     picture = np.asarray(grids.samples_picture(before, after, marked_before=marked, marked_after=np.zeros(70, bool)))
     assert (picture == grids.MARK).all(-1).any()

@@ -174,13 +174,14 @@ def context(folder, options, *specs):
     return RunContext(problem, targets, Workdir(folder), lambda: False)
 
 
-def write_run(workdir, method, target, seed, *, frequency=0.0):
+def write_run(workdir, method, target, seed, *, frequency=0.0, classifier="joblib", num_images=4):
     folder = workdir.run(method, seed, target)
     folder.mkdir(parents=True)
     values = {"frequency": frequency}
     metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0}
-    metrics["provenance"] = {"metrics": {}, "absent": {}, "final": [], "num_samples": 4}
-    metrics["config"] = {"eval": {"classifier": "joblib"}, "export": "unet", "sampling": {"num_images": 4}}
+    notes = {"success_rate_original": {"classifier": classifier}}
+    metrics["provenance"] = {"metrics": notes, "absent": {}, "final": [], "num_samples": 4 * (seed + 1)}
+    metrics["config"] = {"eval": {"classifier": "joblib"}, "export": "unet", "sampling": {"num_images": num_images}}
     metrics |= {"pretrained": {"frequency": 0.5}, "unlearned": values, "retrained": None}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
@@ -197,6 +198,18 @@ def test_the_retrained_model_is_of_the_same_target(tmp_path):
     write_run(here.workdir, "retrain", "1.jpg", 2, frequency=0.0625)
     assert retrained(10)["unlearned"] == {"frequency": 0.125}
     assert retrained(3)["unlearned"] == {"frequency": 0.0625}
+
+
+def test_runs_that_do_not_compare_are_named(tmp_path, caplog):
+    here = context(tmp_path, parsed("all"), "a.jpg")
+    write_run(here.workdir, "retrack", "a.jpg", 0)
+    write_run(here.workdir, "retrack", "a.jpg", 1)  # of more captions, so it has more samples of as many images each
+    summarize_workdir(here, [])
+    assert caplog.text == ""
+    write_run(here.workdir, "siss", "a.jpg", 0, classifier="labels", num_images=2)
+    summarize_workdir(here, [])
+    assert "config.sampling.num_images from 2 to 4" in caplog.text
+    assert "by different classifiers (joblib; labels)" in caplog.text
 
 
 def test_a_command_shows_its_own_runs(tmp_path, capsys):

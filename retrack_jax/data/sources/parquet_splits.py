@@ -21,7 +21,7 @@ _SYNONYMS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # older ones end in a hash
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # older ones end in a hash
 _SPLIT_OF = {word: split for split, words in _SYNONYMS.items() for word in words}
 
 
@@ -53,7 +53,24 @@ def parquet_files(folder, split: str = "train") -> list[Path]:
             f"{folder} holds {len(set(configs))} configs of a data set with split {split} ({shown}); set config.data.dir to the "
             "folder or file of one of them"
         )
+    _check_shards(folder, chosen)
     return [folder / path for path in chosen]
+
+
+def _check_shards(folder: Path, paths: Sequence[PurePath]) -> None:
+    """Raises `UserError` unless files that are named as some of N are these N: images are named by their row over all of them."""
+    shards: dict[PurePath, list[tuple[int, int]]] = {}
+    for path in paths:
+        if shard := _SHARD.search(path.stem):
+            shards.setdefault(path.parent / _stem(path), []).append((int(shard[1]), int(shard[2])))
+    for name, numbers in shards.items():
+        total = max(total for _, total in numbers)
+        if sorted(numbers) != [(index, total) for index in range(total)]:
+            there = ", ".join(f"{index} of {of}" for index, of in sorted(numbers)[:8])
+            raise UserError(
+                f"{folder / name}-*.parquet are not the files 0 to {total - 1} of {total} (there are {there}); download the "
+                "missing ones, or remove those of another version"
+            )
 
 
 @lru_cache
