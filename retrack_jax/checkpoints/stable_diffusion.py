@@ -7,10 +7,12 @@ Stable Diffusion 1.x, 2.x, XL and 3 are supported; 3 has XL's parts, but transfo
 T5, which it can do without. Weights in float16 are read into float32, but for T5's.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +122,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     sd3 = is_sd3(folder)
     check(file is None or not sd3, f"{folder} is of Stable Diffusion 3, which is not read from one file; give the folder alone")
     family, network = (MMDiT, "transformer") if sd3 else (UNet2DCondition, "unet")
-    unet = family.from_config(read_config(folder / network), dtype=dtype, remat=remat)
+    unet = family.from_config(with_its_size(read_config(folder / network)), dtype=dtype, remat=remat)
     vae_config = read_config(folder / "vae")
     # XL's first VAE overflows in half precision, and says so; its fixed one does not.
     vae_dtype = jnp.float32 if len(parts) > 1 and vae_config.get("force_upcast", True) else dtype
@@ -162,6 +164,16 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
         zeros_for_empty=len(parts) > 1 and not sd3 and bool(pipeline_index(folder).get("force_zeros_for_empty_prompt", True)),
         file=file,
     )
+
+
+def with_its_size(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config of a pipeline's UNet with the `sample_size` that diffusers' StableDiffusionPipeline takes it to have.
+
+    Before diffusers 0.9 those of models of 512 pixels, 64 latents, said 32.
+    """
+    size, version = config.get("sample_size"), re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    early = version is not None and tuple(map(int, version.groups())) < (0, 9)
+    return {**config, "sample_size": 64} if early and isinstance(size, int) and size < 64 else config
 
 
 def pipeline_folder(path, configs: str = "") -> Path:
@@ -212,10 +224,10 @@ def class_of_parts(folder: Path) -> str:
 
 
 def prompt_embeddings(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
-    """Returns float32 `[P, N, D]`: the text encoder's hidden states after its final norm, padding included, N = 77 for CLIP.
+    """Returns float32 `[P, N, D]`: the text encoder's hidden states after its final norm, padding included; N is mostly 77.
 
     Of XL and 3 it is the dict of `text_encoders.encode_ids`; XL's UNet takes it with `time_ids` added. Of a long prompt CLIP
-    reads 75 tokens and T5 255, with a warning.
+    reads N - 2 tokens and T5 255, with a warning.
     """
     warn_of_cuts(pipeline.text_encoders, prompts)
     return padded(encode_ids(pipeline.text_encoders, token_ids(pipeline.text_encoders, prompts)), pipeline.padded_width)

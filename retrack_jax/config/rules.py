@@ -24,14 +24,13 @@ pipeline for a latent model without prompts, whose network alone makes no images
 import dataclasses
 import logging
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
-from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder
+from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder, with_its_size
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options
 from retrack_jax.config.presets import DISTILLED, is_flow, schedule_config, with_preset
@@ -231,16 +230,8 @@ def _sample_size(options: Options, pixels: int) -> tuple[int, int]:
     prompts = takes_prompts(options.checkpoint)
     folder = model_folder(pipeline_folder(options.checkpoint, options.pipeline) if prompts else options.checkpoint)
     config = read_config(folder)
-    size = config.get("sample_size")
-    if prompts and isinstance(size, int) and size < 64 and _is_before_0_9(config.get("_diffusers_version")):
-        size = 64  # as diffusers' StableDiffusionPipeline takes it: early configs of models of 512 pixels say 32
+    size = (with_its_size(config) if prompts else config).get("sample_size")
     pair = size if isinstance(size, list) else [size, size]
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{folder} has no sample_size of one or two whole numbers ({size!r}); set config.data.resolution")
     return pair[0] * pixels, pair[1] * pixels
-
-
-def _is_before_0_9(version) -> bool:
-    """Whether a config's `_diffusers_version`, such as 0.2.4 or 0.9.0.dev0, is below 0.9; False if there is none."""
-    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return numbers is not None and tuple(map(int, numbers.groups())) < (0, 9)

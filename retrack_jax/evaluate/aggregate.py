@@ -51,11 +51,12 @@ def summarize(runs: Sequence[Mapping]) -> dict:
                 "unlearn_seconds": _statistics([run["unlearn_seconds"] for run in mine]),
             }
     measured = {name for run in runs for name in run["unlearned"]}
-    absent = {
-        name: f"{run['method']}: {why}" if name in measured else why  # others have a value
-        for run in runs
-        for name, why in run["provenance"].get("absent", {}).items()
-    }
+    absent: dict[str, str] = {}
+    for run in runs:
+        for name, why in run["provenance"].get("absent", {}).items():
+            found = f"{run['method']}: {why}" if name in measured else why  # others have a value
+            if found not in absent.get(name, ""):
+                absent[name] = "; ".join(filter(None, (absent.get(name), found)))
     return {"methods": methods, "absent": absent, "provenance": runs[0]["provenance"] if runs else {}}
 
 

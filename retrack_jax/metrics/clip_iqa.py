@@ -58,13 +58,13 @@ def make_clip_iqa(towers: ClipTowers, tokenizer: ClipTokenizer, digest: str, bat
         prepare=_prepare,
         batch_size=batch_size,
     )
-    ids_2N = jnp.asarray(prompt_ids(tokenizer))
+    ids_2N = jnp.asarray(prompt_ids(tokenizer)[:, : towers.text.max_position_embeddings])
     anchors_2D = towers.text.apply({"params": towers.text_params}, ids_2N, method="pooled")
     return ClipIqa(network, np.asarray(anchors_2D / jnp.linalg.norm(anchors_2D, axis=-1, keepdims=True)))
 
 
 def prompt_ids(tokenizer: ClipTokenizer) -> np.ndarray:
-    """Returns int32 `[2, 77]`, padded with zeros, with whatever id the tokenizer pads."""
+    """Returns int32 `[2, length]`, padded with zeros, with whatever id the tokenizer pads."""
     ids = tokenizer(PROMPTS)
     is_end = ids == tokenizer.eos_id
     return np.where(np.cumsum(is_end, axis=1) - is_end > 0, 0, ids)

@@ -32,7 +32,7 @@ class PromptTokenizer:
     """A callable that turns prompts into padded token ids.
 
     Attributes:
-      length: number of ids per prompt, 77 for CLIP and 256 for T5.
+      length: number of ids per prompt, 77 for nearly every CLIP and 256 for T5.
       backend: of the `tokenizers` library; it cuts and pads.
     """
 
@@ -140,16 +140,20 @@ def _add_tokens(folder, backend, config: dict, special: set[str]) -> None:
     """Adds the tokens beyond the vocabulary, such as those of textual inversion, by the ids that the folder gives them."""
     from tokenizers import AddedToken
 
-    added = {}
-    if "added_tokens_decoder" in config:
-        for number, token in config["added_tokens_decoder"].items():
-            added[int(number)] = _token(folder, f"added token {number}", token)
+    added, listed = {}, config.get("added_tokens_decoder")
+    if listed is not None:
+        check(isinstance(listed, dict), f"{folder}: added_tokens_decoder is no object; download the folder again")
+        added = {number: _token(folder, f"added token {number}", token) for number, token in listed.items()}
     elif (folder / "added_tokens.json").exists():
-        for content, number in read_object(folder / "added_tokens.json").items():
-            added[number] = {"content": content, "normalized": content not in special}
-    for number, token in sorted(added.items()):
+        listed = read_object(folder / "added_tokens.json")
+        added = {f"{number}": {"content": content, "normalized": True} for content, number in listed.items()}
+    whole = all(number.isdecimal() for number in added)
+    check(
+        whole, f"{folder}: the ids of added tokens are {', '.join(added):.100}, not all whole numbers; download the folder again"
+    )
+    for number, token in sorted(((int(number), token) for number, token in added.items()), key=lambda pair: pair[0]):
         content = token["content"]
-        if backend.token_to_id(content) is None:
+        if content not in special:
             backend.add_tokens([AddedToken(**token)])
         given = backend.token_to_id(content)
         check(

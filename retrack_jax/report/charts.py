@@ -9,6 +9,7 @@ import html
 import io
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -284,7 +285,7 @@ def relearning_chart(runs: Mapping[str, Mapping], title: str) -> str:
     """Returns the chart of `method -> {"steps", "values", "threshold"}`: one line each, with its name at the end."""
     width, height, right, bottom = 500, 340, 116, 54
     axes = _axes(width, height, left=70, right=right, top=22, bottom=bottom, x_label="steps of fine-tuning")
-    threshold = next(iter(runs.values()))["threshold"]
+    threshold = statistics.fmean(one["threshold"] for one in runs.values())
     values = [threshold, *(value for one in runs.values() for value in one["values"])]
     log = min(values) > 0 and 30 < max(values) / min(values) < 1e30
     _scale(axes.xaxis, [step for one in runs.values() for step in one["steps"]], steps=True)

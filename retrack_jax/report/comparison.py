@@ -90,7 +90,7 @@ def comparison_report(
 def scatter_points(summary: Mapping, most: int = 4) -> list[tuple[tuple[str, str], list[Point]]]:
     """Returns up to `most` ((forgetting metric, quality metric), points), the leading pair first.
 
-    A pair needs two methods that have both metrics. Metrics whose direction is unknown are in no pair.
+    A pair needs two methods that have both metrics. Metrics that measure neither forgetting nor quality are in no pair.
     """
     names = comparison_columns(summary)
     # A metric that is the same for most methods, such as a frequency of 0, does not tell them apart; it comes last.

@@ -98,7 +98,7 @@ def check_needs(options: Options) -> None:
     on_hub = is_id(options.checkpoint)  # what is there only a run looks into
     if options.checkpoint and not on_hub:
         check_supported(options.checkpoint)
-    options = options if on_hub else with_preset(options)
+    options = options if on_hub or is_id(options.pipeline) else with_preset(options)
     named = chosen_by_kind(options, IMAGES if on_hub else kind_of(options.checkpoint))  # the metrics need networks
     needed = print_requirements(dataclasses.asdict(named), unset(options))
     missing = [item for item in needed if not (item.found or item.without)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from retrack_jax import parallel
+from retrack_jax.checks import check
 from retrack_jax.data.dataset import to_x_0
 from retrack_jax.diffusion.conversions import expand
 from retrack_jax.diffusion.schedule import Schedule
@@ -127,13 +128,15 @@ def make_train_step(method: Method, eps_fn: ModelEpsFn, how: StepOptions, *, sev
                 logs = {"loss": loss.main, **loss.logs}
                 if loss.correction is not None:
                     logs["correction"] = loss.correction
+                for value in (loss.main, loss.correction):
+                    check(value is None or value.ndim == 0, "a method's terms must be scalars, means over the batch")
                 return (loss.main, loss.correction), logs
 
             # One forward pass for both gradients; each goes back only through what its term depends on.
-            _, tangents, logs = jax.linearize(losses, state.params, has_aux=True)
+            values, tangents, logs = jax.linearize(losses, state.params, has_aux=True)
 
             def gradient(term: int):
-                return jax.linear_transpose(lambda params: tangents(params)[term], state.params)(jnp.float32(1))[0]
+                return jax.linear_transpose(lambda params: tangents(params)[term], state.params)(jnp.ones_like(values[term]))[0]
 
             return (gradient(0), None if method.combine is None else gradient(1)), logs
 

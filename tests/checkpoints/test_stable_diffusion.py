@@ -38,6 +38,15 @@ def test_an_early_schedule_is_mended_as_diffusers_pipeline_does(pipeline_folder,
     assert schedule.to_config()["clip_sample"] is False  # in an export, too
 
 
+def test_an_early_unets_size_is_mended_in_an_export_too(pipeline_folder, tmp_path):
+    edit(
+        pipeline_folder / "unet" / "config.json", _diffusers_version="0.2.4"
+    )  # diffusers looks for the version, which is new there
+    pipeline = load_pipeline(pipeline_folder)
+    export_pipeline(tmp_path / "out", pipeline, pipeline.unet_params)
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["sample_size"] == 64
+
+
 def test_an_export_keeps_attention_in_float32(pipeline_folder, tmp_path):
     """Stable Diffusion 2.1's UNet overflows in float16 without it."""
     edit(pipeline_folder / "unet" / "config.json", upcast_attention=True)

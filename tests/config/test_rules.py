@@ -77,8 +77,8 @@ def test_custom_takes_a_sampler_of_the_models_schedule(tmp_path, jpeg_folder, sc
     config = custom_config(tmp_path, "folder", jpeg_folder(3)[0], ("00001.jpg",))
     (tmp_path / "model" / "scheduler_config.json").write_text(json.dumps(schedule))
     assert complete(config).sampling.sampler == sampler
-    config.sampling.sampler = "plms"
-    assert complete(config).sampling.sampler == "plms"
+    config.sampling.sampler = "pndm"
+    assert complete(config).sampling.sampler == "pndm"
 
 
 @pytest.mark.parametrize("source", ["npz", "parquet"])

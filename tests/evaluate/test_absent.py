@@ -31,7 +31,7 @@ def task(rng, schedule, **more):
     images = toys.images(4)
     x_0 = pixels_to_model(images)
     known = dict(condition=None, held_out_condition=None, decode=None, clean=lambda: x_0[:2], held_out=lambda: x_0[2:])
-    known |= dict(forgotten=images[:2], threshold=0.0, nll_probes=1, rng=rng, schedule=schedule)
+    known |= dict(forgotten=images[:2], threshold=0.0, nll_probes=1, rng=rng, protocol_rng=rng, schedule=schedule)
     return SimpleNamespace(**known, eps_fn=make_eps_fn(toys.ToyNet().apply, schedule), **more)
 
 

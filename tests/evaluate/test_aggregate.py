@@ -43,11 +43,15 @@ def test_too_few_retrained_models_decide_nothing(losses, why):
 
 
 def test_a_metric_that_some_runs_have_is_absent_of_the_others_alone():
-    runs = [run("retrack", 0, 40.0), run("neggrad", 0, 90.0)]
+    runs = [run("retrack", 0, 40.0), run("neggrad", 0, 90.0), run("erasediff", 0, 90.0)]
+    runs[2]["provenance"] = {"absent": {"relearning_steps": "it diverged"}}
     runs[0]["provenance"] = {"absent": {"fid": "no file of weights"}}
     runs[1]["provenance"] = {"absent": {"fid": "no file of weights", "relearning_steps": "it diverged"}}
     runs[0]["unlearned"]["relearning_steps"] = 10
-    assert summarize(runs)["absent"] == {"fid": "no file of weights", "relearning_steps": "neggrad: it diverged"}
+    assert summarize(runs)["absent"] == {
+        "fid": "no file of weights",
+        "relearning_steps": "neggrad: it diverged; erasediff: it diverged",
+    }
 
 
 def test_relearning_curves_are_averaged_over_runs():

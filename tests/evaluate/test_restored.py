@@ -31,7 +31,7 @@ embed.description, embed.digest = "pixels", "0" * 64
 
 
 def task(images, rng, network=lambda: embed):
-    known = {"sscd": network, "eps_fn": EPS_FN, "schedule": SCHEDULE, "rng": rng, "condition": None, "decode": None}
+    known = {"sscd": network, "eps_fn": EPS_FN, "schedule": SCHEDULE, "protocol_rng": rng, "condition": None, "decode": None}
     return SimpleNamespace(forgotten=images, clean=lambda: pixels_to_model(images), **known)
 
 

@@ -1,6 +1,7 @@
 """CLIP-IQA on a toy CLIP, against a NumPy oracle (parity/test_clip_parity.py has the real module); bad weights and images."""
 
 import gc
+import json
 import weakref
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from retrack_jax.checks import UserError
 from retrack_jax.metrics.clip_iqa import make_clip_iqa, prompt_ids
 from retrack_jax.metrics.features.clip_image import towers_from_openai
+from retrack_jax.models.tokenizer import load_tokenizer
 from tests.openai_clip import openai_tensors
 
 
@@ -30,6 +32,14 @@ def test_the_text_tower_is_let_go_after_its_anchors(pipeline, weights):
     del towers
     gc.collect()
     assert metric.anchors.shape[0] == 2 and not any(ref() is not None for ref in kept)
+
+
+def test_a_tokenizer_of_longer_prompts_gives_the_same_anchors(pipeline_folder, metric, weights):
+    config = pipeline_folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 248}))
+    longer = load_tokenizer(pipeline_folder / "tokenizer", positions=248)
+    assert prompt_ids(longer).shape == (2, 248)
+    np.testing.assert_allclose(make_clip_iqa(towers_from_openai(weights), longer, "digest").anchors, metric.anchors, atol=1e-6)
 
 
 def images(count, height=64, width=32):

@@ -55,6 +55,10 @@ def test_prompts_that_are_no_list_of_strings_are_refused(pipeline, prompts):
         (lambda folder: (folder / "merges.txt").write_text("#version: 0.2\nzz qq\n"), "do not belong together"),
         (lambda folder: (folder / "merges.txt").write_text("#version: 0.2\none\n"), "text file invalid at line 1"),
         (lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'), "only CLIP"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": [3]}'), "decoder is no object"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": "a"}}'), "are x, not all"),
+        (lambda folder: (folder / "added_tokens.json").write_text('{"<a>": 420, "<b>": null}'), "are 420, None, not all whole"),
+        (lambda folder: (folder / "added_tokens.json").write_text("[]"), "holds no JSON object"),
     ],
 )
 def test_damaged_files_are_refused(pipeline_folder, spoil, message):

@@ -188,6 +188,7 @@ def test_tokenizer_ids_of_200_prompts(tmp_path, kind):
         flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": False}
         added = {f"{size}": {"content": "<cat-toy>", "normalized": True, **flags}}
         added[f"{size + 1}"] = {"content": "sks", "normalized": False, **flags}
+        added["0"] = {"content": "!", "normalized": False, **flags}  # in the vocabulary, and cut out of the text first
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, kind: added}))
     theirs = transformers.CLIPTokenizer.from_pretrained(folder)
     if kind.startswith("added"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from retrack_jax import parallel
+from retrack_jax.checks import UserError
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.batches import Batches
 from retrack_jax.data.dataset import pixels_to_model
@@ -17,7 +18,7 @@ from retrack_jax.train.lora import init
 from retrack_jax.train.optimizer import make_ema_decay, make_optimizer
 from retrack_jax.train.state import create_state
 from retrack_jax.train.step import Shared, StepOptions, _close, _neighbors, _stream_rngs, make_train_step
-from retrack_jax.unlearn.methods import METHODS
+from retrack_jax.unlearn.methods import METHODS, Terms
 from retrack_jax.unlearn.options import RetrackOptions
 from retrack_jax.unlearn.streams import Context, Stream
 from tests import toys
@@ -143,6 +144,13 @@ def test_every_method_trains_and_traces_once(name, monkeypatch):
     assert traces == once
     assert int(state.step) == 4
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_a_method_whose_terms_are_no_scalars_is_told_so(monkeypatch):
+    no_mean = dataclasses.replace(METHODS["vanilla"], terms=lambda context, remain, forget: Terms(main=remain.x_0))
+    monkeypatch.setitem(METHODS, "no_mean", no_mean)
+    with pytest.raises(UserError, match="a method's terms must be scalars, means over the batch"):
+        run("no_mean", monkeypatch, steps=1)
 
 
 def test_bfloat16_computes_and_float32_is_kept(monkeypatch):
