@@ -122,7 +122,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     sd3 = is_sd3(folder)
     check(file is None or not sd3, f"{folder} is of Stable Diffusion 3, which is not read from one file; give the folder alone")
     family, network = (MMDiT, "transformer") if sd3 else (UNet2DCondition, "unet")
-    unet = family.from_config(with_its_size(read_config(folder / network)), dtype=dtype, remat=remat)
+    unet = family.from_config(with_mended_size(read_config(folder / network)), dtype=dtype, remat=remat)
     vae_config = read_config(folder / "vae")
     # XL's first VAE overflows in half precision, and says so; its fixed one does not.
     vae_dtype = jnp.float32 if len(parts) > 1 and vae_config.get("force_upcast", True) else dtype
@@ -166,7 +166,7 @@ def load_pipeline(path, *, configs: str = "", dtype=jnp.float32, remat: bool = F
     )
 
 
-def with_its_size(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_mended_size(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the config of a pipeline's UNet with the `sample_size` that diffusers' StableDiffusionPipeline takes it to have.
 
     Before diffusers 0.9 those of models of 512 pixels, 64 latents, said 32.

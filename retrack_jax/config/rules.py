@@ -30,7 +30,7 @@ from types import MappingProxyType
 import numpy as np
 
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
-from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder, with_its_size
+from retrack_jax.checkpoints.stable_diffusion import check_pipeline, pipeline_folder, with_mended_size
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import Options
 from retrack_jax.config.presets import DISTILLED, is_flow, schedule_config, with_preset
@@ -230,7 +230,7 @@ def _sample_size(options: Options, pixels: int) -> tuple[int, int]:
     prompts = takes_prompts(options.checkpoint)
     folder = model_folder(pipeline_folder(options.checkpoint, options.pipeline) if prompts else options.checkpoint)
     config = read_config(folder)
-    size = (with_its_size(config) if prompts else config).get("sample_size")
+    size = (with_mended_size(config) if prompts else config).get("sample_size")
     pair = size if isinstance(size, list) else [size, size]
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{folder} has no sample_size of one or two whole numbers ({size!r}); set config.data.resolution")

@@ -58,7 +58,7 @@ def parquet_files(folder, split: str = "train") -> list[Path]:
 
 
 def _check_shards(folder: Path, paths: Sequence[PurePath]) -> None:
-    """Raises `UserError` unless files that are named as some of N are these N: images are named by their row over all of them."""
+    """Raises `UserError` unless all N files are there where names say "of N": an image is named by its row over all of them."""
     shards: dict[PurePath, list[tuple[int, int]]] = {}
     for path in paths:
         if shard := _SHARD.search(path.stem):
