@@ -24,8 +24,8 @@ config="$1"
 shift
 python="${PYTHON:-}"
 [[ -n "$python" ]] || { python=.venv/bin/python; [[ -x "$python" ]] || python=python3; }
-# `hf` and `tfds` lie beside the interpreter that they were installed for.
-[[ "$python" != */* ]] || PATH="$PATH:$(cd "$(dirname "$python")" && pwd)"
+# `hf` and `tfds` lie beside the interpreter that they were installed for, which is `python` for what pip installs.
+[[ "$python" != */* ]] || PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 
 check() { "$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check; }
 
@@ -66,7 +66,7 @@ while IFS= read -r command; do
   case "$command" in
     "hf download"*) host=${HF_ENDPOINT:-https://huggingface.co} ;;
     "tfds build"*) host=https://storage.googleapis.com ;;
-    *) host=$(grep -o 'https://[^/]*' <<<"$command" | head -n 1) ;;
+    *) host=$(grep -o 'https://[^/]*' <<<"$command" | head -n 1) || true ;;
   esac
   if [ -n "$host" ] && ! network "$host"; then
     fail "$host cannot be reached; on a machine with a network run: $command"

@@ -21,9 +21,9 @@ from retrack_jax.config.devices import check_unlearning_step
 from retrack_jax.config.reading import read_config, unlearn_options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.batches import Batches
+from retrack_jax.data.distinct import copies_of, distinct_neighbors, warn_of_copies
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
-from retrack_jax.neighbors.distinct import distinct_neighbors, warn_of_copies
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.notation import PyTree, Rng
 from retrack_jax.train.loop import train
@@ -92,7 +92,8 @@ def unlearn(
 
     Raises:
       UserError (a ValueError): an unknown method or option, K larger than the remaining set, a batch that the devices do not
-      divide, images of different kinds or outside [-1, 1], timesteps outside the schedule, an argument of another kind.
+      divide, images of different kinds, floats that neither pixels in [-1, 1] nor latents have, timesteps outside the
+      schedule, an argument of another kind.
     """
     entry = get_method(method)
     check(not entry.from_scratch, f"method {method!r} trains from random weights; use train.loop for it")
@@ -114,11 +115,11 @@ def unlearn(
     check(len(remain) > 0 and len(forget) > 0, f"{len(remain)} images remain and {len(forget)} are forgotten; give some of both")
     name = _kind(remain, forget)
     of_remain, of_forget = _labels(labels, remain, forget)
+    warn_of_copies(len(forget), copies_of(forget, remain), lambda row, copy: f"forget[{row}] and remain[{copy}]")
     shared = Shared(schedule=schedule, forget={name: forget, **of_forget})
     if "neighbors" in entry.streams:
         exclude = [np.flatnonzero(of_remain["condition"] != label) for label in of_forget["condition"]] if labels else None
         rows, _ = nearest(forget, remain, recipe.num_neighbors, recipe.neighbor_backend, exclude=exclude)
-        warn_of_copies(forget, remain[rows[:, 0]], lambda row: f"forget[{row}] and remain[{rows[row, 0]}]")
         distinct, positions = distinct_neighbors(rows)
         shared = dataclasses.replace(shared, neighbors={name: remain[distinct]}, neighbor_rows=positions)  # type: ignore[arg-type]
     if recipe.retain_loss == "distillation" or recipe.has_adapter:
@@ -169,8 +170,10 @@ def _kind(remain: np.ndarray, forget: np.ndarray) -> str:
     low, high = (float(extreme([extreme(remain), extreme(forget)])) for extreme in (np.min, np.max))
     check(np.isfinite(low) and np.isfinite(high), f"remain and forget hold NaN or infinity; {advice}")
     check(max(-low, high) <= _MAX_FLOAT, f"remain and forget hold floats from {low:g} to {high:g}; {advice}")
-    if low >= 0 and high <= 1:
-        log.warning("remain and forget hold floats in [0, 1]; a network of pixels takes them in [-1, 1]: pass 2 x - 1, or uint8")
+    if low >= 0:
+        log.warning(
+            "remain and forget hold floats from %g to %g; a network of pixels takes them in [-1, 1], or as uint8", low, high
+        )
     return "x_0"
 
 

@@ -64,6 +64,14 @@ def write_whole(path, write: Callable[[epath.Path], None], *, advice: str = IN_W
                 Path(temporary).unlink(missing_ok=True)
 
 
+def make_folder(folder, *, advice: str = IN_WORKDIR) -> None:
+    """Makes a folder and those above it, if they are not there. Raises `UserError` if it cannot be made."""
+    try:
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror or error}; {advice}") from error
+
+
 def beside(path, ending: str = "tmp"):
     """Returns `.NAME.HOST.PID.ENDING` in the folder of `path`: a name that only this process uses, even on a shared disk."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{ending}")

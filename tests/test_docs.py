@@ -15,12 +15,16 @@ from retrack_jax import api, parallel
 from retrack_jax.checkpoints import export_diffusers, import_diffusers
 from retrack_jax.checkpoints.diffusers_import import FAMILIES
 from retrack_jax.config.reading import default_config, read_config
+from retrack_jax.data.dataset import image_set, pixels_to_model
 from retrack_jax.data.sources.load import load_images
 from retrack_jax.data.sources.table import SOURCES
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.evaluate.images import EVALUATORS
 from retrack_jax.evaluate.results import evaluate
 from retrack_jax.evaluate.task import Subject
+from retrack_jax.metrics.membership import denoising_losses
+from retrack_jax.problem.conditioning import remembered_conditions
+from retrack_jax.problem.target import make_target
 from retrack_jax.sampling import SAMPLERS, initial_noise, make_sampler, sample
 from retrack_jax.train.optimizer import make_optimizer
 from retrack_jax.train.state import create_state
@@ -232,7 +236,8 @@ def test_the_family_of_the_guide_is_exported_and_imported(extending, tmp_path):
 
 
 def test_the_conditioning_of_the_guide_reaches_the_network(extending):
-    table = extending["OneLabel"](7).table(None)
+    conditioning = extending["OneLabel"](7)
+    table = conditioning.table(None)
 
     def eps_fn(params, x_t, t, label):
         return x_t * params["of_label"][label][:, None, None, None]
@@ -245,3 +250,12 @@ def test_the_conditioning_of_the_guide_reaches_the_network(extending):
     state, _ = step(state, parallel.shard_batch(batch), shared, jax.random.key(0))
     changed = np.flatnonzero(np.asarray(state.params["of_label"]) != 1.0)
     assert changed.tolist() == [7]
+    images = image_set("toys", toys.images(4), "abcd")
+    target = make_target("a", images, np.array([0]), np.arange(1, 4))
+    conditions = remembered_conditions(conditioning, target, [(images, target.unique)])
+    params, schedule = {"of_label": jnp.arange(10.0)}, Schedule.create()
+    found = denoising_losses(
+        eps_fn, params, schedule, pixels_to_model(images.images[:1]), jax.random.key(0), conditions=conditions
+    )
+    alone = denoising_losses(lambda p, x, t: 7.0 * x, {}, schedule, pixels_to_model(images.images[:1]), jax.random.key(0))
+    np.testing.assert_allclose(found, alone, rtol=1e-5)

@@ -112,7 +112,8 @@ def export_single_file(path, pipeline, unet_params: PyTree, *, note: str | None 
     """Writes the folder `path` with one file of the pipeline and the UNet `unet_params`, licenses and a model card.
 
     The other parts are as in the source, bit for bit. diffusers' `from_single_file` reads the file. If the network predicts v or
-    its last step has no signal, the file says so as ComfyUI and webui expect it; diffusers must be told by `config`.
+    its last step has no signal, the file says so as ComfyUI and webui expect it; diffusers must be told by `config`, and of 2.x
+    also that the network predicts noise.
 
     Raises:
       UserError: as `export_diffusers`; or `path` is not local.

@@ -45,7 +45,7 @@ class DataOptions:
     resolution: int | None = 0  # pixels a side; 0: as they are; None: the model's own
     channels: int = 0  # 1 or 3 converts; 0: as they are
     crop: str = "center"  # how an image of another shape becomes square: center, or none to refuse it
-    held_out: float = 0.0  # share of the images, drawn at random, that no model trains on; membership needs it
+    held_out: float = 0.0  # share of the images, drawn at random, that no model made here trains on; membership needs it
     exclude: str = ""  # images that an earlier run made the checkpoint forget, written as a target is
     skip_corrupt: bool = False  # leave out images that cannot be decoded, rather than refuse to run
     cache_dir: str = "~/.cache/retrack_jax"  # decoded images, latents, neighbors and the pretrained model's samples

@@ -17,7 +17,8 @@ from retrack_jax.files import array_digest, json_digest
 
 
 class RowView:
-    """Some rows of an array, read when they are sliced, so that a selection of a memory map is never copied whole.
+    """Some rows of an array, read when they are sliced, so that a selection of a memory map is never copied whole. A slice may
+    go on into the rows, `view[3:5, 0]`.
 
     Attributes:
       source: the array, `[N, ...]`.
@@ -34,8 +35,9 @@ class RowView:
         return len(self._rows)
 
     def __getitem__(self, index) -> np.ndarray:
+        index, *within = index if isinstance(index, tuple) else (index,)
         rows = self._rows[index]
-        values = self.source[rows]
+        values = self.source[(rows, *within)]
         return values.reshape(*np.shape(rows), -1) if self._flat else values
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

@@ -78,7 +78,7 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> Decoded:
 
     Raises:
       CorruptImage: it cannot be decoded.
-      UserError: it is of a kind or shape that `options` refuse.
+      UserError: it cannot be read, or is of a kind or shape that `options` refuse.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -88,7 +88,7 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> Decoded:
             is_animated = getattr(image, "is_animated", False)
             image.load()
             image = ImageOps.exif_transpose(image)
-    except CorruptImage:
+    except (CorruptImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # twice the bound: Pillow does not open it
         raise CorruptImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
@@ -96,6 +96,8 @@ def decode(name: str, source: bytes | Path, options: DecodeOptions) -> Decoded:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         raise CorruptImage("not an image of a known kind" if size else "empty") from error
     except Exception as error:  # Pillow raises many kinds for a broken file: OSError, SyntaxError, ValueError, struct.error
+        if getattr(error, "errno", None) is not None:  # the system's word, not Pillow's: the file is not broken
+            raise UserError(f"cannot read image {name} ({error.strerror}); make it readable, or remove it") from error
         raise CorruptImage(str(error)) from error
     if image.mode in _NO_RANGE:
         raise UserError(

@@ -1,12 +1,16 @@
 """Images that no model trains on: a random part held out for membership, and those that an earlier run made the model forget."""
 
+import logging
+
 import numpy as np
 
 from retrack_jax.checks import UserError, check
 from retrack_jax.data.dataset import ImageSet, part
+from retrack_jax.data.distinct import copies_of, distinct_rows
 from retrack_jax.data.target_names import resolve_target
 
 _SEED = 0x4E1D
+log = logging.getLogger(__name__)
 
 
 def split_held_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
@@ -25,6 +29,22 @@ def split_held_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet |
     order = np.random.default_rng(_SEED).permutation(len(images))
     training, held_out = np.sort(order[count:]), np.sort(order[:count])
     return part(images, training, "training part"), part(images, held_out, "held-out part", in_memory=True)
+
+
+def unseen(held_out: ImageSet, training: ImageSet) -> ImageSet:
+    """Returns the distinct held-out images of which no copy is trained on: a model knows a copy as well as the image.
+
+    Raises:
+      UserError: there are none.
+    """
+    distinct, _ = distinct_rows(held_out.images)
+    copies = copies_of(held_out.images[distinct], training.images)
+    kept = np.delete(distinct, sorted(copies))
+    check(len(kept) > 0, f"every image that config.data.held_out leaves out has a copy among the others ({held_out.name})")
+    if len(kept) == len(held_out):
+        return held_out
+    log.info("%s: %d of %d are copies, and left out", held_out.name, len(held_out) - len(kept), len(held_out))
+    return part(held_out, kept, "without copies", in_memory=True)
 
 
 def without(images: ImageSet, spec: str) -> ImageSet:

@@ -77,6 +77,17 @@ _OF_SAMPLERS = {
     "use_lu_lambdas": False, "algorithm_type": "dpmsolver++", "lambda_min_clipped": -math.inf,
 }  # fmt: skip
 _OF_FLOWS = ("use_flow_sigmas", "use_dynamic_shifting")
+# What other schedulers read. diffusers keeps such options when it makes one scheduler from another's config, and saves them.
+_OF_OTHERS = {
+    "interpolation_type", "timestep_type", "noise_sampler_seed",  # Euler's; the SDE solver's
+    "predict_x0", "disable_corrector", "solver_p", "shift_terminal",  # UniPC
+    "predictor_order", "corrector_order", "tau_func",  # the SA solver
+    "original_inference_steps", "timestep_scaling",  # LCM, TCD
+    "eta",  # RePaint
+}  # fmt: skip
+_OF_UNIPC = ("bh1", "bh2", "logrho")  # solver types, for which DPM-Solver takes its default
+# What a schedule takes of the file of any class: another scheduler made from it keeps that.
+_KEPT = set(DEFAULTS) - {*edm.SETTINGS, "shift", "variance_type", _ZERO_SNR}
 
 
 def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
@@ -95,17 +106,19 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     _check_class(name)
     if name in flow.CLASSES:
         return name, flow.read(name, given), ""
-    settings, ignored = {}, []
+    settings, ignored, of_others = {}, [], False
     for key, value in given.items():
-        if key == "predict_epsilon":  # diffusers before 0.9
+        if key == "timestep_type" and value != "discrete":
+            raise UserError(f"the scheduler config sets {key} to {value!r}: its network is not given timesteps; not supported")
+        elif key in _OF_OTHERS or (key == "solver_type" and value in _OF_UNIPC):
+            of_others = True
+        elif key == "predict_epsilon":  # diffusers before 0.9
             settings.setdefault("prediction_type", "epsilon" if value else "sample")
         elif key in _OF_FLOWS and value:
             raise UserError(f"the scheduler config sets {key} to {value!r}: it is for flows, which are read of {flow.EULER}")
         elif key in edm.SETTINGS and name in OWN and name not in edm.CLASSES:
             raise UserError(f"the scheduler config sets {key}, which is for EDM, and {name} does not read it; give that class")
-        elif key == "timestep_type" and value != "discrete":
-            raise UserError(f"the scheduler config sets {key} to {value!r}: its network is not given timesteps; not supported")
-        elif key == "solver_order" and name in OWN and value == 3:
+        elif key == "solver_order" and value == 3:
             ignored.append("solver_order=3")
         elif key in _OF_SAMPLERS and value not in (_OF_SAMPLERS[key], str(_OF_SAMPLERS[key])):
             ignored.append(f"{key}={value!r}")
@@ -114,15 +127,16 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
                 f"the scheduler config sets {key}, which {name} does not have, so that diffusers ignores it; if the network was "
                 "trained so, make the _class_name DDIMScheduler, else take it out"
             )
-        elif key in DEFAULTS and (name in OWN or key in _COMMON or key in OWN["DDPMScheduler"][:3]):
+        elif key in _KEPT or key == _ZERO_SNR or (key in DEFAULTS and name in OWN):
             settings[key] = value
         elif name in OWN and not (key.startswith("_") or key in _HARMLESS or key in _OF_SAMPLERS or key in _OF_FLOWS):
             known = (*DEFAULTS, *_HARMLESS, *_OF_SAMPLERS, *_OF_FLOWS)
             raise UserError(f"the scheduler config has the unknown key {key!r}{suggestion(key, known)}")
-    if name in OWN and not ignored:
+    if name in OWN and not (ignored or of_others):
         return name, settings, ""
-    what = name if name not in OWN else f"{', '.join(ignored)} of {name}"
-    log.info("%s: noise levels and prediction type are taken from it; samples are drawn by config.sampling.sampler even so", what)
+    if name not in OWN or ignored:
+        what = name if name not in OWN else f"{', '.join(ignored)} of {name}"
+        log.info("%s: noise levels and prediction type are taken from it; samples are drawn by config.sampling.sampler", what)
     # JSON has no infinity; the only infinite option is a default of diffusers.
     finite = {key: value for key, value in config.items() if not (isinstance(value, float) and math.isinf(value))}
     return name, settings, json.dumps(finite, default=lambda value: np.asarray(value).tolist())

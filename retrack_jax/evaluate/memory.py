@@ -40,7 +40,7 @@ def label_share(task: Task, subject: Subject, wanted: Sequence[str]):
 def membership(task: Task, subject: Subject, wanted: Sequence[str]):
     """The AUC of two attacks that tell forgotten from held-out images, each with its 95% bootstrap interval."""
     if task.held_out is None:
-        return {}, {"why": "it needs a random:SHARE target and as many held-out images (config.data.held_out) to compare with"}
+        return {}, {"why": "it needs a random:SHARE target, and images that no model saw (config.data.held_out)"}
     sides = task.clean(), task.held_out()
     conditions = task.condition, task.held_out_condition
     model = task.eps_fn, subject.params, task.schedule

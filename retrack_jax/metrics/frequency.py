@@ -13,8 +13,8 @@ among MNIST's digits it is 10, and the nearest digit lies at 11.49. Samples are 
 import numpy as np
 
 from retrack_jax.checks import check, check_int
+from retrack_jax.data.distinct import distinct_rows
 from retrack_jax.metrics.arrays import unit_images
-from retrack_jax.neighbors.distinct import distinct_rows
 
 
 def target_distances(samples, targets) -> np.ndarray:

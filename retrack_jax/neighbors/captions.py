@@ -56,19 +56,19 @@ def captioned_nearest(
         a bias of -inf; if there is none, as without `same_caption`.
     """
     similarity = similarities(text, forget_caption, remain_caption)
+    rows, distances = np.empty((len(forget), k), np.int64), np.empty((len(forget), k), np.float32)
+    bias, alone = np.zeros((len(forget), k), np.float32), np.zeros(len(forget), bool)
     if same_caption:
-        parts = [_among_equal(forget[i : i + 1], remain, similarity[i], k, backend) for i in range(len(forget))]
-        rows, distances, bias = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        bias = bias if bias.any() else None
-    else:
-        if beta:
-            queries, images = _with_text(forget, text[forget_caption], beta), _with_text(remain, text[remain_caption], beta)
-            rows, _ = nearest(queries, images, k, backend)
-            distances = np.stack([_distances(one, remain[found]) for one, found in zip(forget, rows, strict=True)])
-        else:
-            rows, distances = nearest(forget, remain, k, backend)
-        bias = np.float32(beta) * np.take_along_axis(similarity, rows, axis=1) if beta else None
-    return CaptionedNeighbors(rows=rows, distances=distances, similarity=np.take_along_axis(similarity, rows, axis=1), bias=bias)
+        alone = (similarity == 1.0).any(axis=1)
+        for i in np.flatnonzero(alone):
+            equal = np.flatnonzero(similarity[i] == 1.0)
+            rows[i], distances[i], bias[i] = _among_equal(forget[i : i + 1], remain, equal, k, backend)
+    if len(others := np.flatnonzero(~alone)):
+        given = text[forget_caption[others]], text[remain_caption], beta
+        rows[others], distances[others] = _among_all(forget[others], remain, *given, k, backend)
+        bias[others] = np.float32(beta) * np.take_along_axis(similarity[others], rows[others], axis=1)
+    similarity = np.take_along_axis(similarity, rows, axis=1)
+    return CaptionedNeighbors(rows=rows, distances=distances, similarity=similarity, bias=bias if bias.any() else None)
 
 
 def similarities(text: np.ndarray, forget_caption: np.ndarray, remain_caption: np.ndarray) -> np.ndarray:
@@ -79,16 +79,22 @@ def similarities(text: np.ndarray, forget_caption: np.ndarray, remain_caption: n
     return similarity[:, remain_caption]
 
 
-def _among_equal(one: np.ndarray, remain: np.ndarray, similarity: np.ndarray, k: int, backend: str) -> tuple:
-    """Returns (rows, distances, bias), each `[1, k]`, of one image."""
-    equal = np.flatnonzero(similarity == 1.0)
-    if not len(equal):
-        rows, distances = nearest(one, remain, k, backend)
-        return rows, distances, np.zeros((1, k), np.float32)
+def _among_all(
+    forget: np.ndarray, remain: np.ndarray, forget_text: np.ndarray, remain_text: np.ndarray, beta: float, k: int, backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the k nearest by (3), and their distances as images, both `[F, k]`."""
+    if not beta:
+        return nearest(forget, remain, k, backend)
+    rows, _ = nearest(_with_text(forget, forget_text, beta), _with_text(remain, remain_text, beta), k, backend)
+    return rows, np.stack([_distances(one, remain[found]) for one, found in zip(forget, rows, strict=True)])
+
+
+def _among_equal(one: np.ndarray, remain: np.ndarray, equal: np.ndarray, k: int, backend: str) -> tuple:
+    """Returns (rows, distances, bias), each `[k]`, of one image `[1, ...]` among the rows `equal` of `remain`."""
     rows, distances = nearest(one, remain[equal], min(k, len(equal)), backend)
     there = np.arange(k) < rows.shape[1]
     order, bias = np.where(there, np.arange(k), 0), np.where(there, 0.0, -np.inf).astype(np.float32)
-    return equal[rows[:, order]], distances[:, order], bias[None]
+    return equal[rows[0, order]], distances[0, order], bias
 
 
 def _with_text(images: np.ndarray, text: np.ndarray, beta: float) -> np.ndarray:

@@ -16,9 +16,9 @@ import numpy as np
 
 from retrack_jax.checks import UserError, check, check_choice, check_int
 from retrack_jax.data.dataset import RowView
+from retrack_jax.data.distinct import distinct_rows
 from retrack_jax.data.memory import available_memory
 from retrack_jax.neighbors import exact
-from retrack_jax.neighbors.distinct import distinct_rows
 
 BACKENDS = ("auto", "scann", "exact")
 MEMORY_BUDGET = 3 << 29  # bytes that ScaNN may take; it holds the set twice as float32 while it builds

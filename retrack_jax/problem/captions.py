@@ -80,12 +80,12 @@ class Captions(Conditioning):
 
     def shown(self, target: Target) -> dict[str, int]:
         """Returns name of samples -> the row of the image whose caption they are of."""
-        forgotten = list({target.images.captions[row]: row for row in target.unique[::-1]}.values())[::-1]
-        gone = {target.images.captions[row] for row in target.forget}
-        kept = {}
+        state = self._states.rows(target.images.captions)  # captions of equal tokens are one
+        forgotten = list({state[row]: row for row in target.unique[::-1]}.values())[::-1]
+        gone, kept = set(state[target.forget]), {}
         for row in np.random.default_rng(_SEED).permutation(target.remain):
-            if (caption := target.images.captions[row]) not in gone and len(kept) < self._num_captions:
-                kept.setdefault(caption, int(row))
+            if state[row] not in gone and len(kept) < self._num_captions:
+                kept.setdefault(state[row], int(row))
         kinds = {"forgotten": forgotten[: self._num_captions], "kept": kept.values()}
         return {f"{kind}_{number:02d}": int(row) for kind, rows in kinds.items() for number, row in enumerate(rows)}
 

@@ -13,10 +13,10 @@ import numpy as np
 from retrack_jax.checks import check
 from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet, pixels_to_model
+from retrack_jax.data.distinct import distinct_neighbors
 from retrack_jax.models.vae import Autoencoder
 from retrack_jax.neighbors.cache import cached_nearest_of_targets
 from retrack_jax.neighbors.captions import CaptionedNeighbors
-from retrack_jax.neighbors.distinct import distinct_neighbors, warn_of_copies
 from retrack_jax.neighbors.search import nearest
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.latents import LatentSet, encode_set
@@ -65,11 +65,6 @@ class PixelCodec:
         searches = [(target.unique[mine], others) for mine, others in pools]
         found = cached_nearest_of_targets(images, searches, num_neighbors, backend=backend, cache_dir=self._cache_dir)
         rows, distances, null_rows = _of_pools(target, found)
-        warn_of_copies(
-            forget["pixels"],
-            images.images[rows[:, 0]],
-            lambda row: f"{images.ids[target.unique[row]]} and {images.ids[rows[row, 0]]}",
-        )
         distinct, own, null = _bank(rows, null_rows)
         return ForgetData(forget, {"pixels": np.ascontiguousarray(images.images[distinct])}, own, rows, distances, null)
 

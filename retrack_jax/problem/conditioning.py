@@ -4,8 +4,9 @@ Captions are in captions.py, labels in labels.py.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from retrack_jax.config.recipes import UnlearnOptions
@@ -53,8 +54,10 @@ class Conditioning:
         return None
 
     def remembered(self, target: Target) -> Array | None:
-        """Returns the condition `[1, ...]` under which the model before unlearning would remember the target, if there is one."""
-        return None
+        """Returns the condition `[1, ...]` under which the model before unlearning would remember the target, if there is one: by
+        default the one row of `table`.
+        """
+        return self.table(target)
 
     def sampled(self, target: Target) -> dict[str, PyTree]:
         """Returns name in `samples.npz` -> conditions of those samples, leaves `[P, ...]`: image i has the one at i mod P."""
@@ -106,3 +109,14 @@ def with_conditions(gather: Callable, conditioning: Conditioning, images: ImageS
     if condition_of is None:
         return gather
     return lambda positions: {**gather(positions), "condition": condition_of(rows[positions])}
+
+
+def remembered_conditions(conditioning: Conditioning, target: Target, parts: Sequence[tuple[ImageSet, np.ndarray]]) -> PyTree:
+    """Returns under which conditions the model remembers the images of `parts`, (set, rows) each.
+
+    Leaves are `[N, ...]`, a row for each image; `[1, ...]`: the same for all; or there are none.
+    """
+    if conditioning.of_images(target.images) is None:
+        return conditioning.remembered(target)
+    conditions = [conditioning.of_images(images)(rows) for images, rows in parts]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conditions)

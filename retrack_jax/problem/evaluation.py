@@ -11,7 +11,7 @@ from etils import epath
 from retrack_jax import files
 from retrack_jax.checks import check_choice
 from retrack_jax.config.options import Options
-from retrack_jax.data.dataset import RowView
+from retrack_jax.data.dataset import ImageSet, RowView
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate import images
@@ -23,7 +23,7 @@ from retrack_jax.metrics.features.network import MNIST_RESNET
 from retrack_jax.metrics.frequency import target_distances
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.codec import LatentCodec, PixelCodec
-from retrack_jax.problem.conditioning import Conditioning, with_conditions
+from retrack_jax.problem.conditioning import Conditioning, remembered_conditions, with_conditions
 from retrack_jax.problem.denoiser import Denoiser
 from retrack_jax.problem.target import Target
 from retrack_jax.problem.training_data import ImageData
@@ -104,8 +104,8 @@ class ImageEvaluation:
             clean=lambda: codec.clean(target.images, target.unique),
             decode=codec.decode,
             held_out=None if held_out is None else lambda: codec.clean(held_out, np.arange(len(held_out))),
-            condition=None if target.labels is None else target.labels[target.unique],
-            held_out_condition=None if held_out is None or target.labels is None else held_out.labels.astype(np.int32),
+            condition=remembered_conditions(self._conditioning, target, [(target.images, target.unique)]),
+            held_out_condition=None if held_out is None else self._of_held_out(target, held_out),
             label=label_of(target),
             finetune=lambda params, with_forgotten: self._finetune(params, target, with_forgotten, model.should_stop),
             relearning=tuple(options.relearning.steps),
@@ -115,6 +115,9 @@ class ImageEvaluation:
             rng=jax.random.key(seed),
             protocol_rng=jax.random.key(model.seed if options.official_draws and model.seed is not None else seed),
         )
+
+    def _of_held_out(self, target: Target, held_out: ImageSet) -> PyTree:
+        return remembered_conditions(self._conditioning, target, [(held_out, np.arange(len(held_out)))])
 
     def _finetune(self, params: PyTree, target: Target, with_forgotten: bool, should_stop: Callable[[], bool]):
         rows = np.concatenate([target.remain, target.unique]) if with_forgotten else target.remain
@@ -155,7 +158,8 @@ class ImageEvaluation:
 
 
 def neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target: Target, search: Callable | None = None) -> dict:
-    """Returns `forgotten` uint8 `[F, H, W, C]`, `neighbors` uint8 `[F, K, H, W, C]` and `distances` `[F, K]` of the first images.
+    """Returns `forgotten` uint8 `[F, H, W, C]`, `neighbors` uint8 `[F, K, H, W, C]` and `distances` `[F, K]` of the first images,
+    and `num_forgotten` of all.
 
     K is `num_neighbors`, or as many as there are for each image: methods that search no neighbors set no bound on it. `search`
     takes a target to how its neighbors are searched.
@@ -165,7 +169,8 @@ def neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target:
     how = None if search is None else search(few)
     data = codec.forget_data(few, min(recipe.num_neighbors, room), recipe.neighbor_backend, how)
     neighbors = target.images.images[data.neighbor_positions]
-    return {"forgotten": target.images.images[few.unique], "neighbors": neighbors, "distances": data.distances}
+    forgotten = {"forgotten": target.images.images[few.unique], "num_forgotten": len(target.unique)}
+    return forgotten | {"neighbors": neighbors, "distances": data.distances}
 
 
 def all_or_none(marks: dict) -> dict | None:

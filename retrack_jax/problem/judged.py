@@ -1,17 +1,17 @@
 """The images that a verdict is reached from, and a model's losses on them (evaluate/verdict.py)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.distinct import distinct_rows
 from retrack_jax.data.target_names import is_random
 from retrack_jax.evaluate.turned import turned_copies
 from retrack_jax.metrics.membership import denoising_losses
-from retrack_jax.neighbors.distinct import distinct_rows
 from retrack_jax.notation import PyTree
+from retrack_jax.problem.conditioning import remembered_conditions
 from retrack_jax.problem.problem import Problem
 from retrack_jax.problem.target import Target
 
@@ -57,16 +57,8 @@ def judged(problem: Problem, target: Target) -> Judged:
         images=images,
         **dict(zip(("turned", "usable"), turned_copies(images), strict=True)),
         is_random=is_random(target.spec),
-        conditions=remembered_conditions(problem, target, chosen),
+        conditions=remembered_conditions(problem.conditioning, target, chosen),
     )
-
-
-def remembered_conditions(problem: Problem, target: Target, parts: Sequence[tuple[ImageSet, np.ndarray]]) -> PyTree:
-    """Returns under which conditions the model remembers the images of `parts`, (set, rows) each: `conditions` of `Judged`."""
-    if problem.conditioning.of_images(target.images) is None:
-        return problem.conditioning.remembered(target)
-    conditions = [problem.conditioning.of_images(images)(rows) for images, rows in parts]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conditions)
 
 
 def losses(

@@ -24,7 +24,8 @@ from retrack_jax.checkpoints.text_encoders import text_digest
 from retrack_jax.checks import check, check_int
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
-from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.dataset import ImageSet, RowView
+from retrack_jax.data.distinct import copies_of, warn_of_copies
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.data.sources.table import SOURCES, complete_fields
 from retrack_jax.notation import PyTree
@@ -88,6 +89,9 @@ class Problem:
                 f"{spec}; choose a smaller K",
             )
             check_whole_class(target, recipe)
+        images, ids = target.images.images, target.images.ids
+        copies = copies_of(np.ascontiguousarray(images[target.unique]), RowView(images, target.remain))
+        warn_of_copies(len(target.unique), copies, lambda row, copy: f"{ids[target.unique[row]]} and {ids[target.remain[copy]]}")
         return target
 
     def note(self, method: str, target: Target) -> str:
@@ -130,6 +134,12 @@ def check_problem(options: Options) -> None:
     files.check_writable(options.data.cache_dir, files.IN_CACHE)  # neighbors are cached long after training began
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
+    elif options.data.held_out:
+        log.warning(
+            "config.data.held_out leaves %g of the images out of what is trained here; %s may have been trained on them, and "
+            "what is compared with them then says nothing of unseen images",
+            options.data.held_out, options.checkpoint,
+        )  # fmt: skip
     kind = _kind(options)
     if kind is _concepts:
         _check_concepts(options)

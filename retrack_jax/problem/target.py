@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.data.distinct import distinct_rows
 from retrack_jax.data.labels import remaining_of_labels
 from retrack_jax.data.sources.concepts import Concept
 from retrack_jax.data.target_names import slug
-from retrack_jax.neighbors.distinct import distinct_rows
 from retrack_jax.notation import PyTree
 from retrack_jax.unlearn.streams import Anchor
 

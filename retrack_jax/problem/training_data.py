@@ -8,7 +8,7 @@ from retrack_jax import files
 from retrack_jax.checks import check
 from retrack_jax.config.options import DataOptions
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.left_out import resolve_remaining, split_held_out, without
+from retrack_jax.data.left_out import resolve_remaining, split_held_out, unseen, without
 from retrack_jax.data.sources.load import load_captioned_images, load_concepts, load_images
 from retrack_jax.problem.target import Target, make_target
 
@@ -26,7 +26,8 @@ class ImageData:
 
     def __init__(self, options: DataOptions, captioned: bool = False):
         load = load_captioned_images if captioned else load_images
-        self._training, self.held_out = split_held_out(load(dataclasses.asdict(options)), options.held_out)
+        self._training, held_out = split_held_out(load(dataclasses.asdict(options)), options.held_out)
+        self.held_out = held_out and unseen(held_out, self._training)
         self.images: ImageSet = without(self._training, options.exclude)
 
     def target(self, spec: str) -> Target:

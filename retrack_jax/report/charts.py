@@ -147,7 +147,7 @@ def curve(name: str, points: Sequence[tuple[int, float]]) -> str:
     _scale(axes.xaxis, steps, steps=True)
     _scale(axes.yaxis, values, log=bool(min(values) > 0 and 30 < max(values) / min(values) < 1e30), ticks=4)
     axes.set_title(title, loc="left", fontsize=14, fontweight="bold", color=_color("ink"))
-    axes.set_title(f"last {number(float(f'{means[-1]:.4g}'))}", loc="right", fontsize=12, color=_color("soft"))
+    axes.set_title(f"last {number(float(f'{values[-1]:.4g}'))}", loc="right", fontsize=12, color=_color("soft"))
     # A chart is 350 pixels wide, and a log may hold a hundred thousand records: draw every n-th, and the last.
     few = np.unique(np.append(np.arange(0, len(points), math.ceil(len(points) / 1500)), len(points) - 1))
     if wide > 1:

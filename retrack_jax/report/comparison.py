@@ -41,6 +41,7 @@ def comparison_report(
     marked: Mapping | None = None,
     mark_name="forgotten image",
     forgotten=None,
+    num_forgotten=None,
     neighbors=None,
     distances=None,
     title: str | None = None,
@@ -53,7 +54,7 @@ def comparison_report(
       samples: method -> uint8 `[N, H, W, C]`, image i of every method from the same noise; pass `pretrained` too.
       marked: method -> bool `[N]`, which of its samples are the forgotten image.
       mark_name: what those are called, such as `T-shirt`.
-      forgotten, neighbors, distances: as in `run_report`.
+      forgotten, num_forgotten, neighbors, distances: as in `run_report`.
       title: the heading; by default the folder's name.
       summary: the content of `summary.json`; None reads the file.
 
@@ -78,7 +79,7 @@ def comparison_report(
         relearning=_relearning(summary),
         samples=_samples(samples or {}, marked or {}, mark_name),
         mark_name=mark_name,
-        neighbors=neighbor_strips(forgotten, neighbors, distances, mark_name),
+        neighbors=neighbor_strips(forgotten, neighbors, distances, mark_name, num_forgotten),
         methods=[(method, *METHODS.get(method, (method, ""))) for method in method_order(summary["methods"])],
         runs=_runs(workdir, summary),
         provenance=provenance_rows(summary.get("provenance")),

@@ -86,6 +86,7 @@ def samples_picture(
     marked_after=None,
     mark_name="forgotten image",
     forgotten=None,
+    num_forgotten=None,
     neighbors=None,
     distances=None,
     count: int = 64,
@@ -98,7 +99,8 @@ def samples_picture(
       titles: headings of the two grids.
       marked_before, marked_after: bool `[N]`, which samples are outlined, or None if that is unknown.
       mark_name: what the outlined ones are.
-      forgotten, neighbors, distances: as in `html.run_report`, or None: below, each image outlined and its neighbors beside it.
+      forgotten, num_forgotten, neighbors, distances: as in `html.run_report`, or None: below, each image outlined and its
+        neighbors beside it.
       count: how many samples of each are shown.
     """
     from PIL import Image
@@ -118,7 +120,7 @@ def samples_picture(
             parts += [_line(of_all if images is before else "What the same noise gives", 14), _part(images, mask, drawn, columns)]
             parts.append(_line(f"The first {len(first)}", 14))
         sides.append(_joined([*parts, _part(images, mask, first, columns)], axis=0))
-    below = [] if forgotten is None else _strips(forgotten, neighbors, distances)
+    below = [] if forgotten is None else _strips(forgotten, num_forgotten or len(forgotten), neighbors, distances)
     picture = Image.fromarray(_joined([_joined(sides, axis=1), *below], axis=0))
     canvas = Image.new("RGB", (picture.width + 2 * _MARGIN, picture.height + 2 * _MARGIN), _PAPER)
     canvas.paste(picture, (_MARGIN, _MARGIN), picture)
@@ -139,9 +141,10 @@ def _part(images, mask, rows, columns: int) -> np.ndarray:
     return grid(images[rows], columns=columns, marked=None if mask is None else np.asarray(mask)[rows])
 
 
-def _strips(forgotten, neighbors, distances, most: int = 4) -> list[np.ndarray]:
-    """Returns a heading, and a picture of each forgotten image with its neighbors to the right of it."""
-    heading = f"Forgotten: {most} of {len(forgotten)}" if len(forgotten) > most else "Forgotten"
+def _strips(forgotten, count: int, neighbors, distances, most: int = 4) -> list[np.ndarray]:
+    """Returns a heading, and a picture of each of the first of `count` forgotten images with its neighbors to the right of it."""
+    shown = min(most, len(forgotten))
+    heading = f"Forgotten: {shown} of {count:,}" if count > shown else "Forgotten"
     if neighbors is not None:
         heading += f", and the {neighbors.shape[1]} nearest remaining images, nearest first"
     strips = [_line(heading, 16)]

@@ -32,6 +32,7 @@ def run_report(
     marked_after=None,
     mark_name="forgotten image",
     forgotten=None,
+    num_forgotten=None,
     neighbors=None,
     distances=None,
     captions=None,
@@ -47,7 +48,7 @@ def run_report(
       after: this run's samples from the same noise; None: no pictures of samples.
       marked_before, marked_after: bool `[N]` or a mapping of such: which samples are the forgotten image. None: unknown.
       mark_name: what those are called, such as `T-shirt`.
-      forgotten: uint8 `[F, H, W, C]`, the forgotten images.
+      forgotten: uint8 `[F, H, W, C]`, the first forgotten images; num_forgotten: how many there are, None: F.
       neighbors: uint8 `[F, K, H, W, C]`, their nearest remaining images, nearest first.
       distances: float `[F, K]`, in the units of the search.
       captions: of captioned images, what `strips.caption_strips` takes; they are shown in place of the grids of samples.
@@ -85,6 +86,7 @@ def run_report(
             marked_after=masks[1].get(name),
             mark_name=mark_name,
             forgotten=forgotten,
+            num_forgotten=num_forgotten,
             neighbors=neighbors,
             distances=distances,
             count=count,
@@ -109,7 +111,7 @@ def run_report(
         captions=caption_strips(captions or ()),
         drawn=drawn,
         mark_name=mark_name,
-        neighbors=neighbor_strips(forgotten, neighbors, distances, mark_name),
+        neighbors=neighbor_strips(forgotten, neighbors, distances, mark_name, num_forgotten),
         restored=restored_strips(run_dir, mark_name, label),
         heads=heads + ["Retrained", "Gap to retrained"] * retrained,
         retrained=retrained,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from etils import epath
 
 from retrack_jax.files import read_npz
@@ -10,7 +11,7 @@ from retrack_jax.report import grids
 ROWS = 8  # forgotten images that a page shows
 
 
-def neighbor_strips(forgotten, neighbors, distances, mark_name) -> dict | None:
+def neighbor_strips(forgotten, neighbors, distances, mark_name, num_forgotten: int | None = None) -> dict | None:
     """Returns `{"note", "rows"}`: the first forgotten images, each followed by its neighbors with their distances.
 
     The arguments are as in `html.run_report`. Without forgotten images there is nothing to show, and None comes back.
@@ -28,8 +29,8 @@ def neighbor_strips(forgotten, neighbors, distances, mark_name) -> dict | None:
     if neighbors is not None and neighbors.shape[1]:
         measured = ", with their distance" if distances is not None else ""
         notes.append(f"The {neighbors.shape[1]} nearest remaining images, nearest first{measured}.")
-    if len(forgotten) > ROWS:
-        notes.append(f"The first {ROWS} of {len(forgotten)} forgotten images.")
+    if (count := num_forgotten or len(forgotten)) > len(rows):
+        notes.append(f"The first {len(rows)} of {count:,} forgotten images.")
     return {"note": " ".join(notes), "rows": rows}
 
 
@@ -71,18 +72,21 @@ def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:
     models = {what: read_npz(path, names, advice=advice) for what, path in places.items() if path.exists()}
     if not models:
         return None
-    first = next(iter(models.values()))
-    rows = []
+    first, rows = next(iter(models.values())), []
+    same = all(np.array_equal(arrays["noised"], first["noised"]) for arrays in models.values())
     for row in range(min(ROWS, *(len(arrays["restored"]) for arrays in models.values()))):
         tiles = [
             _tile(first["forgotten"][row], f"the {mark_name}", "forgotten", "first"),
-            _tile(first["noised"][row], f"the {mark_name} noised", "noised"),
+            *([_tile(first["noised"][row], f"the {mark_name} noised", "noised")] if same else ()),
         ]
         for what, arrays in models.items():
+            if not same:
+                tiles.append(_tile(arrays["noised"][row], f"the {mark_name} noised, for the model {what}", "noised"))
             score = f"SSCD {float(arrays['sscd'][row]):.3f}"
             tiles.append(_tile(arrays["restored"][row], f"restored {what}, {score}", f"{what}: {score}"))
         rows.append(tiles)
-    note = f"The {mark_name} noised to t = 250, and denoised from there by each model with the same noise."
+    noise = "the same noise" if same else "noise of its own, to the left of what it restores (config.eval.official_draws)"
+    note = f"The {mark_name} noised to t = 250, and denoised from there by each model with {noise}."
     return {"note": note, "rows": rows}
 
 

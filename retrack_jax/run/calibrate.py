@@ -16,7 +16,8 @@ from retrack_jax.evaluate.memory import enough_noises
 from retrack_jax.evaluate.verdict import Memory, memory
 from retrack_jax.log import say
 from retrack_jax.notation import PyTree
-from retrack_jax.problem.judged import judged, losses, remembered_conditions
+from retrack_jax.problem.conditioning import remembered_conditions
+from retrack_jax.problem.judged import judged, losses
 from retrack_jax.report.verdict import calibration_in_words
 from retrack_jax.run.context import Run
 from retrack_jax.run.training import Model, load, pretrained
@@ -44,12 +45,24 @@ def calibrated(run: Run, model: Model) -> Model:
     start, path = pretrained(run.context, load).params, run.folder / _FILE
     if not parallel.from_main(path.exists):
         loss, reference = _as_the_verdict(run) if asked == UNSEEN else _as_the_metric(run, asked)
-        found = line_search(lambda alpha: loss(between(start, model.params, alpha)), reference)
+        found = line_search(lambda alpha: loss(between(start, model.params, alpha)), reference) | _draws(run, asked)
         say(calibration_in_words(found), is_main=parallel.is_main_process())
         parallel.on_main(lambda: files.write_json(path, found))
-    alpha = parallel.from_main(lambda: read(run.folder))["alpha"]
+    found = parallel.from_main(lambda: read(run.folder))
+    seed = run.context.options.sampling.seed
+    check(
+        asked == UNSEEN or found.get("seed", seed) == seed,
+        f"{path} was measured with config.sampling.seed={found.get('seed')}, and this command has {seed}; use that, or another "
+        "--workdir",
+    )
+    alpha = found["alpha"]
     adapter = None if model.adapter is None else scaled(model.adapter, alpha)
     return dataclasses.replace(model, params=between(start, model.params, alpha), adapter=adapter)
+
+
+def _draws(run: Run, asked: str) -> dict[str, int]:
+    """Returns what the losses depend on besides the model: the seed of the metric's draws; the verdict's are always the same."""
+    return {} if asked == UNSEEN else {"seed": run.context.options.sampling.seed}
 
 
 def check_reference(run: Run) -> None:
@@ -98,6 +111,6 @@ def _as_the_metric(run: Run, number: str) -> tuple[Callable[[PyTree], float], fl
     """Returns a model's loss as the metric forget_loss has it, the mean over every forgotten image, and `number`."""
     problem, target = run.context.problem, run.target
     images = problem.codec.clean(target.images, target.unique)
-    conditions = remembered_conditions(problem, target, [(target.images, target.unique)])
+    conditions = remembered_conditions(problem.conditioning, target, [(target.images, target.unique)])
     how = {"num_noises": enough_noises(len(images)), "seed": run.context.options.sampling.seed}
     return lambda params: float(losses(problem, params, images, conditions, _DESC, **how).mean()), float(number)

@@ -1,5 +1,6 @@
 """What a command ends with, over every finished run of its workdir: summary.json, the comparison, the table on the screen."""
 
+import collections
 import logging
 from collections.abc import Sequence
 
@@ -7,7 +8,6 @@ import numpy as np
 
 from retrack_jax import files, parallel
 from retrack_jax.checks import UserError
-from retrack_jax.data.target_names import slug
 from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.problem.target import Target
 from retrack_jax.run import samples
@@ -53,11 +53,16 @@ def summarize_workdir(context: RunContext, sweep: Sequence[tuple[str, str, int]]
 
 
 def _finished_runs(workdir: Workdir) -> list[dict]:
-    return [
-        read_metrics(path)
-        for method in (PRETRAINED, *METHODS)
-        for path in sorted((workdir.root / method).glob("seed*-*/metrics.json"))
-    ]
+    """Returns the `metrics.json` of each finished run, with its target's `slug`.
+
+    A list that is named twice, `@list.txt`, may have changed in between: its targets are then told apart by their slugs.
+    """
+    paths = [path for method in (PRETRAINED, *METHODS) for path in sorted((workdir.root / method).glob("seed*-*/metrics.json"))]
+    runs = [read_metrics(path) | {"slug": path.parent.name.partition("-")[2]} for path in paths]
+    slugs = collections.defaultdict(set)
+    for run in runs:
+        slugs[run["target"]].add(run["slug"])
+    return [run | {"target": run["slug"]} if len(slugs[run["target"]]) > 1 else run for run in runs]
 
 
 def _write(context: RunContext, sweep: Sequence, runs: list[dict], summary: dict) -> None:
@@ -66,15 +71,17 @@ def _write(context: RunContext, sweep: Sequence, runs: list[dict], summary: dict
 
     workdir, redraw = context.workdir, context.options.mode == "report"
     path, report = workdir.root / "summary.json", workdir.root / "report.html"
-    mine = [run for run in runs if (run["method"], run["target"], run["seed"]) in sweep]
+    targets = {target.slug: target for target in context.targets.values()}
+    sweep = {(method, context.targets[target].slug, seed) for method, target, seed in sweep}
+    mine = [run for run in runs if (run["method"], run["slug"], run["seed"]) in sweep]
     compared = bool(mine) and len(runs) > 1
     if compared and (redraw or not (report.exists() and _holds(path, summary))):
-        pictures = _comparison_pictures(context, context.targets[mine[0]["target"]], runs)
+        pictures = _comparison_pictures(context, targets[mine[0]["slug"]], runs)
         comparison_report(workdir.root, summary=summary, **pictures)
     files.write_json(path, summary)  # last: a command that is cut before it makes the comparison again
     if len(mine) == 1:
         print(before_after_text(mine[0]))
-        print(f"report: {workdir.run(mine[0]['method'], mine[0]['seed'], slug(mine[0]['target'])) / 'report.html'}")
+        print(f"report: {workdir.run(mine[0]['method'], mine[0]['seed'], mine[0]['slug']) / 'report.html'}")
     elif mine:
         print(comparison_text(summary))
     if compared:
@@ -92,6 +99,6 @@ def _comparison_pictures(context: RunContext, target: Target, runs: list[dict]) 
     """The first samples of each method's first run on the target, from the same noise."""
     drawn = {PRETRAINED: samples.read(Run(context, PRETRAINED, target, 0).before)}
     for run in runs:
-        if run["target"] == target.spec and run["method"] not in drawn:  # the first seed of each method
+        if run["slug"] == target.slug and run["method"] not in drawn:  # the first seed of each method
             drawn[run["method"]] = samples.read(context.workdir.run(run["method"], run["seed"], target.slug))
     return context.problem.evaluation.comparison_pictures(target, drawn)

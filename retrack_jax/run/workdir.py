@@ -46,9 +46,9 @@ class Workdir:
             self.root = epath.Path(root if "://" in str(root) else os.path.abspath(os.path.expanduser(root)))
         except KeyError as error:  # etils does not know the scheme
             raise UserError(f"--workdir {root} is an address of an unknown kind; give a folder or a gs:// address") from error
-        # TensorStore, which reads checkpoints, takes these for something else than a part of the path: told before any training.
-        wrong = [sign for sign in "[\\" if sign in str(self.root)]
-        check(not wrong, f"--workdir {self.root} has {' and '.join(wrong)} in its path, which checkpoints cannot; choose another")
+        # TensorStore, which reads checkpoints, and searches for files take these for something else than a part of the path.
+        wrong = [sign for sign in "[\\*?" if sign in str(self.root)]
+        check(not wrong, f"--workdir {self.root} has {' and '.join(wrong)} in its path, which no path here can; choose another")
         parallel.together(self._check_writable)
         self._check_shared()
         if "://" not in str(root):  # an object store holds no halves

@@ -104,6 +104,8 @@ def generate(
     images = None
     missing = np.ones(num_images, bool)
     if out_dir is not None:
+        if jax.process_count() > 1:  # now, not with the first part: a shared disk may repeat for a while that there is no folder
+            parallel.on_main(lambda: files.make_folder(out_dir))
         parallel.barrier("generate: before reading parts")  # no process adds a part while another lists them
         images, missing = parallel.together(lambda: _read_parts(out_dir, fingerprint, first, num_images))
         if not parallel.all_processes_agree(missing.tobytes()):

@@ -13,7 +13,7 @@ import numpy as np
 from retrack_jax.weights.file_tensors import FileTensors
 
 # Tensors of text encoders that are not read: buffers, and what Stable Diffusion does not use. XL uses the projection: it is read.
-_UNREAD = r".*(position_ids|attn_mask|logit_scale|text_projection)"
+_UNREAD = r".*(position_ids|attn_mask|logit_scale|text_projection)(\.weight)?"
 
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
@@ -154,12 +154,11 @@ class Layout(NamedTuple):
 
 
 _IMAGE = {"unet": Part("model.diffusion_model.", _unet), "vae": Part("first_stage_model.", _vae)}
-_OF_CLIP = rf"{_UNREAD}(\.weight)?"
 # Stable Diffusion 2.x uses the states before OpenCLIP's last layer, and folders of it do not have that layer.
 _OF_OPEN_CLIP_2 = rf"{_UNREAD}|.*resblocks\.23\..*"
 SD1 = Layout(
     "Stable Diffusion 1.x",
-    {**_IMAGE, "text_encoder": Part("cond_stage_model.", _clip, _OF_CLIP)},
+    {**_IMAGE, "text_encoder": Part("cond_stage_model.", _clip, _UNREAD)},
     configs="stable-diffusion-v1-5/stable-diffusion-v1-5",
 )
 SD2 = Layout(
@@ -171,7 +170,7 @@ XL = Layout(
     "Stable Diffusion XL",
     {
         **_IMAGE,
-        "text_encoder": Part("conditioner.embedders.0.", _clip, _OF_CLIP),
+        "text_encoder": Part("conditioner.embedders.0.", _clip, _UNREAD),
         "text_encoder_2": Part("conditioner.embedders.1.", _open_clip, _UNREAD),
     },
     configs="stabilityai/stable-diffusion-xl-base-1.0",
@@ -199,7 +198,7 @@ class PartOfFile(FileTensors):
     """
 
     def __init__(self, file: FileTensors, part: Part, names: Iterable[str]):
-        where = places(part, names)
+        where = {name: _as_in(file, place) for name, place in places(part, names).items()}
         used = {place.name for place in where.values()}
         behind = [name for name in file if name.startswith(part.prefix) and name not in used]
         unknown = [name for name in behind if not re.fullmatch(part.unread, name.removeprefix(part.prefix))]
@@ -222,6 +221,12 @@ class PartOfFile(FileTensors):
         if place.third is not None:
             array = np.split(array, 3)[place.third]
         return array.T if place.transposed else array.reshape(self.shape(name))
+
+
+def _as_in(file: FileTensors, place: Place) -> Place:
+    """Returns `place`, or where diffusers' scripts before 2024 put a projection: under `.weight`, not transposed."""
+    early = f"{place.name}.weight"
+    return Place(early) if place.transposed and place.name not in file and early in file else place
 
 
 def in_file(part: Part, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -175,16 +175,16 @@ class _Machine:
                     stack.append(_pairs(self.pop_mark()))
                 case "APPEND":
                     value = stack.pop()
-                    _of_type(stack[-1], list).append(value)
+                    self.container(list).append(value)
                 case "APPENDS":
                     values = self.pop_mark()
-                    _of_type(stack[-1], list).extend(values)
+                    self.container(list).extend(values)
                 case "SETITEM":
                     value, key = stack.pop(), stack.pop()
-                    _of_type(stack[-1], dict)[checked_key(key)] = value
+                    self.container(dict)[checked_key(key)] = value
                 case "SETITEMS":
                     pairs = _pairs(self.pop_mark())
-                    _of_type(stack[-1], dict).update(pairs)
+                    self.container(dict).update(pairs)
                 case "POP":
                     stack.pop()
                 case "DUP":
@@ -224,6 +224,10 @@ class _Machine:
                 del self.stack[i:]
                 return items
         raise ValueError("no mark on the stack")
+
+    def container(self, kind: type) -> Any:
+        """Returns the list or dict on the stack. What is put into a record, whose class may be one, is lost."""
+        return kind() if type(self.stack[-1]) is Record else _of_type(self.stack[-1], kind)
 
     def push_global(self, module: str, name: str) -> None:
         """Pushes a `Global` if the vocabulary has it."""

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from retrack_jax.weights.pickle_machine import Global, Refused, Vocabulary, checked_key
+from retrack_jax.weights.pickle_machine import Global, Record, Refused, Vocabulary, checked_key
 
 MAX_DIMENSIONS = 64  # PyTorch's own limit and NumPy's
 _DTYPES = {
@@ -102,8 +102,18 @@ TORCH = Vocabulary(
         ("torch.jit._pickle", "build_boollist"): _first,
         ("torch.jit._pickle", "build_tensorlist"): _first,
         ("torch.jit._pickle", "restore_type_tag"): _first,
+        # A NumPy scalar, such as the best loss so far in Lightning's checkpoints. Arrays are refused: they might be weights.
+        **dict.fromkeys(
+            (
+                ("numpy", "dtype"),
+                ("numpy.core.multiarray", "scalar"),
+                ("numpy._core.multiarray", "scalar"),
+                ("_codecs", "encode"),
+            ),
+            lambda *args: Record("a NumPy scalar", args),
+        ),
     },
     names=frozenset(("torch", name) for name in _DTYPES),
-    records=("__torch__",),
+    records=("__torch__", "pytorch_lightning", "lightning"),  # TorchScript's; what Lightning keeps of callbacks
     persistent=_storage,
 )

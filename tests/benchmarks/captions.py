@@ -1,26 +1,22 @@
 """What `beta`, `same_caption` and `anchor` do: a tiny Stable Diffusion forgets the two captioned pictures that it remembers.
 
-    python -m tests.benchmarks.captions --out=runs/captions
+    python -m tests.benchmarks.captions --out=runs/captions [--results=docs/results]
 
 Every run is the command on tests/remembering_sd.py's pipeline and pictures, from the same start and with the same draws; only the
-options of ReTrack differ. The last row is a UNet that never saw the two. Writes docs/results/captions.json; what `--out` holds
-already is not made again.
+options of ReTrack differ. The last row is a UNet that never saw the two. What `--out` holds already is not made
+again.
 """
 
-import argparse
-import datetime
-import json
 import shutil
 from pathlib import Path
 
-import retrack_jax
 from retrack_jax import files
 from retrack_jax.evaluate.verdict import Losses, verdict
 from retrack_jax.main import main as command
+from tests.benchmarks.measure import Table, parser_of
 from tests.make_remembering_sd import make
 from tests.remembering_sd import REMEMBERED, flags, write_pictures, write_pipeline
 
-RESULT = Path(__file__).parents[2] / "docs" / "results" / "captions.json"
 # What the table calls a setting -> options of config.unlearn.retrack.
 SETTINGS = {
     "beta 0 (the paper's loss)": {},
@@ -29,32 +25,35 @@ SETTINGS = {
     "anchor 1": {"anchor": 1.0},
     "same_caption, anchor 1": {"same_caption": True, "anchor": 1.0},
 }
-COLUMNS = ["ReTrack", "loss on the forgotten", "loss on the others", "verdict on the forgotten", "on the others"]
+COLUMNS = "ReTrack", "loss on the forgotten", "loss on the others", "verdict on the forgotten", "on the others"
 
 
-def main(out: Path, machine: str) -> None:
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    out, table = options.out, Table("captions", *COLUMNS)
     if not (out / "pictures").exists():
         write_pipeline(out / "pipeline", write_pictures(out / "pictures"))
     works = {name: out / name.partition(" (")[0].replace(", ", "-").replace(" ", "_") for name in SETTINGS}
-    first, rows = next(iter(works.values())), []
-    for name, options in SETTINGS.items():
+    first = next(iter(works.values()))
+    for name, own in SETTINGS.items():
         work = works[name]
         if work != first and not work.exists():  # what is measured of the model before unlearning is the same
             shutil.copytree(first / "pretrained", work / "pretrained")
-        fields = {f"unlearn__retrack__{option}": value for option, value in options.items()}
+        fields = {f"unlearn__retrack__{option}": value for option, value in own.items()}
         assert command(flags(out, workdir=work, mode="unlearn", export="none", **fields)) == 0
         losses = _before(work / "pretrained")
         kept = files.read_npz(next((work / "retrack").glob("seed0-*")) / "losses.npz")
         found = verdict(losses, after := kept["after"], kept["turned"])
         remembered = "remembered" if found["remembered_before"] else "not remembered"
-        rows = rows or [["before", *_means(losses.before), remembered, ""]]
-        rows.append([name, *_means(after), found["forgotten"], found["kept"]])
+        if work == first:
+            table.add("before", *_means(losses.before), remembered, "")
+        table.add(name, *_means(after), found["forgotten"], found["kept"])
     unseen = _of_retrained(out)
     found = verdict(_before(first / "pretrained"), unseen.before, unseen.turned[unseen.forgotten])
-    rows.append(["retrained without the two", *_means(unseen.before), found["forgotten"], found["kept"]])
-    how = {"command": "python -m tests.benchmarks.captions --out=runs/captions", "version": retrack_jax.__version__}
-    how |= {"machine": machine, "date": datetime.date.today().isoformat(), "columns": COLUMNS, "rows": rows}
-    RESULT.write_text(json.dumps(how, indent=2, ensure_ascii=False) + "\n")
+    table.add("retrained without the two", *_means(unseen.before), found["forgotten"], found["kept"])
+    table.write(options.results, "python -m tests.benchmarks.captions --out=runs/captions")
 
 
 def _of_retrained(out: Path) -> Losses:
@@ -80,7 +79,4 @@ def _means(losses) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--machine", default="CPU")
-    main(**vars(parser.parse_args()))
+    main()

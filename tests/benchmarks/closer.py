@@ -7,7 +7,6 @@ whose loss on the T-shirt is nearest to the retrained models' mean on seed 100, 
 Ratios are of the loss on the T-shirt to the retrained models', by eighths of t in which that is above 1, at the verdict's noises.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from retrack_jax.metrics.membership import prediction_interval
 from retrack_jax.unlearn import losses
 from retrack_jax.unlearn.methods import METHODS, Method, Terms
 from retrack_jax.unlearn.options import RetrackOptions
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 from tests.benchmarks.sweeps import PARTS, TUNING_SEED, Variant, mean_and_deviation, measured
 
 LAMBDAS = (0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.15)
@@ -120,10 +119,9 @@ def chosen(name: str, loss: float, out: Path, source: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     set_up_logs()
     set_up_jax(get_config().compute.cpu_devices)
@@ -149,9 +147,7 @@ def main() -> None:
         loss = mean_and_deviation(rows, "forget_loss")
         frequency = f"{np.mean([row['frequency'] for row in rows]):.2%}"
         table.add(name, f"{lam:g}", frequency, *cells, loss, f"{inside} of {len(rows)}", *(f"{ratio:.2f}" for ratio in ratios))
-    if options.results:
-        command = "python -m tests.benchmarks.closer --workdir=runs/digits_tshirt --out=runs/closer"
-        table.write(options.results, command, "two cores of an Intel Xeon")
+    table.write(options.results, "python -m tests.benchmarks.closer --workdir=runs/digits_tshirt --out=runs/closer")
 
 
 if __name__ == "__main__":

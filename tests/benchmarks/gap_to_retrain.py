@@ -15,7 +15,6 @@ digits_gap.json. The latter leaves out pairs with the retrained model of the lea
 started from the weights that the pretrained model started from, and is nearer to whatever comes from that.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,28 +33,25 @@ from retrack_jax.metrics.membership import denoising_losses, prediction_interval
 from retrack_jax.report.catalogue import method_label
 from retrack_jax.train.run_store import RunStore
 from retrack_jax.unlearn.methods import METHODS
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 
 PARTS = 8
 NOISES = {"T-shirt": 256, "remaining": 64}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--also", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     set_up_jax(get_config().compute.cpu_devices)
     also = {name: Path(folder) for name, _, folder in (one.rpartition("=") for one in options.also)}
     rows = measure(options.workdir, also, options.images)
     options.out.write_text(json.dumps(rows, indent=1))
-    if options.results:
-        command = "python -m tests.benchmarks.gap_to_retrain --workdir=runs/digits_tshirt --out=runs/gap.json"
-        for table in tables(rows):
-            table.write(options.results, command, "two cores of an Intel Xeon")
+    for table in tables(rows):
+        table.write(options.results, "python -m tests.benchmarks.gap_to_retrain --workdir=runs/digits_tshirt --out=runs/gap.json")
 
 
 def measure(workdir: Path, also: dict[str, Path], num_images: int) -> dict:

@@ -1,13 +1,11 @@
 """How near the official likelihood ODE's limit our solver (diffrax) and the official one (scipy's RK45) end, in bits/dim.
 
-    python -m tests.benchmarks.likelihood_solvers [--images 20]
+    python -m tests.benchmarks.likelihood_solvers [--images 20] [--results=docs/results]
 
 Data of 64 values with a standard deviation of 0.5, 0.1 and 0.02. The network is the exact denoiser of such data plus a small
 smooth bend. Both solvers have a tolerance of 1e-5 and the same probe. The limit is integrated in float64 from jump to jump of the
 table of noise, at a tolerance of 1e-9. Prints the mean (largest) error over the images; 20 seconds.
 """
-
-import argparse
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from scipy.integrate import solve_ivp
 
 from retrack_jax.diffusion import Schedule
 from retrack_jax.metrics.likelihood import BETA_MAX, BETA_MIN, OFFSET, START, nll_bits_per_dim
+from tests.benchmarks.measure import Table, parser_of
 
 SIDE, BEND, TOLERANCE = 8, 0.05, 1e-5
 DIM = SIDE * SIDE
@@ -63,10 +62,10 @@ def limit(value, start: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--images", type=int, default=20)
-    count = parser.parse_args().images
-    print("| data's std | scipy | ours | the two apart, at most |\n| --- | --- | --- | --- |")
+    options = parser.parse_args()
+    table, count = Table("likelihood_solvers", "data's std", "scipy", "ours", "the two apart, at most"), options.images
     for std in (0.5, 0.1, 0.02):
         order = np.random.default_rng(0)
         images, mixing = order.normal(size=(count, DIM)) * std, order.normal(size=(DIM, DIM)) / np.sqrt(DIM)
@@ -83,7 +82,8 @@ def main() -> None:
             exact.append(limit(value, start))
         errors = [np.abs(np.array(found) - exact) for found in (theirs, ours)]
         cells = [f"{error.mean():.5f} ({error.max():.5f})" for error in errors]
-        print(f"| {std} | {' | '.join(cells)} | {np.abs(np.array(theirs) - ours).max():.5f} |", flush=True)
+        table.add(f"{std}", *cells, f"{np.abs(np.array(theirs) - ours).max():.5f}")
+    table.write(options.results, "python -m tests.benchmarks.likelihood_solvers")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,51 @@ A machine's speed drifts by tens of percent within minutes, so two numbers are c
 processes of their own keep one library's spinning threads, caches and allocator out of the other's time.
 """
 
+import argparse
 import ctypes
 import datetime
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """Returns a benchmark's parser: its help is the module's docstring, and `--results` is where its tables are kept."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--results", type=Path, metavar="FOLDER", help="keep the tables, such as in docs/results")
+    return found
+
+
+def this_machine() -> str:
+    """Returns what seconds depend on: processor, load and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{os.cpu_count()} x {cpu}, load average {os.getloadavg()[0]:.1f} at the start; {named}"
+
 
 class Table:
-    """A table that is printed in Markdown as its rows come, and kept as docs/generate.py reads it."""
+    """A table that is printed in Markdown as its rows come, and kept as docs/generate.py reads it.
 
-    def __init__(self, name: str, *columns: str):
-        self._name, self._columns, self._rows = name, columns, []
+    `machine` is what the numbers depend on, if not on this machine.
+    """
+
+    def __init__(self, name: str, *columns: str, machine: str = ""):
+        self._name, self._columns, self._rows, self._machine = name, columns, [], machine or this_machine()
         print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
     def add(self, *cells: str) -> None:
@@ -26,12 +56,14 @@ class Table:
         self._rows.append(cells)
         print(f"| {' | '.join(cells)} |", flush=True)
 
-    def write(self, folder: Path, command: str, machine: str) -> None:
-        """Writes `folder`/NAME.json."""
+    def write(self, folder: Path | None, command: str) -> None:
+        """Writes `folder`/NAME.json, if there is a folder."""
         from retrack_jax import __version__
 
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"command": command, "version": __version__, "machine": machine, "date": f"{datetime.date.today()}"}
+        about = {"command": command, "version": __version__, "machine": self._machine, "date": f"{datetime.date.today()}"}
         lines = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in self._rows)
         head = json.dumps({**about, "columns": self._columns}, indent=2, ensure_ascii=False).removesuffix("\n}")
         (folder / f"{self._name}.json").write_text(f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n')

@@ -11,7 +11,6 @@ Images are scikit-learn's digits, enlarged, shifted and blended to 28 x 28 (60,0
 images. Prints a table of the queries and one of the rest; `--results` gets them as neighbors.json and neighbors_large.json.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.measure import Table, peak_resident_bytes
+from tests.benchmarks.measure import Table, parser_of, peak_resident_bytes
 
 REPEATS = 3
 LARGE = "what", "scikit-learn", "exact", "ScaNN, brute force", "ScaNN, tree"
@@ -215,9 +214,8 @@ def main(arguments: list[str]) -> None:
     if arguments and arguments[0] in CHILDREN:
         print(json.dumps(CHILDREN[arguments[0]](*arguments[1:])))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("parts", nargs="*", help=", ".join(["queries", *PARTS]))
-    parser.add_argument("--results", type=Path)
     options = parser.parse_args(arguments)
     names = options.parts or ["queries", *PARTS]
     if unknown := sorted({*names} - {"queries", *PARTS}):
@@ -227,8 +225,8 @@ def main(arguments: list[str]) -> None:
         tables.append(Table("neighbors_large", *LARGE))
         for part in wanted:
             part(tables[-1])
-    for table in tables if options.results else ():
-        table.write(options.results, "python -m tests.benchmarks.neighbors", "two cores of an Intel Xeon")
+    for table in tables:
+        table.write(options.results, "python -m tests.benchmarks.neighbors")
 
 
 if __name__ == "__main__":

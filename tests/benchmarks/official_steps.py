@@ -5,23 +5,18 @@
 tests/official.py says what is compared with what. Every number is a share of how far the official parameters moved.
 """
 
-import argparse
-from pathlib import Path
-
 from tests import official
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path)
-    options = parser.parse_args()
+    parser = parser_of(__doc__)
+    results = parser.parse_args().results
     steps = [f"after {step} step{'s' if step > 1 else ''}" for step in official.MEASURED_AT]
     shown = Table("official_steps", "method", *steps)
     for method in official.OPTIONS:
         shown.add(method, *(f"{apart:.1e}" for apart in official.apart(method).values()))
-    if options.results:
-        shown.write(options.results, "python -m tests.benchmarks.official_steps", "a CPU")
+    shown.write(results, "python -m tests.benchmarks.official_steps")
 
 
 if __name__ == "__main__":

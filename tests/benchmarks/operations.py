@@ -1,6 +1,6 @@
 """Fewer operations for the same gradient, counted by the compiler: the shared forward pass, the single target, SISS's one pass.
 
-    .venv-parity/bin/python -m tests.benchmarks.operations [--out FILE.json]
+    .venv-parity/bin/python -m tests.benchmarks.operations
 
 FLOPs are XLA's own count of the compiled training step of the digits UNet (its convolutions are all direct): what 16 more
 images per batch add to a step, so that the optimizer, which does not grow with them, is left out. Memory is
@@ -8,16 +8,12 @@ XLA's plan for the temporary buffers of the loss and its gradient in eps_pred, C
 values, 10 neighbors.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 
 from retrack_jax.diffusion.conversions import expand
 from retrack_jax.unlearn import losses
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 from tests.benchmarks.ours import make_data, make_module, make_state, make_step
 
 
@@ -65,13 +61,8 @@ def table(found: dict) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out")
-    arguments = parser.parse_args()
-    found = operations()
-    table(found)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n")
+    results = parser_of(__doc__).parse_args().results
+    table(operations()).write(results, "python -m tests.benchmarks.operations")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ unseen (evaluate/verdict.py). A retrained model has not seen any of the eight, s
 what the copies before unlearning should have had. The draws are the verdict's.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
-from retrack_jax.problem.judged import losses, remembered_conditions
+from retrack_jax.problem.conditioning import remembered_conditions
+from retrack_jax.problem.judged import losses
 from retrack_jax.report.catalogue import method_label
 from retrack_jax.run.context import Run
 from retrack_jax.run.training import load, unlearning
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 from tests.benchmarks.opened import opened
 
 NAMES = "upright", "quarter left", "half", "quarter right", "mirrored", "and quarter left", "and half", "and quarter right"
@@ -29,14 +27,12 @@ def orientations(image: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--machine", default="two cores")
+    parser = parser_of(__doc__)
     options, rest = parser.parse_known_args()
     context, params = opened(rest)
     problem, (target,) = context.problem, context.targets.values()
     images = orientations(problem.codec.clean(target.images, target.unique[:1])[0])
-    conditions = remembered_conditions(problem, target, [(target.images, target.unique[:1])])
+    conditions = remembered_conditions(problem.conditioning, target, [(target.images, target.unique[:1])])
     shown = Table(f"orientations_{context.options.name}", "loss on the image", *NAMES)
 
     def row(name: str, params) -> None:
@@ -46,10 +42,8 @@ def main() -> None:
     for run in (Run(context, method, target, seed) for method in METHODS for seed in context.options.seeds):
         if (run.folder / "metrics.json").exists():
             row(f"{method_label(run.method)}, seed {run.seed}", load(unlearning(run), context).params)
-    if options.results:
-        name = context.options.name
-        command = f"python -m tests.benchmarks.orientations --config=configs/{name}.py --workdir=runs/{name}"
-        shown.write(options.results, command, options.machine)
+    name = context.options.name
+    shown.write(options.results, f"python -m tests.benchmarks.orientations --config=configs/{name}.py --workdir=runs/{name}")
 
 
 if __name__ == "__main__":

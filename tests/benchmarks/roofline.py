@@ -1,6 +1,6 @@
 """The shortest time that one ReTrack step of a config can take on one chip of a TPU, predicted from the compiler's program.
 
-    python -m tests.benchmarks.roofline [--results=DIR] [CONFIG:OPTION ...]     # on v5e and v6e; without cells all of the table
+    python -m tests.benchmarks.roofline [CONFIG:OPTION ...]     # on v5e and v6e; without cells all of the table
 
 Cells are those of memory.py, whose first lines say how the compiler for TPUs is installed. Nothing is run: the floating-point
 operations and the bytes that the program's kernels read and write are XLA's account of it, and the time is the larger of
@@ -13,12 +13,9 @@ change neither figure: they save launches, which the compiler does not see. "Ima
 chip's memory is full if arguments stay as they are and temporaries grow in proportion.
 """
 
-import sys
-from pathlib import Path
-
 import jax
 
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 from tests.benchmarks.memory import plan, plan_for
 
 # Chip -> peak of bfloat16 in FLOP/s, bandwidth in bytes/s and memory in bytes, as Google's documentation of Cloud TPU says.
@@ -44,22 +41,22 @@ def row(chip: str, cell: str) -> list[str]:
             f"{compute / seconds:.0%}", str(fits)]  # fmt: skip
 
 
-def main(cells: list[str]) -> None:
-    results = cells.pop(0).removeprefix("--results=") if cells and cells[0].startswith("--results=") else ""
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("cells", nargs="*", default=CELLS, metavar="CONFIG:OPTION")
+    arguments = parser.parse_args()
     # A program from the persistent cache has no plan to look at.
     jax.config.update("jax_enable_compilation_cache", False)
-    shown = Table("roofline", "chip", "config", "option", "GFLOP", "GB moved", "ms a step", "of peak at most", "images that fit")
+    columns = "chip", "config", "option", "GFLOP", "GB moved", "ms a step", "of peak at most", "images that fit"
+    shown = Table("roofline", *columns, machine="predicted by the compiler for TPUs; nothing was run on one")
     whole_pmap = jax.pmap
-    for cell in cells or CELLS:
+    for cell in arguments.cells:
         for chip in CHIPS:
             plan_for(f"{chip}:2x2")
             shown.add(chip, *cell.split(":"), *row(chip, cell))
             jax.pmap = whole_pmap
-    if results:
-        shown.write(
-            Path(results), "python -m tests.benchmarks.roofline", "predicted by the compiler for TPUs; nothing was run on one"
-        )
+            shown.write(arguments.results, "python -m tests.benchmarks.roofline")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,13 +1,13 @@
 """Requests that come one after another: classes of the digits, forgotten one by one, and together for comparison.
 
     python -m tests.benchmarks.rounds --out=runs/rounds [--labels=7,1,4] [--methods=retrack,siss,erasediff] [--seeds=0]
+        [--results=docs/results]
 
 Round n forgets label n, starting from the model that round n - 1 left, with the labels before it excluded from the data. After
-each round every label is counted again among 2,000 samples, by one classifier that saw all digits. Prints a table in Markdown;
+each round every label is counted again among 2,000 samples, by one classifier that saw all digits. Prints a table;
 what `--out` holds already is not made again.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from retrack_jax.evaluate.networks import feature_network
 from retrack_jax.metrics.feature_metrics import feature_stats
 from retrack_jax.metrics.features.network import FeatureNetwork
 from retrack_jax.metrics.fid import fid
+from retrack_jax.report.catalogue import method_label
 from retrack_jax.run.workdir import Workdir
+from tests.benchmarks.measure import Table, parser_of
 
 
 def forget(out: Path, method: str, seed: int, *, target: str, exclude: str = "", checkpoint: Path | str = "") -> Path:
@@ -48,7 +50,7 @@ def rounds(out: Path, method: str, seed: int, labels: list[int]) -> Iterator[tup
     yield "all of them at once", forget(out / "first", method, seed, target=together), labels
 
 
-def row(network: FeatureNetwork, folder: Path, shown: list[int], gone: list[int]) -> str:
+def row(network: FeatureNetwork, folder: Path, shown: list[int], gone: list[int]) -> list[str]:
     """Returns the shares of the `shown` labels among a run's samples, and their FID against the digits that are not `gone`."""
     images = digits_tshirt(0)
     with np.load(folder / "samples.npz") as archive:
@@ -56,11 +58,11 @@ def row(network: FeatureNetwork, folder: Path, shown: list[int], gone: list[int]
     taken = np.argmax(network(samples)["logits"], axis=1)
     remaining = images.images[~np.isin(images.labels, gone)]
     distance = fid(feature_stats(network, samples).moments, feature_stats(network, remaining).moments)
-    return " | ".join([*(f"{np.mean(taken == label):.2%}" for label in shown), f"{distance:.2f}"])
+    return [*(f"{np.mean(taken == label):.2%}" for label in shown), f"{distance:.2f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--labels", default="7,1,4")
     parser.add_argument("--methods", default="retrack,siss,erasediff")
@@ -69,18 +71,16 @@ def main() -> None:
     set_up_logs()
     set_up_jax(get_config().compute.cpu_devices)
     labels = [int(label) for label in options.labels.split(",")]
-    network, lines = None, []
+    network = None
+    table = Table("digits_rounds", "method", "forgotten", *(f"share of {label}" for label in labels), "FID")
     for method in options.methods.split(","):
         for seed in map(int, options.seeds.split(",")):
             for asked, folder, gone in rounds(options.out, method, seed, labels):
-                network = network or feature_network("digits", digits_tshirt(0), options.out / "first" / "features", "", "")
-                if not lines:
-                    before = row(network, options.out / "first" / "pretrained", labels, [])
-                    lines.append(f"| pretrained | | {before} |")
-                lines.append(f"| {method}, seed {seed} | {asked} | {row(network, folder, labels, gone)} |")
-    print(f"| method | forgotten | {' | '.join(f'share of {label}' for label in labels)} | FID |")
-    print("| --- | --- |" + " --- |" * (len(labels) + 1))
-    print("\n".join(lines))
+                if network is None:
+                    network = feature_network("digits", digits_tshirt(0), options.out / "first" / "features", "", "")
+                    table.add("pretrained", "", *row(network, options.out / "first" / "pretrained", labels, []))
+                table.add(f"{method_label(method)}, seed {seed}", asked, *row(network, folder, labels, gone))
+    table.write(options.results, "python -m tests.benchmarks.rounds --out=runs/rounds")
 
 
 if __name__ == "__main__":

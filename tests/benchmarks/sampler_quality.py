@@ -1,19 +1,17 @@
 """What each sampler costs and what FID it gives, on a trained model: the tables of docs.
 
     .venv/bin/python -m tests.benchmarks.sampler_quality --config=configs/digits_tshirt.py --workdir=runs/digits_tshirt
-        [--images=2000] [--sets=3] [--only=ddpm:50,ddim:20] [--table=NAME --results=docs/results --machine=TEXT]
+        [--images=2000] [--sets=3] [--only=ddpm:50,ddim:20] [--table=NAME --results=docs/results]
 
 The workdir is one that `retrack_jax.main` made with that config; its pretrained model is sampled, all samplers from the same
 noise. Every set holds other images (indices 0.., N.., 2N..), so the spread over sets is the sampling error of FID and frequency;
 runs of more than 100 calls make one set. ± is the standard deviation over sets. Seconds are for sampling alone, after compiling.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 from etils import epath
@@ -29,7 +27,7 @@ from retrack_jax.run.context import RunContext
 from retrack_jax.run.training import load, pretrained
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.sampling import generate, make_sample_fn, make_sampler, num_calls, pmap_sample_fn
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 
 ROWS = (
     ("ddpm", 1000), ("ddpm", 250), ("ddpm", 100), ("ddpm", 50), ("ddpm", 20), ("ddim", 100), ("ddim", 50), ("ddim", 20),
@@ -71,13 +69,11 @@ def shown(values: list[float], scale: float = 1.0) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--only", default="", help="such as ddpm:50,ddim:20")
     parser.add_argument("--table", default="samplers", help="the name of the result")
-    parser.add_argument("--results", type=Path, help="the folder that the result is written to, such as docs/results")
-    parser.add_argument("--machine", default="", help="what the result says of the machine")
     arguments, rest = parser.parse_known_args()
     config, workdir = command_line.parse([sys.argv[0], *rest])
     set_up_jax(config.compute.cpu_devices)
@@ -97,10 +93,7 @@ def main() -> None:
             f"`{name}`, {num_steps}", f"{row['calls']}", shown(row["fid"]), f"{fid / first - 1:+.1%}",
             shown(row["frequency"], 100), f"{row['seconds_per_1000']:.2f}",
         )  # fmt: skip
-        if arguments.results:
-            table.write(
-                arguments.results, f"python -m tests.benchmarks.sampler_quality {' '.join(sys.argv[1:])}", arguments.machine
-            )
+        table.write(arguments.results, f"python -m tests.benchmarks.sampler_quality {' '.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """Images a second of our sampling against diffusers' DDPMPipeline: the same weights, steps and batch, float32, in turns A B A B.
 
     .venv-parity/bin/python -m tests.benchmarks.sampling_speed [--network digits] [--images 512] [--batch 128] [--steps 50]
-        [--rounds 5] [--devices 2] [--out FILE.json]
+        [--rounds 5] [--results=docs/results]
 
 diffusers writes a pipeline with random weights into a folder and both sides load it: `DDPMPipeline.from_pretrained` in one
 process, `import_diffusers` in another. Before the clock starts both networks are compared on one input. What is timed is a user's
 call: from keys or a generator to a NumPy array of images in [0, 1].
 """
 
-import argparse
-import json
 import tempfile
-from pathlib import Path
 
-from tests.benchmarks.measure import compare
+from tests.benchmarks.measure import Table, compare, parser_of
 from tests.benchmarks.networks import NETWORKS, config_of
 
 
@@ -46,11 +43,10 @@ def difference(network: str, folder: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--network", default="digits", choices=NETWORKS)
-    for name, default in (("images", 512), ("batch", 128), ("steps", 50), ("rounds", 5), ("devices", 2)):
+    for name, default in (("images", 512), ("batch", 128), ("steps", 50), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out")
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in ("images", "batch", "steps")}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,14 +54,16 @@ def main() -> None:
         apart = difference(arguments.network, folder)
         if not apart < 1e-5:
             raise SystemExit(f"error: the two networks differ by {apart:.1e}; nothing was measured")
-        found = compare("pipeline", arguments.rounds, {"num_devices": arguments.devices}, folder=folder, **sizes)
-    for side in ("ours", "pytorch"):
-        found[side]["images_per_second"] = arguments.images / found[side]["seconds"]
-    found = {"network": arguments.network, **sizes, "devices": arguments.devices, "networks_differ_by": apart, **found}
-    text = json.dumps(found, indent=2)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+        table = Table("sampling_speed", "CPU devices", "ours, images/s", "diffusers, images/s", "ratio")
+        for devices in (2, 1):
+            found = compare("pipeline", arguments.rounds, {"num_devices": devices}, folder=folder, **sizes)
+            pairs, rates = (
+                found["ratio_of_each_pair"],
+                (arguments.images / found[side]["seconds"] for side in ("ours", "pytorch")),
+            )
+            ratio = f"{found['ratio']:.2f} ({min(pairs):.2f} to {max(pairs):.2f} over the pairs)"
+            table.add(f"{devices}", *(f"{rate:.1f}" for rate in rates), ratio)
+    table.write(arguments.results, "python -m tests.benchmarks.sampling_speed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How cost grows: step time and memory over batch and devices, neighbors over N and D, sampling over image count; with plots.
 
-    .venv-parity/bin/python -m tests.benchmarks.scaling [--images docs/images] [--out FILE.json] [--only batch devices
-    neighbors sampling]
+    .venv-parity/bin/python -m tests.benchmarks.scaling [--images docs/images] [--only batch devices neighbors sampling]
 
 Each plot has the ideal beside it: time in proportion to the work (through the largest point); for devices, a constant
 rate, because forced CPU devices share the same cores and can at best lose nothing. The digits UNet stands for all, so
@@ -119,15 +118,10 @@ def scaling(images: Path, parts: list[str]) -> dict[str, list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="docs/images")
+    parser.add_argument("--images", default="docs/images", type=Path)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--out")
     arguments = parser.parse_args()
-    found = scaling(Path(arguments.images), arguments.only)
-    text = json.dumps(found, indent=2)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+    print(json.dumps(scaling(arguments.images, arguments.only), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Seconds until a user sees something: import of the package, `--help`, and the first training step with a cold and a
 warm cache.
 
-    .venv-parity/bin/python -m tests.benchmarks.startup [--networks digits cifar10] [--out FILE.json]
+    .venv-parity/bin/python -m tests.benchmarks.startup [--networks digits cifar10]
 
 The first step is timed from the start of a new Python process to the end of its first ReTrack step: imports, weights, tracing,
 and compiling or reading the cache. Weights are those that the config begins with: random ones of the digits, which it
@@ -9,17 +9,14 @@ pretrains, and a diffusers checkpoint of CIFAR-10. PyTorch's eager step is start
 warm in all of them.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 
 STEP = """
 if "{side}" == "ours":  # as the command does
@@ -77,14 +74,10 @@ def table(found: dict) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="*", default=["digits", "cifar10"])
-    parser.add_argument("--out")
     arguments = parser.parse_args()
-    found = startup(arguments.networks)
-    table(found)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n")
+    table(startup(arguments.networks)).write(arguments.results, "python -m tests.benchmarks.startup")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ are not trained again. Prints a table; `--results` gets it as digits_NAME.json.
     forget_batch  noisy copies of the T-shirt per step, beside 64 remaining digits
 """
 
-import argparse
 import itertools
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,9 @@ import numpy as np
 from configs.digits_tshirt import get_config
 from retrack_jax.api import run
 from retrack_jax.cli.process import set_up_jax, set_up_logs
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 
+COMMAND = "python -m tests.benchmarks.sweeps {0} --workdir=runs/digits_tshirt --out=runs/{0}"
 PARTS = 8  # of the schedule, over which a loss is split
 TUNING_SEED, CLEAN = 100, 0.0015
 FEW = {"sampling.num_images": 500, "eval.metrics": ("frequency", "fid", "forget_loss")}
@@ -148,12 +149,11 @@ def best_rate(values: dict[float, dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("name", choices=SWEEPS)
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     set_up_logs()
     set_up_jax(get_config().compute.cpu_devices)
@@ -173,12 +173,10 @@ def main() -> None:
         table.add(
             *variant.cells, frequency, *cells, mean_and_deviation(found, "kept", "+.1%"), mean_and_deviation(found, "seconds")
         )
-    if options.results:
-        command = f"python -m tests.benchmarks.sweeps {options.name} --workdir=runs/digits_tshirt --out=runs/{options.name}"
-        table.write(options.results, command, "two cores of an Intel Xeon")
+    table.write(options.results, COMMAND.format(options.name))
 
 
-def tune(options: argparse.Namespace) -> None:
+def tune(options: Namespace) -> None:
     """Prints each method's frequency and FID by rate, and the rate that the rule chooses."""
     values: dict[str, dict[float, dict]] = {}
     for variant in tuning():
@@ -189,9 +187,7 @@ def tune(options: argparse.Namespace) -> None:
     for method, by_rate in values.items():
         cells = [f"{by_rate[rate]['frequency']:.2%} / {by_rate[rate]['fid']:.2f}" for rate in rates]
         table.add(method, *cells, f"{best_rate(by_rate):g}")
-    if options.results:
-        command = "python -m tests.benchmarks.sweeps tuning --workdir=runs/digits_tshirt --out=runs/tuning"
-        table.write(options.results, command, "two cores of an Intel Xeon")
+    table.write(options.results, COMMAND.format("tuning"))
 
 
 if __name__ == "__main__":

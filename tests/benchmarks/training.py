@@ -1,19 +1,17 @@
 """A training step against PyTorch's, and each side's distance from the machine's limit.
 
-    .venv-parity/bin/python -m tests.benchmarks.training [--network cifar10] [--method retrack] [--rounds 4] [--out FILE.json]
-        [--devices 2]
+    .venv-parity/bin/python -m tests.benchmarks.training [--network cifar10] [--method retrack] [--rounds 4]
+        [--images 32] [--devices 2] [--results=FOLDER]
 
 On the CPU, in float32; accelerators: device.py. The limit is a large matrix product, measured on both sides in the same run; the
 better of the two counts. FLOPs of a step are those of the direct convolutions: three times the forward pass of all images (five
 for SISS, which has two backward passes), so a share above the direct convolution's is possible where fewer operations are made.
 """
 
-import argparse
-import json
-from pathlib import Path
+import sys
 from typing import Any
 
-from tests.benchmarks.measure import Table, Worker, compare, in_turns
+from tests.benchmarks.measure import Table, Worker, compare, in_turns, parser_of
 from tests.benchmarks.networks import BATCH, config_of
 
 METHODS = ("retrack", "siss", "vanilla")
@@ -75,20 +73,19 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--network", default="cifar10", choices=BATCH)
     parser.add_argument("--method", default="retrack", choices=METHODS)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--images", type=int, help="images in each of the two batches")
     parser.add_argument("--devices", type=int, default=1, help="what the CPU counts as for ours")
-    parser.add_argument("--out")
     arguments = parser.parse_args()
     batch = (arguments.images, arguments.images) if arguments.images else None
     names = ("network", "method", "rounds", "devices")
     row = training(**{name: getattr(arguments, name) for name in names}, batch=batch)
-    Table("speed_steps", *COLUMNS).add(*cells(row))
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(row, indent=2) + "\n")
+    table = Table("speed_step", *COLUMNS)
+    table.add(*cells(row))
+    table.write(arguments.results, f"python -m tests.benchmarks.training {' '.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

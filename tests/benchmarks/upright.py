@@ -7,14 +7,11 @@ a kind that the model does not know. The table has log(L / L~) of the remaining 
 of them: mean and standard deviation over images whose turned copy differs enough. The draws are the verdict's.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
 from retrack_jax.evaluate.turned import turned_copies
 from retrack_jax.problem.judged import judged, losses
-from tests.benchmarks.measure import Table
+from tests.benchmarks.measure import Table, parser_of
 from tests.benchmarks.opened import opened
 
 
@@ -46,18 +43,15 @@ def upright(name: str, workdir: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("experiments", nargs="+", metavar="CONFIG=WORKDIR")
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--machine", default="two cores")
     options = parser.parse_args()
     columns = {(parts := one.partition("="))[0]: upright(parts[0], parts[2]) for one in options.experiments}
     shown = Table("upright", "log(L / L~)", *(f"`{name}`" for name in columns))
     for kind in next(iter(columns.values())):
         shown.add(kind, *(cells[kind] for cells in columns.values()))
-    if options.results:
-        runs = " ".join(f"{name}=runs/{name}" for name in columns)
-        shown.write(options.results, f"python -m tests.benchmarks.upright {runs}", options.machine)
+    runs = " ".join(f"{name}=runs/{name}" for name in columns)
+    shown.write(options.results, f"python -m tests.benchmarks.upright {runs}")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ def same_pipeline(one, other):
     assert one.zeros_for_empty == other.zeros_for_empty and one.vae.scaling_factor == other.vae.scaling_factor == 0.13025
 
 
+def test_a_projection_as_diffusers_scripts_wrote_it_before_2024(tensors, xl, folder, tmp_path):
+    """`text_projection.weight`, a linear layer as it is; both are square, so the name alone tells."""
+    early = dict(tensors)
+    early[f"{OPEN_CLIP}text_projection.weight"] = early.pop(f"{OPEN_CLIP}text_projection").T
+    assert np.any(early[f"{OPEN_CLIP}text_projection.weight"] != tensors[f"{OPEN_CLIP}text_projection"])
+    same_pipeline(load_pipeline(write(tmp_path / "early.safetensors", early), configs=str(folder)), xl)
+
+
 def test_what_is_written_is_read_back(file, tensors, xl, folder):
     same_pipeline(load_pipeline(file, configs=str(folder)), xl)
     assert load_pipeline(file, configs=str(folder), dtype=jnp.bfloat16).vae.dtype == jnp.float32  # force_upcast

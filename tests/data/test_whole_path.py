@@ -239,11 +239,19 @@ def test_a_copy_that_remains_is_warned_of(tmp_path, jpeg_folder, caplog):
     config.unlearn.num_neighbors = 3
     problem = problem_of(config)
     with caplog.at_level("WARNING"):
-        problem.codec.forget_data(problem.target("00001.jpg+twin.jpg"), 3, "exact")
+        problem.target("00001.jpg+twin.jpg")
     assert "have a copy" not in caplog.text
     with caplog.at_level("WARNING"):
-        problem.codec.forget_data(problem.target("00001.jpg"), 3, "exact")
+        problem.target("00001.jpg")
     assert "1 of 1 forgotten images have a copy among the remaining ones (00001.jpg and twin.jpg)" in caplog.text
+
+
+def test_held_out_images_that_a_checkpoint_may_know_are_warned_of(tmp_path, jpeg_folder, caplog):
+    config = toy_custom(tmp_path, jpeg_folder(20)[0])
+    config.data.held_out = 0.1
+    with caplog.at_level("WARNING"):
+        problem = problem_of(config)
+    assert f"{config.checkpoint} may have been trained on them" in caplog.text and len(problem.data.held_out) == 2
 
 
 def test_a_checkpoint_without_a_schedule_is_warned_of(tmp_path, jpeg_folder, caplog):

@@ -252,6 +252,38 @@ def test_options_of_other_samplers_are_named_once_and_written_back(config, ignor
     assert json.loads(json.dumps(schedule.to_config(), allow_nan=False)) == {**finite, **betas}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DDIMScheduler", "interpolation_type": "linear"},  # from_single_file of diffusers 0.26 and 0.27
+        {"_class_name": "DDPMScheduler", "timestep_type": "discrete", "use_karras_sigmas": False},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
+        {"_class_name": "PNDMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0},
+    ],
+)
+def test_what_another_scheduler_left_in_a_config_changes_nothing_and_is_written_back(config, caplog):
+    """diffusers keeps the options of one scheduler in the config of another that it makes from it."""
+    own = {"_class_name": config["_class_name"]}
+    with caplog.at_level("INFO"):
+        schedule = Schedule.from_config(config)
+    assert not caplog.messages and schedule.to_config() == config
+    plain = Schedule.from_config(own)
+    for name in ("prediction_type", "solver_type", "set_alpha_to_one", "timestep_spacing", "clip_sample"):
+        assert getattr(schedule, name) == getattr(plain, name)
+    np.testing.assert_array_equal(schedule.alpha_bar, plain.alpha_bar)
+
+
+def test_the_end_of_sampling_is_taken_from_the_file_of_any_class():
+    """`DDIMScheduler.from_config` of Stable Diffusion XL's Euler config keeps the key, and so does Euler its own."""
+    config = {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False, "final_sigmas_type": "sigma_min"}
+    schedule = Schedule.from_config(config)
+    assert (schedule.set_alpha_to_one, schedule.final_sigmas_type) == (False, "sigma_min")
+    plain = Schedule.from_config({"_class_name": "EulerDiscreteScheduler"})
+    assert (plain.set_alpha_to_one, plain.final_sigmas_type) == (True, "zero")
+    unipc = Schedule.from_config({"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "solver_type": "bh1"})
+    assert (unipc.solver_order, unipc.solver_type) == (2, "midpoint")
+
+
 def test_a_schedule_without_arguments_is_ddpms():
     assert Schedule().to_config() == Schedule.create().to_config()
     np.testing.assert_array_equal(Schedule().gamma, Schedule.create().gamma)

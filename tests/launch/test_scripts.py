@@ -149,11 +149,13 @@ def test_download_asks_the_interpreter_of_the_checkout(no_tools):
 
 def test_slurm_queues_a_preempted_job_again(no_tools):
     """With a stand-in srun that exits with 75, as a preempted run does."""
-    (no_tools / "srun").write_text("#!/bin/sh\nexit 75\n")
+    (no_tools / "srun").write_text(f"#!/bin/sh\necho $@ > {no_tools}/asked\nexit 75\n")
     checkout, plugin = make_checkout(no_tools)
     environment = {"PATH": f"{no_tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "7"}
     done = launch("gpu_slurm.sbatch", CONFIG, "--workdir=/x", **environment)
     assert done.returncode == 75 and (no_tools / "called-scontrol").exists()
+    # Else a cluster's KillOnBadExit ends the tasks that still save as soon as one has, and srun's status is another.
+    assert (no_tools / "asked").read_text().startswith("--kill-on-bad-exit=0 --wait=")
     (no_tools / "srun").write_text("#!/bin/sh\nexit 2\n")
     (no_tools / "called-scontrol").unlink()
     assert launch("gpu_slurm.sbatch", CONFIG, "--workdir=/x", **environment).returncode == 2

@@ -55,6 +55,19 @@ def test_equal_captions_alone():
     np.testing.assert_array_equal(few.rows[2], nearest(FORGET[2:], REMAIN, 4, "exact")[0][0])
 
 
+@pytest.mark.parametrize("beta", [0.5, 20.0])
+def test_a_caption_that_nothing_else_has_is_searched_as_without_same_caption(beta):
+    """Caption 5 remains nowhere, and the others do: their neighbors count alike, whatever beta is."""
+    found = captioned_nearest(FORGET, REMAIN, 4, "exact", **HOW, beta=beta, same_caption=True)
+    alone = captioned_nearest(FORGET, REMAIN, 4, "exact", **HOW, same_caption=True)
+    without = captioned_nearest(FORGET, REMAIN, 4, "exact", **HOW, beta=beta)
+    for row, expected in ((0, alone), (1, alone), (2, without)):
+        np.testing.assert_array_equal(found.rows[row], expected.rows[row])
+        np.testing.assert_array_equal(found.distances[row], expected.distances[row])
+    np.testing.assert_array_equal(found.bias[:2], 0)
+    np.testing.assert_array_equal(found.bias[2], without.bias[2])
+
+
 def test_only_equal_captions_have_a_similarity_of_one():
     text = np.stack([TEXT[0], TEXT[0] * np.float32(1 + 1e-7), TEXT[1]])
     np.testing.assert_array_equal(similarities(text, np.array([0]), np.array([0, 1, 2]))[0] == 1, [True, False, False])

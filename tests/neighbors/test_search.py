@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from retrack_jax.data.dataset import RowView
+from retrack_jax.data.distinct import distinct_rows
 from retrack_jax.neighbors import exact, nearest, search
-from retrack_jax.neighbors.distinct import distinct_rows
 
 ENGINES = ("exact", "scann", "auto")
 

@@ -51,7 +51,7 @@ def target():
 def captions():
     states = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 3, 2), np.float32)
     options = Options(sampling=SamplingOptions(negative_prompt="blurry", num_captions=2))
-    return Captions(TextStates(NUMBERS, states, POOLED, "digest"), lambda prompt: np.full((1, 3, 2), len(prompt)), options)
+    return Captions(TextStates(dict(NUMBERS), states, POOLED, "digest"), lambda prompt: np.full((1, 3, 2), len(prompt)), options)
 
 
 def test_each_image_has_the_states_of_its_caption(captions, target):
@@ -71,6 +71,16 @@ def test_samples_are_of_forgotten_captions_and_of_kept_ones_that_differ_from_the
     for name, row in shown.items():
         assert captions.describe(name, target) == WORDS[row] and sampled[name].shape == (1, 3, 2)
         assert sampled[name][0, 0, 0] == NUMBERS[WORDS[row]]
+
+
+def test_captions_of_equal_tokens_are_one_for_samples_too(captions, target):
+    """Text encoders read "Cat" as "cat": samples under it are no sign of what is kept."""
+    captions._states.row_of.update({"Cat": 0, "Dog": 1})
+    spelled = dataclasses.replace(target.images, captions=["cat", "dog", "Dog", "", "Cat", "cat"])
+    shown = captions.shown(dataclasses.replace(target, images=spelled))
+    kept = [spelled.captions[row] for name, row in shown.items() if name.startswith("kept")]
+    assert len(kept) == 2 and "" in kept and "Cat" not in kept
+    assert sum(name.startswith("forgotten") for name in shown) == 1
 
 
 def search(captions, target, **options):

@@ -202,3 +202,9 @@ def test_the_same_numbers_give_the_same_bytes_in_another_process():
 def test_a_page_is_imported_without_its_libraries():
     code = "import sys, retrack_jax.report.html, retrack_jax.report.comparison; print({'matplotlib', 'jinja2'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_the_last_value_is_that_of_the_log():
+    """Not of the running mean that the line shows."""
+    texts = [text.text for text in parsed(curve("loss", [(step, float(step)) for step in range(100)])).iter(f"{SVG}text")]
+    assert "last 99" in texts

@@ -261,6 +261,13 @@ def test_scatter_pairs_leave_out_what_has_no_direction():
     assert ("success_rate_original", "clip_iqa_modified") not in pairs
 
 
+def test_a_large_group_is_counted_and_its_first_images_are_shown(run_dir):
+    few = run_report(run_dir, after=IMAGES, forgotten=IMAGES[:8], num_forgotten=8).read_text()
+    assert "forgotten images." not in Page(few).text
+    many = Page(run_report(run_dir, after=IMAGES, forgotten=IMAGES[:8], num_forgotten=1179).read_text())
+    assert "The first 8 of 1,179 forgotten images." in many.text
+
+
 def test_run_page_shows_what_each_model_restores(run_dir):
     before, after = (dict(forgotten=IMAGES[:1], noised=IMAGES[1:2], restored=IMAGES[k : k + 1]) for k in (2, 3))
     write_npz(run_dir.parent.parent / "pretrained" / "sscd-x.npz", **before, sscd=np.array([0.9871]))
@@ -271,6 +278,10 @@ def test_run_page_shows_what_each_model_restores(run_dir):
     whole = Page(run_report(run_dir).read_text())
     assert "before: SSCD 0.987" in whole.text and "after ReTrack: SSCD 0.250" in whole.text
     assert whole.alts.count("restored after ReTrack, SSCD 0.250") == 1 and len(whole.links) == len(pictures.links) + 1
+    assert "with the same noise" in whole.text and "own" not in whole.text
+    write_npz(run_dir / "sscd-x.npz", **(after | {"noised": IMAGES[4:5]}), sscd=np.array([0.25]))
+    apart = Page(run_report(run_dir).read_text())
+    assert "with noise of its own" in apart.text and len(apart.links) == len(whole.links) + 1
     (run_dir / "sscd-x.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="sscd-x.npz is damaged .* delete it"):
         run_report(run_dir)

@@ -105,7 +105,7 @@ def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["a[x]", "a\\x"])
 def test_a_workdir_that_checkpoints_cannot_be_read_from_is_refused_before_training(tmp_path, name):
-    with pytest.raises(UserError, match="in its path, which checkpoints cannot; choose another"):
+    with pytest.raises(UserError, match="in its path, which no path here can; choose another"):
         Workdir(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -167,17 +167,17 @@ def test_pretraining_that_diverges_ends_the_sweep(tmp_path, capsys):
     assert not list(tmp_path.glob("retrack/seed1*"))
 
 
-def context(folder, options, *specs):
+def context(folder, options, *specs, slug=None):
     """A context without data or network: as much as the order of runs and their files need."""
     problem = SimpleNamespace(options=options, conditioning=SimpleNamespace(of_target=False))
-    targets = {spec: SimpleNamespace(spec=spec, slug=spec) for spec in specs}
+    targets = {spec: SimpleNamespace(spec=spec, slug=slug or spec) for spec in specs}
     return RunContext(problem, targets, Workdir(folder), lambda: False)
 
 
-def write_run(workdir, method, target, seed, *, frequency=0.0, classifier="joblib", num_images=4):
-    folder = workdir.run(method, seed, target)
+def write_run(workdir, method, target, seed, *, slug=None, classifier="joblib", num_images=4, **values):
+    folder = workdir.run(method, seed, slug or target)
     folder.mkdir(parents=True)
-    values = {"frequency": frequency}
+    values = {"frequency": 0.0} | values
     metrics = {"method": method, "seed": seed, "target": target, "steps": 4, "unlearn_seconds": 1.0}
     notes = {"success_rate_original": {"classifier": classifier}}
     metrics["provenance"] = {"metrics": notes, "absent": {}, "final": [], "num_samples": 4 * (seed + 1)}
@@ -228,6 +228,24 @@ def test_a_command_shows_its_own_runs(tmp_path, capsys):
         summarize_workdir(here, [("siss", "a.jpg", 0)])
     # Nothing says yet that the comparison is made, so the next command makes it, whatever earlier page is there.
     assert (tmp_path / "summary.json").read_text() == before
+
+
+def test_a_list_that_changed_between_two_commands_is_two_targets(tmp_path, capsys):
+    """`@list.txt` is the same text of both; a comparison of the second must not look for pictures of the first."""
+    for name in ("a", "b"):
+        here = context(tmp_path, parsed("all"), "@list.txt", slug=f"list.txt-{name}")
+        write_run(here.workdir, "retrain", "@list.txt", 0, slug=f"list.txt-{name}", forget_loss=float(ord(name)))
+        write_run(here.workdir, "retrain", "@list.txt", 1, slug=f"list.txt-{name}", forget_loss=float(ord(name)))
+    runs = _finished_runs(here.workdir)
+    assert {run["target"] for run in runs} == {"list.txt-a", "list.txt-b"}
+    write_run(here.workdir, "siss", "@list.txt", 0, slug="list.txt-b", forget_loss=98.0)
+    found = summarize(_finished_runs(here.workdir))["methods"]
+    assert found["pretrained"]["runs"] == 2
+    assert list(found["siss"]["forgotten"]["intervals"]) == ["list.txt-b"]
+    low, high = found["siss"]["forgotten"]["intervals"]["list.txt-b"]
+    assert low == high == 98.0
+    with pytest.raises(UserError, match="list.txt-b/samples.npz is not there|pretrained.*samples.npz is not there"):
+        summarize_workdir(here, [("siss", "@list.txt", 0)])
 
 
 def test_a_comparison_that_is_current_is_made_again_only_if_the_report_is_asked_for(tmp_path):

@@ -166,6 +166,20 @@ def test_torchscript_classes_are_opaque_records(container):
     assert list(read_torch(container(body))) == ["w"]
 
 
+def test_what_lightning_keeps_beside_the_weights_is_dropped(container):
+    """Stable Diffusion's own .ckpt files: callbacks by their class, NumPy's scalars, hyperparameters in a dict of its own."""
+    dtype = call("numpy", "dtype", plain("f8"), plain(False), plain(True)) + plain((3, "<", None, None, None, -1, -1, 0)) + b"b"
+    scalar = call("numpy.core.multiarray", "scalar", dtype, call("_codecs", "encode", plain("12345678"), plain("latin1")))
+    callback = glob("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    hyper = glob("pytorch_lightning.utilities.parsing", "AttributeDict") + b")\x81" + b"(" + plain("rate") + plain(0.1) + b"u"
+    body = dict_of(
+        callbacks=b"}" + callback + dict_of(best=scalar) + b"s", hyper_parameters=hyper, state_dict=dict_of(w=tensor())
+    )
+    read = read_torch(container(body))
+    assert list(read) == ["state_dict.w"]
+    np.testing.assert_array_equal(read["state_dict.w"], np.arange(6, dtype=np.float32).reshape(2, 3))
+
+
 LIES = {
     "a shape beyond its storage": tensor((3, 3), (3, 1)),
     "strides beyond its storage": tensor((2, 3), (4, 1)),

@@ -34,12 +34,12 @@ def list_images(folder: Path, skip_broken: bool = False) -> tuple[list[str], Cou
       skip_broken: leave out, rather than refuse, links whose target does not exist.
 
     Raises:
-      UserError: no such folder, no image in it, or broken links among the images.
+      UserError: no such folder, no image in it, one below it that cannot be read, or broken links among the images.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; set config.data.dir to the folder that holds the images")
     names, broken, others, seen = [], [], Counter(), set()
-    for root, folders, files_here in os.walk(folder, followlinks=True):
+    for root, folders, files_here in os.walk(folder, followlinks=True, onerror=_refuse):
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
             continue
@@ -63,6 +63,12 @@ def list_images(folder: Path, skip_broken: bool = False) -> tuple[list[str], Cou
         kinds = f"; it has {_described(others)}" if others else ""
         raise UserError(f"no image in {folder} (looked for {' '.join(SUFFIXES)}, in subfolders too){kinds}; set config.data.dir")
     return sorted(names), others
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"cannot list {error.filename} ({error.strerror}); its images would be left out: make it readable, or move it"
+    )
 
 
 def _with_target(path: Path) -> str:
