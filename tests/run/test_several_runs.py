@@ -103,7 +103,7 @@ def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path, capsys):
     assert "pretrained/config.json is damaged or was written by another version of retrack_jax" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a[x]", "a\\x"])
+@pytest.mark.parametrize("name", ["a[x]", "a\\x", "a*", "a?"])
 def test_a_workdir_that_checkpoints_cannot_be_read_from_is_refused_before_training(tmp_path, name):
     with pytest.raises(UserError, match="in its path, which no path here can; choose another"):
         Workdir(tmp_path / name)
