@@ -24,13 +24,13 @@ config="$1"
 shift
 python="${PYTHON:-}"
 [[ -n "$python" ]] || { python=.venv/bin/python; [[ -x "$python" ]] || python=python3; }
-# `hf` and `tfds` lie beside the interpreter that they were installed for, which is `python` for what pip installs.
-[[ "$python" != */* ]] || PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
+# `hf` and `tfds` lie beside the interpreter that they were installed for.
+[[ "$python" != */* ]] || PATH="$PATH:$(cd "$(dirname "$python")" && pwd)"
 
 check() { "$python" -m retrack_jax.main --config="$config" "$@" --config.mode=check; }
 
-# The commands in a list; the same archive or repository may hold several files, so each once.
-commands_in() { sed -n 's/^ *get it: //p' <<<"$1" | awk '!seen[$0]++'; }
+# The commands in a list; the same archive or repository may hold several files, so each once. `python` is the one that asked.
+commands_in() { sed -n 's/^ *get it: //p' <<<"$1" | sed "s|^python |$python |" | awk '!seen[$0]++'; }
 
 # The programs that a command of several parts, joined by && and |, runs.
 tools_of() { sed 's/ && /\n/g; s/ | /\n/g' <<<"$1" | awk '{ print $1 }' | sort -u; }
