@@ -22,7 +22,7 @@ from retrack_jax.checks import UserError, check_choice, check_int, shown
 from retrack_jax.data.in_order import in_order
 
 CROPS = ("center", "none")
-VERSION = 3  # of these rules, and of what the cache keeps of an image; it keys the cache
+VERSION = 4  # of these rules, and of what the cache keeps of an image; it keys the cache
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # Pillow's own bound, beyond which it warns: 256 MB of RGB
 _AHEAD = 16  # images in flight for each worker
 _MODES = {"L": 1, "RGB": 3}

@@ -87,7 +87,7 @@ _OF_OTHERS = {
 }  # fmt: skip
 _OF_UNIPC = ("bh1", "bh2", "logrho")  # solver types, for which DPM-Solver takes its default
 # What a schedule takes of the file of any class: another scheduler made from it keeps that.
-_KEPT = set(DEFAULTS) - {*edm.SETTINGS, "shift", "variance_type", _ZERO_SNR}
+_KEPT = {*_COMMON, "clip_sample", "clip_sample_range", "set_alpha_to_one", "final_sigmas_type"}
 
 
 def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
@@ -118,7 +118,7 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
             raise UserError(f"the scheduler config sets {key} to {value!r}: it is for flows, which are read of {flow.EULER}")
         elif key in edm.SETTINGS and name in OWN and name not in edm.CLASSES:
             raise UserError(f"the scheduler config sets {key}, which is for EDM, and {name} does not read it; give that class")
-        elif key == "solver_order" and value == 3:
+        elif key == "solver_order" and name in OWN and value == 3:
             ignored.append("solver_order=3")
         elif key in _OF_SAMPLERS and value not in (_OF_SAMPLERS[key], str(_OF_SAMPLERS[key])):
             ignored.append(f"{key}={value!r}")
