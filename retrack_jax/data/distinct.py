@@ -38,14 +38,13 @@ def distinct_neighbors(rows_FK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distinct_M, positions.reshape(rows_FK.shape).astype(np.int32)
 
 
-def copies_of(forget: np.ndarray, images) -> dict[int, int]:
+def copies_of(forget, images) -> dict[int, int]:
     """Returns row of `forget` -> the first row of `images` that is equal in every byte, for those that have one.
 
     Of each of `images` one line is read, and the whole of it only if that is a line of a forgotten image.
 
     Args:
-      forget: `[F, ...]`.
-      images: `[N, ...]`, an array, a memory map or a `RowView`.
+      forget, images: `[F, ...]` and `[N, ...]`, arrays, memory maps or `RowView`s.
     """
     middle = images.shape[1] // 2
     lines = {image[middle].tobytes() for image in forget}

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 
 from retrack_jax.checks import UserError, check
-from retrack_jax.data.dataset import ImageSet, part
+from retrack_jax.data.dataset import ImageSet, RowView, part
 from retrack_jax.data.distinct import copies_of, distinct_rows
 from retrack_jax.data.target_names import resolve_target
 
@@ -38,7 +38,7 @@ def unseen(held_out: ImageSet, training: ImageSet) -> ImageSet:
       UserError: there are none.
     """
     distinct, _ = distinct_rows(held_out.images)
-    copies = copies_of(held_out.images[distinct], training.images)
+    copies = copies_of(RowView(held_out.images, distinct), training.images)
     kept = np.delete(distinct, sorted(copies))
     check(len(kept) > 0, f"every image that config.data.held_out leaves out has a copy among the others ({held_out.name})")
     if len(kept) == len(held_out):

@@ -15,7 +15,7 @@ from retrack_jax.train.state import TrainState, create_state
 from retrack_jax.train.step import Shared, StepOptions, make_train_step
 from retrack_jax.unlearn.methods import METHODS
 
-_SEED = 0x4E17  # no run's: a run of seed 0 would be tuned on the draws that it was trained with
+SEED = 0x4E17  # no run's: a run of seed 0 would be tuned on the draws that it was trained with
 _RATE_FIELD = "config.eval.relearning.learning_rate"
 
 
@@ -43,10 +43,10 @@ def make_finetune(
         num_images: int,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> tuple[TrainState, Callable]:
-        batches = Batches(gather=gather, num_remain=num_images, remain_size=batch_size, seed=_SEED)
+        batches = Batches(gather=gather, num_remain=num_images, remain_size=batch_size, seed=SEED)
 
         def go_on(state: TrainState, first_step: int, num_steps: int) -> TrainState:
-            held, rng = parallel.replicate(shared), jax.random.key(_SEED)
+            held, rng = parallel.replicate(shared), jax.random.key(SEED)
             state, _ = train(
                 state, step, batches, held, rng,
                 num_steps=first_step + num_steps, name="relearn", should_stop=should_stop, rate_field=_RATE_FIELD,

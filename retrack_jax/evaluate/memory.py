@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrack_jax.checks import Diverged
+from retrack_jax.evaluate.finetune import SEED
 from retrack_jax.evaluate.task import Subject, Task
 from retrack_jax.metrics.membership import INTERVAL, T_SEC, denoising_losses, loss_scores, membership_auc, secmi_scores
 from retrack_jax.metrics.relearning import relearning_curve, relearning_steps
@@ -75,7 +76,7 @@ def relearning(task: Task, subject: Subject, wanted: Sequence[str]):
         return float(_losses(task, params, num_noises).mean())
 
     threshold = BACK * loss(task.pretrained())
-    values, note = {}, {"measured": f"forget_loss under {num_noises} noises", "threshold": threshold}
+    values, note = {}, {"measured": f"forget_loss under {num_noises} noises", "threshold": threshold, "seed": SEED}
     for name in wanted:
         state, train = task.finetune(subject.params, name == "relearning_steps")
         try:

@@ -98,10 +98,11 @@ def _holds(results: Results, name: str, evaluator: Evaluator, task) -> bool:
     return current or name in results.final
 
 
-def is_complete(path, wanted: Sequence[str]) -> bool:
-    """Whether the file at `path` holds every wanted metric, or a final reason why it is absent."""
+def is_complete(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, path) -> bool:
+    """Whether the file at `path` holds every wanted metric of `task`, or a final reason why it is absent."""
     results = parallel.from_main(lambda: read_results(path))
-    return set(wanted) <= {*results.values, *results.final}
+    by_name = {name: evaluator for evaluator in evaluators for name in evaluator.names}
+    return all(name in by_name and _holds(results, name, by_name[name], task) for name in wanted)
 
 
 def worth_another_try(metrics: Mapping, wanted: Sequence[str]) -> bool:

@@ -74,13 +74,14 @@ class ImageEvaluation:
     def evaluate(self, target: Target, model: EvaluatedModel) -> Results:
         """Returns the metrics of `config.eval.metrics` for one model."""
         wanted = self._options.eval.metrics
-        if is_complete(model.path, wanted):
+        task = self._task(target, model)
+        evaluators = images.evaluators(task)
+        if is_complete(evaluators, wanted, task, model.path):  # no parameters are needed
             return read_results(model.path)
         pictures = epath.Path(model.path).parent / f"sscd-{target.slug}.npz"
         arrays = model.arrays
         subject = Subject(model.params(), arrays["samples"], arrays.get("samples_float"), pictures, arrays.get("labels"))
-        task = self._task(target, model)
-        return evaluate(images.evaluators(task), wanted, task, subject, model.path, model.should_stop)
+        return evaluate(evaluators, wanted, task, subject, model.path, model.should_stop)
 
     def _task(self, target: Target, model: EvaluatedModel) -> Task:
         options, data, denoiser, codec = self._options.eval, self._data, self._denoiser, self._codec

@@ -134,12 +134,6 @@ def check_problem(options: Options) -> None:
     files.check_writable(options.data.cache_dir, files.IN_CACHE)  # neighbors are cached long after training began
     if not options.checkpoint:  # a checkpoint has its own schedule
         _check_timesteps(options, options.schedule.num_train_timesteps)
-    elif options.data.held_out:
-        log.warning(
-            "config.data.held_out leaves %g of the images out of what is trained here; %s may have been trained on them, and "
-            "what is compared with them then says nothing of unseen images",
-            options.data.held_out, options.checkpoint,
-        )  # fmt: skip
     kind = _kind(options)
     if kind is _concepts:
         _check_concepts(options)
@@ -215,6 +209,12 @@ def build_problem(options: Options) -> Problem:
         options.recipe(name).check_draws(problem.denoiser.schedule, "config.unlearn.")
     for lora in {lora for name in options.method_names if (lora := options.lora(name))}:
         adapted(lora, jax.eval_shape(problem.denoiser.init_params, 0), "config.unlearn.lora.")
+    if options.checkpoint and options.data.held_out:
+        log.warning(
+            "config.data.held_out leaves %g of the images out of what is trained here; %s may have been trained on them, and "
+            "what is compared with them then says nothing of unseen images",
+            options.data.held_out, options.checkpoint,
+        )  # fmt: skip
     return problem
 
 

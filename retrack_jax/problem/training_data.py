@@ -28,6 +28,7 @@ class ImageData:
         load = load_captioned_images if captioned else load_images
         self._training, held_out = split_held_out(load(dataclasses.asdict(options)), options.held_out)
         self.held_out = held_out and unseen(held_out, self._training)
+        self._without_copies = self.held_out is not held_out
         self.images: ImageSet = without(self._training, options.exclude)
 
     def target(self, spec: str) -> Target:
@@ -41,6 +42,8 @@ class ImageData:
         read = {"images": self.images.digest, "names or labels": files.json_digest([list(self.images.ids), labels])}
         if self.images.captions is not None:
             read["captions"] = files.json_digest(list(self.images.captions))
+        if self._without_copies:  # otherwise they follow from the images
+            read["held-out images"] = self.held_out.digest
         return read if target is None else {**read, "forgotten images": files.array_digest(target.forget)}
 
     def describe(self, target: Target) -> dict:

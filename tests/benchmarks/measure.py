@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+AT_START = os.getloadavg()[0]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
 
 
@@ -38,7 +39,7 @@ def this_machine() -> str:
         except metadata.PackageNotFoundError:
             continue
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{os.cpu_count()} x {cpu}, load average {os.getloadavg()[0]:.1f} at the start; {named}"
+    return f"{os.cpu_count()} x {cpu}, load average {AT_START:.1f} at the start; {named}"
 
 
 class Table:

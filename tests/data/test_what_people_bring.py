@@ -56,8 +56,30 @@ class TestUnreadable:
 
         monkeypatch.setattr(os, "scandir", refusing)
         for skip in (False, True):
-            with pytest.raises(UserError, match=r"cannot list .*person_3 \(Permission denied\)"):
+            with pytest.raises(UserError, match=r"cannot read .*person_3 \(Permission denied\)"):
                 load(folder, skip_corrupt=skip)
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_a_folder_that_may_be_listed_or_linked_to_but_not_entered(self, folder, monkeypatch, inside):
+        """The system then names what is in it, or the link, and says nothing else."""
+        link = folder / "person_3" / "0.png" if inside else folder / "person_3"
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to("/private/person_3")
+        real = os.stat
+
+        def refusing(path, **options):
+            if options.get("follow_symlinks", True) and str(path) == str(link):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, **options)
+
+        monkeypatch.setattr(os, "stat", refusing)
+        with pytest.raises(UserError, match=r"cannot read .*person_3.* \(Permission denied\)"):
+            load(folder, skip_corrupt=True)
+
+    def test_the_file_systems_own_folder_is_no_folder_of_images(self, folder):
+        (folder / "lost+found").mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "lost+found" / "a.png")
+        assert load(folder).ids == ("0.png", "1.png", "2.png")
 
     def test_a_file(self, tmp_path):
         with pytest.raises(UserError, match=r"cannot read image a.png \(Is a directory\)"):

@@ -11,6 +11,7 @@ import pytest
 from retrack_jax.data.dataset import image_set, pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
+from retrack_jax.evaluate.finetune import SEED
 from retrack_jax.evaluate.images import EVALUATORS
 from retrack_jax.evaluate.networks import feature_network
 from retrack_jax.evaluate.results import (
@@ -56,7 +57,7 @@ def test_a_short_schedule_leaves_out_what_goes_beyond_it(rng, tmp_path):
     assert "noised to t = 250, and this model's schedule ends at 109" in results.absent["sscd"]
     assert results.absent["sscd_norm"] == results.absent["sscd"]
     assert "t = 110, and this model's schedule ends at 109" in results.absent["membership_auc_secmi"]
-    assert results.final == list(results.absent) and is_complete(tmp_path / "evaluation.json", wanted)
+    assert results.final == list(results.absent) and is_complete(EVALUATORS, wanted, None, tmp_path / "evaluation.json")
 
 
 @pytest.mark.parametrize(("num_timesteps", "name"), [(251, "sscd"), (111, "membership_auc_secmi")])
@@ -155,19 +156,19 @@ def test_a_final_reason_is_not_tried_again_and_a_missing_file_is(tmp_path):
     results = evaluate(table, wanted, None, None, path)
     assert results.absent == {"kid": "of other images", "membership_auc": "it needs held-out images", "sscd": "no weights"}
     assert results.final == ["kid", "membership_auc"] and read_results(path) == results
-    assert not is_complete(path, wanted) and is_complete(path, wanted[:3])
+    assert not is_complete(table, wanted, None, path) and is_complete(table, wanted[:3], None, path)
 
     evaluate(table, wanted, None, None, path)
     assert tried == [*wanted, "sscd"]
     table[3] = evaluator("sscd", {"sscd": 0.5})
     assert evaluate(table, wanted, None, None, path).values == {"fid": 1.0, "sscd": 0.5}
-    assert "sscd" not in read_results(path).absent and is_complete(path, wanted)
+    assert "sscd" not in read_results(path).absent and is_complete(table, wanted, None, path)
 
     # A file from before there were final reasons is read, and its absent metrics are tried once more.
     stored = json.loads(path.read_text())
     del stored["final"]
     path.write_text(json.dumps(stored))
-    assert not is_complete(path, wanted)
+    assert not is_complete(table, wanted, None, path)
     assert evaluate(table, wanted, None, None, path).final == ["kid", "membership_auc"]
     assert tried[-2:] == ["kid", "membership_auc"]
 
@@ -179,3 +180,11 @@ def test_a_run_is_worth_another_try_for_what_another_try_could_bring():
     assert worth_another_try(metrics, ("fid", "recall"))  # asked for since
     del metrics["provenance"]["final"]  # a file from before there were final reasons
     assert worth_another_try(metrics, ("fid", "sscd")) and not worth_another_try(metrics, ("fid",))
+
+
+def test_a_curve_of_another_draw_is_drawn_again(tmp_path):
+    """Earlier versions fine-tuned a run of seed 0 on the draws that it was trained with."""
+    path, name = tmp_path / "evaluation.json", "relearning_steps"
+    for note, complete in (({"threshold": 5.4}, False), ({"threshold": 5.4, "seed": SEED}, True)):
+        path.write_text(json.dumps({"values": {name: 40.0}, "notes": {name: note}, "absent": {}, "final": []}))
+        assert is_complete(EVALUATORS, [name], None, path) == complete

@@ -1,11 +1,14 @@
 """A folder of images, subfolders too. An image's id is its path below the folder, such as `10001.jpg`."""
 
 import dataclasses
+import errno
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from retrack_jax.weights.hub import is_id
 from retrack_jax.weights.kinds import takes_prompts
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_OF_THE_DISK = "lost+found"  # the file system's own folder, which only root reads
 logger = logging.getLogger(__name__)
 
 
@@ -44,15 +48,17 @@ def list_images(folder: Path, skip_broken: bool = False) -> tuple[list[str], Cou
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _OF_THE_DISK)
         for name in files_here:
             path = Path(root, name)
             if name.startswith("."):
                 continue
-            if path.suffix.lower() not in SUFFIXES:
-                others[path.suffix.lower() or "none"] += 1
-            else:
-                (names if path.is_file() else broken).append(path.relative_to(folder).as_posix())
+            if path.suffix.lower() in SUFFIXES:
+                (names if _is_file(path) else broken).append(path.relative_to(folder).as_posix())
+                continue
+            if path.is_symlink():  # one into a folder that may not be entered comes among the files, and could hold images
+                _is_file(path)
+            others[path.suffix.lower() or "none"] += 1
     if broken and not skip_broken:
         named = shown([_with_target(folder / name) for name in sorted(broken)], most=3)
         raise UserError(
@@ -65,10 +71,22 @@ def list_images(folder: Path, skip_broken: bool = False) -> tuple[list[str], Cou
     return sorted(names), others
 
 
-def _refuse(error: OSError) -> None:
+def _is_file(path: Path) -> bool:
+    """Whether there is a file. Raises `UserError` if the system does not say."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        return _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
     raise UserError(
-        f"cannot list {error.filename} ({error.strerror}); its images would be left out: make it readable, or move it"
-    )
+        f"cannot read {error.filename} ({error.strerror}); its images would be left out: make it readable, or move it"
+    ) from error
 
 
 def _with_target(path: Path) -> str:
