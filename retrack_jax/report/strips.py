@@ -85,8 +85,8 @@ def restored_strips(run_dir, mark_name: str, label: str) -> dict | None:
             score = f"SSCD {float(arrays['sscd'][row]):.3f}"
             tiles.append(_tile(arrays["restored"][row], f"restored {what}, {score}", f"{what}: {score}"))
         rows.append(tiles)
-    noise = "the same noise" if same else "noise of its own, to the left of what it restores (config.eval.official_draws)"
-    note = f"The {mark_name} noised to t = 250, and denoised from there by each model with {noise}."
+    start = "from the same noised image" if same else "each from its own noised image (config.eval.official_draws)"
+    note = f"The {mark_name} with noise up to t = 250, and what the models restore of it, {start}."
     return {"note": note, "rows": rows}
 
 

@@ -278,10 +278,10 @@ def test_run_page_shows_what_each_model_restores(run_dir):
     whole = Page(run_report(run_dir).read_text())
     assert "before: SSCD 0.987" in whole.text and "after ReTrack: SSCD 0.250" in whole.text
     assert whole.alts.count("restored after ReTrack, SSCD 0.250") == 1 and len(whole.links) == len(pictures.links) + 1
-    assert "with the same noise" in whole.text and "own" not in whole.text
+    assert "from the same noised image" in whole.text and "official_draws" not in whole.text
     write_npz(run_dir / "sscd-x.npz", **(after | {"noised": IMAGES[4:5]}), sscd=np.array([0.25]))
     apart = Page(run_report(run_dir).read_text())
-    assert "with noise of its own" in apart.text and len(apart.links) == len(whole.links) + 1
+    assert "each from its own noised image" in apart.text and len(apart.links) == len(whole.links) + 1
     (run_dir / "sscd-x.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="sscd-x.npz is damaged .* delete it"):
         run_report(run_dir)

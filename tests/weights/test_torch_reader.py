@@ -167,7 +167,7 @@ def test_torchscript_classes_are_opaque_records(container):
 
 
 def test_what_lightning_keeps_beside_the_weights_is_dropped(container):
-    """Stable Diffusion's own .ckpt files: callbacks by their class, NumPy's scalars, hyperparameters in a dict of its own."""
+    """As in the .ckpt files of Stable Diffusion: state of callbacks under their class, NumPy scalars, hyperparameters."""
     dtype = call("numpy", "dtype", plain("f8"), plain(False), plain(True)) + plain((3, "<", None, None, None, -1, -1, 0)) + b"b"
     scalar = call("numpy.core.multiarray", "scalar", dtype, call("_codecs", "encode", plain("12345678"), plain("latin1")))
     callback = glob("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
