@@ -1,8 +1,11 @@
-"""Runs to summary.json: mean, standard deviation and number of runs of every metric, method by method."""
+"""Runs to summary.json: mean, standard deviation and number of runs of every metric, method by method and target by target."""
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retrack_jax.metrics.membership import prediction_interval
 from retrack_jax.unlearn.methods import METHODS, PRETRAINED
@@ -22,42 +25,119 @@ class Interval(NamedTuple):
 def summarize(runs: Sequence[Mapping]) -> dict:
     """Returns the content of `summary.json` for the `metrics.json` dicts of all runs:
 
-        {"methods": {METHOD: {"runs", "metrics", "gap_to_retrain", "forgotten", "relearning", "unlearn_seconds"}},
+        {"methods": {METHOD: {"runs", "targets", "metrics", "gap_to_retrain", "forgotten", "unlearn_seconds"}},
+         "targets": {TARGET: {METHOD: {"metrics", "gap_to_retrain", "relearning"}}},
          "absent", "provenance"}
 
-    `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The standard deviation divides by n - 1, and is None for
-    one run. The gap is to the retrained model of the same seed, or of the lowest seed that has one.
-    `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}, "too_few": {TARGET: why}}`: for how many runs the loss
-    on the forgotten images lies in the interval of one more retrained model, with 95% confidence. Runs on the targets of
-    `too_few` are not counted: fewer than `FEWEST_RETRAINED` models were retrained, or the interval holds the pretrained model
-    too. It is None if fewer than two models were retrained.
-    `relearning` holds the mean curves: `{NAME: {"steps", "values", "threshold"}}`.
+    `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The mean is that of the targets' means, so targets count
+    alike. The standard deviation is that of the seeds of one target, pooled over targets (sum of squares by sum of n - 1), which
+    differ by more than chance. It is None if no target has two seeds. A gap is to the retrained model of the same target
+    and seed, or of the lowest seed that has one. `censored` beside a mean of relearning steps counts the curves that ended before
+    the loss was back; `num_samples` is the least number behind a metric of samples.
+    `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}, "too_few": {TARGET: why}, "not_remembered": [TARGET]}`:
+    for how many runs the loss on the forgotten images lies in the interval of one more retrained model, with 95% confidence.
+    Runs on the targets of `too_few` are not counted: fewer than `FEWEST_RETRAINED` models were retrained. Those of
+    `not_remembered` are: the pretrained model lies in the interval already, so staying inside says little and leaving it much.
+    It is None if fewer than two models were retrained.
+    `relearning` holds the mean curves: `{NAME: {"steps", "values", "threshold"}}`. `provenance` is what all runs have in common.
     """
     intervals = _retrained_intervals(runs)
-    methods: dict[str, dict] = {}
-    # Every run holds the metrics of the pretrained model, which all seeds share: one entry per target is enough.
-    pretrained = list({run["target"]: run["pretrained"] for run in runs}.values())
-    methods[PRETRAINED] = {"runs": len(pretrained), "metrics": _spread(pretrained)}
-    for method in METHODS:
+    runs = [*_pretrained(runs), *(run for run in runs if run["method"] != PRETRAINED)]
+    retrained = [run for run in runs if run["method"] == "retrain"]
+    methods, targets = {}, {run["target"]: {} for run in runs}
+    for method in (PRETRAINED, *METHODS):
         mine = [run for run in runs if run["method"] == method]
-        if mine:
-            gaps = [_gap(run["unlearned"], run["retrained"]) for run in mine if run["retrained"] and method != "retrain"]
-            methods[method] = {
-                "runs": len(mine),
-                "metrics": _spread([run["unlearned"] for run in mine]),
-                "gap_to_retrain": _spread(gaps),
-                "forgotten": None if method == "retrain" else _verdict(mine, intervals),
-                "relearning": _curves(mine),
-                "unlearn_seconds": _statistics([run["unlearn_seconds"] for run in mine]),
-            }
-    measured = {name for run in runs for name in run["unlearned"]}
+        if not mine:
+            continue
+        judged = method not in (PRETRAINED, "retrain")
+        methods[method] = {
+            "runs": len(mine),
+            "targets": len({run["target"] for run in mine}),
+            **_compared(mine, retrained),
+            "forgotten": _verdict(mine, intervals) if judged else None,
+            "unlearn_seconds": _statistics([(run["target"], run["unlearn_seconds"]) for run in mine if "unlearn_seconds" in run]),
+        }
+        for target, entries in targets.items():
+            here = [run for run in mine if run["target"] == target]
+            if here:
+                entries[method] = {**_compared(here, retrained), "relearning": _curves(here)}
+    return {
+        "methods": methods,
+        "targets": targets,
+        "absent": _absent(runs),
+        "provenance": _common([run["provenance"] for run in runs]),
+    }
+
+
+def _pretrained(runs: Sequence[Mapping]) -> list[dict]:
+    """Returns the pretrained model as one run for each target.
+
+    Every run holds its metrics as they were when that run was evaluated: of two values the one from more samples counts.
+    """
+    found: dict[str, dict] = {}
+    for run in sorted(runs, key=lambda run: run["provenance"].get("num_samples", 0)):
+        one = found.setdefault(run["target"], {"method": PRETRAINED, "target": run["target"], "unlearned": {}})
+        one["unlearned"] |= run["pretrained"]
+        shared = {name: value for name, value in run["provenance"].items() if name not in ("metrics", "absent")}
+        one["provenance"] = shared
+    return list(found.values())
+
+
+def _compared(runs: Sequence[Mapping], retrained: Sequence[Mapping]) -> dict:
+    """Returns `metrics` and `gap_to_retrain` of the runs of one method."""
+    metrics = _spread([(run["target"], run["unlearned"]) for run in runs])
+    for name, found in metrics.items():
+        notes = [_note(run, name) for run in runs if name in run["unlearned"]]
+        censored = sum(_censored(run, name) for run in runs)
+        samples = [note["num_samples"] for note in notes if "num_samples" in note]
+        found |= {"censored": censored} if censored else {}
+        found |= {"num_samples": min(samples)} if samples else {}
+    return {"metrics": metrics, "gap_to_retrain": _spread(list(_gaps(runs, retrained)))}
+
+
+def _gaps(runs: Sequence[Mapping], retrained: Sequence[Mapping]) -> Iterable[tuple[str, dict]]:
+    """Yields (target, metric -> its value less the retrained model's). Two curves of relearning that both ended have no gap."""
+    for run in runs:
+        golds = {gold["seed"]: gold for gold in retrained if gold["target"] == run["target"]}
+        if run["method"] == "retrain" or not golds:
+            continue
+        # The pretrained model has no seed of its own: it is compared with every retrained one.
+        pairs = golds.values() if run["method"] == PRETRAINED else [golds.get(run["seed"], golds[min(golds)])]
+        for gold in pairs:
+            names = [name for name in run["unlearned"] if name in gold["unlearned"]]
+            names = [name for name in names if not (_censored(run, name) or _censored(gold, name))]
+            yield run["target"], {name: run["unlearned"][name] - gold["unlearned"][name] for name in names}
+
+
+def _note(run: Mapping, name: str) -> dict:
+    """Returns what a metric of a run was computed from."""
+    note = run["provenance"].get("metrics", {}).get(name, {})
+    samples = run["provenance"].get("num_samples")
+    return {"num_samples": samples, **note} if name == "frequency" and samples else note
+
+
+def _censored(run: Mapping, name: str) -> bool:
+    """Whether the relearning curve behind a metric ended before the loss was back."""
+    return bool(name in run["unlearned"] and _note(run, name).get(name, {}).get("censored"))
+
+
+def _absent(runs: Sequence[Mapping]) -> dict[str, str]:
+    """Returns metric -> why runs have no value of it, and which runs if others have one."""
+    measured = {name for run in runs if run["method"] != PRETRAINED for name in run["unlearned"]}
     absent: dict[str, str] = {}
     for run in runs:
         for name, why in run["provenance"].get("absent", {}).items():
-            found = f"{run['method']}: {why}" if name in measured else why  # others have a value
+            found = f"{run['method']}: {why}" if name in measured else why
             if found not in absent.get(name, ""):
                 absent[name] = "; ".join(filter(None, (absent.get(name), found)))
-    return {"methods": methods, "absent": absent, "provenance": runs[0]["provenance"] if runs else {}}
+    return absent
+
+
+def _common(provenances: Sequence[Mapping]) -> dict:
+    """Returns what all of `provenances` say alike; the metrics' own notes are those of a run, on its page."""
+    own = ("metrics", "absent", "final", PRETRAINED, "retrained", "retrained_seed")
+    first, *others = [flatten_dict({name: value for name, value in one.items() if name not in own}) for one in provenances]
+    return unflatten_dict({path: value for path, value in first.items() if all(one.get(path) == value for one in others)})
 
 
 def _retrained_intervals(runs: Sequence[Mapping]) -> dict[str, Interval]:
@@ -73,25 +153,26 @@ def _verdict(runs: Sequence[Mapping], intervals: Mapping[str, Interval]) -> dict
     judged = [run for run in runs if run["target"] in intervals and "forget_loss" in run["unlearned"]]
     if not judged:
         return None
-    bounds = {run["target"]: [intervals[run["target"]].low, intervals[run["target"]].high] for run in judged}
-    too_few = {run["target"]: why for run in judged if (why := _undecided(run, intervals[run["target"]]))}
-    inside = [
-        low <= run["unlearned"]["forget_loss"] <= high
-        for run in judged
-        if run["target"] not in too_few
-        for low, high in [bounds[run["target"]]]
-    ]
-    return {"inside": sum(inside), "runs": len(inside), "intervals": bounds, "too_few": too_few}
+    mine = {run["target"]: intervals[run["target"]] for run in judged}
+    too_few = {
+        target: f"too few to tell: {interval.runs} retrained models, and it takes {FEWEST_RETRAINED}"
+        for target, interval in mine.items()
+        if interval.runs < FEWEST_RETRAINED
+    }
+    counted = [run for run in judged if run["target"] not in too_few]
+    inside = [_inside(mine[run["target"]], run["unlearned"]) for run in counted]
+    before = {run["target"]: run["pretrained"] for run in counted}
+    return {
+        "inside": sum(inside),
+        "runs": len(inside),
+        "intervals": {target: [interval.low, interval.high] for target, interval in mine.items()},
+        "too_few": too_few,
+        "not_remembered": [target for target, values in before.items() if _inside(mine[target], values)],
+    }
 
 
-def _undecided(run: Mapping, interval: Interval) -> str:
-    """Returns why an interval of retrained models does not decide what is forgotten; empty if it does."""
-    if interval.runs < FEWEST_RETRAINED:
-        return f"too few to tell: {interval.runs} retrained models, and it takes {FEWEST_RETRAINED}"
-    before = run["pretrained"].get("forget_loss")
-    if before is not None and interval.low <= before <= interval.high:
-        return f"too few to tell: the interval of {interval.runs} retrained models holds the pretrained model too"
-    return ""
+def _inside(interval: Interval, values: Mapping) -> bool:
+    return "forget_loss" in values and interval.low <= values["forget_loss"] <= interval.high
 
 
 def _curves(runs: Sequence[Mapping]) -> dict[str, dict]:
@@ -107,18 +188,23 @@ def _curves(runs: Sequence[Mapping]) -> dict[str, dict]:
     return curves
 
 
-def _gap(values: Mapping, gold: Mapping) -> dict:
-    return {name: value - gold[name] for name, value in values.items() if name in gold}
+def _spread(values: Sequence[tuple[str, Mapping]]) -> dict:
+    """Returns metric -> its statistics, of (target, metric -> number) pairs."""
+    names = list(dict.fromkeys(name for _, one in values for name in one))
+    return {name: _statistics([(target, one[name]) for target, one in values if name in one]) for name in names}
 
 
-def _spread(values: Sequence[Mapping]) -> dict:
-    names = list(dict.fromkeys(name for one in values for name in one))
-    return {name: _statistics([one[name] for one in values if name in one]) for name in names}
-
-
-def _statistics(values: Sequence[float]) -> dict:
+def _statistics(values: Sequence[tuple[str, float]]) -> dict | None:
+    """Returns the mean of the targets' means and the standard deviation within a target, of (target, number) pairs."""
+    groups: dict[str, list[float]] = {}
+    for target, value in values:
+        groups.setdefault(target, []).append(value)
+    if not groups:
+        return None
+    free = len(values) - len(groups)
+    within = sum((value - statistics.fmean(group)) ** 2 for group in groups.values() for value in group)
     return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "mean": statistics.fmean(statistics.fmean(group) for group in groups.values()),
+        "std": math.sqrt(within / free) if free else None,
         "runs": len(values),
     }

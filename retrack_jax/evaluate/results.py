@@ -85,7 +85,8 @@ def evaluate(evaluators: Sequence[Evaluator], wanted: Sequence[str], task, subje
             for kept in (results.values, results.notes, results.absent):
                 kept.pop(name, None)
             if name in values:
-                results.values[name], results.notes[name] = values[name], note
+                results.values[name] = values[name]
+                results.notes[name] = {key: said for key, said in note.items() if key != "why"}  # which is of metrics without one
             else:
                 results.absent[name] = why
                 results.final += [name] * final

@@ -4,6 +4,7 @@ Names are those of `metrics.json`. A name that is not here is shown as it is, wi
 and `_modified` are Stable Diffusion's two prompts.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -19,6 +20,7 @@ class Metric:
       style: "percent" (a share in [0, 1] shown in %), "number" or "count".
       digits: digits after the point.
       meaning: one sentence for a person who has not read the paper.
+      noise: the least change that a single run tells from chance, as a share of the value.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Metric:
     style: str = "number"
     digits: int = 3
     meaning: str = ""
+    noise: float = 0.05
 
     def text(self, value) -> str:
         """Returns `value` as it is printed: `4.80%`, `12.31`; a dash for None."""
@@ -36,7 +39,7 @@ class Metric:
         if not isinstance(value, (int, float)):
             return str(value)
         if self.style == "percent":
-            return f"{100 * value:.{self.digits}f}%"
+            return f"{100 * value:.{self._digits(value)}f}%"
         if self.style == "count":
             return f"{value:,.0f}"
         # Thousands (a diverged FID) need no decimals, and a tiny KID needs more than its share.
@@ -47,8 +50,14 @@ class Metric:
         if mean is None or std is None:
             return self.text(mean)
         if self.style == "percent":
-            return f"{100 * mean:.{self.digits}f} ± {100 * std:.{self.digits}f}%"
+            digits = self._digits(mean)
+            return f"{100 * mean:.{digits}f} ± {100 * std:.{digits}f}%"
         return f"{self.text(mean)} ± {self.text(std)}"
+
+    def _digits(self, share: float) -> int:
+        """Digits of a percentage: two significant ones of a share so small that it would be shown as 0."""
+        percent = 100 * abs(share)
+        return 1 - math.floor(math.log10(percent)) if 0 < percent < 10**-self.digits else self.digits
 
 
 # fmt: off
@@ -73,7 +82,7 @@ _METRICS = (
     Metric("forget_loss", "Loss on forgotten", "", "forgetting", "number", 2,
            "Denoising loss on the forgotten images under the same noises for every model; retrain is the measure."),
     Metric("nll_bits_per_dim", "NLL (bits/dim)", "higher", "forgetting", "number", 3,
-           "Negative log-likelihood of the forgotten image; higher means the model finds it less likely."),
+           "Negative log-likelihood of the forgotten image; higher means the model finds it less likely.", noise=0.005),
     Metric("sscd", "SSCD", "lower", "forgetting", "number", 3,
            "Copy-detection similarity between the forgotten image and what the model restores from a noised copy of it."),
     Metric("sscd_norm", "SSCD, normalized", "lower", "forgetting", "number", 3,
@@ -90,7 +99,7 @@ _METRICS = (
            "Share of samples that the classifier takes for the forgotten label; retrain is the measure."),
     Metric("relearning_steps", "Relearning steps", "", "", "count", 3,
            "Steps of fine-tuning on the remaining images and one copy of each forgotten one, until the loss on the "
-           "forgotten is at most twice the pretrained model's; a curve that never gets there counts its last step."),
+           "forgotten is at most twice the pretrained model's; “> n”: it was not back after n steps."),
     Metric("relearning_steps_remain", "Relearning steps, R only", "", "", "count", 3,
            "The same on the remaining images alone."),
 )

@@ -22,6 +22,7 @@ from retrack_jax.report.tables import (
     method_order,
     provenance_rows,
     seconds_text,
+    several_targets,
     signed,
 )
 
@@ -127,6 +128,9 @@ def _lead(summary) -> str:
     runs = compared or [entry["runs"] for entry in summary["methods"].values()]
     each = f"{runs[0]} run{'s' * (runs[0] != 1)} each" if len(set(runs)) == 1 else f"{min(runs)} to {max(runs)} runs each"
     methods = f"{len(compared)} method{'s' * (len(compared) != 1)} on the same model, {each}. " if compared else ""
+    if several_targets(summary):
+        targets = len(summary["targets"])
+        return f"{methods}Numbers are means over {targets} targets ± the standard deviation of the seeds of one target."
     return f"{methods}Numbers are mean ± standard deviation over runs."
 
 
@@ -138,14 +142,15 @@ def _row(method: str, cells) -> dict:
 def _results(summary) -> dict:
     """The main table: seconds come early, so that a narrow screen does not cut them off."""
     names, methods = comparison_columns(summary), summary["methods"]
-    timed = any(entry.get("unlearn_seconds") for entry in methods.values())
+    timed, several = any(entry.get("unlearn_seconds") for entry in methods.values()), several_targets(summary)
     rows = []
     for method in method_order(methods):
         seconds = [seconds_text(methods[method].get("unlearn_seconds"))] * timed
-        cells = [str(methods[method]["runs"]), *seconds, *(comparison_cell(summary, method, name) for name in names)]
+        counts = [str(methods[method]["runs"]), *[str(methods[method].get("targets"))] * several]
+        cells = [*counts, *seconds, *(comparison_cell(summary, method, name) for name in names)]
         rows.append(_row(method, cells))
     return {
-        "heads": ["Method", "Runs", *["Seconds"] * timed, *map(heading, names)],
+        "heads": ["Method", "Runs", *["Targets"] * several, *["Seconds"] * timed, *map(heading, names)],
         "rows": rows,
         "metrics": [describe(name) for name in names],
         "single": any(one.get("std") is None for entry in methods.values() for one in entry.get("metrics", {}).values()),
@@ -153,20 +158,26 @@ def _results(summary) -> dict:
 
 
 def _gaps(summary) -> dict | None:
-    """Each method's mean minus the retrained model's, and whether that is inside the spread of the retrained models."""
-    gold = summary["methods"].get("retrain", {}).get("metrics", {})
-    names = [name for name in comparison_columns(summary) if name in gold]
-    rows = []
-    for method in [method for method in method_order(summary["methods"]) if method != "retrain" and names]:
-        cells = []
-        for name in names:
-            value, std = summary["methods"][method].get("metrics", {}).get(name), gold[name].get("std")
-            gap = None if value is None else value["mean"] - gold[name]["mean"]
-            inside = gap is not None and std is not None and abs(gap) <= std
-            cells.append(None if gap is None else {"text": signed(describe(name), gap), "inside": inside})
-        rows.append(_row(method, cells))
-    spread = any(gold[name].get("std") is not None for name in names)
-    return {"heads": ["Method", *(describe(name).label for name in names)], "rows": rows, "spread": spread} if rows else None
+    """For each target that was retrained: each method's mean difference to it, and whether that is within its own spread."""
+    tables = []
+    for target, entries in summary.get("targets", {}).items():
+        gold = entries.get("retrain", {}).get("metrics", {})
+        compared = {m: entries[m]["gap_to_retrain"] for m in method_order(entries) if m != "retrain"}
+        names = [name for name in comparison_columns(summary) if any(name in gaps for gaps in compared.values())]
+        rows = []
+        for method, gaps in compared.items():
+            cells = []
+            for name in names:
+                gap, std = gaps.get(name, {}).get("mean"), gold[name]["std"]
+                inside = gap is not None and std is not None and abs(gap) <= std
+                cells.append(None if gap is None else {"text": signed(describe(name), gap), "inside": inside})
+            rows.append(_row(method, cells))
+        if names:
+            heads = ["Method", *(describe(name).label for name in names)]
+            spread = any(gold[name]["std"] is not None for name in names)
+            tables.append({"target": target, "heads": heads, "rows": rows, "spread": spread})
+    titled = several_targets(summary)
+    return {"tables": tables, "titled": titled, "spread": any(table["spread"] for table in tables)} if tables else None
 
 
 def _verdict(summary) -> dict | None:
@@ -177,22 +188,25 @@ def _verdict(summary) -> dict | None:
         return None
     # A method has the intervals of the targets that it was run on; those of one target are the same for all.
     intervals = {target: interval for verdict in judged.values() for target, interval in verdict["intervals"].items()}
-    too_few = {target: why for verdict in judged.values() for target, why in verdict.get("too_few", {}).items()}
+    notes = {target: why for verdict in judged.values() for target, why in verdict["too_few"].items()}
+    for target in [target for verdict in judged.values() for target in verdict["not_remembered"]]:
+        notes[target] = "the pretrained model lies in this interval already: by its loss there is nothing to forget"
     counts = {method_label(m): f"{verdict['inside']} of {verdict['runs']}" for m, verdict in judged.items() if verdict["runs"]}
     return {
         "intervals": "; ".join(f"{target}: {low:.1f} to {high:.1f}" for target, (low, high) in intervals.items()),
         "counts": ", ".join(f"{label} {count}" for label, count in counts.items()),
-        "too_few": [f"{target}: {why}" for target, why in too_few.items()],
+        "notes": [f"{target}: {why}" for target, why in notes.items()],
     }
 
 
 def _relearning(summary) -> list[tuple[str, str]]:
-    """(title, chart) of each kind of fine-tuning that any method has a curve of."""
+    """(title, chart) of each kind of fine-tuning that any method has a curve of, by target, which has a threshold of its own."""
     charts = []
-    for name, title in _RELEARNING.items():
-        curves = {m: summary["methods"][m].get("relearning", {}).get(name) for m in method_order(summary["methods"])}
-        curves = {method: curve for method, curve in curves.items() if curve}
-        charts += [(title, relearning_chart(curves, title))] if curves else []
+    for target, entries in summary.get("targets", {}).items():
+        for name, title in _RELEARNING.items():
+            curves = {m: entries[m]["relearning"][name] for m in method_order(entries) if name in entries[m]["relearning"]}
+            title = f"{target}: {title}" if several_targets(summary) else title
+            charts += [(title, relearning_chart(curves, title))] if curves else []
     return charts
 
 

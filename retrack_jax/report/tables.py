@@ -1,5 +1,6 @@
 """The tables of a run and of a comparison, as plain rows and as text; the page and the terminal print the same cells."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from retrack_jax.report.catalogue import METHODS, Metric, describe, method_label
 from retrack_jax.report.verdict import in_words
 
 _FREQUENCIES = ("frequency", "label_frequency")
+_PARTS = ("pretrained", "unlearned", "retrained")  # the models of a run's metrics.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +30,51 @@ class Row:
 def before_after_rows(metrics: Mapping) -> list[Row]:
     """Returns a row per metric of a run's `metrics.json`.
 
-    A metric of forgetting has no noise that it could be compared with. So, except for frequencies, which count samples, its
-    change is called better only if the verdict calls the images forgotten.
+    A change is called better or worse if it is more than chance: a frequency's by Fisher's exact test at 5%, another metric's
+    if it exceeds `Metric.noise` and the spread in its note. A metric of forgetting other than a frequency is called better only if
+    the verdict calls the images forgotten.
     """
-    parts = [metrics.get(part) or {} for part in ("pretrained", "unlearned", "retrained")]
+    parts = [metrics.get(part) or {} for part in _PARTS]
     forgotten = (metrics.get("verdict") or {"forgotten": "forgotten"})["forgotten"] == "forgotten"
     rows = []
     for name in order([name for part in parts for name in part]):
         metric = describe(name)
         before, after, gold = (part.get(name) for part in parts)
+        notes = [_note(metrics, part, name) for part in _PARTS]
         verdict = ""
-        if metric.better and _numbers(before, after) and before != after:
+        if metric.better and _numbers(before, after) and _is_more_than_chance(metric, before, after, notes[1]):
             verdict = "better" if (after < before) == (metric.better == "lower") else "worse"
             if verdict == "better" and metric.about == "forgetting" and name not in _FREQUENCIES and not forgotten:
                 verdict = ""
         gap = None
-        if _numbers(after, gold):
+        if _numbers(after, gold) and not any(note["censored"] for note in notes[1:]):
             gap = signed(metric, after - gold)
-        texts = [None if value is None else with_bound(name, value, metrics) for value in (before, after, gold)]
+        texts = [
+            None if value is None else cell(name, value, **note) for value, note in zip((before, after, gold), notes, strict=True)
+        ]
         rows.append(Row(name=name, before=texts[0], after=texts[1], retrained=texts[2], gap=gap, verdict=verdict))
     return rows
+
+
+def _note(metrics: Mapping, part: str, name: str) -> dict:
+    """Returns `{"num_samples", "censored", "std"}` of a metric of one model, from a run's provenance."""
+    provenance = metrics.get("provenance") or {}
+    note = {**provenance.get("metrics", {}), **provenance.get(part, {})}.get(name, {})
+    censored = isinstance(note.get(name), Mapping) and note[name].get("censored", False)
+    return {
+        "num_samples": note.get("num_samples", provenance.get("num_samples")),
+        "censored": censored,
+        "std": note.get(f"{name}_std", 0.0),
+    }
+
+
+def _is_more_than_chance(metric: Metric, before: float, after: float, note: Mapping) -> bool:
+    if metric.name in _FREQUENCIES and note["num_samples"]:
+        from scipy.stats import fisher_exact  # imported here, so that the package loads quickly
+
+        hits = [round(share * note["num_samples"]) for share in (before, after)]
+        return fisher_exact([hits, [note["num_samples"] - count for count in hits]]).pvalue < 0.05
+    return abs(after - before) > max(metric.noise * max(abs(before), abs(after)), note["std"])
 
 
 def label_rows(labels, *marks) -> list[tuple[str, str, list[str]]]:
@@ -67,18 +94,17 @@ def label_rows(labels, *marks) -> list[tuple[str, str, list[str]]]:
     return rows
 
 
-def with_bound(name: str, value, results: Mapping) -> str:
-    """Returns the metric as text; a frequency of 0 with the 95% bound that the samples behind it give.
+def cell(name: str, value, *, num_samples: int | None = None, censored: bool = False, **_) -> str:
+    """Returns the metric as text; a frequency of 0 with its 95% bound, and `> n` for relearning steps that were too few.
 
     Args:
-      results: a run's `metrics.json` or a `summary.json`; their `provenance` says how many samples there were.
+      num_samples: how many samples are behind a frequency.
     """
-    if name in _FREQUENCIES and value == 0:
-        provenance = results.get("provenance") or {}
-        behind = (provenance.get("metrics") or {}).get(name) or provenance
-        if behind.get("num_samples"):
-            return f"0 (< {100 * frequency_upper_bound(0, behind['num_samples']):.2f}%)"
-    return describe(name).text(value)
+    if name in _FREQUENCIES and value == 0 and num_samples:
+        percent = 100 * frequency_upper_bound(0, num_samples)
+        digits = max(2, -math.floor(math.log10(percent)))
+        return f"0 (< {math.ceil(percent * 10**digits) / 10**digits:.{digits}f}%)"
+    return "> " * censored + describe(name).text(value)
 
 
 def signed(metric: Metric, gap: float) -> str:
@@ -106,6 +132,11 @@ def method_order(methods) -> list[str]:
     return [m for m in METHODS if m in methods] + [m for m in methods if m not in METHODS]
 
 
+def several_targets(summary: Mapping) -> bool:
+    """Whether the runs behind a `summary.json` are of more than one target."""
+    return len(summary.get("targets", ())) > 1
+
+
 def comparison_columns(summary: Mapping) -> list[str]:
     """Returns the metrics that the comparison shows, all that any method has."""
     return order(name for entry in summary["methods"].values() for name in entry.get("metrics", {}))
@@ -114,21 +145,24 @@ def comparison_columns(summary: Mapping) -> list[str]:
 def comparison_cell(summary: Mapping, method: str, name: str) -> str | None:
     """Returns `12.31 ± 0.20` of one method and metric, or None if it has none.
 
-    A frequency of 0 in every run is written with the 95% bound that the samples of one run give, as on the page of a run.
+    A frequency of 0 in every run is written with the 95% bound that the samples of one run give, as on the page of a run, and
+    relearning steps as `> 120` if a curve behind their mean ended before the loss was back.
     """
     value = summary["methods"][method].get("metrics", {}).get(name)
     if value is None:
         return None
-    if name in _FREQUENCIES and value["mean"] == 0:
-        return with_bound(name, 0, summary)
+    if value.get("censored") or (name in _FREQUENCIES and value["mean"] == 0):
+        return cell(name, value["mean"], num_samples=value.get("num_samples"), censored=bool(value.get("censored")))
     return describe(name).spread(value["mean"], value.get("std"))
 
 
 def comparison_text(summary: Mapping, *, markdown: bool = False) -> str:
-    """Returns the comparison across methods, mean ± standard deviation over runs, for the terminal or for a README."""
+    """Returns the comparison across methods, mean ± standard deviation of the seeds, for the terminal or for a README."""
     methods = method_order(summary["methods"])
     entries = [summary["methods"][method] for method in methods]
     columns = [("method", [method_label(method) for method in methods]), ("runs", [str(entry["runs"]) for entry in entries])]
+    if several_targets(summary):
+        columns.append(("targets", [str(entry["targets"]) for entry in entries]))
     for name in comparison_columns(summary):
         columns.append((heading(name), [comparison_cell(summary, method, name) or "–" for method in methods]))
     if any(entry.get("unlearn_seconds") for entry in entries):

@@ -187,12 +187,19 @@ def _evaluate(run: Run) -> None:
             "data": context.problem.describe(target),
             "sampler": dataclasses.asdict(context.options.sampling),
             "num_samples": context.problem.sampler.total(target),
-            "metrics": {name: note for name, note in after.notes.items() if name in after.values},
+            "metrics": after.notes,
+            PRETRAINED: _others(before.notes, after.notes),  # where the same metric was computed from something else
+            **({} if gold is None else {"retrained_seed": gold["seed"]}),
+            **({} if gold is None else {"retrained": _others(gold["provenance"]["metrics"], after.notes)}),
             "absent": after.absent,
             "final": after.final,
         },
     }
     parallel.on_main(lambda: files.write_json(run.folder / "metrics.json", metrics))
+
+
+def _others(notes: Mapping, mine: Mapping) -> dict:
+    return {name: note for name, note in notes.items() if note != mine.get(name)}
 
 
 def _results(run: Run, folder: epath.Path, name: str) -> Results:

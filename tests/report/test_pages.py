@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from retrack_jax.checks import UserError
+from retrack_jax.evaluate.aggregate import summarize
 from retrack_jax.files import write_npz
 from retrack_jax.report.comparison import comparison_report, scatter_points
 from retrack_jax.report.html import run_report
@@ -181,7 +182,11 @@ def workdir(tmp_path):
         },
         "neggrad": {"runs": 3, "metrics": {"frequency": stats(0.0, 0.0, 3), "fid": stats(212.0, 9.0, 3)}},
     }
-    summary = {"methods": methods, "absent": {"kid": "too few samples"}, "provenance": {"seeds": [0, 1, 2]}}
+    here = {name: {"metrics": one["metrics"], "gap_to_retrain": {}, "relearning": {}} for name, one in methods.items()}
+    here["retrack"]["gap_to_retrain"] = {"fid": stats(0.2, 0.1, 3)}
+    here["neggrad"]["gap_to_retrain"] = {"fid": stats(205.8, 9.0, 3)}
+    summary = {"methods": methods, "targets": {"t": here}}
+    summary |= {"absent": {"kid": "too few samples"}, "provenance": {"seeds": [0, 1, 2]}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "retrack" / "seed0-t").mkdir(parents=True)
     (tmp_path / "retrack" / "seed0-t" / "report.html").write_text("x")
@@ -212,7 +217,8 @@ def test_comparison_page_is_whole_and_complete(workdir):
 def test_the_verdict_shows_the_interval_of_every_target_that_any_method_was_judged_on(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     for method, target, interval in (("retrack", "label:10", [40.0, 44.0]), ("neggrad", "label:7", [51.5, 58.5])):
-        summary["methods"][method]["forgotten"] = {"inside": 0, "runs": 1, "intervals": {target: interval}}
+        found = {"inside": 0, "runs": 1, "intervals": {target: interval}, "too_few": {}, "not_remembered": []}
+        summary["methods"][method]["forgotten"] = found
     (workdir / "summary.json").write_text(json.dumps(summary))
     text = Page(comparison_report(workdir).read_text()).text
     assert text.count("label:10: 40.0 to 44.0") == text.count("label:7: 51.5 to 58.5") == 1
@@ -222,6 +228,7 @@ def test_the_verdict_shows_the_interval_of_every_target_that_any_method_was_judg
 def test_too_few_retrained_models_are_told_in_place_of_counts(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     verdict = {"inside": 0, "runs": 0, "intervals": {"label:10": [40.0, 44.0]}, "too_few": {"label:10": "too few to tell: 3"}}
+    verdict["not_remembered"] = []
     for entry in summary["methods"].values():
         entry["forgotten"] = None
     summary["methods"]["retrack"]["forgotten"] = verdict
@@ -233,6 +240,8 @@ def test_too_few_retrained_models_are_told_in_place_of_counts(workdir):
 def test_comparison_without_pictures_or_retrain(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["methods"]["retrain"]
+    for entry in summary["targets"]["t"].values():
+        entry["gap_to_retrain"] = {}
     (workdir / "summary.json").write_text(json.dumps(summary))
     page = Page(comparison_report(workdir).read_text())
     assert "Distance to the retrained model" not in page.text and "img" not in page.tags
@@ -242,10 +251,30 @@ def test_comparison_without_pictures_or_retrain(workdir):
 
 def test_a_frequency_of_0_has_one_form_on_every_page(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
-    summary["provenance"]["num_samples"] = 2000
+    for method in ("retrain", "retrack", "neggrad"):
+        summary["methods"][method]["metrics"]["frequency"]["num_samples"] = 2000
     (workdir / "summary.json").write_text(json.dumps(summary))
     text = Page(comparison_report(workdir).read_text()).text
     assert text.count("0 (< 0.15%)") == 3 and "0.00%" not in text and "0.00 ±" not in text
+
+
+def test_each_of_several_targets_has_its_own_distance_to_retrain_and_its_own_relearning(tmp_path):
+    def one(method, target, seed, fid, steps, censored):
+        curve = {"steps": [0, 160], "values": [fid, 2.0], "censored": censored}
+        note = {"threshold": 5.0, "relearning_steps": curve}
+        values = {"fid": fid, "relearning_steps": steps}
+        provenance = {"metrics": {"relearning_steps": note}}
+        run = {"method": method, "target": target, "seed": seed, "pretrained": {"fid": 20.0}, "unlearned": values}
+        return run | {"unlearn_seconds": 1.0, "provenance": provenance}
+
+    runs = [
+        one("retrain", target, seed, base + seed, 160, True) for target, base in (("a", 130.0), ("b", 6.0)) for seed in (0, 1)
+    ]
+    runs += [one("retrack", target, 0, fid, 20, False) for target, fid in (("a", 60.0), ("b", 6.5))]
+    text = Page(comparison_report(tmp_path, summary=summarize(runs)).read_text()).text
+    for words in ("means over 2 targets", "Targets", "−70.00", "+0.50 ✓", "> 160", "b: Fine-tuned on the remaining images"):
+        assert words in text, words
+    assert text.count("✓") == 2  # in the words above the tables, and at b
 
 
 def test_scatter_pairs_leave_out_what_has_no_direction():

@@ -3,7 +3,7 @@
 import pytest
 
 from retrack_jax.report.catalogue import describe, order
-from retrack_jax.report.tables import before_after_rows, before_after_text, comparison_columns, comparison_text, signed
+from retrack_jax.report.tables import before_after_rows, before_after_text, cell, comparison_columns, comparison_text, signed
 
 METRICS = {
     "method": "retrack",
@@ -40,7 +40,7 @@ def test_the_bound_of_a_frequency_under_labels_is_by_the_samples_under_them():
         "provenance": {"num_samples": 2000, "metrics": {"label_frequency": {"num_samples": 288}}},
     }
     row = before_after_rows(metrics)[0]
-    assert (row.before, row.after) == ("30.00%", "0 (< 1.03%)")
+    assert (row.before, row.after) == ("30.00%", "0 (< 1.04%)")
 
 
 def test_what_was_not_measured_is_below_the_table_with_what_it_needs():
@@ -53,9 +53,50 @@ def test_what_was_not_measured_is_below_the_table_with_what_it_needs():
 
 @pytest.mark.parametrize(("forgotten", "color"), [("forgotten", "better"), ("unknown", ""), ("singled out", "")])
 def test_a_likelihood_is_better_only_if_the_verdict_says_forgotten(forgotten, color):
-    models = {"pretrained": {"frequency": 0.1, "nll_bits_per_dim": 5.9}, "unlearned": {"frequency": 0.0, "nll_bits_per_dim": 6.1}}
+    models = {
+        "provenance": {"num_samples": 200},
+        "pretrained": {"frequency": 0.1, "nll_bits_per_dim": 5.9},
+        "unlearned": {"frequency": 0.0, "nll_bits_per_dim": 6.1},
+    }
     rows = before_after_rows(models | {"verdict": {"forgotten": forgotten}})
     assert [row.verdict for row in rows] == ["better", color]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "color"),
+    [
+        ("fid", 22.96, 22.97, ""),
+        ("fid", 22.0, 25.0, "worse"),
+        ("kid", 0.010, 0.014, ""),  # its spread over subsets is 0.005
+        ("kid", 0.010, 0.020, "worse"),
+        ("nll_bits_per_dim", 5.90, 5.91, ""),
+        ("frequency", 3 / 2000, 2 / 2000, ""),
+        ("frequency", 8 / 2000, 0.0, "better"),  # p = 0.008
+    ],
+)
+def test_a_change_within_chance_is_neither_better_nor_worse(name, before, after, color):
+    provenance = {"num_samples": 2000, "metrics": {"kid": {"kid_std": 0.005}}}
+    metrics = {"pretrained": {name: before}, "unlearned": {name: after}, "provenance": provenance}
+    assert before_after_rows(metrics)[0].verdict == color
+
+
+@pytest.mark.parametrize(
+    ("share", "num_samples", "text"),
+    [(0.0, 50_000, "0 (< 0.006%)"), (0.0, 100_000, "0 (< 0.003%)"), (2 / 50_000, 50_000, "0.0040%"), (0.048, 2000, "4.80%")],
+)
+def test_a_rare_sample_is_not_shown_as_none(share, num_samples, text):
+    assert cell("frequency", share, num_samples=num_samples) == text
+    assert describe("frequency").spread(3 / 250_000, 1.1e-5) == "0.0012 ± 0.0011%"
+
+
+def test_relearning_steps_of_a_curve_that_ended_are_a_bound_without_a_gap():
+    note = {"relearning_steps": {"relearning_steps": {"censored": True}}}
+    metrics = {"pretrained": {}, "unlearned": {"relearning_steps": 160}, "retrained": {"relearning_steps": 20}}
+    for part in ("metrics", "retrained"):
+        metrics["provenance"] = {part: note}
+        row = before_after_rows(metrics)[0]
+        assert row.gap is None and "> " in (row.after if part == "metrics" else row.retrained)
+    assert row.after == "160"
 
 
 def test_rows_bear_missing_models():
