@@ -33,7 +33,7 @@ class ConceptTask(TextTask):
 def concept_task(concept: Concept, classifier: str, **networks) -> ConceptTask:
     """Returns the task of a concept; `networks` are `sscd` and `clip_iqa` of `TextTask`."""
     return ConceptTask(
-        images=dict.fromkeys(KINDS, concept.memorised),
+        images=dict.fromkeys(KINDS, concept.memorised[None]),
         note={"reference": concept.memorised_name},
         centers=lambda: concept_centers(concept, classifier),
         centers_name=CLASSIFIERS[classifier],

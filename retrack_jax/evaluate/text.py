@@ -1,8 +1,8 @@
 """SSCD and CLIP-IQA of samples under prompts: a concept's two, or the captions of forgotten and of kept images.
 
-A metric's name is its own and the kind of prompt: `sscd_original`, `clip_iqa_kept`. The samples of a prompt are compared with the
-picture that belongs to it, and a metric is the mean over the prompts of a kind. CLIP-IQA is given floats, SSCD uint8, as in the
-official code; the note of a metric says so if floats were not kept.
+A metric's name is its own and the kind of prompt: `sscd_original`, `clip_iqa_kept`. A sample of a prompt is compared with the
+picture that belongs to it, or with the nearest if there are several, and a metric is the mean over the prompts of a kind. CLIP-IQA
+is given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from retrack_jax.evaluate.results import Evaluator
 from retrack_jax.metrics.clip_iqa import ClipIqa, make_clip_iqa
 from retrack_jax.metrics.features.clip_image import towers_from_openai
 from retrack_jax.metrics.features.network import FeatureNetwork
-from retrack_jax.metrics.sscd import sscd
+from retrack_jax.metrics.sscd import sscd_of_nearest
 from retrack_jax.models.tokenizer import ClipTokenizer
 
 CAPTIONS = ("forgotten", "kept")  # kinds
@@ -29,7 +29,7 @@ class TextTask:
     """What every model of a run is evaluated against.
 
     Attributes:
-      images: prompt, its kind first, such as `kept_03` -> the picture that belongs to it, uint8 `[H, W, 3]`.
+      images: prompt, its kind first, such as `kept_03` -> the pictures that belong to it, uint8 `[N, H, W, 3]`.
       sscd: `() -> FeatureNetwork` of copy detection; raises `Unavailable` without its weights.
       clip_iqa: `() -> ClipIqa`; raises `Unavailable` without its weights.
       note: what every metric's note says of the task.
@@ -82,7 +82,7 @@ def evaluators(kinds: Sequence[str]) -> list[Evaluator]:
         network = task.sscd()
 
         def score(prompt: str) -> float:
-            return float(sscd(network, samples[prompt], task.images[prompt][None]).mean())
+            return float(sscd_of_nearest(network, samples[prompt], task.images[prompt]).mean())
 
         return means("sscd", task, score), note(task, samples, network)
 

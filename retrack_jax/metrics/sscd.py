@@ -53,6 +53,14 @@ def sscd(embed: Callable, images, targets) -> np.ndarray:
     return cosine_similarity(*features)
 
 
+def sscd_of_nearest(embed: Callable, images, targets) -> np.ndarray:
+    """Returns the largest SSCD of each image with any of `targets` `[M, H, W, C]`, float64 `[N]`; otherwise as `sscd`."""
+    features, others = (
+        embed(pixel_images(name, array))["features"] for name, array in (("images", images), ("targets", targets))
+    )
+    return np.max([cosine_similarity(features, one[None]) for one in others], axis=0)
+
+
 def sscd_norm(embed: Callable, images, targets) -> np.ndarray:
     """Returns the SSCDnorm of each image with its target (equation 3), float64 `[N]`; arguments and errors as in `sscd`."""
     return sscd(embed, normalized_perturbation(images, targets), targets)

@@ -79,15 +79,24 @@ class Captions(Conditioning):
         return Anchor(condition, used)
 
     def shown(self, target: Target) -> dict[str, int]:
-        """Returns name of samples -> the row of the image whose caption they are of."""
+        """Returns name of samples -> the row of the image whose caption they are of: a fixed random choice of either kind."""
         state = self._states.rows(target.images.captions)  # captions of equal tokens are one
-        forgotten = list({state[row]: row for row in target.unique[::-1]}.values())[::-1]
-        gone, kept = set(state[target.forget]), {}
+        gone, kept = list(dict.fromkeys(state[target.unique])), {}
+        chosen = np.random.default_rng(_SEED).permutation(len(gone))[: self._num_captions]
+        forgotten = [target.unique[state[target.unique] == gone[number]][0] for number in np.sort(chosen)]
         for row in np.random.default_rng(_SEED).permutation(target.remain):
             if state[row] not in gone and len(kept) < self._num_captions:
-                kept.setdefault(state[row], int(row))
-        kinds = {"forgotten": forgotten[: self._num_captions], "kept": kept.values()}
+                kept.setdefault(state[row], row)
+        kinds = {"forgotten": forgotten, "kept": kept.values()}
         return {f"{kind}_{number:02d}": int(row) for kind, rows in kinds.items() for number, row in enumerate(rows)}
+
+    def pictures(self, target: Target) -> dict[str, np.ndarray]:
+        """Returns name of samples -> rows of their pictures: every forgotten one with the caption, or the kept one."""
+        state, unique = self._states.rows(target.images.captions), target.unique
+        return {
+            name: unique[state[unique] == state[row]] if row in unique else np.array([row])
+            for name, row in self.shown(target).items()
+        }
 
     def sampled(self, target: Target) -> dict[str, PyTree]:
         rows = {name: self._states.rows([target.images.captions[row]]) for name, row in self.shown(target).items()}

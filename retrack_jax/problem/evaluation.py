@@ -162,10 +162,10 @@ def neighbor_pictures(options: Options, codec: PixelCodec | LatentCodec, target:
     """Returns `forgotten` uint8 `[F, H, W, C]`, `neighbors` uint8 `[F, K, H, W, C]` and `distances` `[F, K]` of the first images,
     and `num_forgotten` of all.
 
-    K is `num_neighbors`, or as many as there are for each image: methods that search no neighbors set no bound on it. `search`
-    takes a target to how its neighbors are searched.
+    K is ReTrack's `num_neighbors`, on the pages of all methods, or as many as there are for each image: other methods set no
+    bound on it. `search` takes a target to how its neighbors are searched.
     """
-    recipe, few = options.recipe(options.method), dataclasses.replace(target, unique=target.unique[:SHOWN])
+    recipe, few = options.recipe("retrack"), dataclasses.replace(target, unique=np.sort(target.unique)[:SHOWN])
     room = most_neighbors(target.labels, target.forget, len(target.images))
     how = None if search is None else search(few)
     data = codec.forget_data(few, min(recipe.num_neighbors, room), recipe.neighbor_backend, how)

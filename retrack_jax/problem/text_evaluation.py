@@ -76,7 +76,8 @@ class CaptionEvaluation(_OfText):
         self._conditioning = conditioning
 
     def _task(self, target: Target) -> TextTask:
-        images = {name: target.images.images[row] for name, row in self._conditioning.shown(target).items()}
+        rows = self._conditioning.pictures(target)
+        images = {name: target.images.images[mine] for name, mine in rows.items()}
         counts = {kind: sum(name.startswith(kind) for name in images) for kind in CAPTIONS}
         note = {"num_captions": counts, "why": "no caption remains that is not forgotten too"}
         return TextTask(images=images, note=note, **self._networks)
@@ -106,7 +107,7 @@ class CaptionEvaluation(_OfText):
         return thumbnails(np.concatenate([arrays[name] for name in names]))
 
     def _of(self, target: Target) -> dict:
-        search = partial(self._conditioning.search, own=self._options.recipe(self._options.method).own)
+        search = partial(self._conditioning.search, own=self._options.recipe("retrack").own)
         return _small_pictures(neighbor_pictures(self._options, self._codec, target, search))
 
 

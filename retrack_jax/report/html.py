@@ -137,7 +137,8 @@ def _work(metrics) -> str:
     if not metrics.get("steps"):
         return ""
     seconds = metrics.get("unlearn_seconds")
-    return f"{metrics['steps']:,} unlearning steps" + (f" in {seconds:,.1f} s" if seconds else "")
+    kind = "training" if metrics.get("method") == "retrain" else "unlearning"
+    return f"{metrics['steps']:,} {kind} steps" + (f" in {seconds:,.1f} s" if seconds else "")
 
 
 def _tiles(rows) -> list[dict]:

@@ -31,8 +31,8 @@ def before_after_rows(metrics: Mapping) -> list[Row]:
     """Returns a row per metric of a run's `metrics.json`.
 
     A change is called better or worse if it is more than chance: a frequency's by Fisher's exact test at 5%, another metric's
-    if it exceeds `Metric.noise` and the spread in its note. A metric of forgetting other than a frequency is called better only if
-    the verdict calls the images forgotten.
+    if it exceeds `Metric.noise` and the spread in its note. A metric of forgetting other than a frequency is called better only
+    if the verdict calls the images forgotten.
     """
     parts = [metrics.get(part) or {} for part in _PARTS]
     forgotten = (metrics.get("verdict") or {"forgotten": "forgotten"})["forgotten"] == "forgotten"

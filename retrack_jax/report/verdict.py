@@ -51,8 +51,8 @@ def box(verdict: Mapping | None) -> dict | None:
 def file_rows(verdict: Mapping | None) -> list[dict]:
     """Returns a row for each forgotten file: `{"name", "before", "after", "change", "word"}` as text.
 
-    `word` is `better` or `worse` if the change is beyond its noise. A rise is worse if it singles the images out, and neither if
-    the verdict does not call them forgotten.
+    `word` is `better` or `worse` if the change is beyond `BEYOND_NOISE` times its noise. A rise is worse if it singles the images
+    out, and neither if the verdict does not call them forgotten.
     """
     rows = []
     for file in (verdict or {}).get("files", ()):

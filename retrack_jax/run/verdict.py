@@ -18,7 +18,6 @@ from retrack_jax.evaluate.turned import turned_copies
 from retrack_jax.evaluate.verdict import FEWEST, Losses, before_in_words, memory, unknown, verdict
 from retrack_jax.log import say
 from retrack_jax.notation import PyTree
-from retrack_jax.problem.evaluation import label_of
 from retrack_jax.problem.judged import Judged, judged, losses
 from retrack_jax.run.context import Run
 from retrack_jax.run.training import load, pretrained
@@ -32,11 +31,7 @@ def announce(run: Run) -> None:
     except Diverged as error:
         say(f"whether the model remembers {run.target.spec} cannot be told: {error}", is_main=parallel.is_main_process())
         return
-    known = memory(found)
-    # A whole class is known without any of its images being remembered, and unlearning it changes much.
-    little = known.remembered is False and label_of(run.target) is None
-    advice = "; unlearning will change little" if little else ""
-    say(f"{before_in_words(found, known)}{advice}", is_main=parallel.is_main_process())
+    say(before_in_words(found, memory(found)), is_main=parallel.is_main_process())
 
 
 def judge(run: Run, params: Callable[[], PyTree]) -> dict:

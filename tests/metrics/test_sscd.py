@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retrack_jax.checks import UserError
-from retrack_jax.metrics.sscd import RADIUS, cosine_similarity, normalized_perturbation, sscd, sscd_norm
+from retrack_jax.metrics.sscd import RADIUS, cosine_similarity, normalized_perturbation, sscd, sscd_norm, sscd_of_nearest
 
 
 def _embed(images):
@@ -57,3 +57,11 @@ def test_refuses():
         sscd_norm(_embed, _images(2)[:, :4], target)
     with pytest.raises(UserError, match="NaN"):
         sscd(_embed, target * np.nan, target)
+
+
+def test_the_nearest_of_several_pictures_counts():
+    targets = _images(2)
+    images = np.concatenate([targets[1:], _images(1, seed=1)])
+    copy, other = sscd_of_nearest(_embed, images, targets)
+    assert copy == pytest.approx(1.0)
+    assert other == pytest.approx(max(sscd(_embed, images[1:], one[None])[0] for one in targets))

@@ -83,6 +83,25 @@ def test_captions_of_equal_tokens_are_one_for_samples_too(captions, target):
     assert sum(name.startswith("forgotten") for name in shown) == 1
 
 
+def test_forgotten_captions_are_a_random_choice_and_each_has_every_forgotten_picture_of_it(captions):
+    """The forgotten images are sorted by their pixels: the first ones would be the darkest."""
+    pixels = np.repeat(np.arange(6, dtype=np.uint8), 4 * 4 * 3).reshape(6, 4, 4, 3)
+    images = dataclasses.replace(
+        image_set("six", pixels, [f"{i}.png" for i in range(6)]), captions=["cat", "dog", "cow", "", "cat", "fox"]
+    )
+    target = make_target("most", images, np.array([0, 1, 2, 4, 5]), np.array([3]))
+    shown = captions.shown(target)
+    forgotten = [row for name, row in shown.items() if name.startswith("forgotten")]
+    assert len(forgotten) == 2 and forgotten != [0, 1]
+    pictures = captions.pictures(target)
+    assert {name: rows.tolist() for name, rows in pictures.items() if name == "kept_00"} == {"kept_00": [3]}
+    for name, row in shown.items():
+        same = [0, 4] if images.captions[row] == "cat" else [row]
+        assert pictures[name].tolist() == same
+    every = Captions(captions._states, lambda prompt: np.zeros((1, 3, 2)), Options(sampling=SamplingOptions(num_captions=8)))
+    assert every.pictures(target)["forgotten_00"].tolist() == [0, 4]
+
+
 def search(captions, target, **options):
     latents = np.zeros((6, 2, 2, 1), np.float32) + np.arange(6, dtype=np.float32)[:, None, None, None]
     find = captions.search(target, RetrackOptions(**options))
