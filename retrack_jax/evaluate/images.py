@@ -23,12 +23,24 @@ from retrack_jax.metrics.inception_score import NUM_SPLITS, OFFICIAL, few_sample
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
 from retrack_jax.metrics.sscd import sscd, sscd_norm
 
+_UNDER = " under labels drawn from forgotten images"
+
 
 def forgotten_samples(task: Task, subject: Subject) -> np.ndarray:
     """Returns bool `[N]`: which samples are a forgotten image; none where the task has no threshold."""
     if not task.threshold:
         return np.zeros(len(subject.samples), bool)
     return target_distances(subject.finest, task.forgotten) < task.threshold
+
+
+def other_samples(task: Task, subject: Subject) -> tuple[np.ndarray, str]:
+    """Returns bool `[N]`, which samples are measured for their quality, and in words which are left out."""
+    forgotten = forgotten_samples(task, subject)
+    left_out = f"{forgotten.sum()} samples that are the forgotten image" if task.threshold else "none: no threshold says which"
+    if task.of_forgotten is None:
+        return ~forgotten, left_out
+    under = np.resize(task.of_forgotten, len(forgotten))
+    return ~(forgotten | under), f"{left_out}; {under.sum()}{_UNDER}"
 
 
 def _frequency(task: Task, subject: Subject, wanted: Sequence[str]):
@@ -62,18 +74,18 @@ def _label_frequency(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def _features(task: Task, subject: Subject, wanted: Sequence[str]):
-    kept = subject.samples[~forgotten_samples(task, subject)]
-    left_out = len(subject.samples) - len(kept)
+    others, left_out = other_samples(task, subject)
+    kept = subject.samples[others]
     few = too_few(wanted, len(kept), len(task.reference))
     wanted = [name for name in wanted if name not in few]
-    why = {"why": "; ".join(few.values()) + f" ({left_out} samples are the forgotten image)"} if few else {}
+    why = {"why": "; ".join(few.values()) + f" (left out: {left_out})"} if few else {}
     if not wanted:
         return {}, why
     network = task.features()
     reference = cached_feature_stats(network, task.reference, task.reference_digest, task.cache_dir, desc="features: reference")
     values, note = evaluate_features(feature_stats(network, kept, "features: samples"), reference, wanted)
     about = {"features_digest": network.digest, "reference": task.reference_name}
-    return values, {**note, **about, **why, "left_out": f"{left_out} samples that are the forgotten image"}
+    return values, {**note, **about, **why, "left_out": left_out}
 
 
 def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
@@ -95,7 +107,9 @@ def _nll(task: Task, subject: Subject, wanted: Sequence[str]):
 
 
 def _class_score(name: str, task: Task, subject: Subject, wanted: Sequence[str]):
-    return class_score(name, task.classifier, subject.finest[~forgotten_samples(task, subject)])
+    others, left_out = other_samples(task, subject)
+    values, note = class_score(name, task.classifier, subject.finest[others])
+    return values, {**note, "left_out": left_out}
 
 
 def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.ndarray) -> tuple[dict[str, float], dict]:
@@ -145,10 +159,15 @@ def _sscd(task: Task, subject: Subject, wanted: Sequence[str]):
     return {name: float(np.mean(scores[name])) for name in wanted}, note
 
 
+def _leaves_out_the_same(task: Task, note: dict) -> bool:
+    """Whether a value is of samples whose labels are as frequent as in the reference, which earlier versions did not see to."""
+    return task.of_forgotten is None or _UNDER in note.get("left_out", "")
+
+
 EVALUATORS = [
     Evaluator(names=("frequency",), compute=_frequency),
     Evaluator(names=("label_frequency",), compute=_label_frequency),
-    Evaluator(names=FEATURE_METRICS, compute=_features),
+    Evaluator(names=FEATURE_METRICS, compute=_features, is_current=_leaves_out_the_same),
     Evaluator(names=("nll_bits_per_dim",), compute=_nll),
     Evaluator(names=("forget_loss",), compute=forget_loss),
     Evaluator(names=("label_share",), compute=label_share),
@@ -174,4 +193,5 @@ def evaluators(task: Task) -> Sequence[Evaluator]:
         return EVALUATORS
     others = tuple(name for name in FEATURE_METRICS if name not in _CLASS_SCORES)
     kept = [dataclasses.replace(one, names=others) if one.compute is _features else one for one in EVALUATORS]
-    return (*kept, *(Evaluator(names=(name,), compute=functools.partial(_class_score, name)) for name in _CLASS_SCORES))
+    how = {"is_current": _leaves_out_the_same}
+    return (*kept, *(Evaluator(names=(name,), compute=functools.partial(_class_score, name), **how) for name in _CLASS_SCORES))

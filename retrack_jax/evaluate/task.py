@@ -34,6 +34,8 @@ class Task:
       relearning: at which steps these curves are measured.
       pretrained: `() -> params` of the model before unlearning.
       threshold: L2 over [0, 1] pixels below which a sample counts as a forgotten image; 0: samples are not told apart.
+      of_forgotten: bool `[P]`, whether the label of sample i, at i mod P, was drawn from a forgotten image. Quality is measured
+        without such samples, so that labels are as frequent as in the reference. None: no labels, or none that were drawn.
       nll_probes: Rademacher probes of the likelihood's divergence.
       rng: decides the t and noises of the losses, the same for every model.
       protocol_rng: decides the likelihood's probes and the noise that SSCD's images are restored from: `rng`, or the run's own,
@@ -61,6 +63,7 @@ class Task:
     protocol_rng: Rng
     decode: Callable[[np.ndarray], np.ndarray] | None = None
     classifier: Callable[[bool], FeatureNetwork] | None = None
+    of_forgotten: np.ndarray | None = None
     condition: np.ndarray | None = None
     held_out_condition: np.ndarray | None = None
 

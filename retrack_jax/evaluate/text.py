@@ -1,8 +1,8 @@
 """SSCD and CLIP-IQA of samples under prompts: a concept's two, or the captions of forgotten and of kept images.
 
 A metric's name is its own and the kind of prompt: `sscd_original`, `clip_iqa_kept`. A sample of a prompt is compared with the
-picture that belongs to it, or with the nearest if there are several, and a metric is the mean over the prompts of a kind. CLIP-IQA
-is given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not kept.
+picture that belongs to it, or with the nearest if there are several, and a metric is the mean over the prompts of a kind.
+CLIP-IQA is given floats, SSCD uint8, as in the official code; the note of a metric says so if floats were not kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence

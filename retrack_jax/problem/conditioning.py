@@ -63,6 +63,10 @@ class Conditioning:
         """Returns name in `samples.npz` -> conditions of those samples, leaves `[P, ...]`: image i has the one at i mod P."""
         return {"samples": None}
 
+    def of_forgotten(self, target: Target) -> np.ndarray | None:
+        """Returns bool `[P]`, which conditions of `sampled` are drawn from forgotten images, if all are from images."""
+        return None
+
     def describe(self, name: str, target: Target) -> str:
         """Returns what the samples `name` depend on, to be part of their fingerprint."""
         return ""

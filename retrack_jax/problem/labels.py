@@ -62,8 +62,8 @@ class Labels(Conditioning):
             self.dropout = _LABEL_DROPOUT if data.label_dropout is None else data.label_dropout
             self.dropped = np.array([data.null_label], np.int32)
         self.null = self.dropped
-        drawn = np.array(sampling.labels) if sampling.labels else np.random.default_rng(sampling.seed).permutation(labels)
-        self._sampled = drawn.astype(np.int32)
+        self._drawn = None if sampling.labels else np.random.default_rng(sampling.seed).permutation(len(labels))
+        self._sampled = np.array(sampling.labels if self._drawn is None else labels[self._drawn], np.int32)
 
     def of_images(self, images: ImageSet) -> Callable[[np.ndarray], np.ndarray]:
         return np.asarray(images.labels).astype(np.int32).__getitem__
@@ -77,6 +77,9 @@ class Labels(Conditioning):
 
     def sampled(self, target: Target) -> dict[str, np.ndarray]:
         return {"samples": self._sampled}
+
+    def of_forgotten(self, target: Target) -> np.ndarray | None:
+        return None if self._drawn is None else np.isin(self._drawn, target.forget)
 
     def describe(self, name: str, target: Target) -> str:
         return files.array_digest(self._sampled)

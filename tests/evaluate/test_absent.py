@@ -12,7 +12,7 @@ from retrack_jax.data.dataset import image_set, pixels_to_model
 from retrack_jax.diffusion.conversions import make_eps_fn
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.evaluate.finetune import SEED
-from retrack_jax.evaluate.images import EVALUATORS
+from retrack_jax.evaluate.images import EVALUATORS, other_samples
 from retrack_jax.evaluate.networks import feature_network
 from retrack_jax.evaluate.results import (
     Evaluator,
@@ -180,6 +180,22 @@ def test_a_run_is_worth_another_try_for_what_another_try_could_bring():
     assert worth_another_try(metrics, ("fid", "recall"))  # asked for since
     del metrics["provenance"]["final"]  # a file from before there were final reasons
     assert worth_another_try(metrics, ("fid", "sscd")) and not worth_another_try(metrics, ("fid",))
+
+
+def test_quality_is_measured_without_samples_under_labels_of_forgotten_images(rng):
+    """Nor are stored values current that were measured with them."""
+    images = toys.images(6, seed=1)
+    known = task(rng, Schedule.create(), of_forgotten=np.array([True, False, False]))
+    others, left_out = other_samples(known, Subject({}, images))
+    np.testing.assert_array_equal(others, [False, True, True, False, True, True])
+    assert "2 under labels drawn from forgotten images" in left_out and "none: no threshold" in left_out
+    features = next(evaluator for evaluator in EVALUATORS if "fid" in evaluator.names)
+    assert features.is_current(known, {"left_out": left_out}) and not features.is_current(known, {"left_out": "0 samples"})
+    known.of_forgotten, known.threshold = None, 1e-3
+    known.forgotten = images[1:2]
+    others, left_out = other_samples(known, Subject({}, images))
+    assert np.flatnonzero(~others).tolist() == [1] and left_out == "1 samples that are the forgotten image"
+    assert features.is_current(known, {"left_out": "0 samples"})
 
 
 def test_a_curve_of_another_draw_is_drawn_again(tmp_path):

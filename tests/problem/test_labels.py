@@ -103,6 +103,18 @@ def test_all_neighbors_of_the_label_give_the_optimum_of_a_retrained_network(tmp_
             np.testing.assert_allclose(eps, exact, rtol=2e-4, atol=2e-4)
 
 
+def test_without_samples_under_labels_of_forgotten_images_labels_are_as_frequent_as_among_the_remaining():
+    """Six of the eight images of label 0 are forgotten, and one of label 1."""
+    target = target_of(0, 3, 6, 9, 12, 15, 1)
+    given = labels.Labels(options({"labels": (0, 1)}), IMAGES, 3)
+    assert given.of_forgotten(target) is None  # they are what the user wants to see
+    drawn = labels.Labels(options(), IMAGES, 3)
+    under = drawn.of_forgotten(target)
+    sampled = drawn.sampled(target)["samples"]
+    assert under.sum() == 7 and sorted(sampled) == sorted(LABELS)
+    np.testing.assert_array_equal(np.bincount(sampled[~under]), np.bincount(LABELS[target.remain]))
+
+
 # ---- A label of which nothing remains
 
 
