@@ -26,7 +26,7 @@ RESULT_FIELDS = {"command", "version", "machine", "date"}
 _CONFIG_HEAD = """# Configuration
 
 Every field, its default, and what it means, generated from the code (`make docs`). Files in `configs/` change the defaults, and
-`--config.FIELD=VALUE` changes both. A default of None is filled in by the config file or by a rule. A shared field of
+`--config.FIELD=VALUE` overrides both. A default of None is filled in by the config file or by a rule. A shared field of
 `config.unlearn` may also be set under a method's name, and then counts for that method alone:
 `--config.unlearn.erasediff.learning_rate=5e-5`.
 """

@@ -4,14 +4,13 @@
 
 "Relabel" teaches the network, at noisy versions of a forgotten image, the noise that leads to a *random* remaining image: ReTrack
 without neighbors. Devices, accumulation, clipping, resuming and evaluation work for it as for every other method, and the
-command takes it as `--config=mine.py:relabel` if mine.py, a copy of a file in `configs/`, imports this module.
+command takes it as `--config=mine.py:relabel` if mine.py, a copy of `configs/digits_tshirt.py` beside this file, imports it.
 """
 
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from own_network import Denoiser, digits, loss, schedule, train
 
 from retrack_jax.api import unlearn
 from retrack_jax.diffusion.conversions import expand
@@ -39,6 +38,8 @@ METHODS["relabel"] = Method(streams=frozenset({"remain", "forget"}), terms=relab
 
 
 def main(num_steps: int = 1500) -> dict[str, float]:
+    from own_network import Denoiser, digits, loss, schedule, train  # here: the command imports this module for its method alone
+
     remain, forget = digits()
     module = Denoiser()
     params = train(module, np.concatenate([remain, np.repeat(forget, 95, axis=0)]), num_steps)

@@ -5,8 +5,8 @@
     retrack --config=custom --workdir=runs/practice/tshirt --config.checkpoint=runs/digits_tshirt/pretrained/diffusers \\
         --config.data.dir=runs/practice/images --config.targets=@runs/practice/tshirt.txt
 
-`tshirt.txt` names what the model remembers. `digits.txt` names three digits that it does not: with it, the first line of the
-verdict says that there is nothing to forget.
+`tshirt.txt` names what the model remembers. `digits.txt` names three digits that it does not: with it, the line
+before training says that it shows no sign of remembering them.
 """
 
 import sys

@@ -4,8 +4,8 @@
 #   launch/download.sh [--dry-run] configs/NAME.py [--config.FIELD=VALUE ...]
 #
 # --dry-run prints the list and the commands, and runs none of them. PYTHON chooses the interpreter (default: .venv/bin/python,
-# else python3). `hf` comes with `pip install huggingface_hub`, `tfds build` needs `pip install tensorflow-cpu`. Without a network
-# the script says so within seconds. Exit status 2: something that the config needs is still missing.
+# else python3). The commands need curl and unzip; `hf` comes with the package, `tfds build` needs its extra `tfds`. Without a
+# network the script says so within seconds. Exit status 2: something that the config needs is still missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh

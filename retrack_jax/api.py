@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir, *, should_stop: Callable[[], bool] = lambda
     """
     from retrack_jax.run import sweep
 
-    parallel.check_precision()
+    parallel.check_settings()
     return sweep.run(read_config(config), workdir, should_stop=should_stop)
 
 

@@ -77,14 +77,21 @@ def beside(path, ending: str = "tmp"):
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{ending}")
 
 
-def sweep_temporaries(root: Path) -> None:
+def sweep_temporaries(root: Path, untouched_seconds: float = 0.0) -> None:
     """Removes temporary files (`beside`) of processes that are gone, in `root` and two levels of folders below.
 
-    This host cannot tell whether a process of another host is gone, so temporary files of those are removed after a day.
+    This host cannot tell whether a process of another host is gone, so temporary files of those are removed after a day. Nor does
+    it know the processes of a container that has its name: where nothing locks `root`, `untouched_seconds` keeps files that were
+    written to within this time.
     """
     for path in (path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}.*")):
         found = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.(tmp|old)", path.name)
-        if found and (_is_old(path) if found[1] != _host() else not psutil.pid_exists(int(found[2]))):
+        if not found:
+            continue
+        here = found[1] == _host()
+        if here and psutil.pid_exists(int(found[2])):
+            continue
+        if _is_old(path, untouched_seconds if here else _DAY_SECONDS):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -95,9 +102,9 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
-def _is_old(path: Path) -> bool:
+def _is_old(path: Path, seconds: float) -> bool:
     try:
-        return time.time() - path.stat().st_mtime > _DAY_SECONDS
+        return time.time() - path.stat().st_mtime >= seconds
     except FileNotFoundError:  # its owner has renamed it meanwhile
         return False
 

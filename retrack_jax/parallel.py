@@ -60,11 +60,21 @@ def unshard_batch(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: np.asarray(leaf).reshape((-1,) + leaf.shape[2:]), batch)
 
 
-def check_precision() -> None:
-    """Raises `UserError` if float64 is enabled in jax."""
+def check_settings() -> None:
+    """Raises `UserError` if float64 is enabled in jax, or random numbers are such that an example's depend on its batch."""
     check(
         not jax.config.jax_enable_x64,
         "float64 is enabled in jax, which changes the weights that a run ends with; unset JAX_ENABLE_X64 (jax_enable_x64)",
+    )
+    generator = jax.config.jax_default_prng_impl
+    check(
+        generator == "threefry2x32",
+        f"jax's random numbers are by {generator}, which draws other noise for the same image in another batch, on another "
+        "number of devices or after a restart; unset JAX_DEFAULT_PRNG_IMPL (jax_default_prng_impl)",
+    )
+    check(
+        jax.config.jax_threefry_partitionable,
+        "jax_threefry_partitionable is off, which changes all random numbers; unset JAX_THREEFRY_PARTITIONABLE",
     )
 
 

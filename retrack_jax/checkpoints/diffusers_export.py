@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from retrack_jax.checks import UserError
-from retrack_jax.diffusion import edm
+from retrack_jax.diffusion import flow
 from retrack_jax.files import beside, write_bytes, write_json, write_text, write_whole
 from retrack_jax.notation import PyTree
 from retrack_jax.weights.folder import NETWORK_FOLDERS
@@ -23,6 +23,10 @@ _HEADING = "## Exported by retrack_jax"
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _CONFIGS = ("config.json", *(f"{folder}/config.json" for folder in NETWORK_FOLDERS))
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+_UNSCALED = {
+    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", *flow.CLASSES,
+}  # fmt: skip
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 _LORA = "This is an adapter (LoRA): load the base model in diffusers, then call `pipe.load_lora_weights` with this folder."
 
@@ -30,8 +34,8 @@ _LORA = "This is an adapter (LoRA): load the base model in diffusers, then call 
 def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None, note: str | None = None) -> None:
     """Writes `config.json`, the weights as safetensors and a model card; the folder appears whole or not at all.
 
-    With a schedule, `scheduler/scheduler_config.json` is written too, and for a UNet2D a `model_index.json`: then the folder is
-    also a pipeline that `DDPMPipeline.from_pretrained` reads.
+    With a schedule, `scheduler/scheduler_config.json` is written too, and a `model_index.json` where `DDPMPipeline` can draw with
+    both: of a UNet2D without labels, at its `sample_size`, and a scheduler that does not scale what the network gets.
 
     Args:
       path: a folder that does not exist, is empty, or is an earlier export, which is replaced. May be a `gs://` address, where
@@ -51,8 +55,13 @@ def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None
     if schedule is not None:
         scheduler = {"_class_name": "DDPMScheduler"} | (schedule if isinstance(schedule, dict) else schedule.to_config())
         files["scheduler/scheduler_config.json"] = scheduler
-        # DDPMPipeline does not scale the input as EDM needs it, and no pipeline of diffusers without a prompt does.
-        if config.get("_class_name") == "UNet2DModel" and scheduler["_class_name"] not in edm.CLASSES:
+        labels = config.get("class_embed_type") or config.get("num_class_embeds")
+        if (
+            config.get("_class_name") == "UNet2DModel"
+            and not labels
+            and config.get("sample_size")
+            and scheduler["_class_name"] in _UNSCALED
+        ):
             files["model_index.json"] = {
                 "_class_name": "DDPMPipeline",
                 "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -155,8 +164,13 @@ def _check_replaceable(path, source) -> None:
     if not path.is_dir():
         raise UserError(f"{path} is a file; export to a folder")
     card = path / "README.md"
-    if any(path.iterdir()) and not (card.exists() and _HEADING in card.read_text()):
+    if any(path.iterdir()) and not (card.exists() and _HEADING in _read(card)):
         raise UserError(f"{path} holds something that is no export of retrack_jax; remove it or choose another folder")
+
+
+def _read(card) -> str:
+    """The text of a model card, which need not be UTF-8: a sign that is not is replaced."""
+    return card.read_bytes().decode("utf-8-sig", errors="replace")
 
 
 def _source_folders(source) -> list[Path]:
@@ -189,7 +203,7 @@ def model_card(source, note: str | None) -> str:
     from huggingface_hub import ModelCard
 
     cards = [folder / "README.md" for folder in _source_folders(source)]
-    text = next((card.read_text() for card in cards if card.is_file()), "# Model card\n")
+    text = next((_read(card) for card in cards if card.is_file()), "# Model card\n")
     if not text.lstrip().startswith("---"):
         text = f"---\n{{}}\n---\n{text}"  # no metadata yet; the client would warn of that
     ours = f"\n\n{_HEADING}\n\n{note or 'No note was given on how this model differs from its source.'}\n"

@@ -1,5 +1,6 @@
 """A pipeline's folder with an unlearned network, written for diffusers' `from_pretrained` of the pipeline's class."""
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -15,17 +16,38 @@ from retrack_jax.weights.kinds import T5, is_sd3, pipeline_index, text_encoders,
 # Weights, whole, in shards or their index; of one precision among several: `model.fp16.safetensors`, `model.bin.index.fp16.json`.
 _WEIGHTS = re.compile(r"(\w*model)(?:\.(\w+?))?(?:-\d+-of-\d+)?(\.safetensors|\.bin)(?:\.index(?:\.(\w+))?\.json)?")
 
+# Of pipelines without a model_index.json to list them.
+_PARTS = {
+    *AUTOENCODER_FOLDERS, "text_encoder", "text_encoder_2", T5, *map(tokenizer_of, ("text_encoder", "text_encoder_2", T5)),
+    "scheduler", "safety_checker", "feature_extractor",
+}  # fmt: skip
+log = logging.getLogger(__name__)
+
 
 def export_pipeline(path, pipeline: Pipeline, unet_params: PyTree, *, note: str | None = None) -> None:
-    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads; see `export_folder`."""
+    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads; see `export_folder`.
+
+    Raises:
+      UserError: also if the pipeline was read from one file, whose other parts no folder holds.
+    """
+    check_one_folder(pipeline)
     export_folder(path, pipeline.path, pipeline.unet, unet_params, note=note)
+
+
+def check_one_folder(pipeline: Pipeline) -> None:
+    """Raises `UserError` if the weights of `pipeline` came from one file: the folder beside them is another model's."""
+    check(
+        pipeline.file is None,
+        "a pipeline is exported with the other parts of its folder, and this model is one file; choose single_file or unet",
+    )
 
 
 def export_folder(path, source: Path, module, params: PyTree, *, note: str | None = None) -> None:
     """Writes the pipeline in the folder `source` as diffusers reads it, with other parameters of the network that denoises.
 
-    The source's license files and model card are carried along, the card with `note` below: a model unlearned from Stable
-    Diffusion is a derivative, and its license asks for that. The folder appears whole or not at all.
+    Only folders that are parts of the pipeline are copied: beside them may lie what the model was trained with, and checkpoints
+    that still remember. The source's license files and model card are carried along, the card with `note` below: a model
+    unlearned from Stable Diffusion is a derivative, and its license asks for that. The folder appears whole or not at all.
 
     Raises:
       UserError: `path` is the source or holds something else, is not local, or cannot be written.
@@ -36,8 +58,11 @@ def export_folder(path, source: Path, module, params: PyTree, *, note: str | Non
         network = model_folder(source)
         name = "transformer" if network.name == "transformer" else "unet"
         export_diffusers(folder / name, module, params, source=network, note=note)
-        folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir()]
-        parts = [part for part in folders if part.name not in NETWORK_FOLDERS and not part.name.startswith(".")]
+        named = {part for part, value in pipeline_index(source).items() if isinstance(value, list)} or _PARTS
+        folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir() and entry.name not in NETWORK_FOLDERS]
+        parts = [entry for entry in folders if entry.name in named]
+        if others := [entry.name for entry in folders if entry not in parts and not entry.name.startswith(".")]:
+            log.info("folders of %s that are no parts of the pipeline are left out: %s", source, ", ".join(others))
         for part in parts:
             shutil.copytree(part, folder / part.name, symlinks=False)
             _name_plainly(folder / part.name)

@@ -200,6 +200,8 @@ def check_pipeline(folder) -> tuple[str, ...]:
     check(there, f"no folder {folder}; {hint}")
     index = pipeline_index(folder)
     name = str(index.get("_class_name", class_of_parts(folder)))
+    if name not in _TEXT_ENCODERS and name.startswith("StableDiffusion"):  # the same parts for another use, such as Img2Img
+        name = class_of_parts(folder)
     if "XL" in name and (index.get("requires_aesthetics_score") or not (folder / "text_encoder").is_dir()):
         refiner = (folder / "text_encoder_2").is_dir()
         check(not refiner, f"{folder} holds Stable Diffusion XL's refiner, which is not supported; give the base model's folder")

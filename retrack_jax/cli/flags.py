@@ -27,18 +27,6 @@ config.unlearn.METHOD.FIELD, such as --config.unlearn.retrack.lam=0.01; that spe
 Exit status: 0 done, 2 something you can fix, 75 preempted."""
 
 
-# Fields that had another name before a method's options were its own.
-_RENAMED = {
-    "config.unlearn.lam": "config.unlearn.retrack.lam (ReTrack's weight) or --config.unlearn.siss.mixture (SISS's mixture)",
-    "config.unlearn.lam_schedule": "config.unlearn.retrack.lam_schedule or --config.unlearn.siss.mixture_schedule",
-    "config.unlearn.lam_end": "config.unlearn.retrack.lam_end or --config.unlearn.siss.mixture_end",
-    "config.unlearn.siss_scale": "config.unlearn.siss.scale (and --config.unlearn.siss_no_is.scale)",
-    "config.unlearn.siss_share": "config.unlearn.siss.share (and --config.unlearn.siss_no_is.share)",
-    "config.unlearn.erasediff_eta": "config.unlearn.erasediff.eta",
-    "config.recipes": "config.unlearn.METHOD.FIELD",
-}
-
-
 def parse(argv: list[str]):
     """Returns (config, workdir) for the command line, `argv[0]` being the program.
 
@@ -57,7 +45,8 @@ def parse(argv: list[str]):
     path, colon, method = typed.partition(":")
     file = str(_config_file(path))
     config_flag = f"{file}{colon}{method}"
-    argv[argv.index(f"--config={typed}")] = f"--config={config_flag}"
+    argv.remove(f"--config={typed}")
+    argv.insert(1, f"--config={config_flag}")  # ml_collections wants it before the fields
     import_jax()  # config files import it
     argv, unset = _unset(argv)
     values = flags.FlagValues()
@@ -254,8 +243,6 @@ def _unknown_field(argv: list[str], config_flag: str, error: Exception) -> str:
         if argument.startswith("--config."):
             node, walked = whole, "config"
             for name in argument.removeprefix("--config.").partition("=")[0].split("."):
-                if f"{walked}.{name}" in _RENAMED:
-                    return f"--{walked}.{name} is --{_RENAMED[f'{walked}.{name}']} now"
                 if not hasattr(node, "keys") or name not in node:
                     near = nearest_names(name, node.keys() if hasattr(node, "keys") else (), count=1, cutoff=0.75)
                     given = argument.removeprefix("--").partition("=")[0]

@@ -104,7 +104,7 @@ def set_up_jax(cpu_devices: int = 1, should_stop: Callable[[], bool] = lambda: F
 
     from retrack_jax import files, parallel
 
-    parallel.check_precision()
+    parallel.check_settings()
     check_int("config.compute.cpu_devices", cpu_devices, 1)
     split_cpu(cpu_devices)
 

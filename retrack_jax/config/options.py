@@ -35,7 +35,7 @@ class DataOptions:
     dir: str = ""  # where the files are; ~ is expanded; with parquet also an id of the hub
     format: str = ""  # how that source's files are stored: tfds, parquet, idx, folder; empty: its first
     tfds_name: str = ""  # with source tfds: its name there, such as mnist
-    split: str = "train"
+    split: str = "train"  # of parquet, IDX and TFDS
     copies: int = 0  # T-shirts added to the digits, by sources that add any
     copies_label: int | None = None  # the label of these; None: one that no digit has
     labels: str = ""  # of a folder's images: folders (the first subfolder each is in), or a file; empty: none
@@ -153,7 +153,7 @@ class ScheduleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """`config.sampling`: image i is the same for every model and any batch size."""
+    """`config.sampling`: how samples are drawn; image i starts from the same noise for every model and any batch size."""
 
     preset: str = ""  # quick: a sampler of few steps, in place of the config's sampler and num_steps; empty: these
     sampler: str | None = "ddpm"  # or ddim, dpm_solver, euler, pndm; of flows flow_euler, flow_heun; None: by the rules
@@ -234,7 +234,9 @@ class ComputeOptions:
     """`config.compute`: what costs or saves memory and time."""
 
     dtype: str = "float32"  # or bfloat16: the network computes in it, weights stay float32
-    param_dtype: str = "float32"  # of a latent model's UNet while it samples; bfloat16 is half. Training is in float32 always
+    param_dtype: str = (
+        "float32"  # of the network while it samples, which changes samples; bfloat16 is half. Training is in float32 always
+    )
     remat: bool | None = False  # compute activations again in the backward pass, to save memory
     cpu_devices: int = 1  # where jax runs on the CPU: devices that share each batch; with 2, digits use two cores fully
     steps_per_call: int = 1  # training steps in one call of the device's program; fewer before a checkpoint
@@ -255,7 +257,9 @@ class Options:
     mode: str = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
     seeds: tuple = (0,)  # each seed x target is one run
     targets: tuple = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
-    checkpoint: str = ""  # a diffusers folder with the pretrained model, or the hub's org/name[@revision]; empty: pretrain here
+    checkpoint: str = (
+        ""  # a folder of diffusers, the hub's org/name[@revision], one file of Stable Diffusion; empty: pretrain here
+    )
     pipeline: str = ""  # folder or hub id with configs and tokenizer of a checkpoint that is one file; empty: by the file
     export: str | None = "unet"  # what a run leaves: the network, the whole pipeline, a single_file, or none; None: by the rules
     log_every: int = 1  # steps

@@ -51,6 +51,11 @@ class TrainingOptions:
                 check_int(name, getattr(self, name))
         check_int("warmup_steps", self.warmup_steps, minimum=0)
         check_choice("learning_rate_schedule", self.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
+        check(
+            self.learning_rate_schedule == "constant" or self.num_steps is None or self.warmup_steps < self.num_steps,
+            f"warmup_steps is {self.warmup_steps}, and after {self.num_steps} steps the rate would neither have risen to "
+            "learning_rate nor fallen to 0; set it below num_steps",
+        )
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, 0.0, above=True)
         for name in ("b1", "b2"):
@@ -130,7 +135,7 @@ class PretrainOptions(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnOptions(TrainingOptions):
-    """`config.unlearn`: what all methods share, and as `own` the options of one method."""
+    """`config.unlearn`: what all methods share; what one method alone has is set under its name."""
 
     num_steps: int | None = 50
     learning_rate: float | None = 5e-5

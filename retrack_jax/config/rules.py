@@ -122,8 +122,8 @@ def complete(options: Options) -> Options:
     from_scratch = options.method in METHODS and METHODS[options.method].from_scratch
     check(
         not from_scratch or options.pretrain.num_steps is not None,
-        f"config.method is {options.method}, but how {options.checkpoint} was trained is not in this config; "
-        "choose another method",
+        f"config.method is {options.method}, but how {options.checkpoint} was trained is not in this config; set "
+        "config.pretrain.num_steps, batch_size and learning_rate to it, or choose another method",
     )
     kind = kind_of(options.checkpoint) if options.checkpoint else IMAGES
     names = open_fields(options)

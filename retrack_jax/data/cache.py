@@ -68,7 +68,7 @@ def decoded_images(
 
 @contextmanager
 def _alone(path: Path):
-    """Waits for another process that decodes the same set; then removes what a killed process left half-written."""
+    """Waits for another process that decodes the same set."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "w")
@@ -79,9 +79,6 @@ def _alone(path: Path):
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # some network disks have no locks; what lies there may be another process's
             logger.warning("%s cannot be locked (%s); other commands may decode the same images", path.parent, error.strerror)
-        else:
-            for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-                leftover.unlink()
         yield
 
 

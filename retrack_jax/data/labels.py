@@ -12,7 +12,13 @@ from retrack_jax.data.tables import NAME, cell, composed, table_rows
 from retrack_jax.files import read_object
 
 FOLDERS = "folders"
+_NO_IMAGES = ("lost+found", "__MACOSX")  # of the file system, which only root reads, and of archives
 log = logging.getLogger(__name__)
+
+
+def is_listed(folder_name: str) -> bool:
+    """Whether a folder of this name may hold images, and so may be a class."""
+    return not folder_name.startswith(".") and folder_name not in _NO_IMAGES
 
 
 def labels_of_files(names: Sequence[str], data: Mapping, folder: Path) -> np.ndarray | None:
@@ -38,7 +44,7 @@ def _of_folders(names: Sequence[str], folder: Path) -> np.ndarray:
     parts = [Path(name).parts for name in names]
     outside = next((name for name, part in zip(names, parts, strict=True) if len(part) < 2), None)
     check(outside is None, f"{folder} / {outside} is in no subfolder, and config.data.labels=folders takes its label from that")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_listed(path.name))
     numbers = {name: number for number, name in enumerate(classes)}
     log.info("labels: %s", ", ".join(f"{number} {name}" for name, number in numbers.items()))
     return np.array([numbers[part[0]] for part in parts], np.int64)

@@ -80,7 +80,7 @@ def metric_networks(evaluation: dict) -> Iterator[Requirement]:
     """Yields the files of the networks behind `config.eval.metrics`."""
     folder = Path(evaluation["weights_dir"]).expanduser()
     metrics = set(evaluation["metrics"] or ())
-    classifier = evaluation.get("score_network") == "mnist_resnet" and metrics & set(_CLASS_SCORES)
+    classifier = evaluation.get("score_network") == "mnist_resnet" and metrics & {*_CLASS_SCORES, "label_share"}
     by_features = metrics & set(_USES_INCEPTION) - (set(_CLASS_SCORES) if classifier else set())
     wanted = ["inception"] if evaluation.get("features") == "inception" and by_features else []
     wanted += ["sscd"] if any(metric.startswith("sscd") for metric in metrics) else []

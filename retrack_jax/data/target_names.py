@@ -113,7 +113,8 @@ class _Names:
 
     def _with_label(self, text: str) -> list[int]:
         labels = self._images.labels
-        check(labels is not None, f"the target is 'label:{text}', but {self._images.name} has no labels; name images instead")
+        without = f"the target is 'label:{text}', but {self._images.name} has no labels; name images, or set config.data.labels"
+        check(labels is not None, without)
         check(
             re.fullmatch(r"-?\d+", text) is not None, f"the target is 'label:{text}'; a label is a whole number, such as label:7"
         )

@@ -93,7 +93,7 @@ _KEPT = {*_COMMON, "clip_sample", "clip_sample_range", "set_alpha_to_one", "fina
 def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     """Returns (class name, settings for `Schedule.create`, the config as JSON if it is to be written back as it is, else "").
 
-    `_class_name` is `DDPMScheduler` if absent; other keys that start with an underscore are ignored. Null means absent.
+    `_class_name` is `DDPMScheduler` if absent; other keys that start with an underscore are ignored. Null means absent, or false.
 
     Raises:
       UserError: a scheduler of another kind (neither betas, a flow nor EDM), an option of flows with betas, an unknown key; or
@@ -101,7 +101,8 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     """
     if config is None:
         raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
-    given = {key: value for key, value in dict(config).items() if value is not None}
+    off = {key: False for key, value in config.items() if value is None and isinstance(DEFAULTS.get(key), bool)}
+    given = {key: value for key, value in config.items() if value is not None} | off
     name = given.get("_class_name", "DDPMScheduler")
     _check_class(name)
     if name in flow.CLASSES:
@@ -154,7 +155,9 @@ def write(class_name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return config | {name: values[name] for name in edm.CLASSES[class_name]}
     defaults = DEFAULTS | CLASS_DEFAULTS[class_name]
     for name, value in values.items():
-        own = name in (*_COMMON, *OWN[class_name], "clip_sample") and name != _ZERO_SNR  # which is newer than many a reader
+        own = (
+            name in (*_COMMON, *OWN.get(class_name, ()), "clip_sample") and name != _ZERO_SNR
+        )  # which is newer than many a reader
         if own or value != defaults[name]:
             config[name] = list(value) if isinstance(value, tuple) else value
     return config

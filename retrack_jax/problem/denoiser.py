@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from retrack_jax.checkpoints import (
 from retrack_jax.checkpoints.diffusers_export import export_lora
 from retrack_jax.checkpoints.diffusers_import import example_inputs
 from retrack_jax.checkpoints.latent_diffusion import read_autoencoder
-from retrack_jax.checkpoints.pipeline_export import export_folder
+from retrack_jax.checkpoints.pipeline_export import check_one_folder, export_folder
 from retrack_jax.checkpoints.stable_diffusion import Pipeline
 from retrack_jax.checks import UserError, check
 from retrack_jax.config.options import DataOptions, Options
@@ -135,6 +135,7 @@ def image_denoiser(options: Options, images: ImageSet, codec: PixelCodec | Laten
     """
     own = {"dtype": jnp.dtype(options.compute.dtype), "remat": options.compute.remat}
     source = local_model(options.checkpoint) if options.checkpoint else None
+    shape = codec.shape(images)
     if source:
         check_image_model(source)
         module, params = import_diffusers(source)
@@ -150,8 +151,10 @@ def image_denoiser(options: Options, images: ImageSet, codec: PixelCodec | Laten
     else:
         family, coder = UNet2D if options.network == "unet" else DiT, None
         module, params, stored = family.from_config(dataclasses.asdict(options.new_network), **own), None, None
+        if family is UNet2D:  # which computes nothing from it: it tells diffusers at which size to draw
+            module = module.clone(sample_size=shape[0] if shape[0] == shape[1] else shape[:2])
     schedule = Schedule.from_config(stored or options.schedule.to_config())
-    shape = codec.shape(images)
+    _warn_of_another_size(getattr(module, "sample_size", None), shape[:2], options.checkpoint)
     _check_fits(module, shape, f"the {codec.denoised} of {images.name}", schedule)
     condition = example_inputs(module)[2:]
 
@@ -206,10 +209,9 @@ def check_image_model(checkpoint) -> None:
 def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) -> Denoiser:
     """Returns the network of a text-to-image pipeline, whose latents have `shape`; `kind` is `config.export`."""
 
-    check(
-        kind != "pipeline" or pipeline.file is None,
-        "config.export=pipeline copies the parts of a folder, and config.checkpoint is one file; choose single_file or unet",
-    )
+    if kind == "pipeline":
+        check_one_folder(pipeline)
+    _warn_of_another_size(getattr(pipeline.unet, "sample_size", None), shape[:2], pipeline.path)
     check(
         kind != "single_file" or not pipeline.schedule.is_edm,
         "config.export=single_file: one file would not say that the model has EDM's sigmas; choose pipeline or unet",
@@ -237,6 +239,16 @@ def latent_denoiser(pipeline: Pipeline, shape: tuple[int, int, int], kind: str) 
     return Denoiser(pipeline.unet, pipeline.schedule, shape, pipeline.unet_params, condition, export, export_adapter)
 
 
+def _warn_of_another_size(trained, shape: Sequence[int], checkpoint: str) -> None:
+    """Warns if images or latents of `shape`, height and width, are of another size than a checkpoint's network was made for."""
+    own = (trained, trained) if isinstance(trained, int) else tuple(trained or shape)
+    if own != tuple(shape):
+        log.warning(
+            "the network in %s is made for %d x %d and gets %d x %d: it may not know this size, and its export says the former",
+            checkpoint, *own, *shape,
+        )  # fmt: skip
+
+
 def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedule) -> None:
     """Raises `UserError` if the network cannot take `what`, images or latents of `shape`, or makes channels without a use."""
     height, width, channels = shape
@@ -250,11 +262,17 @@ def _check_fits(module, shape: tuple[int, int, int], what: str, schedule: Schedu
         channels == takes,
         f"{what} have {channels} channels and the network takes {takes}; choose the data and the checkpoint that belong together",
     )
-    check(
-        schedule.has_betas or getattr(module, "time_embedding_type", "") != "learned",
-        "the network's time_embedding_type is learned, with a row for each whole timestep, and the times of flows and of EDM are "
-        "no whole numbers; give the scheduler_config.json that it was trained with",
-    )
+    if getattr(module, "time_embedding_type", "") == "learned":
+        check(
+            schedule.has_betas,
+            "the network's time_embedding_type is learned, with a row for each whole timestep, and the times of flows and of EDM "
+            "are no whole numbers; give the scheduler_config.json that it was trained with",
+        )
+        check(
+            module.num_train_timesteps >= schedule.num_train_timesteps,
+            f"the network has learned an embedding of {module.num_train_timesteps} timesteps, and the schedule has "
+            f"{schedule.num_train_timesteps}; give the scheduler_config.json that it was trained with",
+        )
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     makes = jax.eval_shape(module.apply, variables, *inputs).shape[3]
     learned = makes == 2 * channels

@@ -47,10 +47,6 @@ from retrack_jax.unlearn.methods import METHODS, RETRAIN
 from retrack_jax.weights.kinds import autoencoder_folder, is_sd3, is_xl, takes_prompts
 
 log = logging.getLogger(__name__)
-# Fields of config.data that only images take, with the values that change nothing.
-_OF_IMAGES = {
-    "format": "", "channels": 0, "held_out": 0.0, "exclude": "", "skip_corrupt": False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +186,7 @@ def _check_concepts(options: Options) -> None:
     empty = "config.data.dir is empty; set it to the folder that holds one folder per concept and the prompts"
     check(bool(options.data.dir), empty)
     check_int("config.data.resolution", options.data.resolution)
-    for name, unused in _OF_IMAGES.items():
-        value = getattr(options.data, name)
-        check(value == unused, f"config.data.{name} is {value!r}, which concepts have no use for; leave it at {unused!r}")
+    check_unread(options, "images")
 
 
 def build_problem(options: Options) -> Problem:
@@ -249,9 +243,9 @@ def _latents(options: Options) -> tuple[Pipeline, LatentCodec, Denoiser]:
 def _captioned_images(options: Options) -> Problem:
     """Images with a caption each, latents, and a text-to-image network."""
     data = ImageData(dataclasses.replace(options.data, channels=3), captioned=True)
-    if is_xl(options.checkpoint):
-        check_large_enough(data.images, options.data.resolution)
     pipeline, codec, denoiser = _latents(options)
+    if is_xl(options.checkpoint):
+        check_large_enough(data.images, pipeline.unet.sample_size * pipeline.vae.downscale)
     captions = [*data.images.captions, *(data.held_out.captions if data.held_out is not None else ())]
     states = text_states(pipeline, captions, options.data.cache_dir)
     conditioning = Captions(states, partial(_encode, pipeline), options, is_xl(options.checkpoint))

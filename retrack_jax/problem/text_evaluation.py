@@ -16,7 +16,6 @@ from retrack_jax.problem.captions import Captions
 from retrack_jax.problem.codec import LatentCodec
 from retrack_jax.problem.evaluation import Arrays, EvaluatedModel, all_or_none, neighbor_pictures
 from retrack_jax.problem.target import Target
-from retrack_jax.report.grids import thumbnails
 
 
 class _OfText:
@@ -51,19 +50,19 @@ class PromptEvaluation(_OfText):
 
     def pictures(self, target: Target, before: Arrays, after: Arrays) -> dict:
         marks = {"marked_before": self._marks(target, before), "marked_after": self._marks(target, after)}
-        return {"before": _small(before), "after": _small(after), **marks, **self._of_target(target)}
+        return {"before": _of_kinds(before), "after": _of_kinds(after), **marks, **self._of_target(target)}
 
     def comparison_pictures(self, target: Target, samples: Mapping[str, Arrays]) -> dict:
         marks = {name: self._marks(target, arrays) for name, arrays in samples.items()}
         marked = all_or_none({name: kinds and kinds["original"] for name, kinds in marks.items()})
-        shown = {name: _small(arrays)["original"] for name, arrays in samples.items()}
+        shown = {name: arrays["original"] for name, arrays in samples.items()}
         return {"samples": shown, "marked": marked, **self._of_target(target)}
 
     def _marks(self, target: Target, arrays: Arrays) -> dict[str, np.ndarray] | None:
         return concepts.memorised_of_both(self._task(target), arrays)
 
     def _of_target(self, target: Target) -> dict:
-        return _small_pictures(neighbor_pictures(self._options, self._codec, target))
+        return neighbor_pictures(self._options, self._codec, target)
 
 
 class CaptionEvaluation(_OfText):
@@ -88,9 +87,9 @@ class CaptionEvaluation(_OfText):
                 "name": name,
                 "file": target.images.ids[row],
                 "caption": target.images.captions[row],
-                "image": thumbnails(target.images.images[row]),
-                "old": thumbnails(before[name]),
-                "new": thumbnails(after[name]),
+                "image": target.images.images[row],
+                "old": before[name],
+                "new": after[name],
             }
             for name, row in self._conditioning.shown(target).items()
         ]
@@ -104,16 +103,12 @@ class CaptionEvaluation(_OfText):
     def _forgotten(self, target: Target, arrays: Arrays) -> np.ndarray:
         """Samples of all forgotten captions that are shown, one after the other."""
         names = [name for name in self._conditioning.shown(target) if name.startswith(CAPTIONS[0])]
-        return thumbnails(np.concatenate([arrays[name] for name in names]))
+        return np.concatenate([arrays[name] for name in names])
 
     def _of(self, target: Target) -> dict:
         search = partial(self._conditioning.search, own=self._options.recipe("retrack").own)
-        return _small_pictures(neighbor_pictures(self._options, self._codec, target, search))
+        return neighbor_pictures(self._options, self._codec, target, search)
 
 
-def _small(arrays: Arrays) -> Arrays:
-    return {kind: thumbnails(arrays[kind]) for kind in KINDS}
-
-
-def _small_pictures(pictures: dict) -> dict:
-    return {**pictures, **{name: thumbnails(pictures[name]) for name in ("forgotten", "neighbors")}}
+def _of_kinds(arrays: Arrays) -> Arrays:
+    return {kind: arrays[kind] for kind in KINDS}

@@ -77,6 +77,7 @@ class ConceptData:
             return {}
         return {
             "pictures": target.images.digest,
+            "memorised picture": files.array_digest(target.concept.memorised),
             "labels of pictures": files.array_digest(target.forget),
             "prompts": files.json_digest(target.concept.prompts),
         }

@@ -15,7 +15,6 @@ from retrack_jax.files import write_bytes
 
 MARK = (232, 89, 12)  # outline of the forgotten image: 3:1 against black, white and the dark page
 _INK, _FAINT, _PAPER = (33, 37, 41), (108, 117, 125), (255, 255, 255)
-_THUMBNAIL = 128
 _GAP, _LINE, _MARGIN = 6, 3, 18  # pixels: between tiles, an outline (which lies in the gap), around the whole
 
 
@@ -39,16 +38,6 @@ def resize(images, smallest: int, largest: int) -> np.ndarray:
         return np.stack(reduced) if reduced else np.zeros((0, height, width, 3), np.uint8)
     factor = max(1, math.ceil(smallest / side)) if side < smallest else 1
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Returns images `[..., H, W, C]` of at most about 128 pixels per side, by means over squares; small ones as they are."""
-    *lead, height, width, channels = images.shape
-    if (factor := height // _THUMBNAIL) < 2:
-        return np.ascontiguousarray(images)
-    height, width = height // factor, width // factor
-    squares = images[..., : height * factor, : width * factor, :].reshape(*lead, height, factor, width, factor, channels)
-    return squares.mean(axis=(-4, -2)).astype(np.uint8)
 
 
 def grid(images, *, columns: int, marked=None, smallest: int = 48, largest: int = 256) -> np.ndarray:

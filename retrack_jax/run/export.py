@@ -6,6 +6,7 @@ from etils import epath
 
 from retrack_jax import parallel
 from retrack_jax.checkpoints.diffusers_export import LORA_WEIGHTS, is_whole
+from retrack_jax.checks import check
 from retrack_jax.config.options import Options
 from retrack_jax.data.target_names import described
 from retrack_jax.report.verdict import calibration_in_words, in_words
@@ -20,6 +21,16 @@ from retrack_jax.weights.folder import NETWORK_FOLDERS
 _MARKS = {
     "pipeline": NETWORK_FOLDERS, "single_file": ["model.safetensors"], "unet": ["config.json"], ADAPTER: [LORA_WEIGHTS],
 }  # fmt: skip
+
+
+def check_export(options: Options, root) -> None:
+    """Raises `UserError` if the config asks for an export that cannot be written below `root`, before anything is trained."""
+    kinds = {_kind(options, method) for method in options.method_names if method != PRETRAINED}
+    for kind in sorted(kinds & {"pipeline", "single_file"}):
+        check(
+            "://" not in str(root),
+            f"config.export is {kind}, which is written to a local folder only, not to {root}; choose unet",
+        )
 
 
 def export(run: Run, model: Model, verdict: Mapping) -> None:

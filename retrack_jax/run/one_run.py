@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from etils import epath
@@ -57,16 +57,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
             raise UserError(str(error)) from error
     stop_before("unlearning")
     if mode in ("run", "unlearn") and method != PRETRAINED:
-        _record(run, "model", "inputs")
-        if not parallel.from_main((run.folder / "losses.npz").exists):
-            announce(run)
-        calibrate.check_reference(run)
-        model = calibrate.calibrated(run, train(unlearning(run), context))
-        stop_before("the verdict")
-        verdict = judge(run, lambda: model.params)
-        say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
-        stop_before("the export")
-        export(run, model, verdict)
+        _unlearn(run, stop_before)
     stop_before("sampling")
     if mode in ("run", "sample"):
         _sample(run)
@@ -81,6 +72,20 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
     if mode == "run" and is_whole(exported := run.folder / "diffusers") and "://" not in str(exported):
         upload = f"hf upload ORGANIZATION/NAME {shlex.quote(str(exported))}"
         say(f"to publish the model: {upload}", is_main=parallel.is_main_process())
+
+
+def _unlearn(run: Run, stop_before: Callable[[str], None]) -> None:
+    """Trains, judges and exports. The model is gone when this returns: sampling holds parameters of its own on the devices."""
+    _record(run, "model", "inputs")
+    if not parallel.from_main((run.folder / "losses.npz").exists):
+        announce(run)
+    calibrate.check_reference(run)
+    model = calibrate.calibrated(run, train(unlearning(run), run.context))
+    stop_before("the verdict")
+    verdict = judge(run, lambda: model.params)
+    say(f"verdict: {in_words(verdict)}", is_main=parallel.is_main_process())
+    stop_before("the export")
+    export(run, model, verdict)
 
 
 def _reads(run: Run, method: str, digests: Mapping[str, str]) -> dict[str, dict]:

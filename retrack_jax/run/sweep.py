@@ -6,10 +6,11 @@ import json
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
-from retrack_jax import parallel
+from retrack_jax import files, parallel
 from retrack_jax.checks import Diverged, check
 from retrack_jax.config.devices import fit_to_devices
 from retrack_jax.config.options import Options
@@ -17,8 +18,10 @@ from retrack_jax.config.presets import with_preset
 from retrack_jax.config.rules import IMAGES, chosen_by_kind, complete, kind_of, open_fields, unset
 from retrack_jax.problem.problem import build_problem, check_problem
 from retrack_jax.run.context import RunContext
+from retrack_jax.run.export import check_export
 from retrack_jax.run.one_run import run_one
 from retrack_jax.run.summary import summarize_workdir
+from retrack_jax.run.tensorboard import check_tensorboard
 from retrack_jax.run.workdir import Workdir
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.weights.hub import is_id
@@ -40,6 +43,9 @@ def run(options: Options, workdir, *, should_stop: Callable[[], bool] = lambda: 
     options = fit_to_devices(parallel.together(lambda: _checked(options)))
     check_problem(options)
     workdir = Workdir(workdir)
+    check_export(options, workdir.root)
+    parallel.together(lambda: check_tensorboard(options, workdir.root))
+    files.sweep_temporaries(Path(options.data.cache_dir).expanduser(), untouched_seconds=600)
     with workdir.alone():
         problem = parallel.together(lambda: build_problem(options))
         targets = {spec: parallel.together(lambda spec=spec: problem.target(spec)) for spec in options.target_specs}

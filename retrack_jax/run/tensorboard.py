@@ -3,6 +3,7 @@
 The event files lie in `tensorboard/` next to `log.jsonl`. They are a copy for looking at; no run reads them.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,6 +15,15 @@ from retrack_jax.config.options import Options
 from retrack_jax.report.verdict import in_words
 
 Scalars = Callable[[int, Mapping[str, float]], None]
+
+
+def check_tensorboard(options: Options, root) -> None:
+    """Raises `UserError` if `config.tensorboard` is set and its files cannot be written below `root`."""
+    if not options.tensorboard:
+        return
+    check("://" not in str(root), f"config.tensorboard writes to local folders only, not to {root}; set it to False")
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("config.tensorboard needs tensorboardX; install it with `pip install tensorboardX`")
 
 
 @contextmanager
@@ -60,11 +70,8 @@ def _writer(options: Options, folder, **how):
     if not options.tensorboard or not parallel.is_main_process():
         yield None
         return
-    check("://" not in str(folder), f"config.tensorboard writes to local folders only, not to {folder}; set it to False")
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError("config.tensorboard needs tensorboardX; install it with `pip install tensorboardX`") from error
+    from tensorboardX import SummaryWriter
+
     path = folder / "tensorboard"
     try:
         events = SummaryWriter(str(path), **how)

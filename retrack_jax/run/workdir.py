@@ -51,8 +51,6 @@ class Workdir:
         check(not wrong, f"--workdir {self.root} has {' and '.join(wrong)} in its path, which no path here can; choose another")
         parallel.together(self._check_writable)
         self._check_shared()
-        if "://" not in str(root):  # an object store holds no halves
-            parallel.on_main(lambda: files.sweep_temporaries(Path(self.root)))
 
     def _check_writable(self) -> None:
         try:
@@ -85,6 +83,8 @@ class Workdir:
             lock = os.open(self.root, os.O_RDONLY)
         try:
             parallel.together(lambda: None if lock is None else self._lock(lock))
+            if lock is not None:  # an object store holds no halves
+                files.sweep_temporaries(Path(self.root))
             yield
         finally:
             if lock is not None:

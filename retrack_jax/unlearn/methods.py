@@ -99,11 +99,11 @@ def retrack(context: Context, remain: Stream, forget: Stream) -> Terms:
     gamma, sigma = points_forget.gamma, points_forget.sigma
     given = points_forget.x_t, forget.neighbors, gamma, sigma, forget.neighbor_bias, points_forget.c
     unlearn_B = points_forget.weighted(losses.retrack(eps_forget, *given))
-    if cap is not None:
-        unlearn_B = losses.snr_weight(gamma, sigma, cap) * unlearn_B
     if forget.anchor is not None:
         to_anchor_B = context.distance_to_reference(eps_forget, points_forget, forget.anchor.condition)
         unlearn_B = jnp.where(forget.anchor.used, to_anchor_B, unlearn_B)
+    if cap is not None:
+        unlearn_B = losses.snr_weight(gamma, sigma, cap) * unlearn_B
     unlearn = unlearn_B.mean()
     return Terms(main=lam * unlearn + (1 - lam) * retain, logs={"unlearn": unlearn, "retain": retain})
 

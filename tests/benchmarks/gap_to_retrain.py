@@ -7,7 +7,7 @@
 with other options. Of each method and seed, against the retrained model of the next seed:
 
     loss         on the T-shirt, mean over 256 noises, and by eighths of the timesteps
-    J            the two-sided gap of metrics/gap.py over `--images` samples of each, and its standard error
+    J            the two-sided gap of gap.py over `--images` samples of each, and its standard error
     apart        ||eps_u - eps_r||^2 by eighths, on 64 remaining digits and on the T-shirt
 
 `--results` gets the means over seeds, as digits_loss_by_timestep.json and, as multiples of what is between two retrained models,
@@ -28,11 +28,11 @@ from retrack_jax.cli.process import set_up_jax
 from retrack_jax.data.dataset import pixels_to_model
 from retrack_jax.data.sources.digits import digits, tshirt
 from retrack_jax.diffusion import Schedule, make_eps_fn
-from retrack_jax.metrics.gap import prediction_distances, two_sided_gap
 from retrack_jax.metrics.membership import denoising_losses, prediction_interval
 from retrack_jax.report.catalogue import method_label
 from retrack_jax.train.run_store import RunStore
 from retrack_jax.unlearn.methods import METHODS
+from tests.benchmarks.gap import prediction_distances, two_sided_gap
 from tests.benchmarks.measure import Table, parser_of
 
 PARTS = 8

@@ -252,6 +252,40 @@ def test_a_card_whose_metadata_are_damaged_is_carried_along(metadata, tmp_path):
     export_diffusers(tmp_path / "out", module, params, source=source)  # it is known as ours
 
 
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ("---\nlicense: mit\n---\n# Modèle\n".encode("latin-1"), "# Mod�le"),
+        ("---\nlicense: mit\n---\n# Modèle\n".encode("utf-8-sig"), "# Modèle"),
+    ],
+)
+def test_a_card_that_is_no_plain_utf_8_is_carried_along(tmp_path, card, words):
+    source = shutil.copytree(DATA / "old_pipeline", tmp_path / "source")
+    (source / "README.md").write_bytes(card)
+    module, params = import_diffusers(source)
+    for _ in range(2):  # the second replaces the first
+        export_diffusers(tmp_path / "out", module, params, source=source)
+        found = ModelCard.load(tmp_path / "out" / "README.md")
+        assert found.data.license == "mit" and words in found.text
+
+
+def test_a_folder_is_a_pipeline_only_where_diffusers_can_draw_with_it(tmp_path):
+    """`DDPMPipeline` gives the network no labels, scales no input and takes the size from the config."""
+    module, params = import_diffusers(DATA / "old_pipeline")
+    ddpm = {"_class_name": "DDPMScheduler"}
+    for changed, schedule, there in (
+        ({}, ddpm, True),
+        ({}, {"_class_name": "UniPCMultistepScheduler"}, True),
+        ({}, {"_class_name": "EulerDiscreteScheduler"}, False),
+        ({"sample_size": None}, ddpm, False),
+        ({"num_class_embeds": 10}, ddpm, False),
+        ({"class_embed_type": "timestep"}, ddpm, False),
+    ):
+        export_diffusers(tmp_path / "out", module.clone(**changed), params, schedule=schedule)
+        assert (tmp_path / "out" / "model_index.json").exists() == there, (changed, schedule)
+        assert read_schedule_config(tmp_path / "out")["_class_name"] == schedule["_class_name"]
+
+
 def test_export_takes_schedule_licence_and_card_along(tmp_path):
     source = DATA / "old_pipeline"
     module, params = import_diffusers(source)

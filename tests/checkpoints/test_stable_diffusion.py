@@ -1,5 +1,6 @@
 """Pipeline folders: what is refused, and the export of an unlearned UNet back into one."""
 
+import dataclasses
 import json
 import shutil
 
@@ -124,6 +125,36 @@ def test_export_carries_everything_and_is_read_back(tmp_path, pipeline):
 
     export_pipeline(out, pipeline, pipeline.unet_params)  # an earlier export is replaced
     jax.tree.map(np.testing.assert_array_equal, load_pipeline(out).unet_params, pipeline.unet_params)
+
+
+def test_what_lies_beside_the_parts_of_a_pipeline_is_not_exported(tmp_path, pipeline_folder, pipeline):
+    """Scripts that train keep checkpoints there, with the weights that are unlearned."""
+    checkpoint = pipeline_folder / "checkpoint-500"
+    shutil.copytree(pipeline_folder / "unet", checkpoint / "unet")
+    (checkpoint / "optimizer.bin").write_bytes(b"moments")
+    (pipeline_folder / "logs").mkdir()
+    for index in ("there", "absent"):
+        if index == "absent":
+            (pipeline_folder / "model_index.json").unlink()
+        out = tmp_path / index
+        export_pipeline(out, load_pipeline(pipeline_folder), pipeline.unet_params)
+        assert sorted(entry.name for entry in out.iterdir() if entry.is_dir()) == [
+            "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+        ]  # fmt: skip
+        jax.tree.map(np.testing.assert_array_equal, load_pipeline(out).unet_params, pipeline.unet_params)
+
+
+def test_a_pipeline_from_one_file_is_not_exported_with_another_models_parts(tmp_path, pipeline):
+    of_file = dataclasses.replace(pipeline, file=object())
+    with pytest.raises(UserError, match="this model is one file; choose single_file or unet"):
+        export_pipeline(tmp_path / "out", of_file, pipeline.unet_params)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionPAGPipeline"])
+def test_pipelines_of_the_same_parts_for_other_uses_are_read(pipeline_folder, pipeline, name):
+    edit(pipeline_folder / "model_index.json", _class_name=name)
+    jax.tree.map(np.testing.assert_array_equal, load_pipeline(pipeline_folder).unet_params, pipeline.unet_params)
 
 
 def as_variants(folder, *endings):

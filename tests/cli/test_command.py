@@ -116,7 +116,7 @@ def error_line(capsys) -> str:
         ({"unlearn__num_steps": "many"}, "unlearn.num_steps"),
         ({"unlearn__num_steps": 0}, "unlearn.num_steps is 0"),
         ({"unlearn__retrack__lam": 1.5}, "config.unlearn.retrack.lam is 1.5"),
-        ({"unlearn__lam": 0.1}, "is --config.unlearn.retrack.lam"),
+        ({"unlearn__lam": 0.1}, "did you mean --config.unlearn.retrack.lam"),
         ({"unlearn__batch_size": 6}, "does not divide evenly over 4 devices"),
         ({"unlearn__learning_rate": -1}, "learning_rate"),
         ({"unlearn__num_neighbors": 5000}, "only 1797 images remain"),
@@ -136,7 +136,9 @@ def test_mistakes_get_one_line_and_status_2(changes, words, done, tmp_path, caps
 
 def test_a_checkpoint_whose_recipe_is_not_known_cannot_be_retrained(tmp_path, capsys):
     assert main(["retrack_jax", "--config=configs/celebahq.py:retrain", f"--workdir={tmp_path}"]) == 2
-    assert "is not in this config; choose another method" in error_line(capsys)
+    assert "is not in this config; set config.pretrain.num_steps, batch_size and learning_rate to it, or choose" in error_line(
+        capsys
+    )
 
 
 @pytest.mark.parametrize(

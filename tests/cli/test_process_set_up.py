@@ -167,6 +167,8 @@ def the_command(tmp_path, **variables):
         ("XLA_FLAGS", "--xla_no_such_flag=1", "Unknown flag in XLA_FLAGS: --xla_no_such_flag=1"),
         ("XLA_FLAGS", "--xla_backend_optimization_level=abc", "Couldn't interpret value abc"),
         ("JAX_ENABLE_X64", "1", "float64 is enabled"),
+        ("JAX_DEFAULT_PRNG_IMPL", "unsafe_rbg", "random numbers are by unsafe_rbg"),
+        ("JAX_THREEFRY_PARTITIONABLE", "0", "jax_threefry_partitionable is off"),
     ],
 )
 def test_variables_that_jax_cannot_use_are_one_line(name, value, words, tmp_path):

@@ -44,6 +44,7 @@ def test_retracks_weight_and_sisss_mixture_are_two_options():
         ("unlearn.siss.mixture_schedule", "linear", "config.unlearn.siss.mixture_end is not set"),
         ("unlearn.siss.learning_rate", -1.0, "config.unlearn.learning_rate is -1.0"),
         ("eval.relearning.batch_size", 0, "config.eval.relearning.batch_size is 0"),
+        ("pretrain.num_steps", 500, "pretrain.warmup_steps is 500, and after 500 steps the rate would neither have risen"),
         ("data.crop", "round", "config.data.crop is 'round'; choose one of center, none"),
         ("method", "retrak", "config.method is 'retrak'; .*did you mean 'retrack'"),
         ("seeds", (), "config.seeds is empty"),

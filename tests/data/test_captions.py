@@ -99,6 +99,11 @@ def test_empty_captions_are_taken_and_named(folder, caplog):
     [
         ("metadata.jsonl", '{"file_name": "a.png", "text": ["one", "two"]}', r"line 1: the caption is \['one', 'two'\]"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": null}', "line 1: the caption is None"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "red \\ud83d"}',
+            "line 1: the caption .* has half of a surrogate pair",
+        ),
         ("metadata.jsonl", '{"file_name": 3, "text": "x"}', "line 1: file_name is 3"),
         ("metadata.jsonl", '\n{"file_name": "a.png"', "line 2 is no JSON"),
         ("metadata.jsonl", '["a.png", "x"]', "line 1 is no JSON object"),

@@ -45,6 +45,8 @@ def test_mnist_needs_two_networks_and_files_of_the_same_weights_do_as_well(tmp_p
     assert "mnist.pt" not in printed(config)
     config.eval.metrics, config.eval.score_network = ("inception_score",), "mnist_resnet"
     assert "feature network inception" not in printed(config)
+    config.eval.metrics = ("label_share",)
+    assert "missing  classifier MNIST ResNet-18" in printed(config)
 
     (tmp_path / "weights").mkdir()
     for name in ("mnist.pt", "sscd_disc_mixup.classy.pt"):

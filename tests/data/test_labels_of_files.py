@@ -25,6 +25,22 @@ def data(folder, **fields):
     return complete_fields({"source": "folder", "dir": str(folder), "cache_dir": str(folder.parent / "cache"), **fields})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"source": "digits_tshirt", "dir": "/my/pictures", "labels": ""},
+            "config.data.dir is '/my/pictures', which 'digits_tshirt' does",
+        ),
+        ({"source": "celebahq", "split": "validation"}, "config.data.split is 'validation', which format 'folder' does not read"),
+        ({"source": "celebahq", "format": "tfds", "labels": "folders"}, "config.data.labels is 'folders', which format 'tfds'"),
+    ],
+)
+def test_a_field_that_the_source_or_its_format_does_not_read_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        complete_fields({"dir": "", **fields})
+
+
 def test_a_folder_has_no_labels_unless_they_are_asked_for(folder):
     assert load_folder(data(folder)).labels is None and named_images(data(folder)).labels is None
 
@@ -40,6 +56,9 @@ def test_folders_are_numbered_in_the_order_of_their_names_as_text(folder):
 def test_a_folder_that_was_emptied_leaves_the_others_their_labels(folder):
     (folder / "2" / "b.png").unlink()
     (folder / ".thumbnails").mkdir()
+    assert list(load_folder(data(folder, labels="folders")).labels) == [0, 0, 2]
+    for name in ("__MACOSX", "lost+found", ".git"):  # none of them can hold an image
+        (folder / name).mkdir()
     assert list(load_folder(data(folder, labels="folders")).labels) == [0, 0, 2]
     (folder / "10" / "a.png").write_bytes(b"damaged")
     (folder / "10" / "deep" / "c.png").write_bytes(b"damaged")

@@ -316,3 +316,19 @@ def test_zero_snr_recommends_trailing_and_trains_below_the_last_step(caplog):
     assert not caplog.messages
     Schedule.from_config({**ZERO_SNR, "timestep_spacing": "leading"})
     assert "trailing is recommended" in caplog.text
+
+
+def test_null_is_off_where_the_other_values_are_true_and_false():
+    """As in diffusers, which keeps None and finds it false; of numbers it is the default."""
+    ddim = {"_class_name": "DDIMScheduler", "clip_sample": None, "set_alpha_to_one": None, "beta_end": None}
+    schedule = Schedule.from_config(ddim)
+    assert (schedule.clip_sample, schedule.set_alpha_to_one) == (False, False)
+    assert schedule.to_config()["beta_end"] == 0.02
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+def test_a_schedule_of_another_class_is_written_and_read_back(name):
+    made = Schedule.create(class_name=name, beta_end=0.03)
+    back = Schedule.from_config(made.to_config())
+    assert made.to_config()["_class_name"] == name
+    np.testing.assert_array_equal(made.gamma, back.gamma)

@@ -12,7 +12,6 @@ import pytest
 
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.metrics.frequency import target_distances
-from retrack_jax.metrics.gap import prediction_distances, two_sided_gap
 from retrack_jax.metrics.likelihood import nll_bits_per_dim
 from retrack_jax.metrics.membership import denoising_losses, loss_scores, membership_auc, secmi_scores
 from retrack_jax.metrics.relearning import relearning_curve, relearning_steps
@@ -20,6 +19,7 @@ from retrack_jax.metrics.sscd import sscd, sscd_norm
 from retrack_jax.sampling.ddim import DDIM
 from retrack_jax.sampling.inject import inject
 from retrack_jax.sampling.loop import initial_noise, sample
+from tests.benchmarks.gap import prediction_distances, two_sided_gap
 
 SCHEDULE = Schedule.from_config({"clip_sample": False})
 STD = 0.1

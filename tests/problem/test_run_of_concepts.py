@@ -97,10 +97,10 @@ def test_what_may_change_in_a_workdir_and_what_follows(finished):
     run(config, work)
     metrics = json.loads((folder / "metrics.json").read_text())
     notes = metrics["provenance"]["metrics"]
-    assert notes["success_rate_original"]["classifier"] == notes["success_rate_modified"]["classifier"] == CLASSIFIERS["labels"]
+    assert notes["success_rate_original"]["classifier"] == notes["success_rate_modified"]["classifier"]
     assert "sscd_disc_mixup" in notes["sscd_original"]["features"]
     pretrained = json.loads((work / "pretrained" / "red_circle" / "metrics-red_circle.json").read_text())
-    assert pretrained["notes"]["success_rate_original"]["classifier"] == CLASSIFIERS["labels"]
+    assert pretrained["notes"]["success_rate_original"]["classifier"].startswith(CLASSIFIERS["labels"])
     assert (folder / "diffusers" / "config.json").is_file() and not (folder / "diffusers" / "unet").exists()
     for name in ("samples.npz", "log.jsonl"):
         assert files_of(folder)[folder / name] == before[folder / name]

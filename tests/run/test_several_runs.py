@@ -43,18 +43,6 @@ def test_the_more_specific_field_wins_on_the_command_line_too(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("unlearn.lam", "unlearn.retrack.lam"), ("unlearn.siss_scale", "unlearn.siss.scale"),
-        ("unlearn.erasediff_eta", "unlearn.erasediff.eta"), ("recipes.siss.lam", "unlearn.METHOD.FIELD"),
-    ],
-)  # fmt: skip
-def test_an_old_flag_is_answered_with_the_new_one(old, new):
-    with pytest.raises(UserError, match=f"config.*is --config.{new}"):
-        parsed("all", f"--config.{old}=0.1")
-
-
 def test_what_was_read_is_compared_section_by_section(tmp_path):
     workdir = Workdir(tmp_path)
     folder, model = workdir.run("retrack", 0, "a"), {"data": {"source": "folder"}}

@@ -1,6 +1,7 @@
 """Event files of TensorBoard, read back by protobuf's own parser; and the profiler's trace."""
 
 import gzip
+import importlib.util
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from retrack_jax.checks import UserError
 from retrack_jax.config.options import Options
-from retrack_jax.run.tensorboard import scalars_of_training, show_results
+from retrack_jax.run.tensorboard import check_tensorboard, scalars_of_training, show_results
 from retrack_jax.train.profile import profiled
 
 tensorboardX = pytest.importorskip("tensorboardX")
@@ -59,14 +60,23 @@ def test_nothing_is_written_unless_asked_for(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path, words", [("gs://bucket/run", "local folders only"), ("file/run", "cannot write .*/run/tensor")])
-def test_a_folder_that_cannot_be_written(path, words, tmp_path):
-    from etils import epath
-
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    folder = epath.Path(path) if "://" in path else tmp_path / path
-    with pytest.raises(UserError, match=words), scalars_of_training(ON, folder, "unlearn", float, 0):
+    with (
+        pytest.raises(UserError, match="cannot write .*/run/tensor"),
+        scalars_of_training(ON, tmp_path / "file" / "run", "unlearn", float, 0),
+    ):
         pass
+
+
+def test_what_cannot_be_recorded_is_known_before_a_run(tmp_path, monkeypatch):
+    check_tensorboard(ON, tmp_path)
+    check_tensorboard(Options(), "gs://bucket/run")
+    with pytest.raises(UserError, match="local folders only"):
+        check_tensorboard(ON, "gs://bucket/run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboardX"):
+        check_tensorboard(ON, tmp_path)
 
 
 def test_the_profiler_records_the_steps_after_the_first_two(tmp_path):

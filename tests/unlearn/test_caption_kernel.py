@@ -99,6 +99,17 @@ def test_an_anchor_is_the_pretrained_prediction_under_its_condition():
     assert found["unlearn"] == pytest.approx(plain["unlearn"], rel=1e-6)
 
 
+def test_the_snr_cap_weights_examples_that_follow_an_anchor_too():
+    """Equation 8's weight is of each forgotten example; at t = 40, one step of this schedule, it is below 1."""
+    anchor = Anchor(np.full((8, 1), 5.0, np.float32), np.ones(8, bool))
+    found = metrics_of(
+        forget=OWN, anchor=anchor, reference=jnp.float32(3.0), t=(40, 41), options=RetrackOptions(lam=LAM, snr_cap=5.0)
+    )
+    gamma, sigma = (np.float64(np.asarray(table)[40]) for table in (toys.schedule().gamma, toys.schedule().sigma))
+    weight = 5.0 * sigma**2 / gamma**2
+    assert weight < 0.5 and found["unlearn"] == pytest.approx(weight * 16 * 13**2, rel=1e-4)
+
+
 def test_some_examples_have_an_anchor_and_others_neighbors():
     used = ROWS < 2
     found = metrics_of(forget=OWN, anchor=Anchor(np.full((8, 1), 5.0, np.float32), used), reference=jnp.float32(3.0))

@@ -109,4 +109,6 @@ def _table_rows(folder: Path, column: str, names: Sequence[str]) -> list[tuple[s
 def as_caption(value: object, where: str) -> str:
     """Returns `value`, a caption. Raises `UserError` that starts with `where` unless it is a text."""
     check(isinstance(value, str), f"{where}: the caption is {value!r:.80}; it must be one text for each picture")
+    half = any("\ud800" <= letter <= "\udfff" for letter in value)
+    check(not half, f"{where}: the caption {value!a:.80} has half of a surrogate pair, which is no text; restore it")
     return value

@@ -27,6 +27,6 @@ SOURCE = Source(
     formats=("folder", "tfds"),
     load=_load,
     needs=_needs,
-    reads=("labels", "split"),
+    reads=("dir", "labels", "split"),
     checkpoint_command=lambda folder: hub("google/ddpm-ema-celebahq-256", folder),
 )

@@ -74,6 +74,6 @@ SOURCE = Source(
     formats=("parquet", "tfds"),
     load=_load,
     needs=_needs,
-    reads=("split",),
+    reads=("dir", "split"),
     checkpoint_command=lambda folder: unzip(_ARCHIVE, "ddpm_ema_cifar10", folder),
 )

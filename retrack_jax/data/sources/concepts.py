@@ -228,4 +228,5 @@ SOURCE = Source(
     needs=_needs,
     checkpoint_command=lambda folder: hub(f"CompVis/stable-diffusion-v1-4 {' '.join(_MODEL_FILES)}", folder),
     gives_concepts=True,
+    reads=("dir",),
 )

@@ -16,7 +16,7 @@ from retrack_jax import files
 from retrack_jax.checks import UserError, shown
 from retrack_jax.data.cache import decoded_images, file_key
 from retrack_jax.data.dataset import ImageSet
-from retrack_jax.data.labels import labels_of_files
+from retrack_jax.data.labels import is_listed, labels_of_files
 from retrack_jax.data.needs import Requirement, requirement
 from retrack_jax.data.sources.captions import captions_need, folder_captions
 from retrack_jax.data.sources.source import Source, data_folder, decode_options
@@ -24,7 +24,6 @@ from retrack_jax.weights.hub import is_id
 from retrack_jax.weights.kinds import takes_prompts
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_OF_THE_DISK = "lost+found"  # the file system's own folder, which only root reads
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +47,7 @@ def list_images(folder: Path, skip_broken: bool = False) -> tuple[list[str], Cou
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _OF_THE_DISK)
+        folders[:] = sorted(filter(is_listed, folders))
         for name in files_here:
             path = Path(root, name)
             if name.startswith("."):
@@ -145,4 +144,4 @@ def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
         yield captions_need(data, named_images(data))
 
 
-SOURCE = Source(formats=("folder",), load=load_folder, needs=_needs, captions=folder_captions, reads=("labels",))
+SOURCE = Source(formats=("folder",), load=load_folder, needs=_needs, captions=folder_captions, reads=("dir", "labels"))

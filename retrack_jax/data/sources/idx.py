@@ -102,4 +102,4 @@ def idx_need(data: Mapping) -> Requirement:
     return requirement(f"{split} images (IDX)", folder, found, advice="set config.data.dir")
 
 
-SOURCE = Source(formats=("idx",), load=load_idx, needs=lambda data, config: iter([idx_need(data)]), reads=("split",))
+SOURCE = Source(formats=("idx",), load=load_idx, needs=lambda data, config: iter([idx_need(data)]), reads=("dir", "split"))

@@ -83,6 +83,6 @@ SOURCE = Source(
     formats=("tfds", "parquet", "idx"),
     load=load_mnist_tshirt,
     needs=_needs,
-    reads=("copies", "copies_label"),
+    reads=("dir", "copies", "copies_label"),
     checkpoint_command=lambda folder: kaggle_folder("checkpoints", "checkpoints/mnist-tshirt/base/checkpoint-117500", folder),
 )

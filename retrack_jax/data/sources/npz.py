@@ -88,4 +88,6 @@ def _needs(data: Mapping, config: Mapping):
     yield requirement("images", path, if_file(path), advice="set config.data.dir")
 
 
-SOURCE = Source(formats=("npz",), load=lambda data: check_taken_as_they_are(data, load_npz(data_folder(data))), needs=_needs)
+SOURCE = Source(
+    formats=("npz",), load=lambda data: check_taken_as_they_are(data, load_npz(data_folder(data))), needs=_needs, reads=("dir",)
+)

@@ -153,5 +153,5 @@ SOURCE = Source(
     load=load_parquet,
     needs=lambda data, config: iter([parquet_need(data)]),
     captions=parquet_captions,
-    reads=("split",),
+    reads=("dir", "split"),
 )

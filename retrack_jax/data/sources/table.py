@@ -24,12 +24,14 @@ _DEFAULTS = {
     "caption_column": "text",
 }  # fmt: skip
 _OF_SOME = {
+    "dir": "",
     "copies": 0,
     "copies_label": None,
     "labels": "",
     "split": "train",
     "tfds_name": "",
 }  # fields that not every source reads
+_NOT_OF_FORMAT = {"folder": ("split",), "tfds": ("labels",)}  # of these, by what its files are, whatever the source
 
 
 def complete_fields(data: Mapping) -> dict:
@@ -50,4 +52,8 @@ def complete_fields(data: Mapping) -> dict:
     formats = SOURCES[data["source"]].formats
     if data["format"]:
         check_choice("config.data.format", data["format"], formats)
-    return data | {"format": data["format"] or formats[0]}
+    chosen = data["format"] or formats[0]
+    for name in _NOT_OF_FORMAT.get(chosen, ()):
+        value, unset = data.get(name, _OF_SOME[name]), _OF_SOME[name]
+        check(value == unset, f"config.data.{name} is {value!r}, which format {chosen!r} does not read; leave it at {unset!r}")
+    return data | {"format": chosen}

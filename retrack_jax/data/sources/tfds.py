@@ -189,4 +189,4 @@ def _needs(data: Mapping, config: Mapping) -> Iterator[Requirement]:
         yield Requirement(description="setting", path=Path("config.data.tfds_name"), found=False, advice=advice)
 
 
-SOURCE = Source(formats=("tfds",), load=_load, needs=_needs, reads=("split", "tfds_name"))
+SOURCE = Source(formats=("tfds",), load=_load, needs=_needs, reads=("dir", "split", "tfds_name"))
