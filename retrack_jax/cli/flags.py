@@ -119,7 +119,11 @@ def _quoted(argument: str) -> str:
 
 
 def _tell_overridden(given: set[str], config) -> None:
-    """Prints a note if a shared option of the command line does not reach a method, because the config has one for it."""
+    """Prints a note if an option of the command line does not reach a method: the config has one for it, or it trains anew."""
+    from retrack_jax.unlearn.methods import RETRAIN
+
+    if config.method == RETRAIN and (unread := sorted(name for name in given if name.startswith("config.unlearn."))):
+        print(f"note: {RETRAIN} reads config.pretrain, and not --{', --'.join(unread)}", file=sys.stderr)
     for name in sorted(given):
         field = name.removeprefix("config.unlearn.")
         if name == f"config.unlearn.{field}" and "." not in field:

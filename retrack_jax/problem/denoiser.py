@@ -167,7 +167,12 @@ def image_denoiser(options: Options, images: ImageSet, codec: PixelCodec | Laten
         else:  # without a schedule: the folder would be a pipeline of pixels
             export_diffusers(path, module, params, source=source, note=note)
 
-    vectors = _label_vectors(condition[0].shape[1], options.data) if condition and condition[0].dtype != jnp.int32 else None
+    takes_vectors = bool(condition) and condition[0].dtype != jnp.int32
+    check(
+        takes_vectors or not options.data.label_vectors,
+        f"config.data.label_vectors is {options.data.label_vectors}, and the network takes no vectors; leave it out",
+    )
+    vectors = _label_vectors(condition[0].shape[1], options.data) if takes_vectors else None
     return Denoiser(module, schedule, shape, params, condition, export, label_vectors=vectors)
 
 

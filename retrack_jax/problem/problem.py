@@ -145,6 +145,10 @@ def check_problem(options: Options) -> None:
         whole = options.export != "pipeline" or autoencoder_folder(options.checkpoint) is not None
         check(whole, "config.export is pipeline, and a model of pixels has no more parts than its network; choose unet")
     check(
+        kind is not _captioned_images or options.data.channels in (0, 3),
+        f"config.data.channels is {options.data.channels}, and text-to-image networks take pictures in color; leave it out",
+    )
+    check(
         kind is not _captioned_images or options.export != "single_file" or not is_sd3(options.checkpoint),
         "config.export is single_file, which is not written for Stable Diffusion 3; choose unet or pipeline",
     )

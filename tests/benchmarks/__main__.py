@@ -1,4 +1,4 @@
-"""All benchmarks of the CPU in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks [--out FOLDER]`.
+"""All benchmarks of the CPU in one command: `make bench`, or `.venv-parity/bin/python -m tests.benchmarks`.
 
 Prints tables and writes them to docs/results, from which `make docs` puts them into docs/measurements/speed.md; writes plots to
 docs/images, and all numbers as one line of JSON to FOLDER/benchmarks_cpu.json. On a CPU it takes half an hour. Run it on
@@ -93,6 +93,7 @@ def main() -> None:
     parser.set_defaults(results=Path("docs/results"))
     parser.add_argument("--out", default="runs/benchmarks", metavar="FOLDER", type=Path)
     parser.add_argument("--images", default="docs/images", metavar="FOLDER", type=Path)
+    parser.add_argument("--steps", action="store_true", help="the training steps alone, a third of the time")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -101,6 +102,9 @@ def main() -> None:
     found["matrix_product"] = limit = rate["limit"]
     print(f"Matrix product: {limit / 1e9:.0f} GFLOP/s.", flush=True)
     found["steps"], *tables = steps(rate)
+    if arguments.steps:
+        tables[0].write(arguments.results, "python -m tests.benchmarks --steps")
+        return
     for name, (rows, table) in (("sampling", sampling(limit)), ("neighbors", searches(limit))):
         found[name] = rows
         tables.append(table)

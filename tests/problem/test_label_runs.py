@@ -96,6 +96,9 @@ def test_networks_that_embed_labels_otherwise(tmp_path, kind, capsys):
         assert "set config.data.label_vectors to an .npy file [labels, 32]" in error_of(capsys)
         np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(10, 32)))
         fields["data.label_vectors"] = tmp_path / "vectors.npy"
+    else:
+        assert run(tmp_path, **fields, **{"data.label_vectors": "vectors.npy"}) == 2
+        assert "config.data.label_vectors is vectors.npy, and the network takes no vectors" in error_of(capsys)
     assert run(tmp_path, **fields) == 0
     (exported,) = (tmp_path / "run" / "retrack").glob("*/diffusers")
     module, params = import_diffusers(exported)

@@ -43,6 +43,11 @@ def test_the_more_specific_field_wins_on_the_command_line_too(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_option_of_unlearning_is_no_option_of_retraining(capsys):
+    parsed("retrain", "--config.unlearn.num_steps=10", "--config.seeds=0")
+    assert "note: retrain reads config.pretrain, and not --config.unlearn.num_steps\n" in capsys.readouterr().err
+
+
 def test_what_was_read_is_compared_section_by_section(tmp_path):
     workdir = Workdir(tmp_path)
     folder, model = workdir.run("retrack", 0, "a"), {"data": {"source": "folder"}}
