@@ -95,7 +95,8 @@ def sweep_temporaries(root: Path, untouched_seconds: float = 0.0) -> None:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                    path.unlink()
 
 
 def _host() -> str:

@@ -73,7 +73,7 @@ def test_the_demos_model_and_images_are_practice_for_the_command_with_ones_own(t
     import practice_images
 
     demo, practice = tmp_path / "digits_tshirt", tmp_path / "practice"
-    few = ["--config.pretrain.num_steps=2", "--config.pretrain.warmup_steps=0", "--config.mode=pretrain"]
+    few = ["--config.pretrain.num_steps=2", "--config.mode=pretrain"]
     assert main(["retrack_jax", "--config=configs/digits_tshirt.py", f"--workdir={demo}", *few]) == 0
     practice_images.main(str(practice))
     assert len(list((practice / "images").iterdir())) == 1892

@@ -23,9 +23,9 @@ _HEADING = "## Exported by retrack_jax"
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _CONFIGS = ("config.json", *(f"{folder}/config.json" for folder in NETWORK_FOLDERS))
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_UNSCALED = {
-    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", *flow.CLASSES,
+_OF_DDPM_PIPELINE = {
+    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", *flow.CLASSES,
 }  # fmt: skip
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 _LORA = "This is an adapter (LoRA): load the base model in diffusers, then call `pipe.load_lora_weights` with this folder."
@@ -35,7 +35,8 @@ def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None
     """Writes `config.json`, the weights as safetensors and a model card; the folder appears whole or not at all.
 
     With a schedule, `scheduler/scheduler_config.json` is written too, and a `model_index.json` where `DDPMPipeline` can draw with
-    both: of a UNet2D without labels, at its `sample_size`, and a scheduler that does not scale what the network gets.
+    both: of a UNet2D without labels, at its `sample_size`, and a scheduler that takes the pipeline's calls and does not scale
+    what the network gets.
 
     Args:
       path: a folder that does not exist, is empty, or is an earlier export, which is replaced. May be a `gs://` address, where
@@ -60,7 +61,7 @@ def export_diffusers(path, module, params: PyTree, *, schedule=None, source=None
             config.get("_class_name") == "UNet2DModel"
             and not labels
             and config.get("sample_size")
-            and scheduler["_class_name"] in _UNSCALED
+            and scheduler["_class_name"] in _OF_DDPM_PIPELINE
         ):
             files["model_index.json"] = {
                 "_class_name": "DDPMPipeline",

@@ -234,9 +234,7 @@ class ComputeOptions:
     """`config.compute`: what costs or saves memory and time."""
 
     dtype: str = "float32"  # or bfloat16: the network computes in it, weights stay float32
-    param_dtype: str = (
-        "float32"  # of the network while it samples, which changes samples; bfloat16 is half. Training is in float32 always
-    )
+    param_dtype: str = "float32"  # of the network in sampling alone, which changes samples; bfloat16 takes half the memory
     remat: bool | None = False  # compute activations again in the backward pass, to save memory
     cpu_devices: int = 1  # where jax runs on the CPU: devices that share each batch; with 2, digits use two cores fully
     steps_per_call: int = 1  # training steps in one call of the device's program; fewer before a checkpoint
@@ -257,9 +255,7 @@ class Options:
     mode: str = "run"  # every stage not done yet; or one of pretrain unlearn sample eval report; or check
     seeds: tuple = (0,)  # each seed x target is one run
     targets: tuple = ("",)  # a name, a+b+c, @list.txt, a glob, label:7, random:0.05; commas separate runs
-    checkpoint: str = (
-        ""  # a folder of diffusers, the hub's org/name[@revision], one file of Stable Diffusion; empty: pretrain here
-    )
+    checkpoint: str = ""  # diffusers' folder, the hub's org/name[@revision], Stable Diffusion in one file; empty: pretrain here
     pipeline: str = ""  # folder or hub id with configs and tokenizer of a checkpoint that is one file; empty: by the file
     export: str | None = "unet"  # what a run leaves: the network, the whole pipeline, a single_file, or none; None: by the rules
     log_every: int = 1  # steps

@@ -1,5 +1,6 @@
 """How a network is trained and unlearned: `config.pretrain` and `config.unlearn`, typed and self-checking as in options.py."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from retrack_jax.unlearn.options import MethodOptions
 
 RETAIN_LOSSES = ("standard", "distillation")
 MAX_SEED = 2**31 - 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,6 @@ class TrainingOptions:
                 check_int(name, getattr(self, name))
         check_int("warmup_steps", self.warmup_steps, minimum=0)
         check_choice("learning_rate_schedule", self.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
-        check(
-            self.learning_rate_schedule == "constant" or self.num_steps is None or self.warmup_steps < self.num_steps,
-            f"warmup_steps is {self.warmup_steps}, and after {self.num_steps} steps the rate would neither have risen to "
-            "learning_rate nor fallen to 0; set it below num_steps",
-        )
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, 0.0, above=True)
         for name in ("b1", "b2"):
@@ -87,6 +84,14 @@ class TrainingOptions:
             f"{where}log_normal is {self.log_normal}, which is for EDM's sigmas, and the schedule is {schedule.class_name}'s; "
             "leave it out",
         )
+
+    def warn_of_warmup(self, where: str) -> None:
+        """Warns if training ends before the rate of a cosine has risen, as in a short try of a long recipe."""
+        if self.learning_rate_schedule == "cosine" and self.warmup_steps >= (self.num_steps or math.inf):
+            log.warning(
+                "%s.warmup_steps is %d, and in %d steps the rate neither rises to learning_rate nor falls to 0",
+                where, self.warmup_steps, self.num_steps,
+            )  # fmt: skip
 
     def rate(self) -> optax.Schedule:
         """Returns `step -> learning rate`."""

@@ -101,12 +101,12 @@ def read(config: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], str]:
     """
     if config is None:
         raise UserError("there is no scheduler_config.json to make a schedule of; use Schedule.create(...) with its settings")
-    off = {key: False for key, value in config.items() if value is None and isinstance(DEFAULTS.get(key), bool)}
-    given = {key: value for key, value in config.items() if value is not None} | off
+    given = {key: value for key, value in config.items() if value is not None}
     name = given.get("_class_name", "DDPMScheduler")
     _check_class(name)
     if name in flow.CLASSES:
         return name, flow.read(name, given), ""
+    given |= {key: False for key, value in config.items() if value is None and isinstance(DEFAULTS.get(key), bool)}
     settings, ignored, of_others = {}, [], False
     for key, value in given.items():
         if key == "timestep_type" and value != "discrete":

@@ -31,8 +31,8 @@ def summarize(runs: Sequence[Mapping]) -> dict:
 
     `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The mean is that of the targets' means, so targets count
     alike. The standard deviation is that of the seeds of one target, pooled over targets (sum of squares by sum of n - 1), which
-    differ by more than chance. It is None if no target has two seeds. A gap is to the retrained model of the same target
-    and seed, or of the lowest seed that has one. `censored` beside a mean of relearning steps counts the curves that ended before
+    differ by more than chance. It is None if no target has two seeds. A gap is to the mean of the target's retrained
+    models. `censored` beside a mean of relearning steps counts the curves that ended before
     the loss was back; `num_samples` is the least number behind a metric of samples.
     `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}, "too_few": {TARGET: why}, "not_remembered": [TARGET]}`:
     for how many runs the loss on the forgotten images lies in the interval of one more retrained model, with 95% confidence.
@@ -78,9 +78,17 @@ def _pretrained(runs: Sequence[Mapping]) -> list[dict]:
     for run in sorted(runs, key=lambda run: run["provenance"].get("num_samples", 0)):
         one = found.setdefault(run["target"], {"method": PRETRAINED, "target": run["target"], "unlearned": {}})
         one["unlearned"] |= run["pretrained"]
-        shared = {name: value for name, value in run["provenance"].items() if name not in ("metrics", "absent")}
-        one["provenance"] = shared
+        about = run["provenance"]
+        absent = {"absent": about["absent"]} if run["method"] == PRETRAINED and "absent" in about else {}
+        shared = {name: value for name, value in about.items() if name not in ("metrics", "absent")}
+        one["provenance"] = {**shared, **absent, "metrics": _notes_before(about)}
     return list(found.values())
+
+
+def _notes_before(provenance: Mapping) -> dict:
+    """Returns how many samples are behind the pretrained model's metrics, of a run's provenance."""
+    notes = {**provenance.get("metrics", {}), **provenance.get(PRETRAINED, {})}
+    return {name: {"num_samples": note["num_samples"]} for name, note in notes.items() if "num_samples" in note}
 
 
 def _compared(runs: Sequence[Mapping], retrained: Sequence[Mapping]) -> dict:
@@ -96,17 +104,17 @@ def _compared(runs: Sequence[Mapping], retrained: Sequence[Mapping]) -> dict:
 
 
 def _gaps(runs: Sequence[Mapping], retrained: Sequence[Mapping]) -> Iterable[tuple[str, dict]]:
-    """Yields (target, metric -> its value less the retrained model's). Two curves of relearning that both ended have no gap."""
+    """Yields (target, metric -> its value less the mean of the retrained models'); relearning curves that ended have none."""
     for run in runs:
-        golds = {gold["seed"]: gold for gold in retrained if gold["target"] == run["target"]}
+        golds = [gold for gold in retrained if gold["target"] == run["target"]]
         if run["method"] == "retrain" or not golds:
             continue
-        # The pretrained model has no seed of its own: it is compared with every retrained one.
-        pairs = golds.values() if run["method"] == PRETRAINED else [golds.get(run["seed"], golds[min(golds)])]
-        for gold in pairs:
-            names = [name for name in run["unlearned"] if name in gold["unlearned"]]
-            names = [name for name in names if not (_censored(run, name) or _censored(gold, name))]
-            yield run["target"], {name: run["unlearned"][name] - gold["unlearned"][name] for name in names}
+        gaps = {}
+        for name, value in run["unlearned"].items():
+            others = [gold["unlearned"][name] for gold in golds if name in gold["unlearned"]]
+            if others and not any(_censored(one, name) for one in (*runs, *golds)):
+                gaps[name] = value - statistics.fmean(others)
+        yield run["target"], gaps
 
 
 def _note(run: Mapping, name: str) -> dict:
@@ -136,6 +144,8 @@ def _absent(runs: Sequence[Mapping]) -> dict[str, str]:
 def _common(provenances: Sequence[Mapping]) -> dict:
     """Returns what all of `provenances` say alike; the metrics' own notes are those of a run, on its page."""
     own = ("metrics", "absent", "final", PRETRAINED, "retrained", "retrained_seed")
+    if not provenances:
+        return {}
     first, *others = [flatten_dict({name: value for name, value in one.items() if name not in own}) for one in provenances]
     return unflatten_dict({path: value for path, value in first.items() if all(one.get(path) == value for one in others)})
 

@@ -14,7 +14,6 @@ from retrack_jax.checks import UserError
 from retrack_jax.data.sources.concepts import CLASSIFIER, KINDS, Concept
 from retrack_jax.evaluate.results import Evaluator, Unavailable
 from retrack_jax.evaluate.text import Samples, TextTask, evaluators, floats, precision
-from retrack_jax.files import array_digest
 from retrack_jax.metrics.kmeans import CLASSIFIERS, centers_from_labels, clusters, read_centers, success_rate
 
 
@@ -24,7 +23,7 @@ class ConceptTask(TextTask):
 
     Attributes:
       centers: `() -> centers [2, D]` of the k-means classifier; raises `Unavailable` without it.
-      centers_name: where they come from, and the beginning of their digest.
+      centers_name: where they come from.
     """
 
     centers: Callable[[], np.ndarray]
@@ -33,15 +32,11 @@ class ConceptTask(TextTask):
 
 def concept_task(concept: Concept, classifier: str, **networks) -> ConceptTask:
     """Returns the task of a concept; `networks` are `sscd` and `clip_iqa` of `TextTask`."""
-    try:  # two files of one kind are two classifiers
-        name = f"{CLASSIFIERS[classifier]}, {array_digest(concept_centers(concept, classifier))[:12]}"
-    except Unavailable:
-        name = CLASSIFIERS[classifier]
     return ConceptTask(
         images=dict.fromkeys(KINDS, concept.memorised[None]),
         note={"reference": concept.memorised_name},
         centers=lambda: concept_centers(concept, classifier),
-        centers_name=name,
+        centers_name=CLASSIFIERS[classifier],
         **networks,
     )
 

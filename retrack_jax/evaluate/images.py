@@ -123,7 +123,7 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
       samples: `[N, H, W, C]` without the forgotten image: uint8, or floats in [0, 1], as the official code has them.
     """
     if len(samples) < NUM_SPLITS:
-        return {}, {"why": f"{NUM_SPLITS} splits need as many samples; {len(samples)} are left beside the forgotten image"}
+        return {}, {"why": f"{NUM_SPLITS} splits need as many samples; {len(samples)} are left"}
     official = name == OFFICIAL
     network = load(official)
     score = inception_score(network(samples, name)["logits"], seed=0, num_splits=NUM_SPLITS, official=official)
@@ -132,7 +132,7 @@ def class_score(name: str, load: Callable[[bool], FeatureNetwork], samples: np.n
         "features_digest": network.digest,
         "num_samples": len(samples),
         "samples": str(samples.dtype),
-        "std": score.std,
+        f"{name}_std": score.std,
         "splits": score.num_splits,
         **few_samples_note(score, len(samples)),
     }

@@ -11,6 +11,7 @@ from retrack_jax.checks import check, shown
 from retrack_jax.config.options import Options
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import ImageSet
+from retrack_jax.files import json_digest
 from retrack_jax.neighbors.captions import CaptionedNeighbors, captioned_nearest, similarities
 from retrack_jax.notation import PyTree
 from retrack_jax.problem.conditioning import Conditioning
@@ -89,6 +90,13 @@ class Captions(Conditioning):
                 kept.setdefault(state[row], row)
         kinds = {"forgotten": forgotten, "kept": kept.values()}
         return {f"{kind}_{number:02d}": int(row) for kind, rows in kinds.items() for number, row in enumerate(rows)}
+
+    def digests_of(self, target: Target) -> dict[str, str]:
+        """As `Conditioning.digests_of`: which captions samples are drawn of, where these are a choice."""
+        forgotten = set(self._states.rows(target.images.captions)[target.forget])
+        if len(forgotten) <= self._num_captions:
+            return {}
+        return {"captions of samples": json_digest([target.images.captions[row] for row in self.shown(target).values()])}
 
     def pictures(self, target: Target) -> dict[str, np.ndarray]:
         """Returns name of samples -> rows of their pictures: every forgotten one with the caption, or the kept one."""

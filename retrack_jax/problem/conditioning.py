@@ -67,6 +67,10 @@ class Conditioning:
         """Returns bool `[P]`, which conditions of `sampled` are drawn from forgotten images, if all are from images."""
         return None
 
+    def digests_of(self, target: Target) -> dict[str, str]:
+        """Returns name -> digest of what was chosen for this target, if anything was."""
+        return {}
+
     def describe(self, name: str, target: Target) -> str:
         """Returns what the samples `name` depend on, to be part of their fingerprint."""
         return ""

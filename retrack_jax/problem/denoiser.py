@@ -154,7 +154,8 @@ def image_denoiser(options: Options, images: ImageSet, codec: PixelCodec | Laten
         if family is UNet2D:  # which computes nothing from it: it tells diffusers at which size to draw
             module = module.clone(sample_size=shape[0] if shape[0] == shape[1] else shape[:2])
     schedule = Schedule.from_config(stored or options.schedule.to_config())
-    _warn_of_another_size(getattr(module, "sample_size", None), shape[:2], options.checkpoint)
+    if source:
+        _warn_of_another_size(getattr(module, "sample_size", None), shape[:2], options.checkpoint)
     _check_fits(module, shape, f"the {codec.denoised} of {images.name}", schedule)
     condition = example_inputs(module)[2:]
 
@@ -249,7 +250,7 @@ def _warn_of_another_size(trained, shape: Sequence[int], checkpoint: str) -> Non
     own = (trained, trained) if isinstance(trained, int) else tuple(trained or shape)
     if own != tuple(shape):
         log.warning(
-            "the network in %s is made for %d x %d and gets %d x %d: it may not know this size, and its export says the former",
+            "the network in %s is made for %d x %d and gets %d x %d: samples may be poor, and its export keeps the former",
             checkpoint, *own, *shape,
         )  # fmt: skip
 

@@ -112,7 +112,7 @@ class ImageEvaluation:
             relearning=tuple(options.relearning.steps),
             pretrained=model.pretrained,
             threshold=options.frequency_threshold,
-            of_forgotten=self._conditioning.of_forgotten(target),
+            of_forgotten=None if everything else self._conditioning.of_forgotten(target),  # which `everything` has too
             nll_probes=options.nll_probes,
             rng=jax.random.key(seed),
             protocol_rng=jax.random.key(model.seed if options.official_draws and model.seed is not None else seed),

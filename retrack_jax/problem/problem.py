@@ -97,7 +97,8 @@ class Problem:
 
     def digests(self, target: Target | None = None) -> dict[str, str]:
         """Returns name -> digest of all that was read; without a target, of what does not depend on one."""
-        return {**self.data.digests(target), **self.denoiser.digests, **self.codec.digests, **self.conditioning.digests}
+        chosen = {} if target is None else self.conditioning.digests_of(target)
+        return {**self.data.digests(target), **self.denoiser.digests, **self.codec.digests, **self.conditioning.digests, **chosen}
 
     def gather(self, images: ImageSet, rows: np.ndarray) -> Gather:
         """Returns `positions [b] -> examples` within `rows` of `images`, each with its condition if it has one."""
@@ -203,8 +204,11 @@ def build_problem(options: Options) -> Problem:
     problem = _kind(options)(options)
     _check_timesteps(options, problem.denoiser.schedule.num_train_timesteps)
     options.pretrain.check_draws(problem.denoiser.schedule, "config.pretrain.")
+    if not options.checkpoint:
+        options.pretrain.warn_of_warmup("config.pretrain")
     for name in options.method_names:
         options.recipe(name).check_draws(problem.denoiser.schedule, "config.unlearn.")
+        options.recipe(name).warn_of_warmup("config.unlearn")
     for lora in {lora for name in options.method_names if (lora := options.lora(name))}:
         adapted(lora, jax.eval_shape(problem.denoiser.init_params, 0), "config.unlearn.lora.")
     if options.checkpoint and options.data.held_out:
@@ -249,7 +253,9 @@ def _captioned_images(options: Options) -> Problem:
     data = ImageData(dataclasses.replace(options.data, channels=3), captioned=True)
     pipeline, codec, denoiser = _latents(options)
     if is_xl(options.checkpoint):
-        check_large_enough(data.images, pipeline.unet.sample_size * pipeline.vae.downscale)
+        size = pipeline.unet.sample_size
+        own = size * pipeline.vae.downscale if isinstance(size, int) else options.data.resolution
+        check_large_enough(data.images, own)
     captions = [*data.images.captions, *(data.held_out.captions if data.held_out is not None else ())]
     states = text_states(pipeline, captions, options.data.cache_dir)
     conditioning = Captions(states, partial(_encode, pipeline), options, is_xl(options.checkpoint))

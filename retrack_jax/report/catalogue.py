@@ -99,7 +99,7 @@ _METRICS = (
            "Share of samples that the classifier takes for the forgotten label; retrain is the measure."),
     Metric("relearning_steps", "Relearning steps", "", "", "count", 3,
            "Steps of fine-tuning on the remaining images and one copy of each forgotten one, until the loss on the "
-           "forgotten is at most twice the pretrained model's; “> n”: it was not back after n steps."),
+           "forgotten is at most twice the pretrained model's; “> n”: it was not back by then."),
     Metric("relearning_steps_remain", "Relearning steps, R only", "", "", "count", 3,
            "The same on the remaining images alone."),
 )

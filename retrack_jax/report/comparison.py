@@ -130,7 +130,9 @@ def _lead(summary) -> str:
     methods = f"{len(compared)} method{'s' * (len(compared) != 1)} on the same model, {each}. " if compared else ""
     if several_targets(summary):
         targets = len(summary["targets"])
-        return f"{methods}Numbers are means over {targets} targets ± the standard deviation of the seeds of one target."
+        means = f"{methods}Numbers are means over {targets} targets ± the standard deviation of the seeds of one target."
+        whole = all(entry["targets"] == targets for entry in summary["methods"].values())
+        return means + ("" if whole else " Not every method was run on all of them: compare those target by target.")
     return f"{methods}Numbers are mean ± standard deviation over runs."
 
 
@@ -188,8 +190,8 @@ def _verdict(summary) -> dict | None:
         return None
     # A method has the intervals of the targets that it was run on; those of one target are the same for all.
     intervals = {target: interval for verdict in judged.values() for target, interval in verdict["intervals"].items()}
-    notes = {target: why for verdict in judged.values() for target, why in verdict["too_few"].items()}
-    for target in [target for verdict in judged.values() for target in verdict["not_remembered"]]:
+    notes = {target: why for verdict in judged.values() for target, why in verdict.get("too_few", {}).items()}
+    for target in [target for verdict in judged.values() for target in verdict.get("not_remembered", ())]:
         notes[target] = "the pretrained model lies in this interval already: by its loss there is nothing to forget"
     counts = {method_label(m): f"{verdict['inside']} of {verdict['runs']}" for m, verdict in judged.items() if verdict["runs"]}
     return {

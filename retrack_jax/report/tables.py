@@ -59,7 +59,10 @@ def before_after_rows(metrics: Mapping) -> list[Row]:
 def _note(metrics: Mapping, part: str, name: str) -> dict:
     """Returns `{"num_samples", "censored", "std"}` of a metric of one model, from a run's provenance."""
     provenance = metrics.get("provenance") or {}
-    note = {**provenance.get("metrics", {}), **provenance.get(part, {})}.get(name, {})
+    notes = provenance.get("metrics", {})
+    if part != "unlearned":  # theirs where they differ; an earlier version kept none of the retrained model's
+        notes = {**notes, **provenance[part]} if part in provenance else {} if part == "retrained" else notes
+    note = notes.get(name, {})
     censored = isinstance(note.get(name), Mapping) and note[name].get("censored", False)
     return {
         "num_samples": note.get("num_samples", provenance.get("num_samples")),

@@ -82,15 +82,16 @@ class Workdir:
         if "://" not in str(self.root) and parallel.is_main_process():
             lock = os.open(self.root, os.O_RDONLY)
         try:
-            parallel.together(lambda: None if lock is None else self._lock(lock))
+            locked = parallel.together(lambda: lock is not None and self._lock(lock))
             if lock is not None:  # an object store holds no halves
-                files.sweep_temporaries(Path(self.root))
+                files.sweep_temporaries(Path(self.root), untouched_seconds=0 if locked else 600)
             yield
         finally:
             if lock is not None:
                 os.close(lock)
 
-    def _lock(self, descriptor: int) -> None:
+    def _lock(self, descriptor: int) -> bool:
+        """Returns whether there are locks here."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -99,6 +100,8 @@ class Workdir:
             ) from error
         except OSError as error:  # some network disks have no locks
             log.warning("--workdir %s cannot be locked (%s); start no other command on it meanwhile", self.root, error.strerror)
+            return False
+        return True
 
     @property
     def pretrained(self) -> epath.Path:

@@ -270,12 +270,13 @@ def test_a_card_that_is_no_plain_utf_8_is_carried_along(tmp_path, card, words):
 
 
 def test_a_folder_is_a_pipeline_only_where_diffusers_can_draw_with_it(tmp_path):
-    """`DDPMPipeline` gives the network no labels, scales no input and takes the size from the config."""
+    """`DDPMPipeline` gives the network no labels, scales no input, takes the size from the config, gives `step` a generator."""
     module, params = import_diffusers(DATA / "old_pipeline")
     ddpm = {"_class_name": "DDPMScheduler"}
     for changed, schedule, there in (
         ({}, ddpm, True),
-        ({}, {"_class_name": "UniPCMultistepScheduler"}, True),
+        ({}, {"_class_name": "DDIMScheduler"}, True),
+        ({}, {"_class_name": "UniPCMultistepScheduler"}, False),
         ({}, {"_class_name": "EulerDiscreteScheduler"}, False),
         ({"sample_size": None}, ddpm, False),
         ({"num_class_embeds": 10}, ddpm, False),

@@ -10,6 +10,7 @@ from configs import digits_flow, digits_tshirt, stable_diffusion
 from retrack_jax.checks import UserError
 from retrack_jax.config.options import Options
 from retrack_jax.config.reading import default_config, read_config
+from retrack_jax.config.recipes import PretrainOptions
 from retrack_jax.unlearn.methods import METHODS
 from retrack_jax.unlearn.options import RetrackOptions
 
@@ -44,7 +45,6 @@ def test_retracks_weight_and_sisss_mixture_are_two_options():
         ("unlearn.siss.mixture_schedule", "linear", "config.unlearn.siss.mixture_end is not set"),
         ("unlearn.siss.learning_rate", -1.0, "config.unlearn.learning_rate is -1.0"),
         ("eval.relearning.batch_size", 0, "config.eval.relearning.batch_size is 0"),
-        ("pretrain.num_steps", 500, "pretrain.warmup_steps is 500, and after 500 steps the rate would neither have risen"),
         ("data.crop", "round", "config.data.crop is 'round'; choose one of center, none"),
         ("method", "retrak", "config.method is 'retrak'; .*did you mean 'retrack'"),
         ("seeds", (), "config.seeds is empty"),
@@ -57,6 +57,12 @@ def test_a_wrong_value_names_its_field(field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         read_config(config)
+
+
+@pytest.mark.parametrize(("num_steps", "warned"), [(500, True), (501, False)])
+def test_a_warm_up_as_long_as_the_run_is_warned_of(num_steps, warned, caplog):
+    PretrainOptions(num_steps=num_steps).warn_of_warmup("config.pretrain")
+    assert (f"config.pretrain.warmup_steps is 500, and in {num_steps} steps the rate neither" in caplog.text) == warned
 
 
 def test_numbers_of_numpy_become_those_of_python():

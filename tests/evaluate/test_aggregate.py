@@ -34,7 +34,7 @@ def test_forgotten_is_inside_the_spread_of_retrained_seeds():
     }
     assert methods["neggrad"]["forgotten"]["inside"] == 0
     assert methods["retrain"]["forgotten"] is None and methods["pretrained"]["runs"] == 1
-    assert methods["retrack"]["gap_to_retrain"]["forget_loss"]["mean"] == pytest.approx((low + high + 0.2) / 2 - 40.5)
+    assert methods["retrack"]["gap_to_retrain"]["forget_loss"]["mean"] == pytest.approx((low + high + 0.2) / 2 - 42.0)
 
 
 def test_too_few_retrained_models_decide_nothing():
@@ -103,6 +103,16 @@ def test_curves_that_ended_before_the_loss_was_back_have_no_gap():
     assert found["retrack"]["metrics"]["relearning_steps"]["censored"] == 1
     assert "censored" not in found["siss"]["metrics"]["relearning_steps"]
     assert found["retrack"]["gap_to_retrain"] == found["siss"]["gap_to_retrain"] == {}
+    runs = [relearned("retrain", 0, 100, False), relearned("siss", 0, 10, False), relearned("siss", 1, 160, True)]
+    assert summarize(runs)["methods"]["siss"]["gap_to_retrain"] == {}
+
+
+def test_a_gap_is_to_the_mean_of_the_retrained_models():
+    runs = [run("retrain", seed, loss) for seed, loss in enumerate((30.0, 20.0, 20.0))]
+    runs += [run("siss", seed, 22.0) for seed in (5, 6, 7)]
+    found = summarize(runs)["methods"]["siss"]["gap_to_retrain"]["forget_loss"]
+    assert found["mean"] == pytest.approx(22.0 - 70.0 / 3)
+    assert summarize([])["methods"] == {}
 
 
 def test_a_frequency_has_the_samples_behind_it_and_provenance_what_all_runs_share():

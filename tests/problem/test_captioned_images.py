@@ -98,8 +98,9 @@ def test_forgotten_captions_are_a_random_choice_and_each_has_every_forgotten_pic
     for name, row in shown.items():
         same = [0, 4] if images.captions[row] == "cat" else [row]
         assert pictures[name].tolist() == same
+    assert set(captions.digests_of(target)) == {"captions of samples"}  # another choice is another workdir
     every = Captions(captions._states, lambda prompt: np.zeros((1, 3, 2)), Options(sampling=SamplingOptions(num_captions=8)))
-    assert every.pictures(target)["forgotten_00"].tolist() == [0, 4]
+    assert every.pictures(target)["forgotten_00"].tolist() == [0, 4] and every.digests_of(target) == {}
 
 
 def search(captions, target, **options):

@@ -6,14 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits_label
 from retrack_jax.checks import UserError
 from retrack_jax.config.options import DataOptions, Options, SamplingOptions
+from retrack_jax.config.reading import read_config
 from retrack_jax.config.recipes import UnlearnOptions
 from retrack_jax.data.dataset import image_set, pixels_to_model
 from retrack_jax.data.labels import most_neighbors
 from retrack_jax.diffusion.schedule import Schedule
 from retrack_jax.problem import labels
 from retrack_jax.problem.codec import PixelCodec
+from retrack_jax.problem.evaluation import EvaluatedModel
+from retrack_jax.problem.problem import build_problem
 from retrack_jax.problem.target import make_target, with_labels
 from retrack_jax.problem.unread import check_unread
 from retrack_jax.unlearn import losses
@@ -101,6 +105,16 @@ def test_all_neighbors_of_the_label_give_the_optimum_of_a_retrained_network(tmp_
         for row, x, eps in zip(target.unique, x_t, ours, strict=True):
             exact = class_conditional_noise(x.astype(np.float64), LABELS[row], set(target.forget.tolist()), gamma, sigma)
             np.testing.assert_allclose(eps, exact, rtol=2e-4, atol=2e-4)
+
+
+def test_beside_a_reference_of_all_images_no_sample_is_left_out(tmp_path):
+    config = digits_label.get_config()
+    for reference, left_out in (("remain", True), ("all", False)):
+        config.update_from_flattened_dict({"data.copies": 8, "data.cache_dir": str(tmp_path), "eval.fid_reference": reference})
+        problem = build_problem(read_config(config))
+        model = EvaluatedModel(params=None, pretrained=None, arrays={}, path=tmp_path / "evaluation.json", workdir=tmp_path)
+        task = problem.evaluation._task(problem.target("tshirt_*"), model)
+        assert (task.of_forgotten is not None) == left_out and len(task.reference) == (1797 if left_out else 1805)
 
 
 def test_without_samples_under_labels_of_forgotten_images_labels_are_as_frequent_as_among_the_remaining():

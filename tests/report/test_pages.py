@@ -272,7 +272,7 @@ def test_each_of_several_targets_has_its_own_distance_to_retrain_and_its_own_rel
     ]
     runs += [one("retrack", target, 0, fid, 20, False) for target, fid in (("a", 60.0), ("b", 6.5))]
     text = Page(comparison_report(tmp_path, summary=summarize(runs)).read_text()).text
-    for words in ("means over 2 targets", "Targets", "−70.00", "+0.50 ✓", ">\u00a0160", "b: Fine-tuned on the remaining images"):
+    for words in ("means over 2 targets", "Targets", "−70.50", "0 ✓", ">\u00a0160", "b: Fine-tuned on the remaining images"):
         assert words in text, words
     assert text.count("✓") == 2  # in the words above the tables, and at b
 
