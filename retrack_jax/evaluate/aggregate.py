@@ -29,11 +29,11 @@ def summarize(runs: Sequence[Mapping]) -> dict:
          "targets": {TARGET: {METHOD: {"metrics", "gap_to_retrain", "relearning"}}},
          "absent", "provenance"}
 
-    `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The mean is that of the targets' means, so targets count
-    alike. The standard deviation is that of the seeds of one target, pooled over targets (sum of squares by sum of n - 1), which
-    differ by more than chance. It is None if no target has two seeds. A gap is to the mean of the target's retrained
-    models. `censored` beside a mean of relearning steps counts the curves that ended before
-    the loss was back; `num_samples` is the least number behind a metric of samples.
+    `metrics` and `gap_to_retrain` are `{NAME: {"mean", "std", "runs"}}`. The mean is that of the targets' means, so targets
+    count alike. The standard deviation is that of the seeds of one target, pooled over the targets: the sum of squares about
+    each target's mean, divided by the sum of n - 1. It is None if no target has two seeds. A gap is to the mean of the
+    target's retrained models. `censored` beside a mean of relearning steps counts the curves that ended before the loss was
+    back; `num_samples` is the least number of samples behind a metric.
     `forgotten` is `{"inside", "runs", "intervals": {TARGET: [low, high]}, "too_few": {TARGET: why}, "not_remembered": [TARGET]}`:
     for how many runs the loss on the forgotten images lies in the interval of one more retrained model, with 95% confidence.
     Runs on the targets of `too_few` are not counted: fewer than `FEWEST_RETRAINED` models were retrained. Those of

@@ -20,7 +20,7 @@ _WHY = {
 
 
 def check_unread(options: Options, condition: str) -> None:
-    """Raises `UserError` for fields that are set and that only images, or networks of captions, labels or prompts, read."""
+    """Raises `UserError` for fields that are set and that only problems of one kind read: images, captions, labels or prompts."""
     default = Options()
     fields = [f"config.{name}" for name in _FIELDS[condition] if attrgetter(name)(options) != attrgetter(name)(default)]
     for method in options.method_names:

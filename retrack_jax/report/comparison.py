@@ -202,7 +202,7 @@ def _verdict(summary) -> dict | None:
 
 
 def _relearning(summary) -> list[tuple[str, str]]:
-    """(title, chart) of each kind of fine-tuning that any method has a curve of, by target, which has a threshold of its own."""
+    """Returns (title, chart) for each target and kind of fine-tuning; targets do not share one, as their thresholds differ."""
     charts = []
     for target, entries in summary.get("targets", {}).items():
         for name, title in _RELEARNING.items():

@@ -75,7 +75,7 @@ def run_one(context: RunContext, method: str, spec: str, seed: int) -> None:
 
 
 def _unlearn(run: Run, stop_before: Callable[[str], None]) -> None:
-    """Trains, judges and exports. The model is gone when this returns: sampling holds parameters of its own on the devices."""
+    """Trains, judges and exports. Keeps no reference to the model: sampling loads it anew, and two would not fit every device."""
     _record(run, "model", "inputs")
     if not parallel.from_main((run.folder / "losses.npz").exists):
         announce(run)
